@@ -1,0 +1,98 @@
+"""numpy arrays into a container file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qformat.container.writer import ContainerWriter
+from qformat.dtypes import DType, Elements, from_array
+from qformat.encode import make_plans, write_tensors
+from qformat.errors import SourceError
+from qformat.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ArrayTensor:
+    """An array in memory as a source tensor."""
+
+    name: str
+    elements: Elements
+
+    @property
+    def dtype(self) -> DType:
+        """Its element type."""
+        return self.elements.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        shape: tuple[int, ...] = self.elements.data.shape
+        return shape
+
+    def read(self, elements: slice) -> Elements:
+        """Return a view of some elements."""
+        return Elements(self.dtype, self.elements.data.reshape(-1)[elements])
+
+
+def save_file(
+    tensors: Mapping[str, NDArray[Any]],
+    path: str | os.PathLike[str],
+    types: str | Mapping[str, str] | None = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    assets: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+    jobs: int | None = None,
+) -> str:
+    """Store arrays in one file.
+
+    Parameters
+    ----------
+    tensors
+        The arrays by name: any shape; float16/32/64, integers, bool, or ``ml_dtypes`` bfloat16 and float8.
+    path
+        The file to write.
+    types
+        A type string (``"q4_0"``) for floating arrays of two or more dimensions; or a mapping from shell patterns to type
+        strings, of which the last match wins; None stores everything as it is.
+    metadata
+        Strings to store along.
+    assets
+        Files to store along, by relative name.
+    overwrite
+        Replace a file at `path`.
+    jobs
+        Threads; None is one for each processor. The bytes of the file do not depend on it.
+
+    Returns
+    -------
+    str
+        The root: SHA-256 of the file's index, in hexadecimal.
+
+    Raises
+    ------
+    SourceError
+        If an array cannot be stored (its dtype, NaN or infinity, values that the type cannot hold).
+    TypeSpecError
+        If a type string is malformed, or a pattern matches no array.
+    TargetError
+        If the file cannot be written; nothing is left at `path` then.
+    """
+    recipe = Recipe.parse(types) if isinstance(types, str) or types is None else Recipe.parse(None, types)
+    sources = []
+    for name, array in tensors.items():
+        try:
+            sources.append(ArrayTensor(name, from_array(array)))
+        except TypeError as error:
+            raise SourceError(f"tensor {name!r}: {error}") from None
+    plans = make_plans(sources, recipe)
+    with ContainerWriter(path, overwrite=overwrite, metadata=metadata) as writer:
+        for name, data in sorted((assets or {}).items()):
+            writer.asset(name, data)
+        write_tensors(writer, plans, jobs=jobs)
+    return writer.root

@@ -1,0 +1,92 @@
+"""Hugging Face checkpoint directories with safetensors weights, in one file or in shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from qformat.container.index import MAX_ASSET_BYTES
+from qformat.converters.safetensors import SafetensorsTensor, open_safetensors
+from qformat.errors import SourceError
+from qformat.source import Checkpoint
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# What a model directory holds beside its weights, and a loader needs: configuration, tokenizer, templates, licence.
+_ASSETS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")
+_NOT_ASSETS = ("*.index.json",)
+
+
+def open_hf(directory: Path) -> Checkpoint:
+    """Return the checkpoint in a directory.
+
+    Nothing is written there, and no file outside it is read, whatever its index says (symbolic links, which the hub's cache consists
+    of, are followed).
+
+    Raises
+    ------
+    SourceError
+        If there are no safetensors weights, a shard is missing or damaged, or the index does not fit the shards.
+    """
+    if (directory / SINGLE).exists():
+        tensors, warnings = open_safetensors(directory / SINGLE), []
+    elif (directory / INDEX).exists():
+        tensors, warnings = _open_shards(directory)
+    else:
+        raise SourceError(f"{directory}: holds neither {SINGLE} nor {INDEX}; give a directory with safetensors weights")
+    return Checkpoint(tensors, _find_assets(directory), warnings)
+
+
+def _open_shards(directory: Path) -> tuple[list[SafetensorsTensor], list[str]]:
+    weight_map = _read_index(directory / INDEX)
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        # The index is untrusted: a file name and nothing else
+        if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
+            raise SourceError(f"{directory / INDEX}: names the file {shard!r}, which is not a plain file name; do not use it")
+        if not (directory / shard).exists():
+            raise SourceError(f"{directory}: shard {shard} is missing, though {INDEX} names it; download it again")
+    tensors: dict[str, SafetensorsTensor] = {}
+    unlisted = []
+    for shard in shards:
+        for tensor in open_safetensors(directory / shard):
+            home = weight_map.get(tensor.name, shard)
+            if tensor.name not in weight_map:
+                unlisted.append(tensor.name)
+            if home == shard:
+                if tensor.name in tensors:
+                    raise SourceError(f"{directory}: tensor {tensor.name!r} is in two shards and {INDEX} does not list it")
+                tensors[tensor.name] = tensor
+    for name, shard in sorted(weight_map.items()):
+        if name not in tensors:
+            raise SourceError(f"{directory}: {INDEX} says that {shard} holds tensor {name!r}, but it does not")
+    warnings = []
+    if unlisted:
+        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+        warnings.append(f"{INDEX} does not list tensor {unlisted[0]!r}{more}; taken along")
+    return list(tensors.values()), warnings
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_bytes())
+        weight_map = index["weight_map"]
+        if not weight_map or not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
+            raise TypeError
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise SourceError(f"{path}: is not an index of shards (no usable 'weight_map'); download it again") from None
+    return weight_map  # type: ignore[no-any-return]
+
+
+def _find_assets(directory: Path) -> dict[str, Callable[[], bytes]]:
+    """Return the files to take along: of the directory itself and of folders one level down (sentence-transformers has such)."""
+    found: dict[str, Callable[[], bytes]] = {}
+    for pattern in _ASSETS:
+        for path in [*directory.glob(pattern), *directory.glob(f"[!.]*/{pattern}")]:
+            if path.is_file() and not any(path.match(no) for no in _NOT_ASSETS) and path.stat().st_size <= MAX_ASSET_BYTES:
+                found[path.relative_to(directory).as_posix()] = path.read_bytes
+    return found

@@ -1,0 +1,195 @@
+"""What a codec is: how it cuts a tensor, and what it promises for each piece."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qformat.container.index import MeasuredError, Params
+from qformat.dtypes import DType, Elements
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Buffer = bytes | memoryview
+
+# Elements of a piece: enough work to outweigh a task's overhead, small enough to stay in cache between two kernels. The borders
+# decide in which order errors are summed, so another number needs a new minor version.
+PIECE = 1 << 18
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor seen as rows: the first dimension against the product of the others."""
+
+    rows: int
+    cols: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Matrix:
+        """Return the view of a shape; a vector is one row."""
+        if len(shape) < 2:
+            return cls(1, math.prod(shape))
+        return cls(shape[0], math.prod(shape[1:]))
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some whole rows of a matrix, or a part of one row."""
+
+    row: int
+    rows: int
+    col: int
+    cols: int
+
+    def elements(self, matrix: Matrix) -> slice:
+        """Return where its elements stand in row-major order; they are contiguous."""
+        start = self.row * matrix.cols + self.col
+        return slice(start, start + self.rows * self.cols)
+
+
+def pieces(matrix: Matrix, block: int) -> Iterator[Piece]:
+    """Cut a matrix into pieces of about `PIECE` elements; within a row they begin on multiples of `block`."""
+    if matrix.elements == 0:
+        return
+    if matrix.cols <= PIECE:
+        step = max(1, PIECE // matrix.cols)
+        for row in range(0, matrix.rows, step):
+            yield Piece(row, min(step, matrix.rows - row), 0, matrix.cols)
+        return
+    step = PIECE // block * block
+    for row in range(matrix.rows):
+        for col in range(0, matrix.cols, step):
+            yield Piece(row, 1, col, min(step, matrix.cols - col))
+
+
+@dataclass(frozen=True)
+class ErrorSum:
+    """Error of some elements: how many, the sum of their squared errors, the largest absolute error."""
+
+    count: int
+    squares: float
+    maximum: float
+
+    @staticmethod
+    def total(parts: Sequence[ErrorSum]) -> MeasuredError:
+        """Return the error of all parts together; the sum is exact, so their order does not matter."""
+        count = sum(part.count for part in parts)
+        squares = math.fsum(part.squares for part in parts)
+        rmse = math.sqrt(squares / count) if count else 0.0
+        return MeasuredError(rmse, max((part.maximum for part in parts), default=0.0))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a piece.
+
+    Attributes
+    ----------
+    parts
+        For each segment the bytes that this piece adds to it.
+    finite
+        Whether the source held neither NaN nor infinity; if not, the rest is meaningless.
+    error
+        None if the codec keeps the dtype bit for bit.
+    overflowed, vanished
+        Number of scales (or values) that were too large for their float format, or became zero in it.
+    """
+
+    parts: tuple[Buffer, ...]
+    finite: bool
+    error: ErrorSum | None = None
+    overflowed: int = 0
+    vanished: int = 0
+
+
+def encoder_option(default: Any) -> Any:
+    """Declare a parameter that steers the encoder and is of no use to the decoder."""
+    return field(default=default, metadata={"encoder": True})
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """One way of storing a tensor, with its parameters: a frozen dataclass whose fields are them.
+
+    Subclasses check the parameters in ``__post_init__`` and raise ``ValueError``.
+    """
+
+    id: ClassVar[str]
+    #: within a row, pieces begin on multiples of this
+    block: ClassVar[int] = 1
+    #: what `decode` gives
+    decoded: ClassVar[DType]
+
+    @abstractmethod
+    def accepts(self, dtype: DType) -> bool:
+        """Return whether tensors of this dtype can be stored."""
+
+    @abstractmethod
+    def keeps(self, dtype: DType) -> bool:
+        """Return whether tensors of this dtype are kept bit for bit."""
+
+    @abstractmethod
+    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
+        """Return (name, length in bytes) of each segment."""
+
+    @abstractmethod
+    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
+        """Return where in each segment the bytes of a piece stand."""
+
+    @abstractmethod
+    def encode(self, elements: Elements) -> Encoded:
+        """Encode one piece: a two-dimensional array."""
+
+    @abstractmethod
+    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode one piece.
+
+        Parameters
+        ----------
+        parts
+            The bytes at `spans`.
+        out
+            Two-dimensional C-contiguous array of ``decoded.storage`` in the piece's shape: the result.
+
+        Raises
+        ------
+        ValueError
+            If the bytes are none that an encoder can have written.
+        """
+
+    def code_histogram(self, parts: Sequence[Buffer]) -> NDArray[np.int64] | None:
+        """Return how often each code occurs in a piece's bytes, or None if the codec has no codes worth counting."""
+        del parts
+        return None
+
+    def params(self) -> Params:
+        """Return the parameters that the decoder needs."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("encoder")}
+
+    def encoder(self) -> Params:
+        """Return the parameters that only the encoder needed."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("encoder")}
+
+    def __str__(self) -> str:
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return type_string(self.id, changed)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Return the bytes of all segments of a tensor, without padding."""
+        return sum(length for _, length in self.layout(Matrix.of(shape)))
+
+
+def type_string(id_: str, params: Params) -> str:
+    """Return ``id:key=value,key=value``."""
+    values = ",".join(f"{key}={str(value).lower()}" for key, value in sorted(params.items()))
+    return f"{id_}:{values}" if values else id_

@@ -1,0 +1,90 @@
+"""GGUF's Q4_0: blocks of 32 four-bit codes with one binary16 scale (spec/codecs.md, "q4_0")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Buffer, Codec, Encoded, ErrorSum, Matrix, Piece, encoder_option
+from qformat.codecs.registry import register
+from qformat.dtypes import F32, DType, Elements
+from qformat.kernels import load
+
+BLOCK = 32
+BLOCK_BYTES = 18
+INFINITY_BITS = 0x7F800000
+
+
+@register
+@dataclass(frozen=True)
+class Q4_0(Codec):  # noqa: N801  the format's name
+    """Four bits and a sixteenth of a binary16 for each weight.
+
+    Parameters
+    ----------
+    search
+        How the scale is chosen: ``naive`` takes the largest weight over -8, as GGUF does.
+    """
+
+    id: ClassVar[str] = "q4_0"
+    block: ClassVar[int] = BLOCK
+    decoded: ClassVar[DType] = F32
+
+    search: Literal["naive"] = encoder_option("naive")
+
+    def accepts(self, dtype: DType) -> bool:
+        """Return whether these are floats."""
+        return dtype.floating
+
+    def keeps(self, dtype: DType) -> bool:
+        """Return False: codes are approximations."""
+        del dtype
+        return False
+
+    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
+        """Return the one segment; each row is filled up to whole blocks."""
+        length = matrix.rows * _row_bytes(matrix.cols) if matrix.elements else 0
+        return (("blocks", length),)
+
+    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
+        """Return the blocks of a piece."""
+        start = piece.row * _row_bytes(matrix.cols) + piece.col // BLOCK * BLOCK_BYTES
+        return (slice(start, start + piece.rows * _row_bytes(piece.cols)),)
+
+    def encode(self, elements: Elements) -> Encoded:
+        """Quantize the rows of a piece."""
+        values = elements.to_f32()
+        rows, cols = values.shape
+        if cols % BLOCK:
+            values = np.pad(values, ((0, 0), (0, -cols % BLOCK)))
+        blocks = np.empty(rows * _row_bytes(cols), np.uint8)
+        lanes = np.zeros(load("floats").LANES)
+        peak, largest, overflowed, vanished = load("q4_0").quantize(values.reshape(-1), blocks, lanes)
+        error = ErrorSum(rows * cols, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
+        return Encoded((memoryview(blocks),), peak < INFINITY_BITS, error, overflowed, vanished)
+
+    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode the blocks of a piece."""
+        blocks = np.frombuffer(parts[0], np.uint8)
+        rows, cols = out.shape
+        if cols % BLOCK == 0:
+            load("q4_0").dequantize(blocks, out.reshape(-1))
+            return
+        padded = np.empty((rows, -(-cols // BLOCK) * BLOCK), np.float32)
+        load("q4_0").dequantize(blocks, padded.reshape(-1))
+        out[:] = padded[:, :cols]
+
+    def code_histogram(self, parts: Sequence[Buffer]) -> NDArray[np.int64]:
+        """Return how often each of the 16 codes occurs, padding included."""
+        counts = np.zeros(16, np.int64)
+        load("q4_0").code_histogram(np.frombuffer(parts[0], np.uint8), counts)
+        return counts
+
+
+def _row_bytes(cols: int) -> int:
+    return -(-cols // BLOCK) * BLOCK_BYTES

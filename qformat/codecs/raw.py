@@ -1,0 +1,75 @@
+"""Elements as they are, or rounded to a shorter float format (spec/codecs.md, "Raw")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Buffer, Codec, Encoded, ErrorSum, Matrix, Piece
+from qformat.codecs.registry import register
+from qformat.dtypes import BF16, DTYPES, F16, F32, F64, DType, Elements
+from qformat.kernels import load
+
+
+@dataclass(frozen=True)
+class Raw(Codec):
+    """Elements one after the other; the id is the name of the dtype."""
+
+    decoded: ClassVar[DType]
+
+    def accepts(self, dtype: DType) -> bool:
+        """Return whether it is the same dtype, or a float to be stored as another float."""
+        return dtype is self.decoded or (dtype.floating and self.decoded in (F16, BF16, F32, F64))
+
+    def keeps(self, dtype: DType) -> bool:
+        """Return whether every value of the dtype is one of this."""
+        return self.decoded.contains(dtype)
+
+    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
+        """Return the one segment."""
+        return (("data", matrix.elements * self.decoded.size),)
+
+    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
+        """Return the bytes of a piece's elements."""
+        elements = piece.elements(matrix)
+        return (slice(elements.start * self.decoded.size, elements.stop * self.decoded.size),)
+
+    def encode(self, elements: Elements) -> Encoded:
+        """Copy the elements, or round them."""
+        finite = elements.all_finite()
+        if elements.dtype is self.decoded:
+            return Encoded((_bytes(elements.data),), finite)
+        stored = elements.cast(self.decoded)
+        if self.keeps(elements.dtype):
+            return Encoded((_bytes(stored),), finite)
+        overflowed = 0
+        if finite and not Elements(self.decoded, stored).all_finite():
+            overflowed = int((~np.isfinite(Elements(self.decoded, stored).to_f32())).sum())
+        return Encoded((_bytes(stored),), finite, _error(elements, stored, self.decoded), overflowed)
+
+    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Copy the elements."""
+        if self.decoded.storage == "bool" and np.frombuffer(parts[0], np.uint8).max(initial=0) > 1:
+            raise ValueError("a bool that is neither 0 nor 1")
+        out.reshape(-1)[:] = np.frombuffer(parts[0], dtype=out.dtype)
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _error(source: Elements, stored: NDArray[Any], dtype: DType) -> ErrorSum:
+    floats = load("floats")
+    lanes = np.zeros(floats.LANES)
+    back = Elements(dtype, stored).to_f32().reshape(-1)
+    largest = floats.difference(source.to_f32().reshape(-1), back, lanes)
+    return ErrorSum(back.size, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
+
+
+for _dtype in DTYPES.values():
+    register(type(f"Raw_{_dtype.name}", (Raw,), {"id": _dtype.name, "decoded": _dtype}))

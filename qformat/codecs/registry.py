@@ -1,0 +1,140 @@
+"""Find codecs: by id, by type string, by a record of the index."""
+
+from __future__ import annotations
+
+import pkgutil
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import qformat.codecs
+from qformat.codecs.base import Codec, Matrix
+from qformat.container.index import TensorRecord
+from qformat.dtypes import DTYPES
+from qformat.errors import FormatError, TypeSpecError
+
+_codecs: dict[str, type[Codec]] = {}
+_C = TypeVar("_C", bound=type[Codec])
+
+
+def register(codec: _C) -> _C:
+    """Make a codec known under its id, for ever.
+
+    Raises
+    ------
+    ValueError
+        If the id is taken.
+    """
+    if codec.id in _codecs:
+        raise ValueError(f"codec id {codec.id!r} is already taken by {_codecs[codec.id].__name__}")
+    _codecs[codec.id] = codec
+    return codec
+
+
+@cache
+def _import_all() -> None:
+    for module in pkgutil.iter_modules(qformat.codecs.__path__):
+        import_module(f"qformat.codecs.{module.name}")
+
+
+def codecs() -> dict[str, type[Codec]]:
+    """Return every codec by its id."""
+    _import_all()
+    return dict(_codecs)
+
+
+def parse_type(text: str) -> Codec:
+    """Return the codec that a type string ``id`` or ``id:key=value,key=value`` describes.
+
+    Raises
+    ------
+    TypeSpecError
+        If there is no such codec or parameter, or a value is not allowed.
+    """
+    id_, _, rest = text.partition(":")
+    codec = _lookup(id_, text)
+    values: dict[str, Any] = {}
+    hints = get_type_hints(codec)
+    allowed = [field.name for field in fields(codec)]
+    for item in rest.split(",") if rest else []:
+        key, equals, value = item.partition("=")
+        if key not in allowed:
+            known = f"it knows {', '.join(allowed)}" if allowed else "it has none"
+            raise TypeSpecError(f"type {text!r}: {id_} has no parameter {key!r}; {known}")
+        if not equals or key in values:
+            raise TypeSpecError(f"type {text!r}: give {key} once, as {key}=VALUE")
+        values[key] = _parse_value(text, key, value, hints[key])
+    try:
+        return codec(**values)
+    except ValueError as error:
+        raise TypeSpecError(f"type {text!r}: {error}") from None
+
+
+def _lookup(id_: str, text: str) -> type[Codec]:
+    known = codecs()
+    if id_ not in known:
+        close = get_close_matches(id_, known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"the types are {', '.join(sorted(known))}"
+        raise TypeSpecError(f"type {text!r}: there is no codec {id_!r}; {hint}")
+    return known[id_]
+
+
+def _parse_value(text: str, key: str, value: str, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise TypeSpecError(f"type {text!r}: {key} may be {' or '.join(get_args(kind))}, not {value!r}")
+        return value
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[value]
+        return kind(value)
+    except (KeyError, ValueError):
+        raise TypeSpecError(f"type {text!r}: {value!r} is not a value for {key} ({kind.__name__})") from None
+
+
+def codec_of(record: TensorRecord) -> Codec:
+    """Return the codec of a tensor in a file, after checking everything that its decoder relies on.
+
+    Raises
+    ------
+    FormatError
+        If this version cannot decode the tensor, or its segments are not those that its shape needs.
+    """
+    where = f"tensor {record.name!r}"
+    if record.refusal:
+        raise FormatError(record.refusal)
+    codec_class = codecs().get(record.codec)
+    if codec_class is None:
+        raise FormatError(f"{where}: unknown codec {record.codec[:40]!r}: use a newer qformat to read it")
+    dtype = DTYPES.get(record.dtype)
+    if dtype is None:
+        raise FormatError(f"{where}: unknown dtype {record.dtype[:40]!r}: use a newer qformat to read it")
+    codec = _from_params(codec_class, record, where)
+    if not codec.accepts(dtype):
+        raise FormatError(f"{where}: codec {codec.id} cannot hold {dtype.name}")
+    if (record.error is None) != codec.keeps(dtype):
+        raise FormatError(f"{where}: an error is recorded where none can be, or missing")
+    expected = codec.layout(Matrix.of(record.shape))
+    found = tuple((segment.name, segment.length) for segment in record.segments)
+    if expected != found:
+        raise FormatError(f"{where}: codec {codec.id} needs segments {expected} for this shape, found {found}")
+    return codec
+
+
+def _from_params(codec: type[Codec], record: TensorRecord, where: str) -> Codec:
+    known = {field.name: field for field in fields(codec) if not field.metadata.get("encoder")}
+    hints = get_type_hints(codec)
+    if set(record.params) != set(known):
+        names = sorted(set(record.params) ^ set(known))
+        raise FormatError(f"{where}: codec {codec.id}: parameter {names[0][:40]!r} is unknown or missing")
+    for key, value in record.params.items():
+        kind = hints[key]
+        allowed = value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
+        if not allowed:
+            raise FormatError(f"{where}: codec {codec.id}: parameter {key} has an impossible value")
+    try:
+        return codec(**record.params)
+    except ValueError as error:
+        raise FormatError(f"{where}: codec {codec.id}: {error}") from None

@@ -1,0 +1,395 @@
+"""The index: what a file holds, as canonical JSON (spec/container.md, section 3)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from qformat.container.layout import ALIGNMENT
+from qformat.errors import FormatError
+
+MAX_INDEX_BYTES = 256 << 20
+MAX_ASSET_BYTES = 256 << 20
+MAX_INTEGER = 2**53 - 1
+MAX_DIMENSIONS = 16
+_MAX_NAME_BYTES = 1024
+_MAX_DEPTH = 32
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ERROR_VALUE = re.compile(r"[0-9]\.[0-9]{9}e[+-][0-9]{2,3}")  # and it has to print as itself
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
+
+Params = Mapping[str, int | str | bool]
+JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of bytes in the file."""
+
+    name: str
+    offset: int
+    length: int
+    sha256: str
+
+    @property
+    def stop(self) -> int:
+        """Offset of the byte after the last."""
+        return self.offset + self.length
+
+    def to_json(self) -> JsonObject:
+        """Return the record as it stands in the index."""
+        return {"name": self.name, "offset": self.offset, "length": self.length, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class MeasuredError:
+    """Difference between a source tensor and what its codes decode to, in the unit of the weights."""
+
+    rmse: float
+    maximum: float
+
+    def to_json(self) -> JsonObject:
+        """Return the record as it stands in the index."""
+        return {"rmse": f"{self.rmse:.9e}", "max": f"{self.maximum:.9e}"}
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What the index says of one tensor.
+
+    ``refusal`` holds, for a record that may not be decoded because it uses an extension that this version does not know, the
+    reason.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str
+    params: Params
+    segments: tuple[Segment, ...]
+    encoder: Params = field(default_factory=dict)
+    error: MeasuredError | None = None
+    refusal: str | None = None
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segments, without padding."""
+        return sum(segment.length for segment in self.segments)
+
+    def to_json(self) -> JsonObject:
+        """Return the record as it stands in the index."""
+        record: JsonObject = {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "codec": self.codec,
+            "params": dict(self.params),
+            "segments": [segment.to_json() for segment in self.segments],
+        }
+        if self.encoder:
+            record["encoder"] = dict(self.encoder)
+        if self.error is not None:
+            record["error"] = self.error.to_json()
+        return record
+
+
+@dataclass(frozen=True)
+class AssetRecord:
+    """What the index says of one asset, a file that belongs to the model. Its one segment has its name."""
+
+    encoding: str
+    segment: Segment
+    size: int
+    content_sha256: str
+    refusal: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its relative path."""
+        return self.segment.name
+
+    def to_json(self) -> JsonObject:
+        """Return the record as it stands in the index."""
+        own = {"encoding": self.encoding, "size": self.size, "content_sha256": self.content_sha256}
+        return self.segment.to_json() | own
+
+
+@dataclass(frozen=True)
+class Index:
+    """Everything that a file holds."""
+
+    header_sha256: str
+    tensors: tuple[TensorRecord, ...] = ()
+    assets: tuple[AssetRecord, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """Return the index's bytes."""
+        return canonical_json(
+            {
+                "header_sha256": self.header_sha256,
+                "tensors": [tensor.to_json() for tensor in self.tensors],
+                "assets": [asset.to_json() for asset in self.assets],
+                "metadata": dict(self.metadata),
+            }
+        )
+
+    @classmethod
+    def parse(cls, data: bytes) -> Index:
+        """Parse an index and check every field that does not depend on a codec.
+
+        Raises
+        ------
+        FormatError
+            If it is not a valid index. The position in the file of the segments is checked by `check_segments`.
+        """
+        top = _parse_canonical(data)
+        refusal = _refusal(top, {"header_sha256", "tensors", "assets", "metadata"}, "the file")
+        if refusal:
+            raise FormatError(refusal)
+        metadata = _get(top, "metadata", dict, "the index")
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise FormatError("the index: metadata values must be strings")
+        index = cls(
+            _digest(top, "header_sha256", "the index"),
+            tuple(_tensor(record) for record in _get(top, "tensors", list, "the index")),
+            tuple(_asset(record) for record in _get(top, "assets", list, "the index")),
+            metadata,
+        )
+        _check_sorted("tensor", (tensor.name for tensor in index.tensors))
+        _check_sorted("asset", (asset.name for asset in index.assets))
+        check_folders(asset.name for asset in index.assets)
+        return index
+
+    def segments(self) -> list[tuple[str, Segment]]:
+        """Return (label of the owner, segment) for every segment, in the order of the file."""
+        owned = [(f"asset {asset.name!r}", asset.segment) for asset in self.assets]
+        owned += [(f"tensor {tensor.name!r}", segment) for tensor in self.tensors for segment in tensor.segments]
+        return sorted(owned, key=lambda item: (item[1].offset, item[1].length))
+
+    def check_segments(self, header_size: int, index_offset: int) -> None:
+        """Check that the segments follow each other without a gap or overlap, from the header to the index.
+
+        Raises
+        ------
+        FormatError
+            If they do not.
+        """
+        expected = header_size
+        for owner, segment in self.segments():
+            if segment.offset != expected:
+                raise FormatError(
+                    f"{owner}, segment {segment.name!r}: it should begin at byte {expected}", offset=segment.offset
+                )
+            expected = -(-segment.stop // ALIGNMENT) * ALIGNMENT
+            if segment.stop > index_offset:
+                raise FormatError(f"{owner}, segment {segment.name!r}: it runs into the index", offset=segment.offset)
+        if expected != index_offset:
+            raise FormatError(f"the index should begin at byte {expected}", offset=index_offset)
+
+
+def canonical_json(value: JsonObject) -> bytes:
+    """Encode `value` in the one form that an index may have."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def check_tensor_name(name: str) -> None:
+    """Raise `FormatError` if a tensor must not have this name."""
+    _check_name(name, "tensor")
+
+
+def check_asset_name(name: str) -> None:
+    """Raise `FormatError` if an asset must not have this name: it has to be a relative path that stays inside."""
+    _check_name(name, "asset")
+    if "\\" in name or ":" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise FormatError(f"asset name {name!r} is not a plain relative path")
+
+
+def check_folders(names: Iterable[str]) -> None:
+    """Raise `FormatError` if an asset's name is that of a folder of another one."""
+    every = set(names)
+    for name in every:
+        parts = name.split("/")
+        if any("/".join(parts[:i]) in every for i in range(1, len(parts))):
+            raise FormatError(f"asset {name[:80]!r}: a part of its path is an asset itself")
+
+
+def _check_name(name: str, what: str) -> None:
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise FormatError(f"{what} name {name!r} is not valid Unicode") from None
+    if not 0 < size <= _MAX_NAME_BYTES or _CONTROL.search(name):
+        raise FormatError(f"{what} name {name[:80]!r} is empty, too long or holds control characters")
+
+
+def _parse_canonical(data: bytes) -> JsonObject:
+    try:
+        value = json.loads(data.decode("utf-8"))
+        if not isinstance(value, dict):
+            raise FormatError("the index is not a JSON object")
+        _check_values(value, 1)
+        same = canonical_json(value) == data
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"the index is not valid JSON: {str(error)[:200]}") from None
+    if not same:
+        raise FormatError("the index is not in canonical form")
+    return value
+
+
+def _check_values(value: Any, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise FormatError("the index is nested too deeply")
+    if isinstance(value, dict):
+        for item in value.values():
+            _check_values(item, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_values(item, depth + 1)
+    elif isinstance(value, (str, bool)):
+        pass
+    elif not isinstance(value, int) or not 0 <= value <= MAX_INTEGER:
+        raise FormatError(f"the index holds {str(value)[:40]}: only integers from 0 to 2^53 - 1 are allowed, and no null")
+
+
+def _get(record: JsonObject, key: str, kind: type, where: str) -> Any:
+    value = record.get(key)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise FormatError(f"{where}: {key!r} is missing or not of type {kind.__name__}")
+    return value
+
+
+def _digest(record: JsonObject, key: str, where: str) -> str:
+    value: str = _get(record, key, str, where)
+    if not _SHA256.fullmatch(value):
+        raise FormatError(f"{where}: {key!r} is not a SHA-256 in lower-case hexadecimal")
+    return value
+
+
+def _refusal(record: JsonObject, known: set[str], where: str) -> str | None:
+    """Return why a record may not be used, if it names a key that must be understood and is not."""
+    known = known | {"must_understand"}
+    names = record.get("must_understand", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"{where}: 'must_understand' is not a list of strings")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        return f"{where} needs {unknown[0][:80]!r}, which this version does not know: use a newer one"
+    return None
+
+
+def _record(value: Any, what: str) -> tuple[JsonObject, str]:
+    if not isinstance(value, dict):
+        raise FormatError(f"the index holds {what} record that is not an object")
+    return value, f"{what} {_get(value, 'name', str, what)[:80]!r}"
+
+
+def _segment(value: Any, owner: str) -> tuple[Segment, str | None]:
+    if not isinstance(value, dict):
+        raise FormatError(f"{owner}: a segment record is not an object")
+    where = f"{owner}, segment {_get(value, 'name', str, owner)[:80]!r}"
+    _check_name(value["name"], "segment")
+    segment = Segment(
+        value["name"],
+        _get(value, "offset", int, where),
+        _get(value, "length", int, where),
+        _digest(value, "sha256", where),
+    )
+    return segment, _refusal(value, {"name", "offset", "length", "sha256"}, where)
+
+
+def _params(record: JsonObject, key: str, where: str) -> Params:
+    params: JsonObject = _get(record, key, dict, where)
+    if not all(isinstance(value, (int, str, bool)) for value in params.values()):
+        raise FormatError(f"{where}: {key!r} holds something other than integers, strings and booleans")
+    return params
+
+
+def _error(record: JsonObject, where: str) -> MeasuredError:
+    error: JsonObject = _get(record, "error", dict, where)
+    values = [_get(error, key, str, where) for key in ("rmse", "max")]
+    if not all(_ERROR_VALUE.fullmatch(value) and f"{float(value):.9e}" == value for value in values):
+        raise FormatError(f"{where}: its error is not written as the format asks")
+    return MeasuredError(*(float(value) for value in values))
+
+
+_TENSOR_KEYS = {"name", "shape", "dtype", "codec", "params", "segments", "encoder", "error"}
+_ASSET_KEYS = {"name", "offset", "length", "sha256", "encoding", "size", "content_sha256"}
+
+
+def _tensor(value: Any) -> TensorRecord:
+    record, where = _record(value, "tensor")
+    check_tensor_name(record["name"])
+    shape: list[Any] = _get(record, "shape", list, where)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in shape) or len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"{where}: its shape is not a list of at most {MAX_DIMENSIONS} integers")
+    if math.prod(n for n in shape if n) > MAX_INTEGER:
+        raise FormatError(f"{where}: its shape has too many elements")
+    segments = [_segment(item, where) for item in _get(record, "segments", list, where)]
+    refusals = [_refusal(record, _TENSOR_KEYS, where), *(refusal for _, refusal in segments)]
+    return TensorRecord(
+        name=record["name"],
+        shape=tuple(shape),
+        dtype=_get(record, "dtype", str, where),
+        codec=_get(record, "codec", str, where),
+        params=_params(record, "params", where),
+        segments=tuple(segment for segment, _ in segments),
+        encoder=_params(record, "encoder", where) if "encoder" in record else {},
+        error=_error(record, where) if "error" in record else None,
+        refusal=next((refusal for refusal in refusals if refusal), None),
+    )
+
+
+def _asset(value: Any) -> AssetRecord:
+    record, where = _record(value, "asset")
+    check_asset_name(record["name"])
+    segment, _ = _segment({key: record[key] for key in ("name", "offset", "length", "sha256") if key in record}, where)
+    encoding: str = _get(record, "encoding", str, where)
+    refusal = _refusal(record, _ASSET_KEYS, where)
+    if encoding not in ("raw", "zstd"):
+        refusal = f"{where}: unknown encoding {encoding[:40]!r}: use a newer qformat to read it"
+    asset = AssetRecord(
+        encoding=encoding,
+        segment=segment,
+        size=_get(record, "size", int, where),
+        content_sha256=_digest(record, "content_sha256", where),
+        refusal=refusal,
+    )
+    if asset.size > MAX_ASSET_BYTES:
+        raise FormatError(f"{where}: {asset.size} bytes are more than an asset may have")
+    if asset.encoding == "raw" and (asset.size, asset.content_sha256) != (segment.length, segment.sha256):
+        raise FormatError(f"{where}: it is stored raw, but its size or digest is not that of the stored bytes")
+    return asset
+
+
+def _check_sorted(what: str, names: Iterable[str]) -> None:
+    for before, after in pairwise(names):
+        if before >= after:
+            raise FormatError(f"{what} records are not sorted by name, or one stands twice: {after[:80]!r}")
+
+
+__all__: Sequence[str] = [
+    "AssetRecord",
+    "Index",
+    "MeasuredError",
+    "Params",
+    "Segment",
+    "TensorRecord",
+    "canonical_json",
+    "check_asset_name",
+    "check_folders",
+    "check_tensor_name",
+]

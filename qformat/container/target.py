@@ -1,0 +1,151 @@
+"""Put a complete file at a path, or nothing.
+
+The bytes go to ``NAME.partial`` beside the target, which is locked, synced and renamed at the end. A run that was killed leaves at
+most that partial file; the next run to the same target takes it over.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from qformat.errors import TargetError
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Raise `TargetError` if a file must not or cannot be made at `path`."""
+    if path.is_dir():
+        raise TargetError(f"{path}: is a directory; give the name of a file")
+    if not overwrite and os.path.lexists(path):
+        raise TargetError(f"{path}: exists already; use --force (or overwrite=True) to replace it")
+    if not path.parent.is_dir():
+        raise TargetError(f"{path}: the directory {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise TargetError(f"{path}: the directory {path.parent} is not writable")
+
+
+class Target:
+    """The partial file of one run.
+
+    Parameters
+    ----------
+    path
+        Where the complete file shall stand.
+    overwrite
+        Whether a file that stands there may be replaced.
+
+    Raises
+    ------
+    TargetError
+        If there is a file already, the directory cannot be written, or another process is writing the same file.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
+        check_target(path, overwrite=overwrite)
+        self.path = path
+        self._overwrite = overwrite
+        self._partial = path.with_name(path.name + ".partial")
+        self._fd = self._open_locked()
+
+    def _open_locked(self) -> int:
+        while True:
+            try:
+                fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise TargetError(f"{self._partial}: cannot be written: {error.strerror}") from None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not self._is_ours(fd):  # its owner finished and renamed it between our open and our lock
+                    os.close(fd)
+                    continue
+                os.ftruncate(fd, 0)
+            except OSError as error:
+                os.close(fd)
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise TargetError(f"{self.path}: another process is writing it") from None
+                raise TargetError(f"{self._partial}: cannot be written: {error.strerror}") from None
+            return fd
+
+    def _is_ours(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self._partial, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`.
+
+        Raises
+        ------
+        TargetError
+            If the disk is full or the write fails otherwise.
+        """
+        view = memoryview(data)
+        try:
+            while view:
+                written = os.pwrite(self._fd, view, offset)
+                view = view[written:]
+                offset += written
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def commit(self) -> None:
+        """Sync the file to disk and give it its name.
+
+        Raises
+        ------
+        TargetError
+            If that fails, or if a file has appeared at the path meanwhile and may not be replaced.
+        """
+        try:
+            os.fsync(self._fd)
+            if self._overwrite:
+                self._partial.replace(self.path)
+            else:
+                self._link()
+            self._sync_directory()
+        except FileExistsError:
+            raise TargetError(f"{self.path}: a file has appeared there meanwhile; nothing was replaced") from None
+        except OSError as error:
+            raise self._failed(error) from None
+        os.close(self._fd)
+
+    def _link(self) -> None:
+        """Rename without replacing: a hard link fails if the name is taken."""
+        try:
+            os.link(self._partial, self.path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if os.path.lexists(self.path):
+                raise FileExistsError from None
+            self._partial.rename(self.path)
+        else:
+            self._partial.unlink()
+
+    def _sync_directory(self) -> None:
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with suppress(OSError):  # some network file systems cannot; the data itself is safe
+                os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def discard(self) -> None:
+        """Remove the partial file."""
+        with suppress(OSError):
+            if self._is_ours(self._fd):
+                self._partial.unlink()
+        with suppress(OSError):
+            os.close(self._fd)
+
+    def _failed(self, error: OSError) -> TargetError:
+        what = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EFBIG: "the file would be larger than the allowed file size",
+        }.get(error.errno or 0, error.strerror)
+        return TargetError(f"{self.path}: writing failed: {what}; nothing was left there")

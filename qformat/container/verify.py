@@ -1,0 +1,273 @@
+"""Check files: containers segment by segment, and any file against a SHA256SUMS list. Needs no codec."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qformat.container.layout import MAGIC, TRAILER_SIZE
+from qformat.container.reader import ContainerReader
+from qformat.errors import FormatError, PathLike
+
+#: called with the number of bytes that were just checked
+Progress = Callable[[int], None]
+
+_CHUNK = 1 << 20
+_SUM_LINE = re.compile(rb"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
+_MAX_LIST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong with a file.
+
+    Attributes
+    ----------
+    what
+        What is wrong.
+    tensor, asset
+        Name of what it belongs to, if it is one.
+    segment
+        Name of its segment.
+    """
+
+    what: str
+    tensor: str | None = None
+    asset: str | None = None
+    segment: str | None = None
+
+
+@dataclass
+class FileReport:
+    """What checking one file found.
+
+    Attributes
+    ----------
+    path
+        The file, as it was named.
+    errors
+        Empty if all is well.
+    root
+        Root digest of a container whose index is intact.
+    outdated
+        Whether an older writer made it.
+    """
+
+    path: str
+    errors: list[Damage] = field(default_factory=list)
+    root: str | None = None
+    outdated: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.errors
+
+
+def sha256_of(path: PathLike, progress: Progress | None = None) -> str:
+    """Return the SHA-256 of a whole file, in hexadecimal.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb", buffering=0) as file:
+        buffer = bytearray(_CHUNK)
+        view = memoryview(buffer)
+        while count := file.readinto(view):
+            digest.update(view[:count])
+            if progress:
+                progress(count)
+    return digest.hexdigest()
+
+
+def sums_line(path: str, digest: str) -> str:
+    r"""Return the line that ``sha256sum`` prints: names with a line end or backslash are escaped, which a leading ``\`` tells."""
+    if any(c in path for c in "\\\n\r"):
+        escaped = path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+        return f"\\{digest}  {escaped}"
+    return f"{digest}  {path}"
+
+
+def verify(paths: list[str], *, quick: bool = False, jobs: int = 1, progress: Progress | None = None) -> list[FileReport]:
+    """Check containers, and the files that SHA256SUMS lists name.
+
+    Parameters
+    ----------
+    paths
+        Containers and lists, told apart by their content.
+    quick
+        Only check header, index and trailer of a container, and only that the files of a list are there.
+    jobs
+        Threads that hash.
+    progress
+        Told of the bytes that were checked.
+
+    Returns
+    -------
+    list of FileReport
+        One for each container, and one for each line of a list.
+    """
+    reports = []
+    with ThreadPoolExecutor(jobs, thread_name_prefix="qformat-verify") as pool:
+        for path in paths:
+            try:
+                if _is_list(path):
+                    reports += _verify_list(path, pool, quick=quick, progress=progress)
+                else:
+                    reports.append(_verify_container(path, pool, quick=quick, progress=progress))
+            except OSError as error:
+                reports.append(FileReport(path, [Damage(_cannot_read(error))]))
+    return reports
+
+
+def _cannot_read(error: OSError) -> str:
+    return f"cannot be read: {error.strerror or error}"
+
+
+def _verify_container(path: str, pool: ThreadPoolExecutor, *, quick: bool, progress: Progress | None) -> FileReport:
+    report = FileReport(path)
+    try:
+        container = ContainerReader(path)
+    except FormatError as error:
+        at = f" (at byte {error.offset})" if error.offset is not None else ""
+        report.errors.append(Damage(error.cause + at))
+        return report
+    with container:
+        report.root = container.root
+        report.outdated = container.outdated
+        if not quick:
+            _check_segments(container, report, pool, progress)
+    return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Bytes of a segment and the padding after it."""
+
+    damage: Damage
+    offset: int
+    length: int
+    sha256: str
+    padding: int
+
+
+def _check_segments(container: ContainerReader, report: FileReport, pool: ThreadPoolExecutor, progress: Progress | None) -> None:
+    runs = sorted(_runs(container), key=lambda run: -run.length)  # the longest first, so that no thread ends long after the others
+    found = pool.map(lambda run: _check_run(container.fileno(), run, progress), runs)
+    damaged = [(run, what) for run, what in zip(runs, found, strict=True) if what]
+    for run, what in sorted(damaged, key=lambda item: item[0].offset):
+        place = run.damage
+        report.errors.append(Damage(f"{what} (at byte {run.offset})", place.tensor, place.asset, place.segment))
+
+
+def _runs(container: ContainerReader) -> Iterator[_Run]:
+    index = container.index
+    places = {asset.segment.offset: Damage("", asset=asset.name) for asset in index.assets if asset.segment.length}
+    for tensor in index.tensors:
+        for segment in tensor.segments:
+            if segment.length:
+                places[segment.offset] = Damage("", tensor=tensor.name, segment=segment.name)
+    segments = [segment for _, segment in index.segments() if segment.length]
+    borders = [segment.offset for segment in segments[1:]] + [container.trailer.index_offset]
+    for segment, border in zip(segments, borders, strict=True):
+        yield _Run(places[segment.offset], segment.offset, segment.length, segment.sha256, border - segment.stop)
+
+
+def _check_run(fd: int, run: _Run, progress: Progress | None) -> str:
+    """Return what is wrong with a segment, or an empty string."""
+    digest = hashlib.sha256()
+    buffer = bytearray(min(_CHUNK, run.length))
+    position, stop = run.offset, run.offset + run.length
+    try:
+        while position < stop:
+            view = memoryview(buffer)[: stop - position]
+            count = os.preadv(fd, [view], position)
+            if count == 0:
+                return "the file became shorter while it was read"
+            digest.update(view[:count])
+            position += count
+            if progress:
+                progress(count)
+        padding = os.pread(fd, run.padding, stop)
+    except OSError as error:
+        return _cannot_read(error)
+    if digest.hexdigest() != run.sha256:
+        return "SHA-256 does not match: the bytes are damaged"
+    if any(padding) or len(padding) != run.padding:
+        return "the padding after it is not zero: bytes were changed"
+    return ""
+
+
+def _is_list(path: str) -> bool:
+    """Return whether a file's first line is one of a SHA256SUMS list."""
+    with Path(path).open("rb") as file:
+        start = file.read(1 << 16)
+    first = next((line for line in start.splitlines() if line.strip() and not line.startswith(b"#")), b"")
+    return not start.startswith(MAGIC[:4]) and _SUM_LINE.match(first) is not None
+
+
+def _verify_list(path: str, pool: ThreadPoolExecutor, *, quick: bool, progress: Progress | None) -> list[FileReport]:
+    if Path(path).stat().st_size > _MAX_LIST_BYTES:
+        return [FileReport(path, [Damage("the list is too long")])]
+    reports: list[FileReport] = []
+    checks = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        line = line.removesuffix(b"\r")  # noqa: PLW2901
+        if not line.strip() or line.startswith(b"#"):
+            continue
+        match = _SUM_LINE.fullmatch(line)
+        if match is None:
+            reports.append(FileReport(path, [Damage(f"line {number} is not of the form 'SHA256  NAME'")]))
+            continue
+        escaped, digest, name = match.groups()
+        target = _find(path, os.fsdecode(_unescape(name) if escaped else name))
+        report = FileReport(str(target))
+        reports.append(report)
+        checks.append((report, pool.submit(_check_sum, target, digest.decode().lower(), quick, progress)))
+    for report, check in checks:
+        what = check.result()
+        if what:
+            report.errors.append(Damage(what))
+    return reports
+
+
+def _unescape(name: bytes) -> bytes:
+    letters = {b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
+    return re.sub(rb"\\([nr\\])", lambda match: letters[match[1]], name)
+
+
+def _find(list_path: str, name: str) -> Path:
+    """Return the file that a list names: beside the list, or else where ``sha256sum -c`` would look, in the working directory."""
+    beside = Path(list_path).parent / name
+    return Path(name) if not beside.exists() and Path(name).exists() else beside
+
+
+def _check_sum(path: Path, digest: str, quick: bool, progress: Progress | None) -> str:
+    try:
+        if quick:
+            path.stat()
+            return ""
+        found = sha256_of(path, progress)
+    except OSError as error:
+        return _cannot_read(error)
+    return "" if found == digest else "SHA-256 does not match the list"
+
+
+def bytes_to_check(paths: list[str]) -> int:
+    """Return about how many bytes `verify` will read, for a progress bar; what cannot be read counts as nothing."""
+    total = 0
+    for path in paths:
+        try:
+            size = Path(path).stat().st_size
+            total += max(0, size - TRAILER_SIZE)
+        except OSError:
+            continue
+    return total

@@ -1,0 +1,178 @@
+"""Write a container file as a stream: assets first, then tensors, then index and trailer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qformat.container.index import (
+    MAX_ASSET_BYTES,
+    MAX_INDEX_BYTES,
+    AssetRecord,
+    Index,
+    MeasuredError,
+    Segment,
+    TensorRecord,
+    check_asset_name,
+    check_tensor_name,
+)
+from qformat.container.layout import TRAILER_SIZE, Header, Trailer, align
+from qformat.container.target import Target
+from qformat.errors import SourceError
+
+Bytes = bytes | bytearray | memoryview
+
+# The level decides the bytes, so it is part of the format (spec/container.md, section 7).
+_ZSTD_LEVEL = 9
+
+
+def compress_asset(data: bytes) -> tuple[str, bytes]:
+    """Return (encoding, stored bytes) of an asset: zstd if that is smaller."""
+    import zstandard
+
+    packed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=True).compress(data)
+    return ("zstd", packed) if len(packed) < len(data) else ("raw", data)
+
+
+class TensorWriter:
+    """Takes the bytes of one tensor's segments; each segment is written from front to back.
+
+    Made by `ContainerWriter.tensor`.
+    """
+
+    def __init__(self, target: Target, record: TensorRecord) -> None:
+        self.record = record
+        self._target = target
+        self._hashes = [hashlib.sha256() for _ in record.segments]
+        self._written = [0] * len(record.segments)
+
+    def write(self, parts: Sequence[Bytes]) -> None:
+        """Append to every segment its part.
+
+        Parameters
+        ----------
+        parts
+            One buffer of bytes for each segment, in the order of the record.
+        """
+        for i, part in enumerate(parts):
+            segment = self.record.segments[i]
+            if self._written[i] + len(part) > segment.length:
+                raise ValueError(f"{self.record.name}: more bytes than announced for segment {segment.name}")
+            self._hashes[i].update(part)
+            self._target.write(part, segment.offset + self._written[i])
+            self._written[i] += len(part)
+
+    def finish(self, error: MeasuredError | None) -> TensorRecord:
+        """Return the completed record."""
+        if any(written != segment.length for written, segment in zip(self._written, self.record.segments, strict=True)):
+            raise ValueError(f"{self.record.name}: fewer bytes than announced")
+        digests = [digest.hexdigest() for digest in self._hashes]
+        segments = tuple(replace(s, sha256=d) for s, d in zip(self.record.segments, digests, strict=True))
+        return replace(self.record, segments=segments, error=error)
+
+
+class ContainerWriter:
+    """A container file being written.
+
+    Used as a context manager: the file appears at its path when the block ends well, and nothing does if it ends in an exception.
+    Assets and tensors have to come sorted by name, assets first.
+
+    Parameters
+    ----------
+    path
+        Where the file shall stand.
+    overwrite
+        Whether a file that stands there may be replaced.
+    metadata
+        Strings for the user.
+
+    Raises
+    ------
+    TargetError
+        If the file cannot be written or must not be.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._metadata = dict(metadata or {})
+        if not all(isinstance(item, str) for pair in self._metadata.items() for item in pair):
+            raise SourceError("metadata keys and values must be strings")
+        self._target = Target(Path(path), overwrite=overwrite)
+        self._header = Header().pack()
+        self._position = len(self._header)
+        self._assets: list[AssetRecord] = []
+        self._tensors: list[TensorRecord] = []
+        self._open: TensorWriter | None = None
+        self.root = ""
+        self.file_size = 0
+
+    def asset(self, name: str, data: bytes) -> None:
+        """Add a file that belongs to the model.
+
+        Raises
+        ------
+        SourceError
+            If it is too large.
+        FormatError
+            If its name is not a plain relative path.
+        """
+        check_asset_name(name)
+        if len(data) > MAX_ASSET_BYTES:
+            raise SourceError(f"asset {name!r}: {len(data)} bytes are more than an asset may have")
+        encoding, stored = compress_asset(data)
+        segment = Segment(name, self._position, len(stored), hashlib.sha256(stored).hexdigest())
+        self._target.write(stored, segment.offset)
+        self._position = align(segment.stop)
+        self._assets.append(AssetRecord(encoding, segment, len(data), hashlib.sha256(data).hexdigest()))
+
+    def tensor(self, record: TensorRecord) -> TensorWriter:
+        """Begin a tensor; the one before must have been ended with `finish`.
+
+        Parameters
+        ----------
+        record
+            Everything but the offsets and digests of its segments and the error, which are filled in.
+        """
+        check_tensor_name(record.name)
+        segments = []
+        for segment in record.segments:
+            segments.append(replace(segment, offset=self._position))
+            self._position = align(self._position + segment.length)
+        return TensorWriter(self._target, replace(record, segments=tuple(segments)))
+
+    def finish(self, record: TensorRecord) -> None:
+        """Take the record that `TensorWriter.finish` returned into the index."""
+        self._tensors.append(record)
+
+    def _commit(self) -> None:
+        index = Index(
+            hashlib.sha256(self._header).hexdigest(), tuple(self._tensors), tuple(self._assets), self._metadata
+        ).encode()
+        if len(index) > MAX_INDEX_BYTES:
+            raise SourceError(f"the index would have {len(index)} bytes, more than an index may have")
+        digest = hashlib.sha256(index)
+        trailer = Trailer(self._position, len(index), digest.digest())
+        self._target.write(self._header, 0)
+        self._target.write(index + trailer.pack(), self._position)
+        self._target.commit()
+        self.root = digest.hexdigest()
+        self.file_size = self._position + len(index) + TRAILER_SIZE
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._target.discard()
+            return
+        try:
+            self._commit()
+        except BaseException:
+            self._target.discard()
+            raise

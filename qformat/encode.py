@@ -1,0 +1,184 @@
+"""From source tensors to a container file: cut, encode on threads, write in order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from qformat.codecs.base import Codec, Encoded, ErrorSum, Matrix, Piece, pieces
+from qformat.codecs.registry import parse_type
+from qformat.container.index import MeasuredError, Segment, TensorRecord
+from qformat.container.writer import ContainerWriter
+from qformat.errors import SourceError
+from qformat.recipe import Recipe
+from qformat.source import SourceTensor
+
+#: called with a tensor's name and the number of elements that were just written
+Progress = Callable[[str, int], None]
+
+
+def default_jobs() -> int:
+    """Return the number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tensor and what shall become of it."""
+
+    source: SourceTensor
+    codec: Codec
+
+    @property
+    def matrix(self) -> Matrix:
+        """The tensor seen as rows."""
+        return Matrix.of(self.source.shape)
+
+    @property
+    def record(self) -> TensorRecord:
+        """The tensor's record, without offsets, digests and measured values."""
+        lossless = self.codec.keeps(self.source.dtype)
+        return TensorRecord(
+            name=self.source.name,
+            shape=tuple(self.source.shape),
+            dtype=self.source.dtype.name,
+            codec=self.codec.id,
+            params=self.codec.params(),
+            encoder=self.codec.encoder(),
+            segments=tuple(Segment(name, 0, length, "0" * 64) for name, length in self.codec.layout(self.matrix)),
+            error=None if lossless else MeasuredError(0.0, 0.0),
+        )
+
+
+def make_plans(
+    tensors: Iterable[SourceTensor], recipe: Recipe, *, allow_nonfinite: bool = False
+) -> list[Plan]:
+    """Choose a codec for each tensor.
+
+    Parameters
+    ----------
+    tensors
+        The tensors, in any order.
+    recipe
+        What to choose.
+    allow_nonfinite
+        Read every tensor, and keep one that holds NaN or infinity raw.
+
+    Returns
+    -------
+    list of Plan
+        Sorted by name, the order in which tensors stand in a file.
+
+    Raises
+    ------
+    SourceError
+        If two tensors have the same name, or a tensor cannot be stored as asked.
+    TypeSpecError
+        If an override of the recipe matches nothing.
+    """
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    recipe.check_patterns(ordered)
+    plans: list[Plan] = []
+    for tensor in ordered:
+        if plans and plans[-1].source.name == tensor.name:
+            raise SourceError(f"tensor {tensor.name!r} is there twice")
+        plan = Plan(tensor, recipe.codec_for(tensor))
+        if allow_nonfinite and not all(tensor.read(p.elements(plan.matrix)).all_finite() for p in pieces(plan.matrix, 1)):
+            plan = replace(plan, codec=parse_type(tensor.dtype.name))
+        plans.append(plan)
+    return plans
+
+
+def encode_piece(plan: Plan, piece: Piece) -> Encoded:
+    """Read one piece and encode it."""
+    elements = plan.source.read(piece.elements(plan.matrix))
+    return plan.codec.encode(replace(elements, data=elements.data.reshape(piece.rows, piece.cols)))
+
+
+def write_tensors(
+    writer: ContainerWriter,
+    plans: Sequence[Plan],
+    *,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    allow_nonfinite: bool = False,
+    allow_vanished: bool = False,
+) -> None:
+    """Encode tensors and write them.
+
+    The bytes do not depend on `jobs`. Memory is bounded by a few pieces for each job.
+
+    Parameters
+    ----------
+    writer
+        The file.
+    plans
+        Sorted by name.
+    jobs
+        Threads that read and encode; the calling thread hashes and writes. None is one for each processor.
+    progress
+        Told of each piece that was written.
+    allow_nonfinite
+        Accept NaN and infinity in tensors that are stored bit for bit.
+    allow_vanished
+        Accept blocks whose scale is too small for its format, so that their weights become zero.
+
+    Raises
+    ------
+    SourceError
+        If a tensor cannot be stored as asked; it names the tensor.
+    TargetError
+        If writing fails.
+    """
+    jobs = jobs or default_jobs()
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="qformat-encode")
+    try:
+        waiting = _submit(pool, plans, 3 * jobs + 1)
+        for plan in plans:
+            tensor = writer.tensor(plan.record)
+            errors: list[ErrorSum] = []
+            for piece in pieces(plan.matrix, plan.codec.block):
+                encoded = next(waiting).result()
+                _check(plan, encoded, allow_nonfinite=allow_nonfinite, allow_vanished=allow_vanished)
+                tensor.write(encoded.parts)
+                if encoded.error is not None:
+                    errors.append(encoded.error)
+                if progress:
+                    progress(plan.source.name, piece.rows * piece.cols)
+            error = None if plan.codec.keeps(plan.source.dtype) else ErrorSum.total(errors)
+            writer.finish(tensor.finish(error))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ThreadPoolExecutor, plans: Sequence[Plan], window: int) -> Iterator[Future[Encoded]]:
+    """Yield the future of each piece of each plan, in order, with `window` of them under way ahead of the caller."""
+    ahead: deque[Future[Encoded]] = deque()
+    for plan in plans:
+        for piece in pieces(plan.matrix, plan.codec.block):
+            if len(ahead) == window:
+                yield ahead.popleft()
+            ahead.append(pool.submit(encode_piece, plan, piece))
+    yield from ahead
+
+
+def _check(plan: Plan, encoded: Encoded, *, allow_nonfinite: bool, allow_vanished: bool) -> None:
+    name, kind = plan.source.name, plan.source.dtype.name
+    if not encoded.finite and not (allow_nonfinite and plan.codec.keeps(plan.source.dtype)):
+        raise SourceError(
+            f"tensor {name!r} holds NaN or infinity; mend the checkpoint, or keep such tensors raw with --allow-nonfinite"
+        )
+    if encoded.overflowed:
+        raise SourceError(
+            f"tensor {name!r} holds values too large for type {plan.codec}; keep it with --tensor-type '{name}={kind}'"
+        )
+    if encoded.vanished and not allow_vanished:
+        raise SourceError(
+            f"tensor {name!r} holds blocks whose weights are too small for type {plan.codec} and would become zero; "
+            f"keep it with --tensor-type '{name}={kind}', or accept zeros with --allow-zeroed"
+        )

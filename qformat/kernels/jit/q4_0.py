@@ -1,0 +1,84 @@
+"""Q4_0 blocks, compiled. Twin of ``plain/q4_0.py``."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qformat.kernels.jit.compiler import kernel
+from qformat.kernels.jit.halves import float_to_half, half_to_float
+from qformat.kernels.jit.simd import bits, first_equal, high_half, join, largest, load, load_as, low_half, maximum
+from qformat.kernels.jit.simd import minimum, store, store_as, to_f32, to_f64, to_i32, to_u8
+
+EIGHTH = np.float32(-0.125)
+ONE = np.float32(1.0)
+ZERO = np.float32(0.0)
+INFINITY_BITS = 0x7F800000
+
+
+@kernel("UniTuple(int64, 4)(float32[::1], uint8[::1], float64[::1])")
+def quantize(x, blocks, lanes):  # type: ignore[no-untyped-def]
+    """Quantize blocks of 32 with the naive scale, and measure the error.
+
+    Parameters
+    ----------
+    x
+        float32, a multiple of 32 elements.
+    blocks
+        uint8, 18 bytes for each block: the result.
+    lanes
+        float64, 32 elements: the squared error of element i is added to lane i mod 32.
+
+    Returns
+    -------
+    tuple of int
+        Bits of the largest magnitude of ``x`` (at least those of infinity if ``x`` is not finite) and of the largest error;
+        number of blocks whose scale overflows binary16; number of blocks, not all zero, whose scale vanishes in binary16.
+    """
+    peak = np.int64(0)
+    overflowed = np.int64(0)
+    vanished = np.int64(0)
+    total = load(lanes, 0, 32)
+    worst = bits(to_f32(total)) & 0
+    for block in range(x.size // 32):
+        values = load(x, 32 * block, 32)
+        magnitudes = bits(values) & 0x7FFFFFFF
+        top = largest(magnitudes)
+        scale = x[32 * block + first_equal(magnitudes, top)] * EIGHTH
+        inverse = ONE / scale if scale != ZERO else ZERO
+        # 1 / scale overflows for subnormal scales: all codes are 0 then
+        mask = 15 if (bits(inverse) & 0x7FFFFFFF) < INFINITY_BITS else 0
+        half = float_to_half(scale)
+        codes = minimum(to_i32(values * inverse + 8.5), 15) & mask
+        store_as(blocks, 18 * block, half)
+        packed = to_u8(codes)
+        store(blocks, 18 * block + 2, low_half(packed) | (high_half(packed) << 4))
+
+        stored = half_to_float(half)
+        error = values - to_f32(codes - 8) * stored
+        wide = to_f64(error)
+        total = total + wide * wide
+        worst = maximum(worst, bits(error) & 0x7FFFFFFF)
+        peak = max(peak, np.int64(top))
+        overflowed += (half & 0x7FFF) >= 0x7C00
+        vanished += (half & 0x7FFF) == 0 and top != 0
+    store(lanes, 0, total)
+    return peak, np.int64(largest(worst)), overflowed, vanished
+
+
+@kernel("void(Array(uint8, 1, 'C', readonly=True), float32[::1])")
+def dequantize(blocks, x):  # type: ignore[no-untyped-def]
+    """Decode blocks of 18 bytes to 32 float32 each."""
+    for block in range(x.size // 32):
+        scale = half_to_float(load_as(blocks, 18 * block, np.uint16(0)))
+        packed = load(blocks, 18 * block + 2, 16)
+        codes = join(packed & 15, packed >> 4)
+        store(x, 32 * block, to_f32(to_i32(codes) - 8) * scale)
+
+
+@kernel("void(Array(uint8, 1, 'C', readonly=True), int64[::1])")
+def code_histogram(blocks, counts):  # type: ignore[no-untyped-def]
+    """Add to ``counts`` how often each of the 16 codes occurs."""
+    for block in range(blocks.size // 18):
+        for i in range(18 * block + 2, 18 * block + 18):
+            counts[blocks[i] & 15] += 1
+            counts[blocks[i] >> 4] += 1

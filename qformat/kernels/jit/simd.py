@@ -1,0 +1,341 @@
+"""Explicit SIMD vectors for numba kernels.
+
+numba unrolls short inner loops into scalar code and leaves LLVM's SLP vectorizer off, so a loop over the 32 weights of a block
+never becomes vector code. Here a block is one value of a vector type instead, ``<32 x float>`` say, which LLVM splits into whatever
+registers the processor has. Every operation rounds once per lane, in order: results do not depend on the processor.
+
+Vectors are made by `load` and `splat` and used with ``+ - * & | << >>``; scalars on either side are spread over the lanes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """``<lanes x element>``; integers are named by numba's types, whose sign decides what ``>>`` and conversions do."""
+
+    def __init__(self, element: types.Type, lanes: int) -> None:
+        self.element = element
+        self.lanes = lanes
+        super().__init__(name=f"vector<{lanes} x {element}>")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        element = manager.lookup(vector.element).get_value_type()
+        super().__init__(manager, vector, ir.VectorType(element, vector.lanes))
+
+
+def _llvm(context: Any, vector: Vector) -> ir.VectorType:
+    return ir.VectorType(context.get_value_type(vector.element), vector.lanes)
+
+
+def _spread(context: Any, builder: ir.IRBuilder, value: Any, source: types.Type, vector: Vector) -> Any:
+    """Return `value` as a `vector`: unchanged if it is one, else converted to the element type and repeated."""
+    if isinstance(source, Vector):
+        return value
+    scalar = context.cast(builder, value, source, vector.element)
+    single = ir.VectorType(scalar.type, 1)
+    one = builder.insert_element(ir.Constant(single, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), vector.lanes), [0] * vector.lanes)
+    return builder.shuffle_vector(one, ir.Constant(single, ir.Undefined), zeros)
+
+
+def _pointer(context: Any, builder: ir.IRBuilder, array_type: Any, array: Any, index: Any, to: ir.Type) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), to.as_pointer())
+
+
+@intrinsic(prefer_literal=True)
+def load(typing: Any, array: Any, index: Any, lanes: Any) -> Any:  # noqa: ARG001
+    """Return elements ``index`` to ``index + lanes - 1`` of a contiguous one-dimensional array; no bounds check."""
+    vector = Vector(array.dtype, lanes.literal_value)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        source = _pointer(context, builder, signature.args[0], args[0], args[1], _llvm(context, vector))
+        value = builder.load(source)
+        value.align = array.dtype.bitwidth // 8
+        return value
+
+    return vector(array, types.intp, lanes), generate
+
+
+@intrinsic
+def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:  # noqa: ARG001
+    """Put a vector at ``index`` of a contiguous one-dimensional array of its element type; no bounds check."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        target = _pointer(context, builder, signature.args[0], args[0], args[1], _llvm(context, vector))
+        instruction = builder.store(args[2], target)
+        instruction.align = array.dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@intrinsic
+def load_as(typing: Any, array: Any, index: Any, like: Any) -> Any:  # noqa: ARG001
+    """Return one scalar of the type of ``like``, from the bytes at ``index`` of a uint8 array, of any alignment."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        source = _pointer(context, builder, signature.args[0], args[0], args[1], context.get_value_type(like))
+        value = builder.load(source)
+        value.align = 1
+        return value
+
+    return like(array, types.intp, like), generate
+
+
+@intrinsic
+def store_as(typing: Any, array: Any, index: Any, value: Any) -> Any:  # noqa: ARG001
+    """Put the bytes of a scalar at ``index`` of a uint8 array, of any alignment."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        target = _pointer(context, builder, signature.args[0], args[0], args[1], context.get_value_type(value))
+        instruction = builder.store(args[2], target)
+        instruction.align = 1
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@intrinsic
+def splat(typing: Any, value: Any, like: Any) -> Any:  # noqa: ARG001
+    """Return a vector of the type of ``like`` with ``value`` in every lane."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return _spread(context, builder, args[0], signature.args[0], like)
+
+    return like(value, like), generate
+
+
+def _binary(floating: str | None, signed: str, unsigned: str | None = None) -> Any:
+    """Make an intrinsic that applies a builder method to two vectors, or to a vector and a scalar."""
+
+    @intrinsic
+    def operation(typing: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
+        vector = a if isinstance(a, Vector) else b
+        if isinstance(a, Vector) and isinstance(b, Vector) and a != b:
+            return None
+        if isinstance(vector.element, types.Float):
+            method = floating
+        else:
+            method = signed if vector.element.signed else unsigned or signed
+        if method is None:
+            return None
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            left, right = (
+                _spread(context, builder, value, kind, vector)
+                for value, kind in zip(args, signature.args, strict=True)
+            )
+            return getattr(builder, method)(left, right)
+
+        return vector(a, b), generate
+
+    return operation
+
+
+def _operator(function: Callable[..., Any], operation: Any) -> None:
+    @overload(function)  # numba compares the parameters with those of the lambda, annotations included
+    def implementation(a, b):  # type: ignore[no-untyped-def]
+        if isinstance(a, Vector) or isinstance(b, Vector):
+            return lambda a, b: operation(a, b)
+        return None
+
+
+_operator(operator.add, _binary("fadd", "add"))
+_operator(operator.sub, _binary("fsub", "sub"))
+_operator(operator.mul, _binary("fmul", "mul"))
+_operator(operator.and_, _binary(None, "and_"))
+_operator(operator.or_, _binary(None, "or_"))
+_operator(operator.lshift, _binary(None, "shl"))
+_operator(operator.rshift, _binary(None, "ashr", "lshr"))
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[Any]) -> Any:
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
+    return builder.call(function, args)
+
+
+def _suffix(vector: Vector) -> str:
+    letter = "f" if isinstance(vector.element, types.Float) else "i"
+    return f"v{vector.lanes}{letter}{vector.element.bitwidth}"
+
+
+def _extremum(signed: str, unsigned: str) -> Any:
+    @intrinsic
+    def operation(typing: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
+        """Lane by lane, for integers."""
+        if not isinstance(a.element, types.Integer):
+            return None
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            other = _spread(context, builder, args[1], signature.args[1], a)
+            name = f"llvm.{signed if a.element.signed else unsigned}.{_suffix(a)}"
+            return _call(builder, name, args[0].type, [args[0], other])
+
+        return a(a, b), generate
+
+    return operation
+
+
+minimum = _extremum("smin", "umin")
+maximum = _extremum("smax", "umax")
+
+
+@intrinsic
+def largest(typing: Any, vector: Any) -> Any:  # noqa: ARG001
+    """Return the largest lane of a vector of unsigned integers, as a scalar."""
+    if not isinstance(vector.element, types.Integer) or vector.element.signed:
+        return None
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return _call(builder, f"llvm.vector.reduce.umax.{_suffix(vector)}", signature_type(context), [args[0]])
+
+    def signature_type(context: Any) -> ir.Type:
+        return context.get_value_type(vector.element)
+
+    return vector.element(vector), generate
+
+
+@intrinsic
+def first_equal(typing: Any, vector: Any, value: Any) -> Any:  # noqa: ARG001
+    """Return the number of the first lane that equals ``value`` (integers), or the number of lanes."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        other = _spread(context, builder, args[1], signature.args[1], vector)
+        bits = builder.bitcast(builder.icmp_unsigned("==", args[0], other), ir.IntType(vector.lanes))
+        count = builder.cttz(bits, ir.Constant(ir.IntType(1), 0))
+        target = context.get_value_type(types.intp)
+        return builder.zext(count, target) if vector.lanes < 64 else count
+
+    return types.intp(vector, value), generate
+
+
+@intrinsic
+def select_nonzero(typing: Any, condition: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
+    """Lane by lane: ``a`` where ``condition`` (integers) is not 0, else ``b``; ``a`` is a vector, ``b`` may be a scalar."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        zero = ir.Constant(args[0].type, None)
+        mask = builder.icmp_unsigned("!=", args[0], zero)
+        return builder.select(mask, args[1], _spread(context, builder, args[2], signature.args[2], a))
+
+    return a(condition, a, b), generate
+
+
+@intrinsic
+def greater_equal(typing: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
+    """Lane by lane, for integers: 1 where ``a >= b``, else 0, in the type of ``a``."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        other = _spread(context, builder, args[1], signature.args[1], a)
+        compare = builder.icmp_signed if a.element.signed else builder.icmp_unsigned
+        return builder.zext(compare(">=", args[0], other), args[0].type)
+
+    return a(a, b), generate
+
+
+def _bits_type(kind: types.Type) -> types.Type:
+    return {32: types.uint32, 64: types.uint64}[kind.bitwidth]
+
+
+@intrinsic
+def bits(typing: Any, value: Any) -> Any:  # noqa: ARG001
+    """Return the bit pattern of a float, or of a vector of floats, as unsigned integers."""
+    vector = isinstance(value, Vector)
+    result = Vector(_bits_type(value.element), value.lanes) if vector else _bits_type(value)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.bitcast(args[0], context.get_value_type(result))
+
+    return result(value), generate
+
+
+@intrinsic
+def from_bits(typing: Any, value: Any) -> Any:  # noqa: ARG001
+    """Return the float32 (or vector of them) that has the bit pattern of a uint32."""
+    vector = isinstance(value, Vector)
+    result = Vector(types.float32, value.lanes) if vector else types.float32
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.bitcast(args[0], context.get_value_type(result))
+
+    return result(value), generate
+
+
+def _conversion(target: types.Type) -> Any:
+    """Make an intrinsic that converts each lane to `target`; a float has to be in the range of an integer target."""
+
+    @intrinsic
+    def operation(typing: Any, vector: Any) -> Any:  # noqa: ARG001
+        result = Vector(target, vector.lanes)
+        source = vector.element
+        if isinstance(source, types.Float) and isinstance(target, types.Float):
+            method = "fpext" if target.bitwidth > source.bitwidth else "fptrunc"
+        elif isinstance(source, types.Float):
+            method = "fptosi" if target.signed else "fptoui"
+        elif isinstance(target, types.Float):
+            method = "sitofp" if source.signed else "uitofp"
+        elif target.bitwidth < source.bitwidth:
+            method = "trunc"
+        elif target.bitwidth > source.bitwidth:
+            method = "sext" if source.signed else "zext"
+        else:
+            method = "bitcast"
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            return getattr(builder, method)(args[0], _llvm(context, result))
+
+        return result(vector), generate
+
+    return operation
+
+
+to_f32 = _conversion(types.float32)
+to_f64 = _conversion(types.float64)
+to_i32 = _conversion(types.int32)
+to_u32 = _conversion(types.uint32)
+to_u16 = _conversion(types.uint16)
+to_u8 = _conversion(types.uint8)
+
+
+def _shuffle(lanes_of: Callable[[int], list[int]]) -> Any:
+    @intrinsic
+    def operation(typing: Any, vector: Any) -> Any:  # noqa: ARG001
+        chosen = lanes_of(vector.lanes)
+        result = Vector(vector.element, len(chosen))
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), len(chosen)), chosen)
+            return builder.shuffle_vector(args[0], ir.Constant(args[0].type, ir.Undefined), mask)
+
+        return result(vector), generate
+
+    return operation
+
+
+low_half = _shuffle(lambda lanes: list(range(lanes // 2)))
+high_half = _shuffle(lambda lanes: list(range(lanes // 2, lanes)))
+
+
+@intrinsic
+def join(typing: Any, low: Any, high: Any) -> Any:  # noqa: ARG001
+    """Return a vector of twice as many lanes: ``low``, then ``high``."""
+    result = Vector(low.element, 2 * low.lanes)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), result.lanes), list(range(result.lanes)))
+        return builder.shuffle_vector(args[0], args[1], mask)
+
+    return result(low, high), generate

@@ -1,0 +1,49 @@
+"""Q4_0 blocks in numpy. Twin of ``jit/q4_0.py``, which documents the functions."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.kernels.plain.floats import add_squares, peak_f32
+
+U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
+
+
+def quantize(x: F32, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
+    """Quantize blocks of 32 with the naive scale, and measure the error."""
+    values = x.reshape(-1, 32)
+    packed = blocks.reshape(-1, 18)
+    magnitudes = np.abs(values)
+    first = magnitudes.view(np.uint32).argmax(axis=1)[:, None]
+    with np.errstate(all="ignore"):
+        scale = np.take_along_axis(values, first, axis=1) * np.float32(-0.125)
+        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+        usable = np.isfinite(inverse) & np.isfinite(magnitudes).all(axis=1, keepdims=True)
+        shifted = np.where(usable, values * inverse + np.float32(8.5), np.float32(0))
+        half = scale.astype(np.float16)
+        codes = np.minimum(shifted.astype(np.int32), 15)
+        packed[:, :2] = half.view(np.uint8)
+        packed[:, 2:] = codes[:, :16] | (codes[:, 16:] << 4)
+        error = values - (codes - 8).astype(np.float32) * half.astype(np.float32)
+        add_squares(error.reshape(-1), lanes)
+    vanished = (half == 0) & np.any(values, axis=1, keepdims=True)
+    return peak_f32(x), peak_f32(error.reshape(-1)), int((~np.isfinite(half)).sum()), int(vanished.sum())
+
+
+def dequantize(blocks: U8, x: F32) -> None:
+    """Decode blocks of 18 bytes to 32 float32 each."""
+    packed = blocks.reshape(-1, 18)
+    scale = np.ascontiguousarray(packed[:, :2]).view(np.float16).astype(np.float32)
+    codes = packed[:, 2:]
+    values = x.reshape(-1, 32)
+    with np.errstate(invalid="ignore"):
+        values[:, :16] = ((codes & 15).astype(np.float32) - 8) * scale
+        values[:, 16:] = ((codes >> 4).astype(np.float32) - 8) * scale
+
+
+def code_histogram(blocks: U8, counts: NDArray[np.int64]) -> None:
+    """Add to ``counts`` how often each of the 16 codes occurs."""
+    codes = blocks.reshape(-1, 18)[:, 2:]
+    counts += np.bincount((codes & 15).ravel(), minlength=16) + np.bincount((codes >> 4).ravel(), minlength=16)

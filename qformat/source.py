@@ -1,0 +1,53 @@
+"""What a converter hands over: tensors that can be read piece by piece, and the files that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from qformat.dtypes import DType, Elements
+
+
+class SourceTensor(Protocol):
+    """A tensor of a checkpoint. `read` may be called from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """Its name, as the model's code knows it."""
+
+    @property
+    def dtype(self) -> DType:
+        """Its element type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    def read(self, elements: slice) -> Elements:
+        """Return elements ``start:stop`` in row-major order, one-dimensional.
+
+        Raises
+        ------
+        SourceError
+            If they cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as a converter found it.
+
+    Attributes
+    ----------
+    tensors
+        Every tensor, in any order.
+    assets
+        For each file to take along its name and a function that reads it.
+    warnings
+        What the user should know of it, a line each.
+    """
+
+    tensors: Sequence[SourceTensor]
+    assets: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    warnings: Sequence[str] = ()

@@ -1,0 +1,231 @@
+"""What quantization costs: the error of each tensor under each type, before anything is written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Codec, Piece, pieces
+from qformat.dtypes import Elements
+from qformat.encode import Plan, default_jobs
+from qformat.errors import SourceError
+from qformat.kernels import load
+from qformat.source import SourceTensor
+
+# |error| is counted by the upper 20 bits of its float32 pattern: 11 bits of mantissa, so a quantile is known to 1 part in 2048.
+_BUCKET_SHIFT = 12
+_BUCKETS = 1 << (31 - _BUCKET_SHIFT)
+
+
+@dataclass
+class ErrorStats:
+    """Errors of one tensor, or of many, under one type.
+
+    Attributes
+    ----------
+    tensor
+        The tensor's name; ``"total"`` for a sum.
+    type
+        The type string.
+    shape
+        The tensor's shape; empty for a sum.
+    nbytes
+        Bytes that the type needs.
+    codes
+        How often each code occurs, or None for types without codes.
+    params
+        Number of weights.
+    largest
+        Largest absolute error.
+    squares, source_sums, source_squares
+        For each piece the sum of squared errors, of weights and of squared weights. They are added exactly at the end, so that
+        the results do not depend on the number of threads.
+    errors
+        How many absolute errors fall into each bucket.
+    """
+
+    tensor: str
+    type: str
+    shape: tuple[int, ...] = ()
+    nbytes: int = 0
+    codes: NDArray[np.int64] | None = None
+    params: int = 0
+    largest: float = 0.0
+    squares: list[float] = field(default_factory=list)
+    source_sums: list[float] = field(default_factory=list)
+    source_squares: list[float] = field(default_factory=list)
+    errors: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BUCKETS, np.int64))
+
+    def add(self, other: ErrorStats) -> None:
+        """Take in the errors of other elements."""
+        self.nbytes += other.nbytes
+        self.params += other.params
+        self.largest = max(self.largest, other.largest)
+        self.squares += other.squares
+        self.source_sums += other.source_sums
+        self.source_squares += other.source_squares
+        self.errors += other.errors
+        self.add_codes(other.codes)
+
+    def add_codes(self, codes: NDArray[np.int64] | None) -> None:
+        """Take in how often each code occurs in other elements."""
+        if codes is not None:
+            self.codes = codes.copy() if self.codes is None else self.codes + codes
+
+    @property
+    def bpw(self) -> float:
+        """Bits for each weight."""
+        return self.nbytes * 8 / self.params if self.params else 0.0
+
+    @property
+    def rmse(self) -> float:
+        """Root mean square error, in the unit of the weights."""
+        return math.sqrt(math.fsum(self.squares) / self.params) if self.params else 0.0
+
+    @property
+    def source_std(self) -> float:
+        """Standard deviation of the weights."""
+        if not self.params:
+            return 0.0
+        mean = math.fsum(self.source_sums) / self.params
+        return math.sqrt(max(0.0, math.fsum(self.source_squares) / self.params - mean * mean))
+
+    @property
+    def rel_rmse(self) -> float:
+        """The rmse over the standard deviation of the weights; 0 if both are 0."""
+        if self.source_std == 0:
+            return 0.0 if self.rmse == 0 else math.inf
+        return self.rmse / self.source_std
+
+    def quantile(self, q: float) -> float:
+        """Return a value, at most 1/2048 too large, that the absolute error of a share `q` of the weights does not exceed."""
+        if not self.params:
+            return 0.0
+        reached = np.cumsum(self.errors)
+        bucket = int(np.searchsorted(reached, math.ceil(q * self.params)))
+        upper = np.array([((bucket + 1) << _BUCKET_SHIFT) - 1], np.uint32).view(np.float32)[0]
+        return min(float(upper), self.largest)
+
+    def line(self) -> str:
+        """Return the classic line of quantize-stats."""
+        return (
+            f"{self.type}::{self.tensor} : rmse {self.rmse:.8f}, maxerr {self.largest:.8f}, "
+            f"95pct<{_above(self.quantile(0.95))}, median<{_above(self.quantile(0.5))}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the measured values under the names of the JSON contract."""
+        return {
+            "type": self.type,
+            "bpw": self.bpw,
+            "rmse": self.rmse,
+            "rel_rmse": self.rel_rmse if math.isfinite(self.rel_rmse) else None,
+            "maxerr": self.largest,
+            "p95": self.quantile(0.95),
+            "median": self.quantile(0.5),
+            "histogram": None if self.codes is None else self.codes.tolist(),
+        }
+
+
+def _above(value: float) -> str:
+    """Return `value` with four decimals, rounded up so that "less than" stays true."""
+    return f"{math.floor(value * 1e4 + 1) / 1e4:.4f}"
+
+
+def measure(
+    tensors: Iterable[SourceTensor],
+    codecs: Sequence[Codec],
+    *,
+    jobs: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[ErrorStats]:
+    """Quantize tensors, decode them again and compare.
+
+    Parameters
+    ----------
+    tensors
+        Floating tensors.
+    codecs
+        The types to compare.
+    jobs
+        Threads; None is one for each processor.
+    progress
+        Told of the number of weights that were just measured.
+
+    Yields
+    ------
+    ErrorStats
+        For each tensor, for each codec.
+
+    Raises
+    ------
+    SourceError
+        If a tensor holds NaN or infinity, or values that a type cannot hold; it names the tensor.
+    """
+    jobs = jobs or default_jobs()
+    with ThreadPoolExecutor(jobs, thread_name_prefix="qformat-stats") as pool:
+        for tensor in tensors:
+            for codec in codecs:
+                plan = Plan(tensor, codec)
+                every = list(pieces(plan.matrix, codec.block))
+                shares = [every[i::jobs] for i in range(min(jobs, len(every)))]
+                total = ErrorStats(tensor.name, str(codec), tuple(tensor.shape))
+                for part in pool.map(lambda share, plan=plan: _measure(plan, share, progress), shares):
+                    total.add(part)
+                yield replace(total, nbytes=codec.nbytes(tensor.shape))
+
+
+def _measure(plan: Plan, share: list[Piece], progress: Callable[[int], None] | None) -> ErrorStats:
+    floats = load("floats")
+    stats = ErrorStats(plan.source.name, str(plan.codec))
+    for piece in share:
+        elements = plan.source.read(piece.elements(plan.matrix))
+        elements = replace(elements, data=elements.data.reshape(piece.rows, piece.cols))
+        encoded = plan.codec.encode(elements)
+        if not encoded.finite:
+            raise SourceError(f"tensor {plan.source.name!r} holds NaN or infinity; leave it out with --exclude")
+        if encoded.overflowed:
+            raise SourceError(
+                f"tensor {plan.source.name!r} holds values too large for type {plan.codec}; leave it out with --exclude"
+            )
+        values = np.ascontiguousarray(elements.to_f32()).reshape(-1)
+        decoded = _decode(plan.codec, encoded.parts, piece)
+        lanes = np.zeros(floats.LANES)
+        largest = floats.difference(values, decoded, lanes)
+        floats.error_histogram(values, decoded, stats.errors)
+        stats.add_codes(plan.codec.code_histogram(encoded.parts))
+        stats.params += values.size
+        stats.largest = max(stats.largest, float(np.uint32(largest).view(np.float32)))
+        stats.squares.append(math.fsum(lanes.tolist()))
+        stats.source_sums.append(float(values.sum(dtype=np.float64)))
+        stats.source_squares.append(float(np.square(values, dtype=np.float64).sum()))
+        if progress:
+            progress(values.size)
+    return stats
+
+
+def _decode(codec: Codec, parts: tuple[Any, ...], piece: Piece) -> NDArray[np.float32]:
+    out = np.empty((piece.rows, piece.cols), codec.decoded.storage)
+    codec.decode(parts, out)
+    return np.ascontiguousarray(Elements(codec.decoded, out).to_f32()).reshape(-1)
+
+
+def totals(results: Iterable[ErrorStats]) -> list[ErrorStats]:
+    """Return the sum for each type, in the order in which the types first occur."""
+    sums: dict[str, ErrorStats] = {}
+    for result in results:
+        sums.setdefault(result.type, ErrorStats("total", result.type)).add(result)
+    return list(sums.values())
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts ``layers.2`` before ``layers.10``."""
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"([0-9]+)", name)]
+

@@ -1,0 +1,1 @@
+"""Containers into arrays: numpy, torch. Imported as ``qformat.readers``."""

@@ -1,0 +1,186 @@
+"""Read a container file into numpy arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from qformat.container.index import TensorRecord
+from qformat.container.reader import ContainerReader
+from qformat.dtypes import DTYPES, DType
+from qformat.encode import default_jobs
+from qformat.readers.decoding import SegmentChecker, TensorDecoder, for_each, runs
+
+
+class safe_open:  # noqa: N801  named after the function of safetensors that it stands in for
+    """A container file opened for reading, as a context manager.
+
+    Parameters
+    ----------
+    path
+        The file.
+    verify
+        Compare the bytes of a tensor with their SHA-256 when it is first read.
+    jobs
+        Threads that decode one tensor; None is one for each processor.
+
+    Raises
+    ------
+    FormatError
+        If the file is damaged or no container.
+
+    Examples
+    --------
+    >>> with qformat.safe_open("model.qf") as f:  # doctest: +SKIP
+    ...     weight = f.get_tensor(f.keys()[0])
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, jobs: int | None = None) -> None:
+        self._container = ContainerReader(path)
+        self._checker = SegmentChecker(self._container, enabled=verify)
+        self._jobs = jobs or default_jobs()
+
+    @property
+    def root(self) -> str:
+        """SHA-256 of the file's index in hexadecimal: it identifies the content."""
+        return self._container.root
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The strings stored along."""
+        return self._container.index.metadata
+
+    def keys(self) -> list[str]:
+        """Return the names of the tensors, sorted."""
+        return [tensor.name for tensor in self._container.index.tensors]
+
+    def info(self, name: str) -> TensorRecord:
+        """Return what the file says of a tensor: shape, dtype, codec, error, segments.
+
+        Raises
+        ------
+        KeyError
+            If there is none of this name.
+        """
+        return self._container.tensor(name)
+
+    def assets(self) -> list[str]:
+        """Return the names of the files stored along."""
+        return [asset.name for asset in self._container.index.assets]
+
+    def get_asset(self, name: str) -> bytes:
+        """Return a file that is stored along.
+
+        Raises
+        ------
+        KeyError
+            If there is none of this name.
+        FormatError
+            If it is damaged.
+        """
+        return self._container.asset(name)
+
+    def get_tensor(self, name: str, dtype: DTypeLike | None = None, *, copy: bool = True) -> NDArray[Any]:
+        """Return a tensor.
+
+        Parameters
+        ----------
+        name
+            Its name.
+        dtype
+            float16, float32 or float64 for a floating tensor. None is the stored dtype for raw tensors, and float32 for
+            quantized ones and for those that numpy has no dtype for (bfloat16, float8).
+        copy
+            If False, a tensor stored in the dtype that is asked for is returned as a read-only view of the file.
+
+        Raises
+        ------
+        KeyError
+            If there is none of this name.
+        FormatError
+            If it is damaged, or needs a newer version.
+        TypeError
+            If it cannot be given as `dtype`.
+        """
+        decoder = self._decoder(name)
+        target = _target(decoder, dtype)
+        shape = decoder.record.shape
+        if not copy and target is decoder.codec.decoded:
+            view = decoder.view()
+            if view is not None:
+                return view.reshape(shape)
+        flat = np.empty(decoder.matrix.elements, target.storage)
+        for_each(lambda piece: decoder.decode_into(flat, target, piece), decoder.pieces(), self._jobs)
+        return flat.reshape(shape)
+
+    def get_rows(
+        self, name: str, rows: int | slice | Sequence[int] | NDArray[np.integer[Any]], dtype: DTypeLike | None = None
+    ) -> NDArray[Any]:
+        """Return some rows of a tensor, decoding nothing else: ``get_tensor(name)[rows]``.
+
+        With ``verify=True`` the first call checks all bytes of the tensor.
+
+        Parameters
+        ----------
+        name
+            Its name.
+        rows
+            Along the first dimension: a number, a slice, or numbers in any order.
+        dtype
+            As in `get_tensor`.
+
+        Raises
+        ------
+        KeyError
+            If there is none of this name.
+        IndexError
+            If a row does not exist, or the tensor has fewer than two dimensions.
+        FormatError
+            If it is damaged, or needs a newer version.
+        TypeError
+            If it cannot be given as `dtype`.
+        """
+        decoder = self._decoder(name)
+        target = _target(decoder, dtype)
+        shape = decoder.record.shape
+        if len(shape) < 2:
+            raise IndexError(f"tensor {name!r} of shape {shape} has no rows")
+        chosen = np.arange(shape[0])[rows]
+        cols = decoder.matrix.cols
+        result = np.empty((chosen.size, cols), target.storage)
+        if cols:
+            for start, piece in runs(chosen.reshape(-1), cols):
+                result[start : start + piece.rows] = decoder.decode(piece).cast(target)
+        return result.reshape(chosen.shape + shape[1:])
+
+    def _decoder(self, name: str) -> TensorDecoder:
+        record = self._container.tensor(name)
+        decoder = TensorDecoder(self._container, record)
+        self._checker.check(record)
+        return decoder
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _target(decoder: TensorDecoder, dtype: DTypeLike | None) -> DType:
+    if dtype is None:
+        return decoder.natural
+    name = np.dtype(dtype).name
+    for known in DTYPES.values():
+        fits = known is decoder.codec.decoded or (known.floating and decoder.codec.decoded.floating)
+        if known.native and known.storage == name and fits:
+            return known
+    raise TypeError(f"tensor {decoder.record.name!r} holds {decoder.codec.decoded.name} and cannot be given as {name}")

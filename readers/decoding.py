@@ -1,0 +1,160 @@
+"""Decode tensors of a container piece by piece: what all readers share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from qformat.codecs.base import PIECE, Matrix, Piece, pieces
+from qformat.codecs.registry import codec_of
+from qformat.container.index import TensorRecord
+from qformat.container.reader import ContainerReader
+from qformat.dtypes import F32, DType, Elements
+from qformat.errors import FormatError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_T = TypeVar("_T")
+
+
+class TensorDecoder:
+    """Decodes one tensor.
+
+    Parameters
+    ----------
+    container
+        The open file.
+    record
+        The tensor's record.
+
+    Raises
+    ------
+    FormatError
+        If the tensor cannot be decoded by this version, or its record is impossible.
+    """
+
+    def __init__(self, container: ContainerReader, record: TensorRecord) -> None:
+        self._path = container.path
+        self.record = record
+        try:
+            self.codec = codec_of(record)
+        except FormatError as error:
+            raise FormatError(error.cause, path=container.path) from None
+        self.matrix = Matrix.of(record.shape)
+        self._segments = [container.segment(segment) for segment in record.segments]
+
+    @property
+    def natural(self) -> DType:
+        """What numpy gets if it asks for nothing else: the stored dtype, or float32 where numpy has none or codes were stored."""
+        return self.codec.decoded if self.codec.decoded.native else F32
+
+    def pieces(self) -> list[Piece]:
+        """Return the pieces of the tensor."""
+        return list(pieces(self.matrix, self.codec.block))
+
+    def view(self) -> NDArray[Any] | None:
+        """Return the stored elements, flat and read-only, without a copy, if that is what the codec stores."""
+        if self.record.codec != self.codec.decoded.name or not self.codec.decoded.native:
+            return None
+        return np.frombuffer(self._segments[0], self.codec.decoded.storage)
+
+    def decode(self, piece: Piece) -> Elements:
+        """Return the values of one piece, two-dimensional."""
+        out = np.empty((piece.rows, piece.cols), self.codec.decoded.storage)
+        self._decode(piece, out)
+        return Elements(self.codec.decoded, out)
+
+    def decode_into(self, flat: NDArray[Any], dtype: DType, piece: Piece) -> None:
+        """Put the values of one piece where they belong in the whole tensor.
+
+        Parameters
+        ----------
+        flat
+            The tensor's elements in row-major order, in the storage of `dtype`.
+        dtype
+            What to give the values as.
+        piece
+            Which ones.
+
+        Raises
+        ------
+        TypeError
+            If the tensor's values cannot be given as `dtype`.
+        """
+        target = flat[piece.elements(self.matrix)].reshape(piece.rows, piece.cols)
+        if dtype is self.codec.decoded:
+            self._decode(piece, target)
+        else:
+            target[:] = self.decode(piece).cast(dtype)
+
+    def _decode(self, piece: Piece, out: NDArray[Any]) -> None:
+        spans = self.codec.spans(self.matrix, piece)
+        parts = [segment[span] for segment, span in zip(self._segments, spans, strict=True)]
+        try:
+            self.codec.decode(parts, out)
+        except ValueError as error:
+            raise FormatError(f"tensor {self.record.name!r} is damaged: {error}", path=self._path) from None
+
+
+class SegmentChecker:
+    """Compares each segment with its digest once, when it is first used."""
+
+    def __init__(self, container: ContainerReader, *, enabled: bool) -> None:
+        self._container = container
+        self._enabled = enabled
+        self._checked: set[int] = set()
+        self._lock = threading.Lock()
+
+    def check(self, record: TensorRecord) -> None:
+        """Check a tensor's segments.
+
+        Raises
+        ------
+        FormatError
+            If one is damaged.
+        """
+        if not self._enabled:
+            return
+        for segment in record.segments:
+            if segment.offset not in self._checked:
+                self._container.check(segment, f"tensor {record.name!r}")
+                with self._lock:
+                    self._checked.add(segment.offset)
+
+
+def for_each(work: Callable[[_T], None], items: Iterable[_T], jobs: int) -> None:
+    """Call `work` for each item, on `jobs` threads if there is more than one of both."""
+    items = list(items)
+    if jobs <= 1 or len(items) <= 1:
+        for item in items:
+            work(item)
+        return
+    with ThreadPoolExecutor(jobs, thread_name_prefix="qformat-decode") as pool:
+        try:
+            list(pool.map(work, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def runs(indices: NDArray[np.intp], cols: int) -> list[tuple[int, Piece]]:
+    """Group row numbers into pieces of consecutive rows.
+
+    Returns
+    -------
+    list of (int, Piece)
+        Position of the piece's first row among `indices`, and the piece; of about `PIECE` elements at most.
+    """
+    longest = max(1, PIECE // max(1, cols))
+    grouped: list[tuple[int, Piece]] = []
+    start = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or indices[i] != indices[i - 1] + 1 or i - start == longest:
+            grouped.append((start, Piece(int(indices[start]), i - start, 0, cols)))
+            start = i
+    return grouped

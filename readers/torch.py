@@ -1,0 +1,191 @@
+"""Read a container file into torch tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from qformat.codecs.base import Piece
+from qformat.container.index import TensorRecord
+from qformat.container.reader import ContainerReader
+from qformat.dtypes import DTYPES, DType
+from qformat.encode import default_jobs
+from qformat.errors import FormatError, SourceError
+from qformat.readers.decoding import SegmentChecker, TensorDecoder, for_each
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "bool": torch.bool,
+    "u8": torch.uint8,
+    "i8": torch.int8,
+    "u16": torch.uint16,
+    "i16": torch.int16,
+    "u32": torch.uint32,
+    "i32": torch.int32,
+    "u64": torch.uint64,
+    "i64": torch.int64,
+    "f8_e4m3": torch.float8_e4m3fn,
+    "f8_e5m2": torch.float8_e5m2,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+    "f64": torch.float64,
+}
+_BY_TORCH = {dtype: DTYPES[name] for name, dtype in TORCH_DTYPES.items()}
+
+
+def load_file(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    jobs: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return all tensors of a file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    device
+        Where the tensors shall be.
+    dtype
+        float16, bfloat16, float32 or float64 for the floating tensors; None is the dtype that each had in the source.
+    verify
+        Compare all bytes with their SHA-256.
+    jobs
+        Threads that decode; None is one for each processor.
+
+    Returns
+    -------
+    dict
+        Tensors by name.
+
+    Raises
+    ------
+    FormatError
+        If the file is damaged, or needs a newer version.
+    TypeError
+        If `dtype` is none of those above.
+    """
+    _check_dtype(dtype)
+    jobs = jobs or default_jobs()
+    with ContainerReader(path) as container:
+        checker = SegmentChecker(container, enabled=verify)
+        return {
+            record.name: _decode(container, checker, record, dtype, jobs).to(device) for record in container.index.tensors
+        }
+
+
+def load_model(
+    model: torch.nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    jobs: int | None = None,
+) -> tuple[list[str], list[str]]:
+    """Put a file's tensors into a model, one after the other, in the dtypes that the model has.
+
+    Parameters
+    ----------
+    model
+        The model. Its tensors are overwritten in place, so tied weights stay tied.
+    path
+        The file.
+    strict
+        Raise if the file lacks a tensor of the model or holds one that the model has not.
+    device, dtype
+        Move or cast the model first.
+    verify, jobs
+        As in `load_file`.
+
+    Returns
+    -------
+    (list of str, list of str)
+        Names that the file lacks (but not those tied to a tensor that it holds), and names that the model has not; both sorted.
+
+    Raises
+    ------
+    SourceError
+        If model and file do not fit: with `strict`, or if a shape differs. The model is unchanged then.
+    FormatError
+        If the file is damaged; some tensors of the model may have been replaced then.
+    """
+    _check_dtype(dtype)
+    jobs = jobs or default_jobs()
+    with ContainerReader(path) as container:
+        records = {record.name: record for record in container.index.tensors}
+        own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
+        missing, unexpected = _compare(own, records)
+        if strict and (missing or unexpected):
+            raise SourceError(f"{path}: does not fit the model: {_list('missing', missing)}{_list('unexpected', unexpected)}")
+        if device is not None or dtype is not None:
+            model.to(device=device, dtype=dtype)
+            own = model.state_dict(keep_vars=True)
+        checker = SegmentChecker(container, enabled=verify)
+        with torch.no_grad():
+            for name in sorted(set(own) & set(records)):
+                floating = own[name].dtype if own[name].dtype.is_floating_point else None
+                own[name].copy_(_decode(container, checker, records[name], floating, jobs))
+    return missing, unexpected
+
+
+def _compare(own: dict[str, torch.Tensor], records: dict[str, TensorRecord]) -> tuple[list[str], list[str]]:
+    for name in sorted(set(own) & set(records)):
+        if own[name].is_meta:
+            raise SourceError(f"model tensor {name!r} is on the meta device; call model.to_empty(device=...) first")
+        if tuple(own[name].shape) != records[name].shape:
+            raise SourceError(f"tensor {name!r}: the model has shape {tuple(own[name].shape)}, the file {records[name].shape}")
+    loaded = {own[name].data_ptr() for name in set(own) & set(records) if own[name].numel()}
+    missing = sorted(name for name in set(own) - set(records) if own[name].data_ptr() not in loaded)
+    return missing, sorted(set(records) - set(own))
+
+
+def _list(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(names[:3])}{more}; "
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"dtype {dtype} is not one of float16, bfloat16, float32, float64")
+
+
+def _decode(
+    container: ContainerReader, checker: SegmentChecker, record: TensorRecord, dtype: torch.dtype | None, jobs: int
+) -> torch.Tensor:
+    """Return a tensor in `dtype` if it is floating, else in the dtype of the source."""
+    decoder = TensorDecoder(container, record)
+    checker.check(record)
+    target = DTYPES[record.dtype]
+    if target.floating and dtype in _BY_TORCH:
+        target = _BY_TORCH[dtype]
+    return _fill(decoder, target, jobs)
+
+
+def _fill(decoder: TensorDecoder, target: DType, jobs: int) -> torch.Tensor:
+    tensor = torch.empty(decoder.matrix.elements, dtype=TORCH_DTYPES[target.name])
+    decoded = decoder.codec.decoded
+    if target is decoded or target.size > 1:
+        flat = tensor.view(torch.uint8).numpy().view(target.storage) if tensor.numel() else np.empty(0, target.storage)
+        work: Callable[[Piece], Any] = lambda piece: decoder.decode_into(flat, target, piece)  # noqa: E731
+    else:  # a float8 source that was stored as something else: torch rounds it
+
+        def work(piece: Piece) -> None:
+            values = torch.from_numpy(decoder.decode(piece).cast(DTYPES["f32"]).reshape(-1))
+            tensor[piece.elements(decoder.matrix)] = values.to(tensor.dtype)
+
+    for_each(work, decoder.pieces(), jobs)
+    return tensor.reshape(decoder.record.shape)
+
+
+__all__ = ["TORCH_DTYPES", "FormatError", "load_file", "load_model"]
