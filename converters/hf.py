@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from qformat.container.index import MAX_ASSET_BYTES
 from qformat.converters.safetensors import SafetensorsTensor, open_safetensors
+
+from qformat.container.index import MAX_ASSET_BYTES
 from qformat.errors import SourceError
 from qformat.source import Checkpoint
 
@@ -15,23 +16,35 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 # What a model directory holds beside its weights, and a loader needs: configuration, tokenizer, templates, licence.
-_ASSETS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")
+_ASSETS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README.md",
+)
 _NOT_ASSETS = ("*.index.json",)
 
 
 def open_hf(directory: Path) -> Checkpoint:
     """Return the checkpoint in a directory.
 
-    Nothing is written there, and no file outside it is read, whatever its index says (symbolic links, which the hub's cache consists
-    of, are followed).
+    Nothing is written there, and no file outside it is read, whatever its index says (but symbolic links, which the hub's
+    cache consists of, are followed).
 
     Raises
     ------
     SourceError
         If there are no safetensors weights, a shard is missing or damaged, or the index does not fit the shards.
     """
+    warnings: list[str] = []
     if (directory / SINGLE).exists():
-        tensors, warnings = open_safetensors(directory / SINGLE), []
+        tensors = open_safetensors(directory / SINGLE)
     elif (directory / INDEX).exists():
         tensors, warnings = _open_shards(directory)
     else:
@@ -45,7 +58,9 @@ def _open_shards(directory: Path) -> tuple[list[SafetensorsTensor], list[str]]:
     for shard in shards:
         # The index is untrusted: a file name and nothing else
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
-            raise SourceError(f"{directory / INDEX}: names the file {shard!r}, which is not a plain file name; do not use it")
+            raise SourceError(
+                f"{directory / INDEX}: names the file {shard!r}, which is not a plain file name; do not use it"
+            )
         if not (directory / shard).exists():
             raise SourceError(f"{directory}: shard {shard} is missing, though {INDEX} names it; download it again")
     tensors: dict[str, SafetensorsTensor] = {}
@@ -57,7 +72,9 @@ def _open_shards(directory: Path) -> tuple[list[SafetensorsTensor], list[str]]:
                 unlisted.append(tensor.name)
             if home == shard:
                 if tensor.name in tensors:
-                    raise SourceError(f"{directory}: tensor {tensor.name!r} is in two shards and {INDEX} does not list it")
+                    raise SourceError(
+                        f"{directory}: tensor {tensor.name!r} is in two shards and {INDEX} does not list it"
+                    )
                 tensors[tensor.name] = tensor
     for name, shard in sorted(weight_map.items()):
         if name not in tensors:
@@ -87,6 +104,10 @@ def _find_assets(directory: Path) -> dict[str, Callable[[], bytes]]:
     found: dict[str, Callable[[], bytes]] = {}
     for pattern in _ASSETS:
         for path in [*directory.glob(pattern), *directory.glob(f"[!.]*/{pattern}")]:
-            if path.is_file() and not any(path.match(no) for no in _NOT_ASSETS) and path.stat().st_size <= MAX_ASSET_BYTES:
+            if (
+                path.is_file()
+                and not any(path.match(no) for no in _NOT_ASSETS)
+                and path.stat().st_size <= MAX_ASSET_BYTES
+            ):
                 found[path.relative_to(directory).as_posix()] = path.read_bytes
     return found

@@ -64,7 +64,7 @@ class SafetensorsTensor:
         """Return some elements."""
         data = np.empty(elements.stop - elements.start, self.dtype.storage)
         try:
-            self.file.read_into(memoryview(data.view(np.uint8)), self.offset + elements.start * self.dtype.size)
+            self.file.read_into(data.view(np.uint8).data, self.offset + elements.start * self.dtype.size)
         except OSError as error:
             raise SourceError(f"{self.file.path}: cannot be read: {error.strerror}") from None
         return Elements(self.dtype, data)
@@ -90,7 +90,9 @@ def open_safetensors(path: Path) -> list[SafetensorsTensor]:
         if entry["dtype"] not in _DTYPES:
             raise SourceError(f"{path}: tensor {name!r} is of dtype {entry['dtype']}, which cannot be stored")
         dtype = DTYPES[_DTYPES[entry["dtype"]]]
-        tensors.append(SafetensorsTensor(name, dtype, tuple(entry["shape"]), shared, 8 + length + entry["data_offsets"][0]))
+        tensors.append(
+            SafetensorsTensor(name, dtype, tuple(entry["shape"]), shared, 8 + length + entry["data_offsets"][0])
+        )
     return tensors
 
 

@@ -101,10 +101,12 @@ class Elements:
         from qformat.kernels import load
 
         if self.dtype is F32:
-            return self.data
+            same: NDArray[np.float32] = self.data
+            return same
         if self.dtype is F64:
             with np.errstate(over="ignore", under="ignore"):
-                return self.data.astype(np.float32)
+                rounded: NDArray[np.float32] = self.data.astype(np.float32)
+            return rounded
         if self.dtype in (F16, BF16):
             values = np.empty(self.data.shape, np.float32)
             widen = load("floats").f16_to_f32 if self.dtype is F16 else load("floats").bf16_to_f32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,18 +12,12 @@ from qformat.codecs.registry import parse_type
 from qformat.container.index import MeasuredError, Segment, TensorRecord
 from qformat.container.writer import ContainerWriter
 from qformat.errors import SourceError
+from qformat.parallel import default_jobs
 from qformat.recipe import Recipe
 from qformat.source import SourceTensor
 
 #: called with a tensor's name and the number of elements that were just written
 Progress = Callable[[str, int], None]
-
-
-def default_jobs() -> int:
-    """Return the number of processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -55,9 +48,7 @@ class Plan:
         )
 
 
-def make_plans(
-    tensors: Iterable[SourceTensor], recipe: Recipe, *, allow_nonfinite: bool = False
-) -> list[Plan]:
+def make_plans(tensors: Iterable[SourceTensor], recipe: Recipe, *, allow_nonfinite: bool = False) -> list[Plan]:
     """Choose a codec for each tensor.
 
     Parameters
@@ -88,7 +79,9 @@ def make_plans(
         if plans and plans[-1].source.name == tensor.name:
             raise SourceError(f"tensor {tensor.name!r} is there twice")
         plan = Plan(tensor, recipe.codec_for(tensor))
-        if allow_nonfinite and not all(tensor.read(p.elements(plan.matrix)).all_finite() for p in pieces(plan.matrix, 1)):
+        if allow_nonfinite and not all(
+            tensor.read(p.elements(plan.matrix)).all_finite() for p in pieces(plan.matrix, 1)
+        ):
             plan = replace(plan, codec=parse_type(tensor.dtype.name))
         plans.append(plan)
     return plans

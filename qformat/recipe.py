@@ -43,10 +43,7 @@ class Recipe:
         TypeSpecError
             If one is malformed.
         """
-        if isinstance(overrides, Mapping):
-            pairs = list(overrides.items())
-        else:
-            pairs = [_split(item) for item in overrides]
+        pairs = overrides.items() if isinstance(overrides, Mapping) else [_split(item) for item in overrides]
         parsed = tuple((pattern, parse_type(text)) for pattern, text in pairs)
         return cls(None if default is None else parse_type(default), parsed)
 
@@ -66,7 +63,9 @@ class Recipe:
             if fnmatchcase(tensor.name, pattern):
                 codec = override
         if not codec.accepts(tensor.dtype):
-            raise SourceError(f"tensor {tensor.name!r}: type {codec} cannot hold {tensor.dtype.name}; choose another type")
+            raise SourceError(
+                f"tensor {tensor.name!r}: type {codec} cannot hold {tensor.dtype.name}; choose another type"
+            )
         return codec
 
     def check_patterns(self, tensors: Iterable[SourceTensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 
 from qformat.codecs.base import Codec, Piece, pieces
 from qformat.dtypes import Elements
-from qformat.encode import Plan, default_jobs
+from qformat.encode import Plan
 from qformat.errors import SourceError
 from qformat.kernels import load
+from qformat.parallel import default_jobs
 from qformat.source import SourceTensor
 
 # |error| is counted by the upper 20 bits of its float32 pattern: 11 bits of mantissa, so a quantile is known to 1 part in 2048.
@@ -223,9 +223,3 @@ def totals(results: Iterable[ErrorStats]) -> list[ErrorStats]:
     for result in results:
         sums.setdefault(result.type, ErrorStats("total", result.type)).add(result)
     return list(sums.values())
-
-
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a key that sorts ``layers.2`` before ``layers.10``."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"([0-9]+)", name)]
-

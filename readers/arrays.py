@@ -9,12 +9,12 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from qformat.readers.decoding import SegmentChecker, TensorDecoder, runs
 
 from qformat.container.index import TensorRecord
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
-from qformat.encode import default_jobs
-from qformat.readers.decoding import SegmentChecker, TensorDecoder, for_each, runs
+from qformat.parallel import default_jobs, for_each
 
 
 class safe_open:  # noqa: N801  named after the function of safetensors that it stands in for
@@ -119,7 +119,10 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         return flat.reshape(shape)
 
     def get_rows(
-        self, name: str, rows: int | slice | Sequence[int] | NDArray[np.integer[Any]], dtype: DTypeLike | None = None
+        self,
+        name: str,
+        rows: int | slice | Sequence[int] | NDArray[np.integer[Any]],
+        dtype: DTypeLike | None = None,
     ) -> NDArray[Any]:
         """Return some rows of a tensor, decoding nothing else: ``get_tensor(name)[rows]``.
 
@@ -171,7 +174,9 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +16,6 @@ from qformat.errors import FormatError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-_T = TypeVar("_T")
 
 
 class TensorDecoder:
@@ -125,21 +121,6 @@ class SegmentChecker:
                 self._container.check(segment, f"tensor {record.name!r}")
                 with self._lock:
                     self._checked.add(segment.offset)
-
-
-def for_each(work: Callable[[_T], None], items: Iterable[_T], jobs: int) -> None:
-    """Call `work` for each item, on `jobs` threads if there is more than one of both."""
-    items = list(items)
-    if jobs <= 1 or len(items) <= 1:
-        for item in items:
-            work(item)
-        return
-    with ThreadPoolExecutor(jobs, thread_name_prefix="qformat-decode") as pool:
-        try:
-            list(pool.map(work, items))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def runs(indices: NDArray[np.intp], cols: int) -> list[tuple[int, Piece]]:

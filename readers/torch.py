@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
 from qformat.codecs.base import Piece
 from qformat.container.index import TensorRecord
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
-from qformat.encode import default_jobs
 from qformat.errors import FormatError, SourceError
-from qformat.readers.decoding import SegmentChecker, TensorDecoder, for_each
+from qformat.parallel import default_jobs, for_each
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "bool": torch.bool,
@@ -77,7 +77,8 @@ def load_file(
     with ContainerReader(path) as container:
         checker = SegmentChecker(container, enabled=verify)
         return {
-            record.name: _decode(container, checker, record, dtype, jobs).to(device) for record in container.index.tensors
+            record.name: _decode(container, checker, record, dtype, jobs).to(device)
+            for record in container.index.tensors
         }
 
 
@@ -122,10 +123,16 @@ def load_model(
     jobs = jobs or default_jobs()
     with ContainerReader(path) as container:
         records = {record.name: record for record in container.index.tensors}
-        own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
+        own = {
+            name: tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if isinstance(tensor, torch.Tensor)
+        }
         missing, unexpected = _compare(own, records)
         if strict and (missing or unexpected):
-            raise SourceError(f"{path}: does not fit the model: {_list('missing', missing)}{_list('unexpected', unexpected)}")
+            raise SourceError(
+                f"{path}: does not fit the model: {_list('missing', missing)}{_list('unexpected', unexpected)}"
+            )
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
             own = model.state_dict(keep_vars=True)
@@ -142,7 +149,9 @@ def _compare(own: dict[str, torch.Tensor], records: dict[str, TensorRecord]) -> 
         if own[name].is_meta:
             raise SourceError(f"model tensor {name!r} is on the meta device; call model.to_empty(device=...) first")
         if tuple(own[name].shape) != records[name].shape:
-            raise SourceError(f"tensor {name!r}: the model has shape {tuple(own[name].shape)}, the file {records[name].shape}")
+            raise SourceError(
+                f"tensor {name!r}: the model has shape {tuple(own[name].shape)}, the file {records[name].shape}"
+            )
     loaded = {own[name].data_ptr() for name in set(own) & set(records) if own[name].numel()}
     missing = sorted(name for name in set(own) - set(records) if own[name].data_ptr() not in loaded)
     return missing, sorted(set(records) - set(own))
@@ -161,7 +170,11 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 
 
 def _decode(
-    container: ContainerReader, checker: SegmentChecker, record: TensorRecord, dtype: torch.dtype | None, jobs: int
+    container: ContainerReader,
+    checker: SegmentChecker,
+    record: TensorRecord,
+    dtype: torch.dtype | None,
+    jobs: int,
 ) -> torch.Tensor:
     """Return a tensor in `dtype` if it is floating, else in the dtype of the source."""
     decoder = TensorDecoder(container, record)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qformat.container.index import MeasuredError, Params
+from qformat.container.index import MeasuredError, Params, type_string
 from qformat.dtypes import DType, Elements
 
 if TYPE_CHECKING:
@@ -187,9 +187,3 @@ class Codec(ABC):
     def nbytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of all segments of a tensor, without padding."""
         return sum(length for _, length in self.layout(Matrix.of(shape)))
-
-
-def type_string(id_: str, params: Params) -> str:
-    """Return ``id:key=value,key=value``."""
-    values = ",".join(f"{key}={str(value).lower()}" for key, value in sorted(params.items()))
-    return f"{id_}:{values}" if values else id_

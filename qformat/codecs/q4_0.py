@@ -66,7 +66,7 @@ class Q4_0(Codec):  # noqa: N801  the format's name
         lanes = np.zeros(load("floats").LANES)
         peak, largest, overflowed, vanished = load("q4_0").quantize(values.reshape(-1), blocks, lanes)
         error = ErrorSum(rows * cols, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
-        return Encoded((memoryview(blocks),), peak < INFINITY_BITS, error, overflowed, vanished)
+        return Encoded((blocks.data,), peak < INFINITY_BITS, error, overflowed, vanished)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode the blocks of a piece."""

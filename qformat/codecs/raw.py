@@ -60,7 +60,7 @@ class Raw(Codec):
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _error(source: Elements, stored: NDArray[Any], dtype: DType) -> ErrorSum:

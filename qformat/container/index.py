@@ -190,7 +190,8 @@ class Index:
         for owner, segment in self.segments():
             if segment.offset != expected:
                 raise FormatError(
-                    f"{owner}, segment {segment.name!r}: it should begin at byte {expected}", offset=segment.offset
+                    f"{owner}, segment {segment.name!r}: it should begin at byte {expected}",
+                    offset=segment.offset,
                 )
             expected = -(-segment.stop // ALIGNMENT) * ALIGNMENT
             if segment.stop > index_offset:
@@ -202,6 +203,12 @@ class Index:
 def canonical_json(value: JsonObject) -> bytes:
     """Encode `value` in the one form that an index may have."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def type_string(id_: str, params: Params) -> str:
+    """Return ``id:key=value,key=value``."""
+    values = ",".join(f"{key}={str(value).lower()}" for key, value in sorted(params.items()))
+    return f"{id_}:{values}" if values else id_
 
 
 def check_tensor_name(name: str) -> None:
@@ -262,7 +269,9 @@ def _check_values(value: Any, depth: int) -> None:
     elif isinstance(value, (str, bool)):
         pass
     elif not isinstance(value, int) or not 0 <= value <= MAX_INTEGER:
-        raise FormatError(f"the index holds {str(value)[:40]}: only integers from 0 to 2^53 - 1 are allowed, and no null")
+        raise FormatError(
+            f"the index holds {str(value)[:40]}: only integers from 0 to 2^53 - 1 are allowed, and no null"
+        )
 
 
 def _get(record: JsonObject, key: str, kind: type, where: str) -> Any:
@@ -392,4 +401,5 @@ __all__: Sequence[str] = [
     "check_asset_name",
     "check_folders",
     "check_tensor_name",
+    "type_string",
 ]

@@ -64,7 +64,8 @@ class Header:
             raise FormatError(f"impossible header size {header_size}", offset=10)
         if incompatible:
             raise FormatError(
-                f"the file needs features {incompatible:#x} that this version does not know: use a newer one", offset=16
+                f"the file needs features {incompatible:#x} that this version does not know: use a newer one",
+                offset=16,
             )
         return cls(header_size, compatible)
 
@@ -130,7 +131,8 @@ class Trailer:
         index_offset, index_length, index_sha256, records_length, records_sha256, crc, end_magic, minor = fields
         if end_magic != END_MAGIC:
             raise FormatError(
-                "the file is truncated, incomplete or overwritten: it does not end in a trailer", offset=at + 116
+                "the file is truncated, incomplete or overwritten: it does not end in a trailer",
+                offset=at + 116,
             )
         if crc != zlib.crc32(data[:_CRC_AT] + bytes(4) + data[_CRC_AT + 4 :]):
             raise FormatError("the trailer is damaged: its CRC-32 does not match", offset=at + _CRC_AT)

@@ -163,7 +163,9 @@ class ContainerReader:
         try:
             # frame_content_size is -1 if the frame does not state it.
             if zstandard.frame_content_size(stored) != record.size:
-                raise FormatError(f"asset {record.name!r}: its zstd frame does not hold {record.size} bytes", path=self.path)
+                raise FormatError(
+                    f"asset {record.name!r}: its zstd frame does not hold {record.size} bytes", path=self.path
+                )
             decoder = zstandard.ZstdDecompressor()
             data = decoder.decompress(stored, max_output_size=record.size, allow_extra_data=False)
         except zstandard.ZstdError as error:
@@ -180,5 +182,7 @@ class ContainerReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -71,7 +71,7 @@ class Target:
 
     def _is_ours(self, fd: int) -> bool:
         try:
-            return os.path.samestat(os.fstat(fd), os.stat(self._partial, follow_symlinks=False))
+            return os.path.samestat(os.fstat(fd), self._partial.lstat())
         except FileNotFoundError:
             return False
 

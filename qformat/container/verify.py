@@ -96,7 +96,9 @@ def sums_line(path: str, digest: str) -> str:
     return f"{digest}  {path}"
 
 
-def verify(paths: list[str], *, quick: bool = False, jobs: int = 1, progress: Progress | None = None) -> list[FileReport]:
+def verify(
+    paths: list[str], *, quick: bool = False, jobs: int = 1, progress: Progress | None = None
+) -> list[FileReport]:
     """Check containers, and the files that SHA256SUMS lists name.
 
     Parameters
@@ -159,8 +161,12 @@ class _Run:
     padding: int
 
 
-def _check_segments(container: ContainerReader, report: FileReport, pool: ThreadPoolExecutor, progress: Progress | None) -> None:
-    runs = sorted(_runs(container), key=lambda run: -run.length)  # the longest first, so that no thread ends long after the others
+def _check_segments(
+    container: ContainerReader, report: FileReport, pool: ThreadPoolExecutor, progress: Progress | None
+) -> None:
+    runs = sorted(
+        _runs(container), key=lambda run: -run.length
+    )  # the longest first, so that no thread ends long after the others
     found = pool.map(lambda run: _check_run(container.fileno(), run, progress), runs)
     damaged = [(run, what) for run, what in zip(runs, found, strict=True) if what]
     for run, what in sorted(damaged, key=lambda item: item[0].offset):

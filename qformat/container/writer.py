@@ -19,9 +19,10 @@ from qformat.container.index import (
     Segment,
     TensorRecord,
     check_asset_name,
+    check_folders,
     check_tensor_name,
 )
-from qformat.container.layout import TRAILER_SIZE, Header, Trailer, align
+from qformat.container.layout import HEADER_SIZE, TRAILER_SIZE, Header, Trailer, align
 from qformat.container.target import Target
 from qformat.errors import SourceError
 
@@ -29,6 +30,7 @@ Bytes = bytes | bytearray | memoryview
 
 # The level decides the bytes, so it is part of the format (spec/container.md, section 7).
 _ZSTD_LEVEL = 9
+_NO_DIGEST = "0" * 64
 
 
 def compress_asset(data: bytes) -> tuple[str, bytes]:
@@ -37,6 +39,45 @@ def compress_asset(data: bytes) -> tuple[str, bytes]:
 
     packed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=True).compress(data)
     return ("zstd", packed) if len(packed) < len(data) else ("raw", data)
+
+
+def predict_size(
+    assets: Mapping[str, bytes], records: Sequence[TensorRecord], metadata: Mapping[str, str] | None = None
+) -> int:
+    """Return how many bytes a file will have, exactly, before anything is encoded.
+
+    Parameters
+    ----------
+    assets
+        The files to take along.
+    records
+        The tensors, with the lengths of their segments; errors of the values that will be measured only have to be there or not,
+        for they are all written in the same number of digits.
+    metadata
+        The strings.
+    """
+    position = HEADER_SIZE
+    asset_records = []
+    for name, data in sorted(assets.items()):
+        encoding, stored = compress_asset(data)
+        segment = Segment(name, position, len(stored), _NO_DIGEST)
+        asset_records.append(AssetRecord(encoding, segment, len(data), _NO_DIGEST))
+        position = align(segment.stop)
+    placed = []
+    for record in records:
+        record, position = _place(record, position)  # noqa: PLW2901
+        placed.append(record)
+    index = Index(_NO_DIGEST, tuple(placed), tuple(asset_records), metadata or {})
+    return position + len(index.encode()) + TRAILER_SIZE
+
+
+def _place(record: TensorRecord, position: int) -> tuple[TensorRecord, int]:
+    """Return a record with its segments at `position`, and the position after them."""
+    segments = []
+    for segment in record.segments:
+        segments.append(replace(segment, offset=position))
+        position = align(position + segment.length)
+    return replace(record, segments=tuple(segments)), position
 
 
 class TensorWriter:
@@ -98,7 +139,11 @@ class ContainerWriter:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, overwrite: bool = False, metadata: Mapping[str, str] | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self._metadata = dict(metadata or {})
         if not all(isinstance(item, str) for pair in self._metadata.items() for item in pair):
@@ -140,19 +185,20 @@ class ContainerWriter:
             Everything but the offsets and digests of its segments and the error, which are filled in.
         """
         check_tensor_name(record.name)
-        segments = []
-        for segment in record.segments:
-            segments.append(replace(segment, offset=self._position))
-            self._position = align(self._position + segment.length)
-        return TensorWriter(self._target, replace(record, segments=tuple(segments)))
+        record, self._position = _place(record, self._position)
+        return TensorWriter(self._target, record)
 
     def finish(self, record: TensorRecord) -> None:
         """Take the record that `TensorWriter.finish` returned into the index."""
         self._tensors.append(record)
 
     def _commit(self) -> None:
+        check_folders(asset.name for asset in self._assets)
         index = Index(
-            hashlib.sha256(self._header).hexdigest(), tuple(self._tensors), tuple(self._assets), self._metadata
+            hashlib.sha256(self._header).hexdigest(),
+            tuple(self._tensors),
+            tuple(self._assets),
+            self._metadata,
         ).encode()
         if len(index) > MAX_INDEX_BYTES:
             raise SourceError(f"the index would have {len(index)} bytes, more than an index may have")
@@ -167,7 +213,9 @@ class ContainerWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self._target.discard()
             return

@@ -6,14 +6,25 @@ import numpy as np
 
 from qformat.kernels.jit.compiler import kernel
 from qformat.kernels.jit.halves import float_to_half, floats_to_halves, half_to_float, halves_to_floats
-from qformat.kernels.jit.simd import bits, from_bits, greater_equal, largest, load, maximum, select_nonzero, store
-from qformat.kernels.jit.simd import to_f64, to_u16, to_u32
+from qformat.kernels.jit.simd import (
+    bits,
+    from_bits,
+    greater_equal,
+    largest,
+    load,
+    maximum,
+    select_nonzero,
+    store,
+    to_f64,
+    to_u16,
+    to_u32,
+)
 
 LANES = 32
 
 
 @kernel("void(uint16[::1], float32[::1])")
-def bf16_to_f32(source, target):  # type: ignore[no-untyped-def]
+def bf16_to_f32(source, target):
     """Widen bfloat16."""
     whole = source.size // 32 * 32
     for i in range(0, whole, 32):
@@ -23,7 +34,7 @@ def bf16_to_f32(source, target):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(uint16[::1], float32[::1])")
-def f16_to_f32(source, target):  # type: ignore[no-untyped-def]
+def f16_to_f32(source, target):
     """Widen binary16."""
     whole = source.size // 32 * 32
     for i in range(0, whole, 32):
@@ -33,7 +44,7 @@ def f16_to_f32(source, target):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(float32[::1], uint16[::1])")
-def f32_to_bf16(source, target):  # type: ignore[no-untyped-def]
+def f32_to_bf16(source, target):
     """Round to bfloat16, ties to even; a NaN stays one."""
     whole = source.size // 32 * 32
     for i in range(0, whole, 32):
@@ -50,7 +61,7 @@ def f32_to_bf16(source, target):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(float32[::1], uint16[::1])")
-def f32_to_f16(source, target):  # type: ignore[no-untyped-def]
+def f32_to_f16(source, target):
     """Round to binary16, ties to even; too large becomes infinity."""
     whole = source.size // 32 * 32
     for i in range(0, whole, 32):
@@ -60,7 +71,7 @@ def f32_to_f16(source, target):  # type: ignore[no-untyped-def]
 
 
 @kernel("uint32(float32[::1])")
-def peak_f32(x):  # type: ignore[no-untyped-def]
+def peak_f32(x):
     """Return the bit pattern of the largest magnitude; a NaN or infinity counts as larger than any number."""
     whole = x.size // 32 * 32
     top = np.uint32(0)
@@ -75,7 +86,7 @@ def peak_f32(x):  # type: ignore[no-untyped-def]
 
 
 @kernel("uint16(uint16[::1])")
-def peak_16(x):  # type: ignore[no-untyped-def]
+def peak_16(x):
     """Do as `peak_f32` for binary16 or bfloat16 patterns."""
     whole = x.size // 32 * 32
     top = np.uint16(0)
@@ -90,7 +101,7 @@ def peak_16(x):  # type: ignore[no-untyped-def]
 
 
 @kernel("uint32(float32[::1], float32[::1], float64[::1])")
-def difference(x, y, lanes):  # type: ignore[no-untyped-def]
+def difference(x, y, lanes):
     """Add the squares of ``x - y`` to ``lanes``, element i to lane i mod 32; return the bits of the largest ``|x - y|``."""
     whole = x.size // 32 * 32
     top = np.uint32(0)
@@ -112,7 +123,7 @@ def difference(x, y, lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(float32[::1], float32[::1], int64[::1])")
-def error_histogram(x, y, counts):  # type: ignore[no-untyped-def]
+def error_histogram(x, y, counts):
     """Count ``|x - y|`` in buckets by the upper 20 bits of the float32 pattern."""
     for i in range(x.size):
         counts[(bits(x[i] - y[i]) & np.uint32(0x7FFFFFFF)) >> 12] += 1

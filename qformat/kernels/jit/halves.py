@@ -19,7 +19,7 @@ REBIAS = 112 << 23  # between the exponent biases of binary16 (15) and binary32 
 
 
 @inline
-def half_to_float(half):  # type: ignore[no-untyped-def]
+def half_to_float(half):
     """Return the float32 that equals a binary16 given as uint16."""
     magnitude = uint32(half & 0x7FFF)
     if magnitude < 0x400:
@@ -32,7 +32,7 @@ def half_to_float(half):  # type: ignore[no-untyped-def]
 
 
 @inline
-def float_to_half(x):  # type: ignore[no-untyped-def]
+def float_to_half(x):
     """Return a float32 rounded to binary16 (nearest, ties to even) as uint16."""
     pattern = bits(x)
     magnitude = pattern & 0x7FFFFFFF
@@ -46,7 +46,7 @@ def float_to_half(x):  # type: ignore[no-untyped-def]
 
 
 @inline
-def halves_to_floats(halves):  # type: ignore[no-untyped-def]
+def halves_to_floats(halves):
     """Do as `half_to_float` for a vector of uint32 with a binary16 in each lane."""
     magnitude = halves & 0x7FFF
     normal = (magnitude << 13) + REBIAS
@@ -58,7 +58,7 @@ def halves_to_floats(halves):  # type: ignore[no-untyped-def]
 
 
 @inline
-def floats_to_halves(x):  # type: ignore[no-untyped-def]
+def floats_to_halves(x):
     """Do as `float_to_half` for a vector; the result has uint32 lanes."""
     pattern = bits(x)
     magnitude = pattern & 0x7FFFFFFF

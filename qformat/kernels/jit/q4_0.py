@@ -6,8 +6,24 @@ import numpy as np
 
 from qformat.kernels.jit.compiler import kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
-from qformat.kernels.jit.simd import bits, first_equal, high_half, join, largest, load, load_as, low_half, maximum
-from qformat.kernels.jit.simd import minimum, store, store_as, to_f32, to_f64, to_i32, to_u8
+from qformat.kernels.jit.simd import (
+    bits,
+    first_equal,
+    high_half,
+    join,
+    largest,
+    load,
+    load_as,
+    low_half,
+    maximum,
+    minimum,
+    store,
+    store_as,
+    to_f32,
+    to_f64,
+    to_i32,
+    to_u8,
+)
 
 EIGHTH = np.float32(-0.125)
 ONE = np.float32(1.0)
@@ -16,7 +32,7 @@ INFINITY_BITS = 0x7F800000
 
 
 @kernel("UniTuple(int64, 4)(float32[::1], uint8[::1], float64[::1])")
-def quantize(x, blocks, lanes):  # type: ignore[no-untyped-def]
+def quantize(x, blocks, lanes):
     """Quantize blocks of 32 with the naive scale, and measure the error.
 
     Parameters
@@ -66,7 +82,7 @@ def quantize(x, blocks, lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(Array(uint8, 1, 'C', readonly=True), float32[::1])")
-def dequantize(blocks, x):  # type: ignore[no-untyped-def]
+def dequantize(blocks, x):
     """Decode blocks of 18 bytes to 32 float32 each."""
     for block in range(x.size // 32):
         scale = half_to_float(load_as(blocks, 18 * block, np.uint16(0)))
@@ -76,7 +92,7 @@ def dequantize(blocks, x):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(Array(uint8, 1, 'C', readonly=True), int64[::1])")
-def code_histogram(blocks, counts):  # type: ignore[no-untyped-def]
+def code_histogram(blocks, counts):
     """Add to ``counts`` how often each of the 16 codes occurs."""
     for block in range(blocks.size // 18):
         for i in range(18 * block + 2, 18 * block + 18):

@@ -126,17 +126,14 @@ def _binary(floating: str | None, signed: str, unsigned: str | None = None) -> A
         vector = a if isinstance(a, Vector) else b
         if isinstance(a, Vector) and isinstance(b, Vector) and a != b:
             return None
-        if isinstance(vector.element, types.Float):
-            method = floating
-        else:
-            method = signed if vector.element.signed else unsigned or signed
+        integer = signed if getattr(vector.element, "signed", True) else unsigned or signed
+        method = floating if isinstance(vector.element, types.Float) else integer
         if method is None:
             return None
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             left, right = (
-                _spread(context, builder, value, kind, vector)
-                for value, kind in zip(args, signature.args, strict=True)
+                _spread(context, builder, value, kind, vector) for value, kind in zip(args, signature.args, strict=True)
             )
             return getattr(builder, method)(left, right)
 
@@ -147,9 +144,9 @@ def _binary(floating: str | None, signed: str, unsigned: str | None = None) -> A
 
 def _operator(function: Callable[..., Any], operation: Any) -> None:
     @overload(function)  # numba compares the parameters with those of the lambda, annotations included
-    def implementation(a, b):  # type: ignore[no-untyped-def]
+    def implementation(a, b):
         if isinstance(a, Vector) or isinstance(b, Vector):
-            return lambda a, b: operation(a, b)
+            return lambda a, b: operation(a, b)  # noqa: PLW0108  numba wants a Python function
         return None
 
 
@@ -200,10 +197,8 @@ def largest(typing: Any, vector: Any) -> Any:  # noqa: ARG001
         return None
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return _call(builder, f"llvm.vector.reduce.umax.{_suffix(vector)}", signature_type(context), [args[0]])
-
-    def signature_type(context: Any) -> ir.Type:
-        return context.get_value_type(vector.element)
+        lane = context.get_value_type(signature.return_type)
+        return _call(builder, f"llvm.vector.reduce.umax.{_suffix(vector)}", lane, [args[0]])
 
     return vector.element(vector), generate
 

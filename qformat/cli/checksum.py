@@ -1,0 +1,23 @@
+"""``qformat checksum``."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from qformat.container.verify import sha256_of, sums_line
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True)
+def command(files: tuple[str, ...]) -> None:
+    """Print the SHA-256 of each whole file of FILES, in lines that sha256sum -c and qformat verify accept."""
+    failed = False
+    for path in files:
+        try:
+            click.echo(sums_line(path, sha256_of(path)))
+        except OSError as error:
+            failed = True
+            click.echo(f"Error: {path}: {error.strerror or error}", err=True)
+    sys.exit(1 if failed else 0)

@@ -1,0 +1,96 @@
+"""What the commands share: options, numbers and tables for people, progress bars."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+#: a path that is checked by the library, which has the better messages
+PATH = click.Path(path_type=Path)
+
+jobs_option = click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Threads; the result does not depend on it.  [default: one per processor]",
+)
+
+
+def echo_json(value: Any) -> None:
+    """Print a value as JSON on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def warn(message: str) -> None:
+    """Print a warning on stderr."""
+    click.echo(f"Warning: {message}", err=True)
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_count(count: float) -> str:
+    """Return a number with a suffix for thousands, millions and so on."""
+    for suffix in ("", "k", "M"):
+        if count < 1000:
+            return f"{count:.0f}" if suffix == "" else f"{count:.1f}{suffix}"
+        count /= 1000
+    return f"{count:.2f}B"
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts ``layers.2`` before ``layers.10``."""
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"([0-9]+)", name)]
+
+
+def echo_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
+    """Print columns: the first `left` ones flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+@contextmanager
+def progress_bar(what: str, total: int, *, as_bytes: bool = False) -> Iterator[Callable[[int], None] | None]:
+    """Show a bar on stderr if that is a terminal; the callback takes how much was just done."""
+    if not sys.stderr.isatty() or total == 0:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    size = [DownloadColumn()] if as_bytes else []
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        *size,
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda amount: progress.advance(task, amount)

@@ -1,0 +1,121 @@
+"""``qformat convert``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qformat.cli.common import (
+    PATH,
+    echo_json,
+    echo_table,
+    human_bytes,
+    human_count,
+    jobs_option,
+    natural_key,
+    progress_bar,
+    warn,
+)
+
+if TYPE_CHECKING:
+    from qformat.converters.convert import Conversion
+
+
+@click.command()
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
+@click.option(
+    "-t",
+    "--type",
+    "type_",
+    default="q4_0",
+    show_default=True,
+    metavar="TYPE",
+    help="For tensors of two or more dimensions.",
+)
+@click.option(
+    "--tensor-type",
+    "overrides",
+    multiple=True,
+    metavar="GLOB=TYPE",
+    help="For tensors whose name matches; may be repeated, the last match wins.",
+)
+@click.option("--allow-nonfinite", is_flag=True, help="Keep tensors that hold NaN or infinity raw.")
+@click.option("--allow-zeroed", is_flag=True, help="Let blocks too small for the type's scale become zero.")
+@click.option("-f", "--force", is_flag=True, help="Replace DST if it exists.")
+@click.option("-n", "--dry-run", is_flag=True, help="Write nothing; say what would be written, and its exact size.")
+@click.option("-v", "--verbose", is_flag=True, help="Print a line for each tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@jobs_option
+def command(
+    src: Path,
+    dst: Path,
+    type_: str,
+    overrides: tuple[str, ...],
+    allow_nonfinite: bool,
+    allow_zeroed: bool,
+    force: bool,
+    dry_run: bool,
+    verbose: bool,
+    as_json: bool,
+    jobs: int | None,
+) -> None:
+    """Turn the checkpoint SRC into the file DST.
+
+    SRC is a Hugging Face directory with safetensors weights (sharded or not), or a .safetensors file. Configuration,
+    tokenizer and licence files of the directory go into DST too. Nothing stands at DST before it is complete.
+
+    TYPE is f32, f16, bf16 or q4_0, with parameters as in q4_0:search=naive. One-dimensional tensors stay as they are unless
+    --tensor-type names them; integers always do.
+    """
+    from qformat.converters.convert import convert
+    from qformat.converters.detect import open_checkpoint
+    from qformat.recipe import Recipe
+
+    recipe = Recipe.parse(type_, overrides)
+    checkpoint = open_checkpoint(src)
+    for warning in checkpoint.warnings:
+        warn(warning)
+    total = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors)
+    with progress_bar(f"converting {src.name}", 0 if dry_run else total) as advance:
+        result = convert(
+            checkpoint,
+            dst,
+            recipe,
+            overwrite=force,
+            dry_run=dry_run,
+            jobs=jobs,
+            allow_nonfinite=allow_nonfinite,
+            allow_vanished=allow_zeroed,
+            progress=None if advance is None else lambda _, count: advance(count),
+        )
+    if as_json:
+        echo_json(result.to_json() | {"dry_run": dry_run})
+        return
+    if verbose or dry_run:
+        _echo_tensors(result)
+    verb = "would have" if dry_run else "has"
+    click.echo(
+        f"{dst} {verb} {human_bytes(result.nbytes)} ({result.nbytes} bytes): {len(result.plans)} tensors, "
+        f"{human_count(result.params)} weights, {human_bytes(result.source_bytes)} -> {result.bpw:.3f} bits/weight"
+        + ("" if dry_run else f", in {result.seconds:.1f} s")
+    )
+    if result.root:
+        click.echo(f"root sha256 {result.root}")
+
+
+def _echo_tensors(result: Conversion) -> None:
+    rows = [
+        (
+            plan.source.name,
+            "x".join(map(str, plan.source.shape)) or "scalar",
+            f"{plan.source.dtype.name} -> {plan.codec}",
+            human_bytes(plan.matrix.elements * plan.source.dtype.size),
+            human_bytes(plan.codec.nbytes(plan.source.shape)),
+        )
+        for plan in sorted(result.plans, key=lambda plan: natural_key(plan.source.name))
+    ]
+    echo_table(("tensor", "shape", "type", "before", "after"), rows, left=3)

@@ -1,0 +1,117 @@
+"""``qformat quantize-stats``."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qformat.cli.common import PATH, echo_json, jobs_option, natural_key, progress_bar, warn
+
+if TYPE_CHECKING:
+    from qformat.stats import ErrorStats
+
+
+def _regexes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[re.Pattern[str]]:
+    try:
+        return [re.compile(value) for value in values]
+    except re.error as error:
+        raise click.BadParameter(f"not a regular expression: {error}", ctx, param) from None
+
+
+@click.command()
+@click.argument("src", type=PATH)
+@click.option(
+    "-t",
+    "--type",
+    "types",
+    multiple=True,
+    default=["q4_0"],
+    show_default=True,
+    metavar="TYPE",
+    help="May be repeated.",
+)
+@click.option(
+    "--include",
+    multiple=True,
+    callback=_regexes,
+    help="Only tensors in whose name this is found; may be repeated.",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    callback=_regexes,
+    help="Leave out tensors in whose name this is found; may be repeated.",
+)
+@click.option("--per-layer", is_flag=True, help="Print a line for each tensor.")
+@click.option("--histogram", is_flag=True, help="Print how often each code is used.")
+@click.option("--json", "json_file", metavar="FILE", help="Write JSON to FILE; - is stdout, in place of the lines.")
+@jobs_option
+def command(
+    src: Path,
+    types: tuple[str, ...],
+    include: list[re.Pattern[str]],
+    exclude: list[re.Pattern[str]],
+    per_layer: bool,
+    histogram: bool,
+    json_file: str | None,
+    jobs: int | None,
+) -> None:
+    """Measure what storing the checkpoint SRC in each TYPE would cost; nothing is written.
+
+    Takes the floating tensors of two or more dimensions. Errors are against the tensors of SRC; 95pct and median are bounds that
+    95 % and half of the absolute errors stay below.
+    """
+    from qformat.codecs.registry import parse_type
+    from qformat.converters.detect import open_checkpoint
+    from qformat.stats import measure, totals
+
+    codecs = [parse_type(text) for text in dict.fromkeys(types)]
+    checkpoint = open_checkpoint(src)
+    for warning in checkpoint.warnings:
+        warn(warning)
+    tensors = [
+        tensor
+        for tensor in sorted(checkpoint.tensors, key=lambda tensor: natural_key(tensor.name))
+        if tensor.dtype.floating
+        and len(tensor.shape) >= 2
+        and (not include or any(pattern.search(tensor.name) for pattern in include))
+        and not any(pattern.search(tensor.name) for pattern in exclude)
+    ]
+    if not tensors:
+        raise click.ClickException(f"{src}: no floating tensor of two or more dimensions is left to measure")
+    work = sum(math.prod(tensor.shape) for tensor in tensors) * len(codecs)
+    with progress_bar(f"measuring {src.name}", work) as advance:
+        results = list(measure(tensors, codecs, jobs=jobs, progress=advance))
+    sums = totals(results)
+    if json_file is not None:
+        _write_json(json_file, results, sums)
+    if json_file != "-":
+        for stats in [*(results if per_layer else []), *sums]:
+            click.echo(stats.line())
+            if histogram:
+                click.echo(_histogram(stats))
+
+
+def _histogram(stats: ErrorStats) -> str:
+    if stats.codes is None:
+        return f"hist: {stats.type} has no codes"
+    return "hist: " + " ".join(f"{share:.3f}" for share in stats.codes / stats.codes.sum())
+
+
+def _write_json(file: str, results: list[ErrorStats], sums: list[ErrorStats]) -> None:
+    def of_tensor(stats: ErrorStats) -> dict[str, Any]:
+        return {"tensor": stats.tensor, "shape": list(stats.shape), "params": stats.params} | stats.to_json()
+
+    value = {
+        "results": [of_tensor(stats) for stats in results],
+        "totals": [{"params": stats.params} | stats.to_json() for stats in sums],
+    }
+    if file == "-":
+        echo_json(value)
+    else:
+        Path(file).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

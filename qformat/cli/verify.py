@@ -1,0 +1,53 @@
+"""``qformat verify``."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from qformat.cli.common import echo_json, jobs_option, progress_bar, warn
+from qformat.container.verify import Damage, FileReport, bytes_to_check, verify
+from qformat.parallel import default_jobs
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True)
+@click.option("--quick", is_flag=True, help="Only check header, index and trailer, not the bytes of the tensors.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@jobs_option
+def command(files: tuple[str, ...], quick: bool, as_json: bool, jobs: int | None) -> None:
+    """Check that FILES are complete and undamaged.
+
+    A FILE is a .qf file, of which every byte is checked and damaged tensors are named, or a list as sha256sum writes it, whose
+    files are looked for beside it. Exit status: 0 if all is well, 1 if anything is not.
+    """
+    paths = list(files)
+    with progress_bar("verifying", 0 if quick else bytes_to_check(paths), as_bytes=True) as advance:
+        reports = verify(paths, quick=quick, jobs=jobs or default_jobs(), progress=advance)
+    good = all(report.ok for report in reports)
+    if as_json:
+        echo_json({"ok": good, "files": [_to_json(report) for report in reports]})
+    else:
+        for report in reports:
+            _echo(report)
+    sys.exit(0 if good else 1)
+
+
+def _echo(report: FileReport) -> None:
+    click.echo(f"{report.path}: {'OK' if report.ok else 'FAILED'}")
+    for damage in report.errors:
+        click.echo(f"  {_place(damage)}{damage.what}")
+    if report.outdated:
+        warn(f"{report.path} was made by an older writer: convert again for better weights")
+
+
+def _place(damage: Damage) -> str:
+    if damage.asset is not None:
+        return f"asset {damage.asset!r}: "
+    return "" if damage.tensor is None else f"tensor {damage.tensor!r}, segment {damage.segment!r}: "
+
+
+def _to_json(report: FileReport) -> dict[str, object]:
+    errors = [{"tensor": d.tensor, "asset": d.asset, "segment": d.segment, "what": d.what} for d in report.errors]
+    return {"path": report.path, "ok": report.ok, "root_sha256": report.root, "errors": errors}
