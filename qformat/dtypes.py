@@ -113,8 +113,8 @@ class Elements:
             widen(self.data.view(np.uint16).reshape(-1), values.reshape(-1))
             return values
         if self.dtype.floating:
-            table: NDArray[np.float32] = _f8_values(self.dtype.name)
-            return table[self.data]
+            looked_up: NDArray[np.float32] = _f8_values(self.dtype.name)[self.data]
+            return looked_up
         raise TypeError(f"{self.dtype.name} elements are not floats")
 
     def cast(self, dtype: DType) -> NDArray[Any]:

@@ -19,7 +19,7 @@ Buffer = bytes | memoryview
 
 # Elements of a piece: enough work to outweigh a task's overhead, small enough to stay in cache between two kernels. The borders
 # decide in which order errors are summed, so another number needs a new minor version.
-PIECE = 1 << 18
+PIECE = 1 << 19
 
 
 @dataclass(frozen=True)

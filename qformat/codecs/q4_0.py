@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qformat.codecs.base import Buffer, Codec, Encoded, ErrorSum, Matrix, Piece, encoder_option
 from qformat.codecs.registry import register
-from qformat.dtypes import F32, DType, Elements
+from qformat.dtypes import BF16, F32, DType, Elements
 from qformat.kernels import load
 
 BLOCK = 32
@@ -58,7 +58,7 @@ class Q4_0(Codec):  # noqa: N801  the format's name
 
     def encode(self, elements: Elements) -> Encoded:
         """Quantize the rows of a piece."""
-        values = elements.to_f32()
+        values = elements.data if elements.dtype is BF16 else elements.to_f32()
         rows, cols = values.shape
         if cols % BLOCK:
             values = np.pad(values, ((0, 0), (0, -cols % BLOCK)))

@@ -9,10 +9,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from qformat.errors import TargetError
+
+_SYNC_EVERY = 32 << 20
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -49,6 +52,9 @@ class Target:
         self._overwrite = overwrite
         self._partial = path.with_name(path.name + ".partial")
         self._fd = self._open_locked()
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="qformat-sync")
+        self._sync: Future[None] | None = None
+        self._unsynced = 0
 
     def _open_locked(self) -> int:
         while True:
@@ -75,6 +81,15 @@ class Target:
         except FileNotFoundError:
             return False
 
+    def _start_sync(self) -> None:
+        """Let the disk work while more is encoded: at the end there is little left to wait for."""
+        if self._sync is not None:
+            if not self._sync.done():
+                return
+            self._sync.result()  # the kernel reports a failed write once, so it must not be lost here
+        self._unsynced = 0
+        self._sync = self._syncer.submit(os.fdatasync, self._fd)
+
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of `data` at `offset`.
 
@@ -89,6 +104,9 @@ class Target:
                 written = os.pwrite(self._fd, view, offset)
                 view = view[written:]
                 offset += written
+                self._unsynced += written
+            if self._unsynced >= _SYNC_EVERY:
+                self._start_sync()
         except OSError as error:
             raise self._failed(error) from None
 
@@ -101,6 +119,8 @@ class Target:
             If that fails, or if a file has appeared at the path meanwhile and may not be replaced.
         """
         try:
+            if self._sync is not None:
+                self._sync.result()
             os.fsync(self._fd)
             if self._overwrite:
                 self._partial.replace(self.path)
@@ -111,6 +131,7 @@ class Target:
             raise TargetError(f"{self.path}: a file has appeared there meanwhile; nothing was replaced") from None
         except OSError as error:
             raise self._failed(error) from None
+        self._syncer.shutdown()
         os.close(self._fd)
 
     def _link(self) -> None:
@@ -136,6 +157,7 @@ class Target:
 
     def discard(self) -> None:
         """Remove the partial file."""
+        self._syncer.shutdown(cancel_futures=True)
         with suppress(OSError):
             if self._is_ours(self._fd):
                 self._partial.unlink()

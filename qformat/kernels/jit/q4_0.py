@@ -9,11 +9,13 @@ from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.simd import (
     bits,
     first_equal,
+    float_at,
     high_half,
     join,
     largest,
     load,
     load_as,
+    load_f32,
     low_half,
     maximum,
     minimum,
@@ -31,14 +33,17 @@ ZERO = np.float32(0.0)
 INFINITY_BITS = 0x7F800000
 
 
-@kernel("UniTuple(int64, 4)(float32[::1], uint8[::1], float64[::1])")
+@kernel(
+    "UniTuple(int64, 4)(float32[::1], uint8[::1], float64[::1])",
+    "UniTuple(int64, 4)(uint16[::1], uint8[::1], float64[::1])",
+)
 def quantize(x, blocks, lanes):
     """Quantize blocks of 32 with the naive scale, and measure the error.
 
     Parameters
     ----------
     x
-        float32, a multiple of 32 elements.
+        float32, or bfloat16 patterns as uint16; a multiple of 32 elements.
     blocks
         uint8, 18 bytes for each block: the result.
     lanes
@@ -56,10 +61,10 @@ def quantize(x, blocks, lanes):
     total = load(lanes, 0, 32)
     worst = bits(to_f32(total)) & 0
     for block in range(x.size // 32):
-        values = load(x, 32 * block, 32)
+        values = load_f32(x, 32 * block, 32)
         magnitudes = bits(values) & 0x7FFFFFFF
         top = largest(magnitudes)
-        scale = x[32 * block + first_equal(magnitudes, top)] * EIGHTH
+        scale = float_at(x, 32 * block + first_equal(magnitudes, top)) * EIGHTH
         inverse = ONE / scale if scale != ZERO else ZERO
         # 1 / scale overflows for subnormal scales: all codes are 0 then
         mask = 15 if (bits(inverse) & 0x7FFFFFFF) < INFINITY_BITS else 0

@@ -69,6 +69,43 @@ def load(typing: Any, array: Any, index: Any, lanes: Any) -> Any:  # noqa: ARG00
     return vector(array, types.intp, lanes), generate
 
 
+@intrinsic(prefer_literal=True)
+def load_f32(typing: Any, array: Any, index: Any, lanes: Any) -> Any:  # noqa: ARG001
+    """Do as `load` for an array of float32, or of bfloat16 patterns in uint16, which are widened."""
+    vector = Vector(types.float32, lanes.literal_value)
+    if array.dtype not in (types.float32, types.uint16):
+        return None
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        stored = ir.VectorType(context.get_value_type(array.dtype), vector.lanes)
+        value = builder.load(_pointer(context, builder, signature.args[0], args[0], args[1], stored))
+        value.align = array.dtype.bitwidth // 8
+        if array.dtype == types.float32:
+            return value
+        wide = ir.VectorType(ir.IntType(32), vector.lanes)
+        shifted = builder.shl(builder.zext(value, wide), ir.Constant(wide, [16] * vector.lanes))
+        return builder.bitcast(shifted, _llvm(context, vector))
+
+    return vector(array, types.intp, lanes), generate
+
+
+@intrinsic
+def float_at(typing: Any, array: Any, index: Any) -> Any:  # noqa: ARG001
+    """Do as `load_f32` for one element, as a scalar."""
+    if array.dtype not in (types.float32, types.uint16):
+        return None
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        stored = context.get_value_type(array.dtype)
+        value = builder.load(_pointer(context, builder, signature.args[0], args[0], args[1], stored))
+        if array.dtype == types.float32:
+            return value
+        shifted = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(shifted, ir.FloatType())
+
+    return types.float32(array, types.intp), generate
+
+
 @intrinsic
 def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:  # noqa: ARG001
     """Put a vector at ``index`` of a contiguous one-dimensional array of its element type; no bounds check."""
@@ -197,8 +234,8 @@ def largest(typing: Any, vector: Any) -> Any:  # noqa: ARG001
         return None
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        lane = context.get_value_type(signature.return_type)
-        return _call(builder, f"llvm.vector.reduce.umax.{_suffix(vector)}", lane, [args[0]])
+        scalar = context.get_value_type(signature.return_type)
+        return _call(builder, f"llvm.vector.reduce.umax.{_suffix(vector)}", scalar, [args[0]])
 
     return vector.element(vector), generate
 

@@ -11,8 +11,10 @@ U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
 
-def quantize(x: F32, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
+def quantize(x: F32 | NDArray[np.uint16], blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
     """Quantize blocks of 32 with the naive scale, and measure the error."""
+    if x.dtype == np.uint16:
+        x = (x.astype(np.uint32) << 16).view(np.float32)
     values = x.reshape(-1, 32)
     packed = blocks.reshape(-1, 18)
     magnitudes = np.abs(values)
