@@ -78,6 +78,11 @@ class TensorRecord:
     refusal: str | None = None
 
     @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"tensor {self.name!r}"
+
+    @property
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -118,6 +123,11 @@ class AssetRecord:
     def name(self) -> str:
         """Its relative path."""
         return self.segment.name
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"asset {self.name!r}"
 
     def to_json(self) -> JsonObject:
         """Return the record as it stands in the index."""
@@ -172,10 +182,10 @@ class Index:
         check_folders(asset.name for asset in index.assets)
         return index
 
-    def segments(self) -> list[tuple[str, Segment]]:
-        """Return (label of the owner, segment) for every segment, in the order of the file."""
-        owned = [(f"asset {asset.name!r}", asset.segment) for asset in self.assets]
-        owned += [(f"tensor {tensor.name!r}", segment) for tensor in self.tensors for segment in tensor.segments]
+    def segments(self) -> list[tuple[TensorRecord | AssetRecord, Segment]]:
+        """Return (owner, segment) for every segment, in the order of the file."""
+        owned: list[tuple[TensorRecord | AssetRecord, Segment]] = [(asset, asset.segment) for asset in self.assets]
+        owned += [(tensor, segment) for tensor in self.tensors for segment in tensor.segments]
         return sorted(owned, key=lambda item: (item[1].offset, item[1].length))
 
     def check_segments(self, header_size: int, index_offset: int) -> None:
@@ -190,12 +200,14 @@ class Index:
         for owner, segment in self.segments():
             if segment.offset != expected:
                 raise FormatError(
-                    f"{owner}, segment {segment.name!r}: it should begin at byte {expected}",
+                    f"{owner.label}, segment {segment.name!r}: it should begin at byte {expected}",
                     offset=segment.offset,
                 )
             expected = -(-segment.stop // ALIGNMENT) * ALIGNMENT
             if segment.stop > index_offset:
-                raise FormatError(f"{owner}, segment {segment.name!r}: it runs into the index", offset=segment.offset)
+                raise FormatError(
+                    f"{owner.label}, segment {segment.name!r}: it runs into the index", offset=segment.offset
+                )
         if expected != index_offset:
             raise FormatError(f"the index should begin at byte {expected}", offset=index_offset)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qformat.container.layout import MAGIC, TRAILER_SIZE
+from qformat.container.index import AssetRecord, Segment
+from qformat.container.layout import MAGIC, TRAILER_SIZE, align
 from qformat.container.reader import ContainerReader
 from qformat.errors import FormatError, PathLike
 
@@ -150,48 +151,27 @@ def _verify_container(path: str, pool: ThreadPoolExecutor, *, quick: bool, progr
     return report
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Bytes of a segment and the padding after it."""
-
-    damage: Damage
-    offset: int
-    length: int
-    sha256: str
-    padding: int
-
-
 def _check_segments(
     container: ContainerReader, report: FileReport, pool: ThreadPoolExecutor, progress: Progress | None
 ) -> None:
-    runs = sorted(
-        _runs(container), key=lambda run: -run.length
-    )  # the longest first, so that no thread ends long after the others
-    found = pool.map(lambda run: _check_run(container.fileno(), run, progress), runs)
-    damaged = [(run, what) for run, what in zip(runs, found, strict=True) if what]
-    for run, what in sorted(damaged, key=lambda item: item[0].offset):
-        place = run.damage
-        report.errors.append(Damage(f"{what} (at byte {run.offset})", place.tensor, place.asset, place.segment))
+    # The longest first, so that no thread ends long after the others
+    owned = sorted(container.index.segments(), key=lambda item: -item[1].length)
+    found = pool.map(lambda item: _check_segment(container.fileno(), item[1], progress), owned)
+    damaged = [(owner, segment, what) for (owner, segment), what in zip(owned, found, strict=True) if what]
+    for owner, segment, cause in sorted(damaged, key=lambda item: item[1].offset):
+        what = f"{cause} (at byte {segment.offset})"
+        if isinstance(owner, AssetRecord):
+            report.errors.append(Damage(what, asset=owner.name))
+        else:
+            report.errors.append(Damage(what, tensor=owner.name, segment=segment.name))
 
 
-def _runs(container: ContainerReader) -> Iterator[_Run]:
-    index = container.index
-    places = {asset.segment.offset: Damage("", asset=asset.name) for asset in index.assets if asset.segment.length}
-    for tensor in index.tensors:
-        for segment in tensor.segments:
-            if segment.length:
-                places[segment.offset] = Damage("", tensor=tensor.name, segment=segment.name)
-    segments = [segment for _, segment in index.segments() if segment.length]
-    borders = [segment.offset for segment in segments[1:]] + [container.trailer.index_offset]
-    for segment, border in zip(segments, borders, strict=True):
-        yield _Run(places[segment.offset], segment.offset, segment.length, segment.sha256, border - segment.stop)
-
-
-def _check_run(fd: int, run: _Run, progress: Progress | None) -> str:
-    """Return what is wrong with a segment, or an empty string."""
+def _check_segment(fd: int, segment: Segment, progress: Progress | None) -> str:
+    """Return what is wrong with a segment or the padding after it, or an empty string."""
     digest = hashlib.sha256()
-    buffer = bytearray(min(_CHUNK, run.length))
-    position, stop = run.offset, run.offset + run.length
+    buffer = bytearray(min(_CHUNK, segment.length))
+    position, stop = segment.offset, segment.stop
+    padding_size = align(stop) - stop
     try:
         while position < stop:
             view = memoryview(buffer)[: stop - position]
@@ -202,12 +182,12 @@ def _check_run(fd: int, run: _Run, progress: Progress | None) -> str:
             position += count
             if progress:
                 progress(count)
-        padding = os.pread(fd, run.padding, stop)
+        padding = os.pread(fd, padding_size, stop)
     except OSError as error:
         return _cannot_read(error)
-    if digest.hexdigest() != run.sha256:
+    if digest.hexdigest() != segment.sha256:
         return "SHA-256 does not match: the bytes are damaged"
-    if any(padding) or len(padding) != run.padding:
+    if any(padding) or len(padding) != padding_size:
         return "the padding after it is not zero: bytes were changed"
     return ""
 
