@@ -118,7 +118,7 @@ class SegmentChecker:
             return
         for segment in record.segments:
             if segment.offset not in self._checked:
-                self._container.check(segment, f"tensor {record.name!r}")
+                self._container.check(segment, record.label)
                 with self._lock:
                     self._checked.add(segment.offset)
 

@@ -110,7 +110,8 @@ def load_model(
     Returns
     -------
     (list of str, list of str)
-        Names that the file lacks (but not those tied to a tensor that it holds), and names that the model has not; both sorted.
+        Names that the file lacks (but not those tied to a tensor that it holds), and names that the model has not (but not
+        buffers that the model computes by itself and leaves out of its state); both sorted.
 
     Raises
     ------
@@ -129,10 +130,13 @@ def load_model(
             if isinstance(tensor, torch.Tensor)
         }
         missing, unexpected = _compare(own, records)
+        computed = {name for name, _ in model.named_buffers()} - set(own)
+        unexpected = [name for name in unexpected if name not in computed]
         if strict and (missing or unexpected):
-            raise SourceError(
-                f"{path}: does not fit the model: {_list('missing', missing)}{_list('unexpected', unexpected)}"
-            )
+            complaints = [
+                _list(what, names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+            ]
+            raise SourceError(f"{path}: does not fit the model: {'; '.join(complaints)}")
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
             own = model.state_dict(keep_vars=True)
@@ -158,10 +162,8 @@ def _compare(own: dict[str, torch.Tensor], records: dict[str, TensorRecord]) -> 
 
 
 def _list(what: str, names: list[str]) -> str:
-    if not names:
-        return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what} {', '.join(names[:3])}{more}; "
+    return f"{what} {', '.join(names[:3])}{more}"
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:

@@ -13,9 +13,8 @@ F32 = NDArray[np.float32]
 
 def quantize(x: F32 | NDArray[np.uint16], blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
     """Quantize blocks of 32 with the naive scale, and measure the error."""
-    if x.dtype == np.uint16:
-        x = (x.astype(np.uint32) << 16).view(np.float32)
-    values = x.reshape(-1, 32)
+    source: F32 = (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x.view(np.float32)
+    values = source.reshape(-1, 32)
     packed = blocks.reshape(-1, 18)
     magnitudes = np.abs(values)
     first = magnitudes.view(np.uint32).argmax(axis=1)[:, None]
@@ -31,7 +30,7 @@ def quantize(x: F32 | NDArray[np.uint16], blocks: U8, lanes: NDArray[np.float64]
         error = values - (codes - 8).astype(np.float32) * half.astype(np.float32)
         add_squares(error.reshape(-1), lanes)
     vanished = (half == 0) & np.any(values, axis=1, keepdims=True)
-    return peak_f32(x), peak_f32(error.reshape(-1)), int((~np.isfinite(half)).sum()), int(vanished.sum())
+    return peak_f32(source), peak_f32(error.reshape(-1)), int((~np.isfinite(half)).sum()), int(vanished.sum())
 
 
 def dequantize(blocks: U8, x: F32) -> None:

@@ -1,0 +1,1 @@
+"""Measurements of qformat against peers and the machine's own limits; ``python -m benchmarks``."""

@@ -1,0 +1,139 @@
+"""A whole conversion against reading, hashing and writing alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from qformat.converters.convert import convert
+from qformat.converters.detect import open_checkpoint
+
+from benchmarks.context import Context
+from benchmarks.inputs import Llama, normal
+from benchmarks.report import Row, Section, below, figure
+from benchmarks.timing import QFORMAT, interleaved, run_process
+from benchmarks.yardsticks import REFERENCE_GGUF, REFERENCE_MEMCPY, gguf_quantizer, memcpy, read_files, write_file
+from qformat.recipe import Recipe
+
+_BASELINE = 350.0  # MB/s of source on the reference machine; four times that is asked for
+_PEAK = 600.0  # MB
+
+
+class _Runs:
+    """What is interleaved: every run makes the same file anew."""
+
+    def __init__(self, context: Context) -> None:
+        self.checkpoint = context.checkpoint
+        self.output = context.workdir / "out.qf"
+        self.data = memoryview(context.container.read_bytes())
+        self.floor_parts: dict[str, list[float]] = defaultdict(list)
+        self.peaks: list[int] = []
+
+    def library(self) -> float:
+        self.output.unlink(missing_ok=True)
+        start = time.perf_counter()
+        convert(open_checkpoint(self.checkpoint.directory), self.output, Recipe.parse("q4_0"))
+        return time.perf_counter() - start
+
+    def command(self) -> float:
+        self.output.unlink(missing_ok=True)
+        cost = run_process([QFORMAT, "convert", self.checkpoint.directory, self.output])
+        self.peaks.append(cost.peak_rss)
+        return cost.wall
+
+    def floor(self) -> float:
+        start = time.perf_counter()
+        read_files(*self.checkpoint.files)
+        read = time.perf_counter()
+        hashlib.sha256(self.data).digest()
+        hashed = time.perf_counter()
+        parts = {
+            "read": read - start,
+            "SHA-256": hashed - read,
+            "write and fsync": write_file(self.output, self.data, sync=True),
+        }
+        for name, seconds in parts.items():
+            self.floor_parts[name].append(seconds)
+        return sum(parts.values())
+
+    def same(self) -> bool:
+        """Whether the library makes the file that the command made."""
+        self.library()
+        return self.output.read_bytes() == self.data
+
+
+def run(context: Context) -> Section:
+    """Measure it."""
+    runs = _Runs(context)
+    weights = normal(context.weights // 4)
+    seconds = interleaved(
+        {
+            "floor": runs.floor,
+            "library": runs.library,
+            "command": runs.command,
+            "gguf": gguf_quantizer(weights),
+            "memcpy": memcpy(weights),
+        },
+        context.rounds(5),
+    )
+    megabytes = runs.checkpoint.nbytes / 1e6
+    gguf = weights.size / seconds["gguf"] / 1e6 / REFERENCE_GGUF
+    memory = weights.nbytes / seconds["memcpy"] / 1e9 / REFERENCE_MEMCPY
+    rows = [
+        *_judge("convert(), kernels loaded", seconds["library"], seconds["floor"], megabytes, gguf, memory),
+        *_judge("qformat convert, whole command", seconds["command"], seconds["floor"], megabytes, gguf, memory),
+        below("qformat convert: peak memory", max(runs.peaks) / 1e6, _PEAK, "MB"),
+        _same(runs.same()),
+    ]
+    runs.output.unlink()
+    if context.full:
+        rows.append(_large(context))
+    parts = ", ".join(f"{name} {statistics.median(values[1:]):.3f} s" for name, values in runs.floor_parts.items())
+    size = len(runs.data) / 1e6
+    return Section(
+        f"Convert: {megabytes:,.0f} MB of bfloat16 in 2 shards to q4_0, hashed and synced",
+        rows,
+        [
+            f"Floor, alone and one after the other on one thread: {parts} ({size:.0f} MB of output).",
+            f"Scale of this machine: {gguf:.2f} by gguf's quantizer, {memory:.2f} by memcpy; the lower one counts.",
+        ],
+    )
+
+
+def _same(same: bool) -> Row:
+    return Row("convert() and the command: bytes", "the same" if same else "different", target="the same", met=same)
+
+
+def _judge(name: str, seconds: float, floor: float, megabytes: float, gguf: float, memory: float) -> list[Row]:
+    """Compare with the floor and with the scaled baseline; one of the two targets has to be met."""
+    rate = megabytes / seconds
+    baseline = _BASELINE * min(gguf, memory)
+    met = seconds <= 2 * floor or rate >= 4 * baseline
+    scaled = f"350 MB/s scaled: {_BASELINE * gguf:.0f} by gguf, {_BASELINE * memory:.0f} by memcpy"
+    return [
+        Row(name, figure(seconds, "s"), f"floor {figure(floor, 's')}", seconds / floor, "<= 2 x, or the next", met),
+        Row(f"{name}: source", figure(rate, "MB/s"), scaled, rate / baseline, ">= 4 x, or the last", met),
+    ]
+
+
+def _large(context: Context) -> Row:
+    """Convert 4 GB of zeros for the peak of memory."""
+    name = "qformat convert, 4 GB: peak memory"
+    checkpoint = Llama(context.workdir / "large", 2 if context.quick else 43, zeros=True)
+    if shutil.disk_usage(context.workdir).free < checkpoint.nbytes:
+        return Row(name, "not measured: too little disk space")
+    output = context.workdir / "large.qf"
+    cost = run_process([QFORMAT, "convert", checkpoint.written.directory, output])
+    _remove(checkpoint.directory, output)
+    return below(f"{name} ({checkpoint.nbytes / 1e6:,.0f} MB of zeros)", cost.peak_rss / 1e6, _PEAK, "MB")
+
+
+def _remove(directory: Path, file: Path) -> None:
+    shutil.rmtree(directory)
+    file.unlink()
+    os.sync()

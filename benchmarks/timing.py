@@ -1,0 +1,74 @@
+"""Medians of interleaved runs, and what a process costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_LAUNCH = Path(__file__).with_name("launch.py")
+QFORMAT = Path(sysconfig.get_path("scripts"), "qformat")
+
+
+def interleaved(functions: Mapping[str, Callable[[], float | None]], rounds: int) -> dict[str, float]:
+    """Run functions in turn, A B A B ..., so that whatever else the machine does meets all of them alike.
+
+    Parameters
+    ----------
+    functions
+        What to run. One that returns a number has measured itself; of the others the wall-clock seconds are taken.
+    rounds
+        How often; one more round comes first and does not count.
+
+    Returns
+    -------
+    dict
+        The median of each function.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            own = function()
+            seconds = time.perf_counter() - start
+            if number:
+                samples[name].append(seconds if own is None else own)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a process took: seconds of wall clock, seconds of processor (user and system), peak resident bytes."""
+
+    wall: float
+    cpu: float
+    peak_rss: int
+
+
+def run_process(command: Sequence[str | os.PathLike[str]], env: Mapping[str, str] | None = None) -> Cost:
+    """Run a command whose output nobody needs.
+
+    A small process in between starts it: the kernel counts the memory of whoever calls exec into the peak of what comes out of it,
+    and this process has large arrays.
+
+    Raises
+    ------
+    RuntimeError
+        If the command fails.
+    """
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", _LAUNCH, *command],
+        capture_output=True,
+        check=False,
+        env={**os.environ, **(env or {})},
+    )
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed: {result.stderr.decode(errors='replace').strip()}")
+    return Cost(**json.loads(result.stdout))

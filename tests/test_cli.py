@@ -1,0 +1,253 @@
+"""What the commands print, and the shapes of their JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
+
+from qformat.cli import cli
+
+
+def run(*args: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(cli, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def real(minilm) -> dict[str, np.ndarray]:
+    source = load_file(minilm / "model.safetensors")
+    return {name: array for name, array in source.items() if array.ndim == 2 and array.dtype == np.float32}
+
+
+def test_help_lists_the_commands_that_work():
+    output = run("--help").stdout
+    assert re.findall(r"^  ([a-z]+[a-z-]*)  ", output, re.MULTILINE) == [
+        "convert",
+        "inspect",
+        "quantize-stats",
+        "verify",
+        "checksum",
+    ]
+    for name in ("convert", "inspect", "quantize-stats", "verify", "checksum"):
+        assert name in run(name, "--help").stdout
+
+
+def test_wrong_usage_is_exit_status_2():
+    run("convert", code=2)
+    run("no-such-command", code=2)
+    run("convert", "a", "b", "--no-such-option", code=2)
+    run("verify", code=2)
+    run("convert", "a", "b", "-j", "0", code=2)
+
+
+def test_convert_json(minilm, tmp_path):
+    target = tmp_path / "x.qf"
+    dry = json.loads(run("convert", minilm, target, "--dry-run", "--json").stdout)
+    done = json.loads(run("convert", minilm, target, "--json").stdout)
+    assert done["output"] == str(target)
+    assert done["tensors"] == 104
+    assert done["params"] == 22_713_728
+    assert done["bytes"] == target.stat().st_size == dry["bytes"]
+    assert done["bpw"] == pytest.approx(4.539, abs=1e-3)
+    assert re.fullmatch("[0-9a-f]{64}", done["root_sha256"])
+    assert dry["root_sha256"] is None
+    assert done["seconds"] > 0
+
+
+def test_convert_prints_a_summary_and_with_verbose_each_tensor(minilm, tmp_path):
+    short = run("convert", minilm, tmp_path / "x.qf").stdout.splitlines()
+    assert len(short) == 2
+    assert "104 tensors, 22.7M weights" in short[0]
+    long = run("convert", minilm, tmp_path / "y.qf", "-v").stdout.splitlines()
+    assert len(long) == 104 + 3
+    assert any(
+        re.search(r"layer\.5\.output\.dense\.weight +384x1536 +f32 -> q4_0 +2\.4 MB +331\.8 kB", x) for x in long
+    )
+
+
+def test_inspect(minilm_qf):
+    output = run("inspect", minilm_qf).stdout
+    assert "qformat 1.0, 13.2 MB" in output
+    assert re.search(r"embeddings\.word_embeddings\.weight +30522x384 +f32 +q4_0 +6\.6 MB +4\.500 +4\.779e-03", output)
+    assert "104 tensors, 22.7M weights, 12.9 MB, 4.539 bits/weight" in output
+
+
+def test_inspect_json(minilm_qf, minilm):
+    found = json.loads(run("inspect", minilm_qf, "--json").stdout)
+    assert found["format"] == {"major": 1, "minor": 0}
+    assert found["file_bytes"] == minilm_qf.stat().st_size
+    assert found["assets"]["vocab.txt"] == (minilm / "vocab.txt").stat().st_size
+    assert len(found["tensors"]) == 104
+    tensor = next(t for t in found["tensors"] if t["name"] == "embeddings.word_embeddings.weight")
+    assert tensor["shape"] == [30522, 384]
+    assert (tensor["dtype"], tensor["type"], tensor["bytes"], tensor["bpw"]) == ("f32", "q4_0", 6592752, 4.5)
+    assert found["total"]["params"] == 22_713_728
+    assert found["total"]["bytes"] == sum(t["bytes"] for t in found["tensors"])
+
+
+def test_inspect_selects_tensors(minilm_qf):
+    found = json.loads(run("inspect", minilm_qf, "--json", "--tensor", "*.bias").stdout)
+    assert {t["type"] for t in found["tensors"]} == {"f32"}
+    assert "no tensor that matches 'zzz'" in run("inspect", minilm_qf, "--tensor", "zzz", code=1).stderr
+
+
+def test_inspect_suggests_to_make_an_old_file_again(minilm_qf, monkeypatch):
+    monkeypatch.setattr("qformat.container.reader.MINOR", 3)
+    assert "convert again" in run("inspect", minilm_qf).stderr
+    assert "convert again" in run("verify", minilm_qf).stderr
+
+
+def gguf_errors(array: np.ndarray) -> np.ndarray:
+    blocks = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q4_0)
+    return (array - gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0)).astype(np.float64)
+
+
+def test_quantize_stats_measures_what_gguf_s_blocks_cost(minilm, real, tmp_path):
+    output = run("quantize-stats", minilm, "--per-layer", "--json", tmp_path / "s.json").stdout.splitlines()
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert len(output) == len(real) + 1
+    assert {r["tensor"] for r in found["results"]} == set(real)
+    for line, result in zip(output, found["results"], strict=False):
+        array = real[result["tensor"]]
+        error = np.abs(gguf_errors(array))
+        assert result["type"] == "q4_0"
+        assert result["shape"] == list(array.shape)
+        assert result["bpw"] == 4.5
+        assert result["rmse"] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-9)
+        assert result["rel_rmse"] == pytest.approx(np.sqrt(np.mean(error**2)) / array.std(dtype=np.float64), rel=1e-7)
+        assert result["maxerr"] == error.max()
+        for key, q in (("p95", 0.95), ("median", 0.5)):
+            exact = np.quantile(error, q, method="inverted_cdf")
+            assert exact <= result[key] <= exact * (1 + 1 / 2000)
+        assert len(result["histogram"]) == 16
+        assert sum(result["histogram"]) == array.size
+        match = re.fullmatch(r"q4_0::(\S+) : rmse (\S+), maxerr (\S+), 95pct<(\S+), median<(\S+)", line)
+        assert match is not None
+        assert match[1] == result["tensor"]
+        assert match[2] == f"{result['rmse']:.8f}"
+        assert match[3] == f"{result['maxerr']:.8f}"
+        assert result["p95"] < float(match[4]) <= result["p95"] + 1.01e-4
+        assert result["median"] < float(match[5]) <= result["median"] + 1.01e-4
+    squares = sum((gguf_errors(array) ** 2).sum() for array in real.values())
+    params = sum(array.size for array in real.values())
+    (total,) = found["totals"]
+    assert total["rmse"] == pytest.approx(np.sqrt(squares / params), rel=1e-9)
+    every = np.concatenate([array.ravel() for array in real.values()])
+    assert total["rel_rmse"] == pytest.approx(total["rmse"] / every.std(dtype=np.float64), rel=1e-7)
+    assert output[-1].startswith("q4_0::total : ")
+
+
+def test_quantize_stats_compares_types_and_selects_tensors(minilm):
+    args = ("-t", "q4_0", "-t", "bf16", "-t", "f16", "--include", r"layer\.[01]\.", "--exclude", "attention")
+    found = json.loads(run("quantize-stats", minilm, *args, "--json", "-").stdout)
+    assert [t["type"] for t in found["totals"]] == ["q4_0", "bf16", "f16"]
+    errors = [t["rel_rmse"] for t in found["totals"]]
+    assert errors[0] > errors[1] > errors[2] > 0
+    names = {r["tensor"] for r in found["results"]}
+    assert len(names) == 4
+    assert all(re.search(r"layer\.[01]\.(intermediate|output)\.dense\.weight", name) for name in names)
+    assert found["totals"][1]["histogram"] is None
+    assert "is left to measure" in run("quantize-stats", minilm, "--include", "zzz", code=1).stderr
+
+
+def test_quantize_stats_does_not_depend_on_jobs(minilm):
+    args = ("quantize-stats", minilm, "--include", "word", "--json", "-", "-j")
+    assert run(*args, 1).stdout == run(*args, 3).stdout
+
+
+def test_quantize_stats_prints_the_histogram_of_codes(tmp_path):
+    save_file({"w": np.tile(np.arange(-8, 8, dtype=np.float32), (4, 4))}, tmp_path / "x.safetensors")
+    output = run("quantize-stats", tmp_path / "x.safetensors", "--histogram").stdout.splitlines()
+    assert output[0] == "q4_0::total : rmse 0.00000000, maxerr 0.00000000, 95pct<0.0001, median<0.0001"
+    assert output[1] == "hist: " + " ".join(["0.062"] * 16)
+
+
+def test_checksum_and_verify_agree_with_each_other(minilm_qf, tmp_path):
+    lines = run("checksum", minilm_qf).stdout
+    assert re.fullmatch(r"[0-9a-f]{64}  \S+\n", lines)
+    (tmp_path / "SHA256SUMS").write_text(lines)
+    assert run("verify", tmp_path / "SHA256SUMS").stdout == f"{minilm_qf}: OK\n"
+    assert run("verify", minilm_qf, tmp_path / "SHA256SUMS", "--quick").stdout.count(": OK") == 2
+
+
+def test_verify_names_the_damaged_tensor(minilm_qf, tmp_path):
+    found = json.loads(run("inspect", minilm_qf, "--json").stdout)
+    copy = tmp_path / "copy.qf"
+    data = bytearray(minilm_qf.read_bytes())
+    data[len(data) // 2] ^= 4
+    copy.write_bytes(data)
+    output = run("verify", minilm_qf, copy, code=1).stdout.splitlines()
+    assert output[:2] == [f"{minilm_qf}: OK", f"{copy}: FAILED"]
+    assert re.search(r"tensor 'embeddings.word_embeddings.weight', segment 'blocks': SHA-256 does not match", output[2])
+    report = json.loads(run("verify", copy, "--json", code=1).stdout)
+    assert report["ok"] is False
+    (file,) = report["files"]
+    assert (file["path"], file["ok"], file["root_sha256"]) == (str(copy), False, found["root_sha256"])
+    (error,) = file["errors"]
+    assert (error["tensor"], error["segment"]) == ("embeddings.word_embeddings.weight", "blocks")
+    assert run("verify", copy, "--quick").exit_code == 0
+
+
+def imported(*args: object) -> tuple[set[str], int]:
+    script = (
+        "import sys\nfrom qformat.cli import cli\ntry:\n    cli(sys.argv[1:])\nexcept SystemExit as e:\n"
+        "    print('\\nMODULES', *{name.partition('.')[0] for name in sys.modules})\n    sys.exit(e.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, check=False)
+    return set(done.stdout.rpartition("MODULES ")[2].split()), done.returncode
+
+
+def test_looking_at_files_imports_nothing_heavy(minilm_qf):
+    for args in (
+        ["--help"],
+        ["inspect", minilm_qf],
+        ["verify", minilm_qf],
+        ["checksum", minilm_qf],
+        ["convert", "--help"],
+    ):
+        modules, code = imported(*args)
+        assert code == 0
+        assert "qformat" in modules
+        assert not modules & {"numba", "llvmlite", "torch", "numpy", "transformers", "rich", "safetensors"}
+
+
+def test_the_base_install_needs_no_extra(minilm, tmp_path):
+    """Everything but the torch reader works where the packages of the extras cannot be imported."""
+    target = tmp_path / "x.qf"
+    script = (
+        "import sys\nfor name in ('torch', 'transformers', 'gguf', 'ml_dtypes', 'scipy'): sys.modules[name] = None\n"
+        "import qformat\nfrom qformat.cli import cli\n"
+        f"for args in (['convert', {str(minilm)!r}, {str(target)!r}], ['verify', {str(target)!r}], "
+        f"['inspect', {str(target)!r}], ['quantize-stats', {str(minilm)!r}], ['checksum', {str(target)!r}]):\n"
+        "    try: cli(args)\n    except SystemExit as e: assert not e.code, args\n"
+        f"with qformat.safe_open({str(target)!r}) as f: print(f.get_tensor(f.keys()[0]).shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "(384,)"
+
+
+def test_the_command_is_installed(minilm_qf):
+    program = Path(sys.executable).parent / "qformat"
+    done = subprocess.run([program, "verify", minilm_qf], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{minilm_qf}: OK\n", "")
+    assert "0.1.0" in subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_reader_that_goes_away_is_no_error(minilm_qf):
+    command = f"{sys.executable} -m qformat inspect {minilm_qf} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1

@@ -1,0 +1,55 @@
+"""The examples run as they are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import qformat
+
+from .conftest import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONWARNINGS": "default"}
+    return subprocess.run([str(arg) for arg in args], env=env, capture_output=True, text=True, check=False)
+
+
+def test_convert_checkpoint(minilm, tmp_path):
+    done = run(sys.executable, EXAMPLES / "convert_checkpoint.py", minilm, tmp_path / "x.qf")
+    assert done.returncode == 0, done.stderr
+    with qformat.safe_open(tmp_path / "x.qf") as f:
+        assert f.info("embeddings.word_embeddings.weight").codec == "bf16"
+        assert f.info("encoder.layer.0.output.dense.weight").codec == "q4_0"
+        assert f.root in done.stdout
+
+
+def test_load_in_inference(minilm_qf):
+    done = run(sys.executable, EXAMPLES / "load_in_inference.py", minilm_qf)
+    assert done.returncode == 0, done.stderr
+    assert "104 tensors, 22713728 weights" in done.stdout
+    assert "model type bert, first rows of embeddings.word_embeddings.weight: (3, 384) float32" in done.stdout
+
+
+def test_verify_in_ci(minilm_qf, tmp_path):
+    shutil.copy(minilm_qf, tmp_path / "a.qf")
+    sums = run(sys.executable, "-m", "qformat", "checksum", tmp_path / "a.qf").stdout.replace(f"{tmp_path}/", "")
+    (tmp_path / "SHA256SUMS").write_text(sums)
+    assert run(EXAMPLES / "verify_in_ci.sh", tmp_path).returncode == 0
+    qformat.save_file({}, tmp_path / "a.qf", overwrite=True)
+    done = run(EXAMPLES / "verify_in_ci.sh", tmp_path)
+    assert done.returncode == 1
+    assert "a.qf: OK" in done.stdout
+    assert "a.qf: FAILED" in done.stdout
+
+
+def test_demo():
+    done = run(sys.executable, EXAMPLES / "demo.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "demo: everything held" in done.stdout
+    assert "tensor 'embeddings.word_embeddings.weight', segment 'blocks': SHA-256 does not match" in done.stdout
