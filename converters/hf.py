@@ -49,7 +49,7 @@ def open_hf(directory: Path) -> Checkpoint:
         tensors, warnings = _open_shards(directory)
     else:
         raise SourceError(f"{directory}: holds neither {SINGLE} nor {INDEX}; give a directory with safetensors weights")
-    return Checkpoint(tensors, _find_assets(directory), warnings)
+    return Checkpoint(tensors, _find_assets(directory), [*warnings, *_left_out(directory)])
 
 
 def _open_shards(directory: Path) -> tuple[list[SafetensorsTensor], list[str]]:
@@ -100,10 +100,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _find_assets(directory: Path) -> dict[str, Callable[[], bytes]]:
-    """Return the files to take along: of the directory itself and of folders one level down (sentence-transformers has such)."""
+    """Return the files to take along; of folders, as sentence-transformers has them, only their configuration."""
     found: dict[str, Callable[[], bytes]] = {}
-    for pattern in _ASSETS:
-        for path in [*directory.glob(pattern), *directory.glob(f"[!.]*/{pattern}")]:
+    for pattern in (*_ASSETS, "[!.]*/config.json"):
+        for path in directory.glob(pattern):
             if (
                 path.is_file()
                 and not any(path.match(no) for no in _NOT_ASSETS)
@@ -111,3 +111,9 @@ def _find_assets(directory: Path) -> dict[str, Callable[[], bytes]]:
             ):
                 found[path.relative_to(directory).as_posix()] = path.read_bytes
     return found
+
+
+def _left_out(directory: Path) -> list[str]:
+    """Return a warning for weights in folders, which are no part of the checkpoint proper."""
+    others = sorted(path.relative_to(directory).as_posix() for path in directory.glob("*/*.safetensors"))
+    return [f"{name} is not taken along: convert its folder on its own" for name in others]

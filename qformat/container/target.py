@@ -24,6 +24,8 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise TargetError(f"{path}: is a directory; give the name of a file")
     if not overwrite and os.path.lexists(path):
         raise TargetError(f"{path}: exists already; use --force (or overwrite=True) to replace it")
+    if path.exists() and not path.is_file():
+        raise TargetError(f"{path}: is not a regular file; give another name")
     if not path.parent.is_dir():
         raise TargetError(f"{path}: the directory {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -63,7 +65,7 @@ class Target:
             except OSError as error:
                 raise TargetError(f"{self._partial}: cannot be written: {error.strerror}") from None
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock(fd)
                 if not self._is_ours(fd):  # its owner finished and renamed it between our open and our lock
                     os.close(fd)
                     continue
@@ -71,9 +73,17 @@ class Target:
             except OSError as error:
                 os.close(fd)
                 if error.errno in (errno.EAGAIN, errno.EACCES):
-                    raise TargetError(f"{self.path}: another process is writing it") from None
+                    raise TargetError(f"{self.path}: another process is writing it; wait for it to end") from None
                 raise TargetError(f"{self._partial}: cannot be written: {error.strerror}") from None
             return fd
+
+    @staticmethod
+    def _lock(fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some network file systems have no locks: do without
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
 
     def _is_ours(self, fd: int) -> bool:
         try:
