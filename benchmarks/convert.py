@@ -6,8 +6,12 @@ import hashlib
 import os
 import shutil
 import statistics
+import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from qformat.converters.convert import convert
@@ -22,6 +26,7 @@ from qformat.recipe import Recipe
 
 _BASELINE = 350.0  # MB/s of source on the reference machine; four times that is asked for
 _PEAK = 600.0  # MB
+_MEMORY_DISK = Path("/dev/shm")
 
 
 class _Runs:
@@ -29,24 +34,23 @@ class _Runs:
 
     def __init__(self, context: Context) -> None:
         self.checkpoint = context.checkpoint
-        self.output = context.workdir / "out.qf"
         self.data = memoryview(context.container.read_bytes())
-        self.floor_parts: dict[str, list[float]] = defaultdict(list)
+        self.floor_parts: dict[tuple[Path, str], list[float]] = defaultdict(list)
         self.peaks: list[int] = []
 
-    def library(self) -> float:
-        self.output.unlink(missing_ok=True)
+    def library(self, output: Path) -> float:
+        output.unlink(missing_ok=True)
         start = time.perf_counter()
-        convert(open_checkpoint(self.checkpoint.directory), self.output, Recipe.parse("q4_0"))
+        convert(open_checkpoint(self.checkpoint.directory), output, Recipe.parse("q4_0"))
         return time.perf_counter() - start
 
-    def command(self) -> float:
-        self.output.unlink(missing_ok=True)
-        cost = run_process([QFORMAT, "convert", self.checkpoint.directory, self.output])
+    def command(self, output: Path) -> float:
+        output.unlink(missing_ok=True)
+        cost = run_process([QFORMAT, "convert", self.checkpoint.directory, output])
         self.peaks.append(cost.peak_rss)
         return cost.wall
 
-    def floor(self) -> float:
+    def floor(self, output: Path) -> float:
         start = time.perf_counter()
         read_files(*self.checkpoint.files)
         read = time.perf_counter()
@@ -55,32 +59,38 @@ class _Runs:
         parts = {
             "read": read - start,
             "SHA-256": hashed - read,
-            "write and fsync": write_file(self.output, self.data, sync=True),
+            "write and fsync": write_file(output, self.data, sync=True),
         }
         for name, seconds in parts.items():
-            self.floor_parts[name].append(seconds)
+            self.floor_parts[output, name].append(seconds)
         return sum(parts.values())
 
-    def same(self) -> bool:
+    def same(self, output: Path) -> Row:
         """Whether the library makes the file that the command made."""
-        self.library()
-        return self.output.read_bytes() == self.data
+        self.library(output)
+        same = output.read_bytes() == self.data
+        return Row("convert() and the command: bytes", "the same" if same else "different", "", None, "the same", same)
 
 
 def run(context: Context) -> Section:
     """Measure it."""
     runs = _Runs(context)
     weights = normal(context.weights // 4)
-    seconds = interleaved(
-        {
-            "floor": runs.floor,
-            "library": runs.library,
-            "command": runs.command,
-            "gguf": gguf_quantizer(weights),
-            "memcpy": memcpy(weights),
-        },
-        context.rounds(5),
-    )
+    output = context.workdir / "out.qf"
+    functions = {
+        "floor": partial(runs.floor, output),
+        "library": partial(runs.library, output),
+        "command": partial(runs.command, output),
+        "gguf": gguf_quantizer(weights),
+        "memcpy": memcpy(weights),
+    }
+    with _memory_disk(2 * len(runs.data)) as directory:
+        if directory:
+            functions |= {
+                "floor, no disk": partial(runs.floor, directory / "out.qf"),
+                "library, no disk": partial(runs.library, directory / "out.qf"),
+            }
+        seconds = interleaved(functions, context.rounds(5))
     megabytes = runs.checkpoint.nbytes / 1e6
     gguf = weights.size / seconds["gguf"] / 1e6 / REFERENCE_GGUF
     memory = weights.nbytes / seconds["memcpy"] / 1e9 / REFERENCE_MEMCPY
@@ -88,12 +98,19 @@ def run(context: Context) -> Section:
         *_judge("convert(), kernels loaded", seconds["library"], seconds["floor"], megabytes, gguf, memory),
         *_judge("qformat convert, whole command", seconds["command"], seconds["floor"], megabytes, gguf, memory),
         below("qformat convert: peak memory", max(runs.peaks) / 1e6, _PEAK, "MB"),
-        _same(runs.same()),
+        runs.same(output),
     ]
-    runs.output.unlink()
+    output.unlink()
     if context.full:
         rows.append(_large(context))
-    parts = ", ".join(f"{name} {statistics.median(values[1:]):.3f} s" for name, values in runs.floor_parts.items())
+    if directory:
+        own, floor = seconds["library, no disk"], seconds["floor, no disk"]
+        rows.append(Row("convert() to a file in memory", figure(own, "s"), f"floor {figure(floor, 's')}", own / floor))
+    parts = ", ".join(
+        f"{name} {statistics.median(values[1:]):.3f} s"
+        for (path, name), values in runs.floor_parts.items()
+        if path == output
+    )
     size = len(runs.data) / 1e6
     return Section(
         f"Convert: {megabytes:,.0f} MB of bfloat16 in 2 shards to q4_0, hashed and synced",
@@ -105,8 +122,14 @@ def run(context: Context) -> Section:
     )
 
 
-def _same(same: bool) -> Row:
-    return Row("convert() and the command: bytes", "the same" if same else "different", target="the same", met=same)
+@contextmanager
+def _memory_disk(nbytes: int) -> Iterator[Path | None]:
+    """Make a directory on a file system without a disk; None if there is none with that much space."""
+    if not os.access(_MEMORY_DISK, os.W_OK | os.X_OK) or shutil.disk_usage(_MEMORY_DISK).free < nbytes:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="qformat-bench-", dir=_MEMORY_DISK) as directory:
+        yield Path(directory)
 
 
 def _judge(name: str, seconds: float, floor: float, megabytes: float, gguf: float, memory: float) -> list[Row]:
@@ -129,11 +152,6 @@ def _large(context: Context) -> Row:
         return Row(name, "not measured: too little disk space")
     output = context.workdir / "large.qf"
     cost = run_process([QFORMAT, "convert", checkpoint.written.directory, output])
-    _remove(checkpoint.directory, output)
+    shutil.rmtree(checkpoint.directory)
+    output.unlink()
     return below(f"{name} ({checkpoint.nbytes / 1e6:,.0f} MB of zeros)", cost.peak_rss / 1e6, _PEAK, "MB")
-
-
-def _remove(directory: Path, file: Path) -> None:
-    shutil.rmtree(directory)
-    file.unlink()
-    os.sync()

@@ -94,7 +94,7 @@ class Draft:
     """A file that is not put together yet.
 
     Segment and asset records hold their bytes under ``bytes`` until `place` lays them out. After that ``index`` and ``body`` may
-    be edited at will; `pack` computes every digest that stands above an edit.
+    be edited at will; `pack` computes every digest that stands above an edit (that of the header, while it is ``...``).
     """
 
     tensors: list[Json] = field(default_factory=list)
@@ -131,12 +131,12 @@ class Draft:
             segment |= {"offset": len(self.header) + len(body), "length": len(data), "sha256": sha256(data)}
             body += data + bytes(-len(data) % 64)
         self.body = bytes(body)
-        self.index = {"assets": self.assets, "tensors": self.tensors, "metadata": self.metadata, "header_sha256": ""}
+        self.index = {"assets": self.assets, "tensors": self.tensors, "metadata": self.metadata, "header_sha256": ...}
         return self
 
     def index_bytes(self) -> bytes:
         self.place()
-        if self.index.get("header_sha256") == "":
+        if self.index.get("header_sha256") is ...:
             self.index["header_sha256"] = sha256(self.header)
         return canonical(self.index)
 
@@ -270,6 +270,7 @@ def cli_finish(process: subprocess.Popen[bytes]) -> Result:
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
+    out, err = out or b"", err or b""
     return Result(process.returncode, out.decode("utf-8", "surrogateescape"), err.decode("utf-8", "surrogateescape"))
 
 

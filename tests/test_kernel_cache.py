@@ -14,7 +14,7 @@ import sys, numpy as np
 from qformat.kernels import load
 x = np.arange(-3200, 3200, dtype=np.float32) ** 3
 blocks = np.zeros(x.size // 32 * 18, np.uint8)
-load("q4_0").quantize(x, blocks, np.zeros(32))
+load("q4_0").quantize(x, blocks, np.zeros(16))
 import hashlib
 print(load("q4_0").__name__, hashlib.sha256(blocks).hexdigest())
 """

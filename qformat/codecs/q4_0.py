@@ -63,8 +63,9 @@ class Q4_0(Codec):  # noqa: N801  the format's name
         if cols % BLOCK:
             values = np.pad(values, ((0, 0), (0, -cols % BLOCK)))
         blocks = np.empty(rows * _row_bytes(cols), np.uint8)
-        lanes = np.zeros(load("floats").LANES)
-        peak, largest, overflowed, vanished = load("q4_0").quantize(values.reshape(-1), blocks, lanes)
+        kernels = load("q4_0")
+        lanes = np.zeros(kernels.LANES)
+        peak, largest, overflowed, vanished = kernels.quantize(values.reshape(-1), blocks, lanes)
         error = ErrorSum(rows * cols, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
         return Encoded((blocks.data,), peak < INFINITY_BITS, error, overflowed, vanished)
 

@@ -19,18 +19,22 @@ from qformat.kernels.jit.simd import (
     low_half,
     maximum,
     minimum,
+    prefetch,
     store,
     store_as,
     to_f32,
     to_f64,
     to_i32,
     to_u8,
+    zeros_u32,
 )
 
 EIGHTH = np.float32(-0.125)
 ONE = np.float32(1.0)
 ZERO = np.float32(0.0)
 INFINITY_BITS = 0x7F800000
+LANES = 16
+AHEAD = 1024  # elements; the hardware's own prefetcher stops at each page
 
 
 @kernel(
@@ -47,7 +51,7 @@ def quantize(x, blocks, lanes):
     blocks
         uint8, 18 bytes for each block: the result.
     lanes
-        float64, 32 elements: the squared error of element i is added to lane i mod 32.
+        float64, `LANES` elements: the squared errors of elements i and i + 16 of each block, added as float32, are added to lane i.
 
     Returns
     -------
@@ -58,9 +62,11 @@ def quantize(x, blocks, lanes):
     peak = np.int64(0)
     overflowed = np.int64(0)
     vanished = np.int64(0)
-    total = load(lanes, 0, 32)
-    worst = bits(to_f32(total)) & 0
+    total = load(lanes, 0, LANES)
+    worst = zeros_u32(32)
     for block in range(x.size // 32):
+        prefetch(x, 32 * block + AHEAD)
+        prefetch(x, 32 * block + AHEAD + 16)
         values = load_f32(x, 32 * block, 32)
         magnitudes = bits(values) & 0x7FFFFFFF
         top = largest(magnitudes)
@@ -76,8 +82,8 @@ def quantize(x, blocks, lanes):
 
         stored = half_to_float(half)
         error = values - to_f32(codes - 8) * stored
-        wide = to_f64(error)
-        total = total + wide * wide
+        squares = error * error
+        total = total + to_f64(low_half(squares) + high_half(squares))
         worst = maximum(worst, bits(error) & 0x7FFFFFFF)
         peak = max(peak, np.int64(top))
         overflowed += (half & 0x7FFF) >= 0x7C00

@@ -89,6 +89,30 @@ def load_f32(typing: Any, array: Any, index: Any, lanes: Any) -> Any:  # noqa: A
     return vector(array, types.intp, lanes), generate
 
 
+@intrinsic(prefer_literal=True)
+def zeros_u32(typing: Any, lanes: Any) -> Any:  # noqa: ARG001
+    """Return a vector of uint32 zeros."""
+    vector = Vector(types.uint32, lanes.literal_value)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return ir.Constant(_llvm(context, vector), None)
+
+    return vector(lanes), generate
+
+
+@intrinsic
+def prefetch(typing: Any, array: Any, index: Any) -> Any:  # noqa: ARG001
+    """Ask for the cache line of an element that will be read soon; harmless past the end."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        address = _pointer(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
+        flags = [ir.Constant(ir.IntType(32), value) for value in (0, 3, 1)]  # to read, to keep, data
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, *flags])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
 @intrinsic
 def float_at(typing: Any, array: Any, index: Any) -> Any:  # noqa: ARG001
     """Do as `load_f32` for one element, as a scalar."""

@@ -53,12 +53,16 @@ def difference(x: F32, y: F32, lanes: NDArray[np.float64]) -> int:
 
 
 def add_squares(error: F32, lanes: NDArray[np.float64]) -> None:
-    """Add squares to the lanes one row of 32 after the other, as the compiled kernels do."""
+    """Add squares to the lanes, element i to lane i mod 32, as the compiled kernels do."""
     squares = error.astype(np.float64) ** 2
     whole = squares.size // LANES * LANES
-    rows = np.vstack([lanes[None], squares[:whole].reshape(-1, LANES)])
-    lanes[:] = np.add.accumulate(rows, axis=0)[-1]
+    add_rows(squares[:whole].reshape(-1, LANES), lanes)
     lanes[: squares.size - whole] += squares[whole:]
+
+
+def add_rows(rows: NDArray[np.float64], lanes: NDArray[np.float64]) -> None:
+    """Add rows to the lanes, one after the other."""
+    lanes[:] = np.add.reduce(np.vstack([lanes[None], rows]), axis=0)
 
 
 def error_histogram(x: F32, y: F32, counts: NDArray[np.int64]) -> None:

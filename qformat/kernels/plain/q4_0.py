@@ -5,16 +5,32 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.plain.floats import add_squares, peak_f32
+from qformat.kernels.plain.floats import add_rows, peak_f32
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
+LANES = 16
+_CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
+
 
 def quantize(x: F32 | NDArray[np.uint16], blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
     """Quantize blocks of 32 with the naive scale, and measure the error."""
-    source: F32 = (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x.view(np.float32)
-    values = source.reshape(-1, 32)
+    found = (0, 0, 0, 0)
+    for start in range(0, x.size, _CHUNK):
+        part = x[start : start + _CHUNK]
+        values: F32 = (
+            (part.astype(np.uint32) << 16).view(np.float32) if part.dtype == np.uint16 else part.view(np.float32)
+        )
+        peak, largest, overflowed, vanished = _quantize(
+            values, blocks[start // 32 * 18 : (start + part.size) // 32 * 18], lanes
+        )
+        found = (max(found[0], peak), max(found[1], largest), found[2] + overflowed, found[3] + vanished)
+    return found
+
+
+def _quantize(x: F32, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
+    values = x.reshape(-1, 32)
     packed = blocks.reshape(-1, 18)
     magnitudes = np.abs(values)
     first = magnitudes.view(np.uint32).argmax(axis=1)[:, None]
@@ -28,9 +44,10 @@ def quantize(x: F32 | NDArray[np.uint16], blocks: U8, lanes: NDArray[np.float64]
         packed[:, :2] = half.view(np.uint8)
         packed[:, 2:] = codes[:, :16] | (codes[:, 16:] << 4)
         error = values - (codes - 8).astype(np.float32) * half.astype(np.float32)
-        add_squares(error.reshape(-1), lanes)
+        squares = error * error
+        add_rows((squares[:, :16] + squares[:, 16:]).astype(np.float64), lanes)
     vanished = (half == 0) & np.any(values, axis=1, keepdims=True)
-    return peak_f32(source), peak_f32(error.reshape(-1)), int((~np.isfinite(half)).sum()), int(vanished.sum())
+    return peak_f32(x), peak_f32(error.reshape(-1)), int((~np.isfinite(half)).sum()), int(vanished.sum())
 
 
 def dequantize(blocks: U8, x: F32) -> None:
