@@ -47,6 +47,7 @@ def save_file(
     metadata: Mapping[str, str] | None = None,
     assets: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     jobs: int | None = None,
 ) -> str:
     """Store arrays in one file.
@@ -66,6 +67,8 @@ def save_file(
         Files to store along, by relative name.
     overwrite
         Replace a file at `path`.
+    allow_nonfinite
+        Keep arrays with NaN or infinity as they are, whatever `types` says.
     jobs
         Threads; None is one for each processor. The bytes of the file do not depend on it.
 
@@ -90,9 +93,9 @@ def save_file(
             sources.append(ArrayTensor(name, from_array(array)))
         except TypeError as error:
             raise SourceError(f"tensor {name!r}: {error}") from None
-    plans = make_plans(sources, recipe)
+    plans = make_plans(sources, recipe, allow_nonfinite=allow_nonfinite)
     with ContainerWriter(path, overwrite=overwrite, metadata=metadata) as writer:
         for name, data in sorted((assets or {}).items()):
             writer.asset(name, data)
-        write_tensors(writer, plans, jobs=jobs)
+        write_tensors(writer, plans, jobs=jobs, allow_nonfinite=allow_nonfinite)
     return writer.root

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qformat.container.index import TensorRecord
 from qformat.container.target import check_target
 from qformat.container.writer import ContainerWriter, predict_size
 from qformat.encode import Plan, Progress, make_plans, write_tensors
+from qformat.errors import TargetError
 from qformat.recipe import Recipe
 from qformat.source import Checkpoint
 
@@ -25,6 +27,10 @@ class Conversion:
         The file.
     plans
         What became of each tensor.
+    records
+        What the file says of each tensor, in the same order; empty after a dry run.
+    assets
+        Length of each file that was taken along, by its name.
     nbytes
         Length of the file.
     root
@@ -35,6 +41,8 @@ class Conversion:
 
     output: Path
     plans: list[Plan]
+    records: list[TensorRecord]
+    assets: dict[str, int]
     nbytes: int
     root: str | None
     seconds: float
@@ -64,6 +72,7 @@ class Conversion:
             "bytes": self.nbytes,
             "source_bytes": self.source_bytes,
             "bpw": self.bpw,
+            "assets": self.assets,
             "root_sha256": self.root,
             "seconds": self.seconds,
         }
@@ -108,12 +117,14 @@ def convert(
         If the file cannot be written; nothing is left at `output` then.
     """
     start = time.perf_counter()
-    check_target(output, overwrite=overwrite)
+    check_target(output, overwrite=overwrite or dry_run)
+    _check_not_source(checkpoint, output)
     plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=allow_nonfinite)
     assets: Mapping[str, bytes] = {name: read() for name, read in sorted(checkpoint.assets.items())}
+    sizes = {name: len(data) for name, data in assets.items()}
     if dry_run:
         size = predict_size(assets, [plan.record for plan in plans])
-        return Conversion(output, plans, size, None, time.perf_counter() - start)
+        return Conversion(output, plans, [], sizes, size, None, time.perf_counter() - start)
     with ContainerWriter(output, overwrite=overwrite) as writer:
         for name, data in assets.items():
             writer.asset(name, data)
@@ -125,4 +136,12 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             allow_vanished=allow_vanished,
         )
-    return Conversion(output, plans, writer.file_size, writer.root, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Conversion(output, plans, writer.records, sizes, writer.file_size, writer.root, seconds)
+
+
+def _check_not_source(checkpoint: Checkpoint, output: Path) -> None:
+    """Refuse to replace what is being converted, whatever `overwrite` says."""
+    for path in checkpoint.files:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise TargetError(f"{output}: is a file of the checkpoint that is to be converted; give another name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from qformat.errors import SourceError
@@ -26,7 +27,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     with path.open("rb") as file:
         start = file.read(9)
     if len(start) == 9 and start[8:] == b"{":
-        return Checkpoint(open_safetensors(path))
+        return Checkpoint(open_safetensors(path), warnings=_alone(path), files=[path])
     if not start:
         raise SourceError(f"{path}: the file is empty")
     raise SourceError(f"{path}: not a safetensors file; give one, or a directory with safetensors weights")
+
+
+def _alone(path: Path) -> list[str]:
+    shard = re.search(r"-[0-9]+-of-0*([0-9]+)\.", path.name)
+    if shard and int(shard[1]) > 1:
+        return [f"{path.name} is one shard of {shard[1]}: give its directory for the whole model"]
+    if (path.parent / "config.json").exists():
+        return [
+            f"only the tensors of {path.name} are taken; give its directory to take its config.json and tokenizer too"
+        ]
+    return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from qformat.converters.safetensors import SafetensorsTensor, open_safetensors
@@ -49,7 +48,10 @@ def open_hf(directory: Path) -> Checkpoint:
         tensors, warnings = _open_shards(directory)
     else:
         raise SourceError(f"{directory}: holds neither {SINGLE} nor {INDEX}; give a directory with safetensors weights")
-    return Checkpoint(tensors, _find_assets(directory), [*warnings, *_left_out(directory)])
+    assets = _find_assets(directory)
+    files = [directory / INDEX, *{tensor.file.path for tensor in tensors}, *assets.values()]
+    readers = {name: path.read_bytes for name, path in assets.items()}
+    return Checkpoint(tensors, readers, [*warnings, *_left_out(directory)], files)
 
 
 def _open_shards(directory: Path) -> tuple[list[SafetensorsTensor], list[str]]:
@@ -99,9 +101,9 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map  # type: ignore[no-any-return]
 
 
-def _find_assets(directory: Path) -> dict[str, Callable[[], bytes]]:
+def _find_assets(directory: Path) -> dict[str, Path]:
     """Return the files to take along; of folders, as sentence-transformers has them, only their configuration."""
-    found: dict[str, Callable[[], bytes]] = {}
+    found: dict[str, Path] = {}
     for pattern in (*_ASSETS, "[!.]*/config.json"):
         for path in directory.glob(pattern):
             if (
@@ -109,7 +111,7 @@ def _find_assets(directory: Path) -> dict[str, Callable[[], bytes]]:
                 and not any(path.match(no) for no in _NOT_ASSETS)
                 and path.stat().st_size <= MAX_ASSET_BYTES
             ):
-                found[path.relative_to(directory).as_posix()] = path.read_bytes
+                found[path.relative_to(directory).as_posix()] = path
     return found
 
 

@@ -25,6 +25,8 @@ _DTYPES = {
     "BF16": "bf16",
 } | {name.upper(): name for name in ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64", "f16", "f32", "f64")}
 
+_MAX_HEADER = 100_000_000  # the library's own limit
+
 
 class _SharedFile:
     """A file opened when it is first read, and read from several threads."""
@@ -98,19 +100,40 @@ def open_safetensors(path: Path) -> list[SafetensorsTensor]:
 
 def _check(path: Path) -> None:
     """Let the library check header, offsets and length."""
+    if not path.is_file():
+        raise SourceError(f"{path}: is not a file")
     try:
         size = path.stat().st_size
-        if path.is_file() and size > 0:
-            with safe_open(path, framework="np"):
-                return
+        if size == 0:
+            raise SourceError(f"{path}: the file is empty; download it again")
+        with safe_open(path, framework="np"):
+            return
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        cause = str(error)
-        if "InvalidHeaderLength" in cause or "MetadataIncompleteBuffer" in cause or "HeaderTooSmall" in cause:
+        expected = _announced_size(path)
+        if expected > size:
             raise SourceError(
-                f"{path}: the file does not have the length that its header says (it has {size} bytes): "
-                "it is cut short or damaged; download it again"
+                f"{path}: is cut short: it has {size} bytes of at least {expected}; download it again"
             ) from None
-        raise SourceError(f"{path}: not a valid safetensors file: {cause}") from None
-    raise SourceError(f"{path}: the file is empty; download it again" if path.is_file() else f"{path}: is not a file")
+        if 0 < expected < size:
+            raise SourceError(
+                f"{path}: does not have the length that its header says, {expected} bytes, but {size}; download it again"
+            ) from None
+        raise SourceError(f"{path}: not a valid safetensors file: {error}") from None
+
+
+def _announced_size(path: Path) -> int:
+    """Return how long a file should be, going by as much of its header as is there, or 0 if the header makes no sense."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8).ljust(8, b"\0"), "little")
+        if length > _MAX_HEADER:
+            return 0
+        header = file.read(length)
+    if len(header) < length or not header:
+        return 8 + max(length, 2)
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        return 8 + length + max([0, *map(int, ends)])
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return 0

@@ -16,6 +16,6 @@ from qformat.recipe import Recipe
 source, output = (Path(argument) for argument in sys.argv[1:])
 
 # Everything of two or more dimensions becomes q4_0; patterns override that, and the last one that matches wins.
-recipe = Recipe.parse("q4_0", {"*embeddings*": "bf16"})
+recipe = Recipe.parse("q4_0", {"*_embeddings.weight": "bf16"})
 result = convert(open_checkpoint(source), output, recipe)
 print(f"{result.output}: {result.nbytes} bytes, {result.bpw:.2f} bits/weight, root {result.root}")

@@ -8,5 +8,10 @@ cd "$1"
 # Every byte of every file against the digests inside it: finds damage, and names the tensor.
 qformat verify ./*.qf
 
+# A file that nobody reviewed is no good either.
+for file in *.qf; do
+    grep -q "^[0-9a-f]*  $file\$" SHA256SUMS || { echo "$file: not listed in SHA256SUMS"; exit 1; }
+done
+
 # Whole files against the pinned list: finds that a file is a good one, but another one.
 qformat verify SHA256SUMS

@@ -104,7 +104,7 @@ class Elements:
             same: NDArray[np.float32] = self.data
             return same
         if self.dtype is F64:
-            with np.errstate(over="ignore", under="ignore"):
+            with np.errstate(all="ignore"):
                 rounded: NDArray[np.float32] = self.data.astype(np.float32)
             return rounded
         if self.dtype in (F16, BF16):

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 from qformat.codecs.base import Codec, Encoded, ErrorSum, Matrix, Piece, pieces
 from qformat.codecs.registry import parse_type
-from qformat.container.index import MeasuredError, Segment, TensorRecord
+from qformat.container.index import MeasuredError, Segment, TensorRecord, check_tensor_name
 from qformat.container.writer import ContainerWriter
-from qformat.errors import SourceError
+from qformat.errors import FormatError, SourceError
 from qformat.parallel import default_jobs
-from qformat.recipe import Recipe
+from qformat.recipe import Recipe, override_for
 from qformat.source import SourceTensor
 
 #: called with a tensor's name and the number of elements that were just written
@@ -78,6 +78,10 @@ def make_plans(tensors: Iterable[SourceTensor], recipe: Recipe, *, allow_nonfini
     for tensor in ordered:
         if plans and plans[-1].source.name == tensor.name:
             raise SourceError(f"tensor {tensor.name!r} is there twice")
+        try:
+            check_tensor_name(tensor.name)
+        except FormatError as error:
+            raise SourceError(error.cause) from None
         plan = Plan(tensor, recipe.codec_for(tensor))
         if allow_nonfinite and not all(
             tensor.read(p.elements(plan.matrix)).all_finite() for p in pieces(plan.matrix, 1)
@@ -161,17 +165,16 @@ def _submit(pool: ThreadPoolExecutor, plans: Sequence[Plan], window: int) -> Ite
 
 
 def _check(plan: Plan, encoded: Encoded, *, allow_nonfinite: bool, allow_vanished: bool) -> None:
-    name, kind = plan.source.name, plan.source.dtype.name
+    name = plan.source.name
+    keep = override_for(name, plan.source.dtype.name)
     if not encoded.finite and not (allow_nonfinite and plan.codec.keeps(plan.source.dtype)):
         raise SourceError(
             f"tensor {name!r} holds NaN or infinity; mend the checkpoint, or keep such tensors raw with --allow-nonfinite"
         )
     if encoded.overflowed:
-        raise SourceError(
-            f"tensor {name!r} holds values too large for type {plan.codec}; keep it with --tensor-type '{name}={kind}'"
-        )
+        raise SourceError(f"tensor {name!r} holds values too large for type {plan.codec}; keep it with {keep}")
     if encoded.vanished and not allow_vanished:
         raise SourceError(
             f"tensor {name!r} holds blocks whose weights are too small for type {plan.codec} and would become zero; "
-            f"keep it with --tensor-type '{name}={kind}', or accept zeros with --allow-zeroed"
+            f"keep it with {keep}, or accept zeros with --allow-zeroed"
         )

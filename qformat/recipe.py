@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from qformat.codecs.base import Codec
-from qformat.codecs.registry import parse_type
+from qformat.codecs.registry import codecs, parse_type
 from qformat.errors import SourceError, TypeSpecError
 from qformat.source import SourceTensor
 
@@ -70,14 +72,28 @@ class Recipe:
 
     def check_patterns(self, tensors: Iterable[SourceTensor]) -> None:
         """Raise `TypeSpecError` if a pattern matches no floating tensor: it would be ignored silently."""
-        names = [tensor.name for tensor in tensors if tensor.dtype.floating]
+        every = list(tensors)
         for pattern, codec in self.overrides:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise TypeSpecError(f"no floating tensor matches the pattern of {pattern}={codec}")
+            matches = [tensor for tensor in every if fnmatchcase(tensor.name, pattern)]
+            if not matches:
+                raise TypeSpecError(f"no tensor matches the pattern of {pattern}={codec}")
+            if not any(tensor.dtype.floating for tensor in matches):
+                kind = matches[0].dtype.name
+                raise TypeSpecError(
+                    f"{pattern}={codec} matches only tensors that stay as they are, such as one of {kind}"
+                )
 
 
 def _split(item: str) -> tuple[str, str]:
-    pattern, equals, text = item.partition("=")
-    if not pattern or not equals or not text:
+    """Cut ``PATTERN=TYPE``, of which both may hold more equals signs: before the last one that a codec's id follows."""
+    cuts = [i for i, c in enumerate(item) if c == "="]
+    known = [i for i in cuts if item[i + 1 :].partition(":")[0] in codecs()]
+    if not cuts or item.startswith("=") or item.endswith("="):
         raise TypeSpecError(f"{item!r} is not of the form PATTERN=TYPE")
-    return pattern, text
+    cut = known[-1] if known else cuts[-1]
+    return item[:cut], item[cut + 1 :]
+
+
+def override_for(name: str, type_: str) -> str:
+    """Return the option that gives one tensor a type, ready for a shell."""
+    return f"--tensor-type {shlex.quote(f'{glob.escape(name)}={type_}')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from qformat.dtypes import DType, Elements
@@ -46,8 +47,11 @@ class Checkpoint:
         For each file to take along its name and a function that reads it.
     warnings
         What the user should know of it, a line each.
+    files
+        The files that it consists of.
     """
 
     tensors: Sequence[SourceTensor]
     assets: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    files: Sequence[Path] = ()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs.base import Codec, Piece, pieces
-from qformat.dtypes import Elements
+from qformat.dtypes import F32, Elements
 from qformat.encode import Plan
 from qformat.errors import SourceError
 from qformat.kernels import load
@@ -42,6 +42,8 @@ class ErrorStats:
         How often each code occurs, or None for types without codes.
     params
         Number of weights.
+    vanished
+        Number of blocks that become zero because their weights are too small for the type.
     largest
         Largest absolute error.
     squares, source_sums, source_squares
@@ -57,6 +59,7 @@ class ErrorStats:
     nbytes: int = 0
     codes: NDArray[np.int64] | None = None
     params: int = 0
+    vanished: int = 0
     largest: float = 0.0
     squares: list[float] = field(default_factory=list)
     source_sums: list[float] = field(default_factory=list)
@@ -67,6 +70,7 @@ class ErrorStats:
         """Take in the errors of other elements."""
         self.nbytes += other.nbytes
         self.params += other.params
+        self.vanished += other.vanished
         self.largest = max(self.largest, other.largest)
         self.squares += other.squares
         self.source_sums += other.source_sums
@@ -173,6 +177,8 @@ def measure(
     with ThreadPoolExecutor(jobs, thread_name_prefix="qformat-stats") as pool:
         for tensor in tensors:
             for codec in codecs:
+                if not codec.accepts(tensor.dtype):
+                    raise SourceError(f"tensor {tensor.name!r}: type {codec} cannot hold {tensor.dtype.name}")
                 plan = Plan(tensor, codec)
                 every = list(pieces(plan.matrix, codec.block))
                 shares = [every[i::jobs] for i in range(min(jobs, len(every)))]
@@ -196,12 +202,15 @@ def _measure(plan: Plan, share: list[Piece], progress: Callable[[int], None] | N
                 f"tensor {plan.source.name!r} holds values too large for type {plan.codec}; leave it out with --exclude"
             )
         values = np.ascontiguousarray(elements.to_f32()).reshape(-1)
+        if not Elements(F32, values).all_finite():
+            raise SourceError(f"tensor {plan.source.name!r} holds values beyond float32; leave it out with --exclude")
         decoded = _decode(plan.codec, encoded.parts, piece)
         lanes = np.zeros(floats.LANES)
         largest = floats.difference(values, decoded, lanes)
         floats.error_histogram(values, decoded, stats.errors)
         stats.add_codes(plan.codec.code_histogram(encoded.parts))
         stats.params += values.size
+        stats.vanished += encoded.vanished
         stats.largest = max(stats.largest, float(np.uint32(largest).view(np.float32)))
         stats.squares.append(math.fsum(lanes.tolist()))
         stats.source_sums.append(float(values.sum(dtype=np.float64)))

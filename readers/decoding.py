@@ -9,7 +9,7 @@ import numpy as np
 
 from qformat.codecs.base import PIECE, Matrix, Piece, pieces
 from qformat.codecs.registry import codec_of
-from qformat.container.index import TensorRecord
+from qformat.container.index import Segment, TensorRecord
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import F32, DType, Elements
 from qformat.errors import FormatError
@@ -103,7 +103,7 @@ class SegmentChecker:
     def __init__(self, container: ContainerReader, *, enabled: bool) -> None:
         self._container = container
         self._enabled = enabled
-        self._checked: set[int] = set()
+        self._checked: set[Segment] = set()
         self._lock = threading.Lock()
 
     def check(self, record: TensorRecord) -> None:
@@ -117,10 +117,10 @@ class SegmentChecker:
         if not self._enabled:
             return
         for segment in record.segments:
-            if segment.offset not in self._checked:
+            if segment not in self._checked:
                 self._container.check(segment, record.label)
                 with self._lock:
-                    self._checked.add(segment.offset)
+                    self._checked.add(segment)
 
 
 def runs(indices: NDArray[np.intp], cols: int) -> list[tuple[int, Piece]]:

@@ -68,12 +68,15 @@ def test_convert_json(minilm, tmp_path):
 
 def test_convert_prints_a_summary_and_with_verbose_each_tensor(minilm, tmp_path):
     short = run("convert", minilm, tmp_path / "x.qf").stdout.splitlines()
-    assert len(short) == 2
-    assert "104 tensors, 22.7M weights" in short[0]
+    assert len(short) == 3
+    assert short[0].endswith("has 13.2 MB (13219630 bytes)")
+    assert short[1].startswith("104 tensors, 22.7M weights, 90.9 MB -> 4.539 bits/weight; 11 other files; in ")
     long = run("convert", minilm, tmp_path / "y.qf", "-v").stdout.splitlines()
-    assert len(long) == 104 + 3
+    assert len(long) == 1 + 104 + 11 + 3
+    assert "file 1_Pooling/config.json (190 B)" in long
     assert any(
-        re.search(r"layer\.5\.output\.dense\.weight +384x1536 +f32 -> q4_0 +2\.4 MB +331\.8 kB", x) for x in long
+        re.search(r"layer\.5\.output\.dense\.weight +384x1536 +f32 -> q4_0 +2\.4 MB +331\.8 kB +\d\.\d{3}e-03", x)
+        for x in long
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,10 @@ def test_verify_in_ci(minilm_qf, tmp_path):
     sums = run(sys.executable, "-m", "qformat", "checksum", tmp_path / "a.qf").stdout.replace(f"{tmp_path}/", "")
     (tmp_path / "SHA256SUMS").write_text(sums)
     assert run(EXAMPLES / "verify_in_ci.sh", tmp_path).returncode == 0
+    qformat.save_file({}, tmp_path / "b.qf")
+    done = run(EXAMPLES / "verify_in_ci.sh", tmp_path)
+    assert (done.returncode, "b.qf: not listed" in done.stdout) == (1, True)
+    (tmp_path / "b.qf").unlink()
     qformat.save_file({}, tmp_path / "a.qf", overwrite=True)
     done = run(EXAMPLES / "verify_in_ci.sh", tmp_path)
     assert done.returncode == 1
@@ -53,3 +58,13 @@ def test_demo():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "demo: everything held" in done.stdout
     assert "tensor 'embeddings.word_embeddings.weight', segment 'blocks': SHA-256 does not match" in done.stdout
+
+
+def test_the_snippets_of_the_readme(minilm_qf, tmp_path):
+    shutil.copy(minilm_qf, tmp_path / "minilm.qf")
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        (tmp_path / "snippet.py").write_text(snippet)
+        done = subprocess.run([sys.executable, "snippet.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

@@ -30,6 +30,7 @@ from tests.build import (
     raw_asset,
     raw_tensor,
     reference,
+    run_all,
     run_cli,
     safetensors_bytes,
     sha256,
@@ -236,18 +237,26 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", BAD_SOURCES)
-@pytest.mark.parametrize("command", ["convert", "quantize-stats"])
-def test_bad_checkpoints_are_refused(name: str, command: str, source: Path, tmp_path: Path) -> None:
+def test_bad_checkpoints_are_refused(name: str, source: Path, tmp_path: Path) -> None:
     change, says = BAD_SOURCES[name]
     change(source)
     before = sorted(source.rglob("*"))
     target = tmp_path / "m.qf"
-    message = one_line(run_cli(command, source, *([target] if command == "convert" else [])))
+    message = one_line(run_cli("convert", source, target))
     for text in (str(source), *says):
         assert text in message
     assert len(message) < 1000
     nothing_at(target)
     assert sorted(source.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["missing shard", "half a shard", "index is not JSON", "no weights"])
+def test_statistics_of_bad_checkpoints_are_refused(name: str, source: Path) -> None:
+    change, says = BAD_SOURCES[name]
+    change(source)
+    message = one_line(run_cli("quantize-stats", source))
+    for text in (str(source), *says):
+        assert text in message
 
 
 @pytest.mark.parametrize(
@@ -314,7 +323,7 @@ def test_tensor_names_that_the_format_has_not(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", [b"a:b.json", b"a\\b.json", b"a\nb.json", b"\xff.json"])
 def test_asset_names_that_the_format_has_not(name: bytes, source: Path, tmp_path: Path) -> None:
-    Path(os.fsdecode(os.path.join(os.fsencode(source), name))).write_text("{}")
+    (source / os.fsdecode(name)).write_text("{}")
     assert "name" in one_line(run_cli("convert", source, tmp_path / "m.qf"))
     nothing_at(tmp_path / "m.qf")
 
@@ -348,47 +357,66 @@ def stored_bytes(path: Path, name: str) -> bytes:
     return path.read_bytes()[segment.offset : segment.stop]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bits"), [*SIGNALING.items(), *INFINITY.items()], ids=lambda value: str(value) if isinstance(value, str) else f"{value:#x}"
-)  # fmt: skip
+def broken_source(path: Path, dtype: str, bits: int) -> bytes:
+    """Make a checkpoint with two broken tensors; return the bytes of both."""
+    bad = patterns(dtype, bits)
+    tensors = {
+        "a.fine": ("f32", (2, 40), weights(0, 2, 40).tobytes()),
+        "b.broken": (dtype, (2, 40), bad),
+        "c.broken": (dtype, (80,), bad),
+    }
+    path.write_bytes(safetensors_bytes(tensors))
+    return bad
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [*SIGNALING.items(), *INFINITY.items()])
 def test_nan_and_infinity_are_refused_by_name(dtype: str, bits: int, tmp_path: Path) -> None:
     source, target = tmp_path / "x.safetensors", tmp_path / "m.qf"
-    bad = patterns(dtype, bits)
-    source.write_bytes(
-        safetensors_bytes(
-            {
-                "a.fine": ("f32", (2, 40), weights(0, 2, 40).tobytes()),
-                "b.broken": (dtype, (2, 40), bad),
-                "c.broken": (dtype, (80,), bad),
-            }
-        )
-    )
-    for options in ([], ["-t", "f32"], ["--tensor-type", f"*={dtype if dtype[:2] != 'f8' else 'f16'}"]):
-        message = one_line(run_cli("convert", source, target, *options))
-        assert "'b.broken'" in message
-        assert "NaN or infinity" in message
-        assert "--allow-nonfinite" in message
-        nothing_at(target)
-    result = run_cli("convert", source, target, "--allow-nonfinite")
-    assert (result.code, result.err) == (0, "")
+    bad = broken_source(source, dtype, bits)
+    refused, kept = run_all(["convert", source, tmp_path / "none.qf"], ["convert", source, target, "--allow-nonfinite"])
+    message = one_line(refused)
+    assert "'b.broken'" in message
+    assert "NaN or infinity" in message
+    assert "--allow-nonfinite" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.qf", "x.safetensors"]
+    assert (kept.code, kept.err) == (0, "")
     valid(target)
     with qformat.safe_open(target) as file:
         kinds = {name: file.info(name).codec for name in file.keys()}  # noqa: SIM118
     assert kinds == {"a.fine": "q4_0", "b.broken": dtype, "c.broken": dtype}
     assert stored_bytes(target, "b.broken") == bad
     assert stored_bytes(target, "c.broken") == bad
-    message = one_line(run_cli("quantize-stats", source))
-    assert "'b.broken'" in message
-    assert run_cli("quantize-stats", source, "--exclude", "b").code == 0
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f8_e4m3"])
+def test_nan_is_refused_whatever_the_type(dtype: str, tmp_path: Path) -> None:
+    source = tmp_path / "x.safetensors"
+    broken_source(source, dtype, SIGNALING[dtype])
+    results = run_all(
+        ["convert", source, tmp_path / "1.qf", "-t", "f32"],
+        ["convert", source, tmp_path / "2.qf", "--tensor-type", "*=f16"],
+        ["quantize-stats", source],
+        ["quantize-stats", source, "--exclude", "b"],
+    )
+    for result in results[:-1]:
+        assert "'b.broken'" in one_line(result)
+    assert (results[-1].code, results[-1].err) == (0, "")
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_compiled_kernels_find_nan_and_infinity_too(tmp_path: Path) -> None:
     source, target = tmp_path / "x.safetensors", tmp_path / "m.qf"
-    tensors = {f"{dtype} {i}": (dtype, (2, 40), patterns(dtype, bits)) for i, table in enumerate((SIGNALING, INFINITY)) for dtype, bits in table.items()}  # fmt: skip
+    every = [
+        (f"{dtype} {i}", dtype, bits) for i, table in enumerate((SIGNALING, INFINITY)) for dtype, bits in table.items()
+    ]
+    tensors = {name: (dtype, (2, 40), patterns(dtype, bits)) for name, dtype, bits in every}
     source.write_bytes(safetensors_bytes(tensors))
     env = {"QFORMAT_KERNELS": "numba"}
-    assert "'bf16 0'" in one_line(run_cli("convert", source, target, env=env))
-    assert run_cli("convert", source, target, "--allow-nonfinite", env=env).code == 0
+    refused, kept = run_all(
+        ["convert", source, tmp_path / "none.qf"], ["convert", source, target, "--allow-nonfinite"], env=env
+    )
+    assert "'bf16 0'" in one_line(refused)
+    assert (kept.code, kept.err) == (0, "")
     for name, (_, _, data) in tensors.items():
         assert stored_bytes(target, name) == data
 
@@ -422,14 +450,26 @@ def test_values_too_large_are_refused_with_a_way_out(name: str, tmp_path: Path) 
     dtype, data, options = TOO_LARGE[name]
     source, target = tmp_path / "x.safetensors", tmp_path / "m.qf"
     source.write_bytes(safetensors_bytes({"w": (dtype, (2, 40), data)}))
-    message = one_line(run_cli("convert", source, target, *options))
+    converted, measured = run_all(["convert", source, target, *options], ["quantize-stats", source, *options])
+    message = one_line(converted)
     assert "'w'" in message
     assert "too large" in message
     nothing_at(target)
     (way_out,) = re.findall("--tensor-type '(.*?)'", message)
     assert run_cli("convert", source, target, *options, "--tensor-type", way_out).code == 0
     assert stored_bytes(target, "w") == data
-    assert "'w'" in one_line(run_cli("quantize-stats", source, *options))
+    assert "'w'" in one_line(measured)
+
+
+@pytest.mark.parametrize("value", [1e300, 1e-300, -1.7e308])
+def test_statistics_of_values_beyond_binary32(value: float, tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", {"w": np.full((2, 40), value)})
+    for result in run_all(*(["quantize-stats", tmp_path / "x.safetensors", "-t", kind] for kind in ("f64", "f32"))):
+        if result.code:
+            assert "'w'" in one_line(result)
+        else:
+            assert result.err == ""
+            assert "nan" not in result.out
 
 
 TOO_SMALL = {
@@ -444,7 +484,7 @@ TOO_SMALL = {
 @pytest.mark.parametrize("name", TOO_SMALL)
 def test_blocks_that_would_vanish_are_refused_with_two_ways_out(name: str, tmp_path: Path) -> None:
     source, target = tmp_path / "x.safetensors", tmp_path / "m.qf"
-    dtype = name.split()[0]
+    dtype = name.split(maxsplit=1)[0]
     fine = weights(0, 2, 40).tobytes()
     source.write_bytes(safetensors_bytes({"fine": ("f32", (2, 40), fine), "w": (dtype, (2, 40), TOO_SMALL[name])}))
     message = one_line(run_cli("convert", source, target))
@@ -453,17 +493,28 @@ def test_blocks_that_would_vanish_are_refused_with_two_ways_out(name: str, tmp_p
     assert "--allow-zeroed" in message
     nothing_at(target)
     (way_out,) = re.findall("--tensor-type '(.*?)'", message)
-    assert run_cli("convert", source, target, "--tensor-type", way_out).code == 0
-    assert stored_bytes(target, "w") == TOO_SMALL[name]
-    assert run_cli("convert", source, target, "--allow-zeroed", "--force").code == 0
+    other = tmp_path / "other.qf"
+    results = run_all(
+        ["convert", source, other, "--tensor-type", way_out], ["convert", source, target, "--allow-zeroed"]
+    )
+    assert [(result.code, result.err) for result in results] == [(0, "")] * 2
+    assert stored_bytes(other, "w") == TOO_SMALL[name]
     valid(target)
     with qformat.safe_open(target) as file:
         assert not file.get_tensor("w").any()
-        assert file.get_tensor("fine").all()
+        assert file.get_tensor("fine").any()
         error = file.info("w").error
     assert error is not None
     if name != "f64 below f32":  # which binary32, the measure of errors, cannot tell from zero
         assert error.maximum > 0
+
+
+@pytest.mark.parametrize(("dtype", "tiny"), [("<f4", 1e-30), ("<f8", 1e-30), ("<f8", 1e-300)])
+def test_a_tiny_value_among_others_is_no_vanished_block(dtype: str, tiny: float, tmp_path: Path) -> None:
+    array = weights(0, 2, 40).astype(dtype)
+    array[1, 3] = tiny
+    write_safetensors(tmp_path / "x.safetensors", {"w": array})
+    assert run_cli("convert", tmp_path / "x.safetensors", tmp_path / "m.qf").code == 0
 
 
 def test_zeros_are_no_vanished_blocks(tmp_path: Path) -> None:
@@ -501,27 +552,29 @@ def test_a_broken_link_at_the_target_is_kept_unless_forced(source: Path, tmp_pat
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("options", [[], ["--force"], ["--dry-run"]])
-def test_targets_that_cannot_be(source: Path, tmp_path: Path, options: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("directory", "is a directory"),
+        ("", "is a directory"),
+        ("none/m.qf", "does not exist"),
+        ("file/m.qf", "file"),
+        ("x" * 250 + ".qf", "too long"),
+        ("x" * 300 + ".qf", "too long"),
+        ("pipe", "not a regular file"),
+    ],
+)
+def test_targets_that_cannot_be(name: str, says: str, source: Path, tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
-    for name, says in (
-        ("directory", "is a directory"),
-        ("none/m.qf", "does not exist"),
-        ("file/m.qf", "file"),
-        ("", "is a directory"),
-        ("x" * 250 + ".qf", "too long"),
-        ("pipe", "pipe"),
-    ):
-        target = tmp_path / name
-        if options == ["--dry-run"] and says == "too long":
-            continue
-        before = sorted(tmp_path.rglob("*"))
-        message = one_line(run_cli("convert", source, target, *options))
+    target = tmp_path / name
+    before = sorted(tmp_path.rglob("*"))
+    for result in run_all(["convert", source, target], ["convert", source, target, "--force"]):
+        message = one_line(result)
         assert str(target) in message
-        assert says in message
-        assert sorted(tmp_path.rglob("*")) == before
+        assert says in message or (name == "pipe" and "exists already" in message)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("kind", ["directory", "link", "broken link", "pipe"])
@@ -565,26 +618,28 @@ def limit_file_size(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_a_file_size_limit(tmp_path: Path, force: bool) -> None:
+def test_a_file_size_limit(tmp_path: Path) -> None:
     source, target, full = tmp_path / "x.safetensors", tmp_path / "m.qf", tmp_path / "full.qf"
-    write_safetensors(source, {"w": weights(0, 1000, 1000), "z": weights(1, 10)})
+    write_safetensors(source, {"w": weights(0, 400, 400), "z": weights(1, 10)})
     assert run_cli("convert", source, full, "-t", "f32").code == 0
     size = full.stat().st_size
-    if force:
-        target.write_bytes(b"precious")
-    for limit in (0, 1, 64, 1 << 20, size - 400, size - 128, size - 1):
-        result = run_cli(
-            "convert", source, target, "-t", "f32", *(["--force"] if force else []), preexec_fn=limit_file_size(limit)
-        )
-        message = one_line(result)
+    for limit, before in (
+        (0, None),
+        (64, None),
+        (1 << 19, None),
+        (1 << 19, b"precious"),
+        (size - 300, None),
+        (size - 1, b"precious"),
+    ):
+        target.unlink(missing_ok=True)
+        if before:
+            target.write_bytes(before)
+        options = ["-t", "f32", *(["--force"] if before else [])]
+        message = one_line(run_cli("convert", source, target, *options, preexec_fn=limit_file_size(limit)))
         assert str(target) in message
         assert "file size" in message
         assert not Path(f"{target}.partial").exists()
-        if force:
-            assert target.read_bytes() == b"precious"
-        else:
-            assert not target.exists()
+        assert (target.read_bytes() if target.exists() else None) == before
     assert run_cli("convert", source, target, "-t", "f32", "--force", preexec_fn=limit_file_size(size)).code == 0
     assert target.read_bytes() == full.read_bytes()
 
@@ -644,14 +699,17 @@ def default_signals() -> None:
 
 
 def begun(source: Path, target: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start a conversion and wait until it writes."""
+    """Start a conversion and stop it when it has begun to write; it goes on with SIGCONT."""
     process = cli_start("convert", source, target, "-j1", *options, preexec_fn=default_signals)
     partial = Path(f"{target}.partial")
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):
             if partial.stat().st_size > 0:
+                process.send_signal(signal.SIGSTOP)
+                assert partial.exists(), "it was too fast"
                 return process
+        time.sleep(0.001)
     raise AssertionError(cli_finish(process))
 
 
@@ -663,6 +721,7 @@ def test_an_interrupted_run_leaves_nothing(number: signal.Signals, force: bool, 
         target.write_bytes(b"precious")
     process = begun(source, target, *(["--force"] if force else []))
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     result = cli_finish(process)
     assert result.code != 0
     assert "Traceback" not in result.err
@@ -675,7 +734,7 @@ def test_an_interrupted_run_leaves_nothing(number: signal.Signals, force: bool, 
 
 
 def test_a_killed_run_leaves_no_file_and_the_next_one_succeeds(tmp_path: Path) -> None:
-    source, target = sparse_source(tmp_path / "x.safetensors", 300), tmp_path / "m.qf"
+    source, target = sparse_source(tmp_path / "x.safetensors", 100), tmp_path / "m.qf"
     process = begun(source, target)
     process.kill()
     cli_finish(process)
@@ -690,7 +749,6 @@ def test_a_killed_run_leaves_no_file_and_the_next_one_succeeds(tmp_path: Path) -
 def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
     source, target = sparse_source(tmp_path / "x.safetensors", 2000), tmp_path / "m.qf"
     process = begun(source, target)
-    os.kill(process.pid, signal.SIGSTOP)
     try:
         for options in ([], ["--force"]):
             message = one_line(run_cli("convert", source, target, *options))
@@ -804,24 +862,35 @@ DAMAGED = {
 def test_damaged_files_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
     path = tmp_path / "m.qf"
     path.write_bytes(DAMAGED[name])
-    for command in (["inspect"], ["inspect", "--json"]):
-        result = run_cli(*command, path)
+    inspected, verified = run_all(["inspect", path], ["verify", "--json", path])
+    assert str(path) in one_line(inspected)
+    assert inspected.out == ""
+    assert (verified.code, verified.err) == (1, "")
+    report = json.loads(verified.out)
+    assert report["ok"] is False
+    assert [len(file["errors"]) for file in report["files"]] == [1]
+
+
+@pytest.mark.parametrize("name", ["empty", "truncated", "index damaged", "random"])
+def test_other_commands_on_damaged_files(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.qf"
+    path.write_bytes(DAMAGED[name])
+    inspected, measured, verified, quick, summed = run_all(
+        ["inspect", "--json", path],
+        ["quantize-stats", path],
+        ["verify", path],
+        ["verify", "--quick", path],
+        ["checksum", path],
+    )
+    for result in (inspected, measured):
         assert str(path) in one_line(result)
         assert result.out == ""
-    for command in (["verify"], ["verify", "--quick"]):
-        result = run_cli(*command, path)
+    for result in (verified, quick):
         assert (result.code, result.err) == (1, "")
         first, second = result.out.splitlines()
         assert first == f"{path}: FAILED"
         assert second.startswith("  ")
-    result = run_cli("verify", "--json", path)
-    report = json.loads(result.out)
-    assert result.code == 1
-    assert report["ok"] is False
-    assert [len(file["errors"]) for file in report["files"]] == [1]
-    if name != "safetensors":
-        assert str(path) in one_line(run_cli("quantize-stats", path))
-    assert run_cli("checksum", path).code == 0
+    assert summed == Result(0, f"{sha256(DAMAGED[name])}  {path}\n", "")
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "below a file"])
@@ -831,20 +900,24 @@ def test_paths_that_are_no_files(kind: str, tmp_path: Path) -> None:
     path = {"missing": tmp_path / "none", "directory": tmp_path / "directory", "below a file": tmp_path / "file" / "x"}[
         kind
     ]
-    for command in ("inspect", "quantize-stats", "checksum"):
-        result = run_cli(command, path)
+    file = tmp_path / "file"
+    inspected, measured, summed, verified, both, both_summed = run_all(
+        ["inspect", path],
+        ["quantize-stats", path],
+        ["checksum", path],
+        ["verify", path],
+        ["verify", path, file],
+        ["checksum", path, file],
+    )
+    for result in (inspected, measured, summed, both_summed):
         assert str(path) in one_line(result)
-        assert result.out == ""
-    result = run_cli("verify", path)
-    assert (result.code, result.err) == (1, "")
-    assert result.out.startswith(f"{path}: FAILED\n  ")
-    # The others are still looked at
-    result = run_cli("verify", path, tmp_path / "file")
-    assert result.code == 1
-    assert f"{tmp_path / 'file'}: OK" in result.out.splitlines()
-    result = run_cli("checksum", path, tmp_path / "file")
-    assert str(path) in one_line(result)
-    assert result.out.endswith(f"  {tmp_path / 'file'}\n")
+        assert result.out == (f"{sha256(GOOD_FILE)}  {file}\n" if result is both_summed else "")
+    for result in (verified, both):
+        assert (result.code, result.err) == (1, "")
+        first, second, *others = result.out.splitlines()
+        assert first == f"{path}: FAILED"
+        assert second.startswith("  ")
+        assert others == ([f"{file}: OK"] if result is both else [])
 
 
 def test_verify_names_the_damaged_tensor_and_segment(tmp_path: Path) -> None:
@@ -931,7 +1004,7 @@ def test_nothing_in_a_file_reaches_the_terminal_as_a_control_code(tmp_path: Path
     "command", [["inspect"], ["inspect", "--json"], ["verify"], ["verify", "--json"], ["checksum"]]
 )
 def test_file_names_that_are_not_utf8(command: list[str], tmp_path: Path) -> None:
-    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.qf"))
+    path = tmp_path / os.fsdecode(b"m\xff.qf")
     path.write_bytes(GOOD_FILE)
     result = run_cli(*command, path)
     assert (result.code, result.err) == (0, "")
@@ -940,7 +1013,7 @@ def test_file_names_that_are_not_utf8(command: list[str], tmp_path: Path) -> Non
 
 
 def test_targets_whose_names_are_not_utf8(source: Path, tmp_path: Path) -> None:
-    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.qf"))
+    path = tmp_path / os.fsdecode(b"m\xff.qf")
     for options in ([], ["--json", "--force"]):
         result = run_cli("convert", source, path, *options)
         assert (result.code, result.err) == (0, "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn
@@ -74,4 +76,11 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGTERM, _terminated)
-    cli(prog_name="qformat")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names need not fit the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        cli(prog_name="qformat")
+    except KeyboardInterrupt:  # while modules are imported, where click does not look
+        click.echo("Aborted!", err=True)
+        sys.exit(1)

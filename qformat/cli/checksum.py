@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -16,8 +17,10 @@ def command(files: tuple[str, ...]) -> None:
     failed = False
     for path in files:
         try:
-            click.echo(sums_line(path, sha256_of(path)))
+            digest = sha256_of(path)
         except OSError as error:
             failed = True
             click.echo(f"Error: {path}: {error.strerror or error}", err=True)
+            continue
+        click.echo(os.fsencode(sums_line(path, digest)))  # names are bytes, whatever the encoding
     sys.exit(1 if failed else 0)

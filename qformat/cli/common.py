@@ -25,7 +25,7 @@ jobs_option = click.option(
 
 def echo_json(value: Any) -> None:
     """Print a value as JSON on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    click.echo(json.dumps(value, allow_nan=False))
 
 
 def warn(message: str) -> None:
@@ -56,8 +56,14 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
+def printable(text: str) -> str:
+    """Return text from a file with everything that a terminal might obey escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def echo_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
     """Print columns: the first `left` ones flush left, the others flush right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
         cells = [

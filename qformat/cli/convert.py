@@ -16,6 +16,7 @@ from qformat.cli.common import (
     human_count,
     jobs_option,
     natural_key,
+    printable,
     progress_bar,
     warn,
 )
@@ -41,12 +42,17 @@ if TYPE_CHECKING:
     "overrides",
     multiple=True,
     metavar="GLOB=TYPE",
-    help="For tensors whose name matches; may be repeated, the last match wins.",
+    help="For floating tensors of any shape whose name matches; may be repeated, the last match wins.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Keep tensors that hold NaN or infinity raw.")
 @click.option("--allow-zeroed", is_flag=True, help="Let blocks too small for the type's scale become zero.")
 @click.option("-f", "--force", is_flag=True, help="Replace DST if it exists.")
-@click.option("-n", "--dry-run", is_flag=True, help="Write nothing; say what would be written, and its exact size.")
+@click.option(
+    "-n",
+    "--dry-run",
+    is_flag=True,
+    help="Write nothing and read no values; say what would be written, and its exact size.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @jobs_option
@@ -65,11 +71,12 @@ def command(
 ) -> None:
     """Turn the checkpoint SRC into the file DST.
 
-    SRC is a Hugging Face directory with safetensors weights (sharded or not), or a .safetensors file. Configuration,
-    tokenizer and licence files of the directory go into DST too. Nothing stands at DST before it is complete.
+    SRC is a Hugging Face directory with safetensors weights (sharded or not), or a .safetensors file. Of a directory, the
+    files that belong to the model (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md, config.json of folders) go into
+    DST too. Nothing stands at DST before it is complete.
 
-    TYPE is f32, f16, bf16 or q4_0, with parameters as in q4_0:search=naive. One-dimensional tensors stay as they are unless
-    --tensor-type names them; integers always do.
+    TYPE is f32, f16, bf16, f64 or q4_0, with parameters as in q4_0:search=naive. One-dimensional tensors stay as they are
+    unless --tensor-type names them; integers always do.
     """
     from qformat.converters.convert import convert
     from qformat.converters.detect import open_checkpoint
@@ -95,27 +102,45 @@ def command(
     if as_json:
         echo_json(result.to_json() | {"dry_run": dry_run})
         return
-    if verbose or dry_run:
+    if verbose:
         _echo_tensors(result)
-    verb = "would have" if dry_run else "has"
+    _warn_of_growth(result)
+    click.echo(f"{dst} {'would have' if dry_run else 'has'} {human_bytes(result.nbytes)} ({result.nbytes} bytes)")
     click.echo(
-        f"{dst} {verb} {human_bytes(result.nbytes)} ({result.nbytes} bytes): {len(result.plans)} tensors, "
-        f"{human_count(result.params)} weights, {human_bytes(result.source_bytes)} -> {result.bpw:.3f} bits/weight"
-        + ("" if dry_run else f", in {result.seconds:.1f} s")
+        f"{len(result.plans)} tensors, {human_count(result.params)} weights, {human_bytes(result.source_bytes)} -> "
+        f"{result.bpw:.3f} bits/weight; {len(result.assets)} other files"
+        + ("" if dry_run else f"; in {result.seconds:.1f} s")
     )
     if result.root:
         click.echo(f"root sha256 {result.root}")
 
 
-def _echo_tensors(result: Conversion) -> None:
-    rows = [
-        (
-            plan.source.name,
-            "x".join(map(str, plan.source.shape)) or "scalar",
-            f"{plan.source.dtype.name} -> {plan.codec}",
-            human_bytes(plan.matrix.elements * plan.source.dtype.size),
-            human_bytes(plan.codec.nbytes(plan.source.shape)),
-        )
-        for plan in sorted(result.plans, key=lambda plan: natural_key(plan.source.name))
+def _warn_of_growth(result: Conversion) -> None:
+    grown = [
+        plan.source.name
+        for plan in result.plans
+        if plan.codec.nbytes(plan.source.shape) > plan.matrix.elements * plan.source.dtype.size
     ]
-    echo_table(("tensor", "shape", "type", "before", "after"), rows, left=3)
+    if grown:
+        more = f" and {len(grown) - 1} more" if len(grown) > 1 else ""
+        warn(f"tensor {grown[0]!r}{more} will be larger than before: rows are filled up to whole blocks")
+
+
+def _echo_tensors(result: Conversion) -> None:
+    errors = {record.name: record.error for record in result.records}
+    rows = []
+    for plan in sorted(result.plans, key=lambda plan: natural_key(plan.source.name)):
+        error = errors.get(plan.source.name)
+        rows.append(
+            (
+                plan.source.name,
+                "x".join(map(str, plan.source.shape)) or "scalar",
+                f"{plan.source.dtype.name} -> {plan.codec}",
+                human_bytes(plan.matrix.elements * plan.source.dtype.size),
+                human_bytes(plan.codec.nbytes(plan.source.shape)),
+                f"{error.rmse:.3e}" if error else "",
+            )
+        )
+    echo_table(("tensor", "shape", "type", "before", "after", "rmse"), rows, left=3)
+    for name, size in result.assets.items():
+        click.echo(f"file {printable(name)} ({human_bytes(size)})")

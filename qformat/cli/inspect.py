@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qformat.cli.common import PATH, echo_json, echo_table, human_bytes, human_count, natural_key, warn
+from qformat.cli.common import PATH, echo_json, echo_table, human_bytes, human_count, natural_key, printable, warn
 from qformat.container.index import TensorRecord, type_string
 from qformat.container.layout import MAJOR, MINOR
 from qformat.container.reader import ContainerReader
@@ -76,9 +76,12 @@ def _echo(file: Path, summary: dict[str, Any]) -> None:
     click.echo(f"{file}: qformat {version['major']}.{version['minor']}, {human_bytes(summary['file_bytes'])}")
     click.echo(f"root sha256 {summary['root_sha256']}")
     for key, value in summary["metadata"].items():
-        click.echo(f"metadata {key}: {value}")
+        click.echo(f"metadata {printable(key)}: {printable(value)}")
     if summary["assets"]:
-        click.echo("assets " + ", ".join(f"{name} ({human_bytes(size)})" for name, size in summary["assets"].items()))
+        click.echo(
+            "assets "
+            + ", ".join(f"{printable(name)} ({human_bytes(size)})" for name, size in summary["assets"].items())
+        )
     rows = [
         (
             tensor["name"],

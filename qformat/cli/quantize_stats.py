@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qformat.cli.common import PATH, echo_json, jobs_option, natural_key, progress_bar, warn
+from qformat.cli.common import PATH, echo_json, echo_table, jobs_option, natural_key, printable, progress_bar, warn
 
 if TYPE_CHECKING:
     from qformat.stats import ErrorStats
@@ -21,6 +21,17 @@ def _regexes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
         return [re.compile(value) for value in values]
     except re.error as error:
         raise click.BadParameter(f"not a regular expression: {error}", ctx, param) from None
+
+
+def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and value != "-":
+        if value.startswith("-"):
+            raise click.BadParameter(f"needs a FILE, or - for stdout, before {value}", ctx, param)
+        if Path(value).exists():
+            raise click.BadParameter(f"{value} exists already; remove it first", ctx, param)
+        if not Path(value).parent.is_dir():
+            raise click.BadParameter(f"the directory {Path(value).parent} does not exist", ctx, param)
+    return value
 
 
 @click.command()
@@ -39,17 +50,19 @@ def _regexes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     "--include",
     multiple=True,
     callback=_regexes,
-    help="Only tensors in whose name this is found; may be repeated.",
+    metavar="REGEX",
+    help="Only tensors whose name holds a match of this regular expression; may be repeated.",
 )
-@click.option(
-    "--exclude",
-    multiple=True,
-    callback=_regexes,
-    help="Leave out tensors in whose name this is found; may be repeated.",
-)
+@click.option("--exclude", multiple=True, callback=_regexes, metavar="REGEX", help="Leave out tensors likewise.")
 @click.option("--per-layer", is_flag=True, help="Print a line for each tensor.")
 @click.option("--histogram", is_flag=True, help="Print how often each code is used.")
-@click.option("--json", "json_file", metavar="FILE", help="Write JSON to FILE; - is stdout, in place of the lines.")
+@click.option(
+    "--json",
+    "json_file",
+    callback=_json_target,
+    metavar="FILE",
+    help="Write JSON to a new FILE; - is stdout, in place of the lines.",
+)
 @jobs_option
 def command(
     src: Path,
@@ -64,7 +77,7 @@ def command(
     """Measure what storing the checkpoint SRC in each TYPE would cost; nothing is written.
 
     Takes the floating tensors of two or more dimensions. Errors are against the tensors of SRC; 95pct and median are bounds that
-    95 % and half of the absolute errors stay below.
+    95 % and half of the absolute errors stay below; rel_rmse is the rmse over the standard deviation of the weights.
     """
     from qformat.codecs.registry import parse_type
     from qformat.converters.detect import open_checkpoint
@@ -90,11 +103,19 @@ def command(
     sums = totals(results)
     if json_file is not None:
         _write_json(json_file, results, sums)
+    for stats in results:
+        if stats.vanished:
+            warn(
+                f"{stats.tensor}: {stats.vanished} blocks would become zero as {stats.type}; convert refuses that by default"
+            )
     if json_file != "-":
         for stats in [*(results if per_layer else []), *sums]:
-            click.echo(stats.line())
+            click.echo(printable(stats.line()))
             if histogram:
                 click.echo(_histogram(stats))
+        if len(sums) > 1:
+            rows = [(t.type, f"{t.bpw:.3f}", f"{t.rel_rmse:.3e}", f"{t.rmse:.3e}", f"{t.largest:.3e}") for t in sums]
+            echo_table(("type", "bits/weight", "rel_rmse", "rmse", "maxerr"), rows, left=1)
 
 
 def _histogram(stats: ErrorStats) -> str:
@@ -114,4 +135,4 @@ def _write_json(file: str, results: list[ErrorStats], sums: list[ErrorStats]) ->
     if file == "-":
         echo_json(value)
     else:
-        Path(file).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        Path(file).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -13,7 +13,9 @@ from qformat.parallel import default_jobs
 
 @click.command()
 @click.argument("files", nargs=-1, required=True)
-@click.option("--quick", is_flag=True, help="Only check header, index and trailer, not the bytes of the tensors.")
+@click.option(
+    "--quick", is_flag=True, help="Of a .qf file only check header, index and trailer, not the bytes of the tensors."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @jobs_option
 def command(files: tuple[str, ...], quick: bool, as_json: bool, jobs: int | None) -> None:

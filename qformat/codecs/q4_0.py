@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qformat.codecs.base import Buffer, Codec, Encoded, ErrorSum, Matrix, Piece, encoder_option
 from qformat.codecs.registry import register
-from qformat.dtypes import BF16, F32, DType, Elements
+from qformat.dtypes import BF16, F32, F64, DType, Elements
 from qformat.kernels import load
 
 BLOCK = 32
@@ -58,16 +58,21 @@ class Q4_0(Codec):  # noqa: N801  the format's name
 
     def encode(self, elements: Elements) -> Encoded:
         """Quantize the rows of a piece."""
-        values = elements.data if elements.dtype is BF16 else elements.to_f32()
-        rows, cols = values.shape
-        if cols % BLOCK:
-            values = np.pad(values, ((0, 0), (0, -cols % BLOCK)))
+        source = _padded(elements.data)
+        values = source if elements.dtype is BF16 else Elements(elements.dtype, source).to_f32()
+        rows, cols = elements.data.shape
         blocks = np.empty(rows * _row_bytes(cols), np.uint8)
         kernels = load("q4_0")
         lanes = np.zeros(kernels.LANES)
         peak, largest, overflowed, vanished = kernels.quantize(values.reshape(-1), blocks, lanes)
         error = ErrorSum(rows * cols, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
-        return Encoded((blocks.data,), peak < INFINITY_BITS, error, overflowed, vanished)
+        finite = peak < INFINITY_BITS
+        if elements.dtype is F64:  # it may exceed float32 itself
+            finite = elements.all_finite()
+            overflowed += int(np.isinf(values).sum())
+            lost = source.reshape(-1, BLOCK).any(axis=1) & ~values.reshape(-1, BLOCK).any(axis=1)
+            vanished += int(lost.sum())
+        return Encoded((blocks.data,), finite, error, overflowed, vanished)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode the blocks of a piece."""
@@ -85,6 +90,11 @@ class Q4_0(Codec):  # noqa: N801  the format's name
         counts = np.zeros(16, np.int64)
         load("q4_0").code_histogram(np.frombuffer(parts[0], np.uint8), counts)
         return counts
+
+
+def _padded(values: NDArray[Any]) -> NDArray[Any]:
+    """Fill each row up to whole blocks with zeros."""
+    return np.pad(values, ((0, 0), (0, -values.shape[1] % BLOCK))) if values.shape[1] % BLOCK else values
 
 
 def _row_bytes(cols: int) -> int:

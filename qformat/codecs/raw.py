@@ -47,10 +47,26 @@ class Raw(Codec):
         stored = elements.cast(self.decoded)
         if self.keeps(elements.dtype):
             return Encoded((_bytes(stored),), finite)
-        overflowed = 0
-        if finite and not Elements(self.decoded, stored).all_finite():
-            overflowed = int((~np.isfinite(Elements(self.decoded, stored).to_f32())).sum())
-        return Encoded((_bytes(stored),), finite, _error(elements, stored, self.decoded), overflowed)
+        infinite = 0 if Elements(self.decoded, stored).all_finite() else int((~np.isfinite(self._values(stored))).sum())
+        vanished = not self._values(stored).any() and bool(
+            elements.to_f32().any() if elements.dtype is not F64 else elements.data.any()
+        )  # rounding single weights to 0 is no loss, all is
+        return Encoded(
+            (_bytes(stored),), finite, self._error(elements, stored), infinite if finite else 0, int(vanished)
+        )
+
+    def _values(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        return Elements(self.decoded, stored).to_f32().reshape(-1)
+
+    def _error(self, source: Elements, stored: NDArray[Any]) -> ErrorSum:
+        if source.dtype is F64:
+            with np.errstate(all="ignore"):
+                error = source.data.reshape(-1) - self._values(stored).astype(np.float64)
+                return ErrorSum(error.size, math.fsum((error * error).tolist()), float(np.abs(error).max(initial=0.0)))
+        floats = load("floats")
+        lanes = np.zeros(floats.LANES)
+        largest = floats.difference(source.to_f32().reshape(-1), self._values(stored), lanes)
+        return ErrorSum(stored.size, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Copy the elements."""
@@ -61,14 +77,6 @@ class Raw(Codec):
 
 def _bytes(array: NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _error(source: Elements, stored: NDArray[Any], dtype: DType) -> ErrorSum:
-    floats = load("floats")
-    lanes = np.zeros(floats.LANES)
-    back = Elements(dtype, stored).to_f32().reshape(-1)
-    largest = floats.difference(source.to_f32().reshape(-1), back, lanes)
-    return ErrorSum(back.size, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
 
 
 for _dtype in DTYPES.values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pkgutil
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -12,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import qformat.codecs
 from qformat.codecs.base import Codec, Matrix
 from qformat.container.index import TensorRecord
-from qformat.dtypes import DTYPES
+from qformat.dtypes import DTYPES, F32
 from qformat.errors import FormatError, TypeSpecError
 
 _codecs: dict[str, type[Codec]] = {}
@@ -53,12 +52,12 @@ def parse_type(text: str) -> Codec:
     TypeSpecError
         If there is no such codec or parameter, or a value is not allowed.
     """
-    id_, _, rest = text.partition(":")
+    id_, colon, rest = text.partition(":")
     codec = _lookup(id_, text)
     values: dict[str, Any] = {}
     hints = get_type_hints(codec)
     allowed = [field.name for field in fields(codec)]
-    for item in rest.split(",") if rest else []:
+    for item in rest.split(",") if colon else []:
         key, equals, value = item.partition("=")
         if key not in allowed:
             known = f"it knows {', '.join(allowed)}" if allowed else "it has none"
@@ -75,8 +74,8 @@ def parse_type(text: str) -> Codec:
 def _lookup(id_: str, text: str) -> type[Codec]:
     known = codecs()
     if id_ not in known:
-        close = get_close_matches(id_, known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"the types are {', '.join(sorted(known))}"
+        weights = sorted(name for name, codec in known.items() if codec().accepts(F32))
+        hint = f"the types for weights are {', '.join(weights)}"
         raise TypeSpecError(f"type {text!r}: there is no codec {id_!r}; {hint}")
     return known[id_]
 

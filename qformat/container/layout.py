@@ -59,12 +59,15 @@ class Header:
             raise FormatError("the file is truncated: it ends inside its header", offset=len(data))
         _, major, header_size, incompatible, compatible = _HEADER.unpack(data[:HEADER_SIZE])
         if major != MAJOR:
-            raise FormatError(f"format major version {major}; this qformat reads {MAJOR}: use a newer one", offset=8)
+            raise FormatError(
+                f"format major version {major}, and this qformat reads {MAJOR}: use a newer one, if that is no damage",
+                offset=8,
+            )
         if header_size < HEADER_SIZE or header_size % ALIGNMENT:
             raise FormatError(f"impossible header size {header_size}", offset=10)
         if incompatible:
             raise FormatError(
-                f"the file needs features {incompatible:#x} that this version does not know: use a newer one",
+                f"the file needs features {incompatible:#x} that this version does not know: use a newer one, if the header is not damaged",
                 offset=16,
             )
         return cls(header_size, compatible)

@@ -107,7 +107,7 @@ def verify(
     paths
         Containers and lists, told apart by their content.
     quick
-        Only check header, index and trailer of a container, and only that the files of a list are there.
+        Only check header, index and trailer of a container; the files of a list are hashed all the same.
     jobs
         Threads that hash.
     progress
@@ -123,7 +123,7 @@ def verify(
         for path in paths:
             try:
                 if _is_list(path):
-                    reports += _verify_list(path, pool, quick=quick, progress=progress)
+                    reports += _verify_list(path, pool, progress)
                 else:
                     reports.append(_verify_container(path, pool, quick=quick, progress=progress))
             except OSError as error:
@@ -159,7 +159,7 @@ def _check_segments(
     found = pool.map(lambda item: _check_segment(container.fileno(), item[1], progress), owned)
     damaged = [(owner, segment, what) for (owner, segment), what in zip(owned, found, strict=True) if what]
     for owner, segment, cause in sorted(damaged, key=lambda item: item[1].offset):
-        what = f"{cause} (at byte {segment.offset})"
+        what = f"{cause} (its bytes are {segment.offset} to {segment.stop - 1})"
         if isinstance(owner, AssetRecord):
             report.errors.append(Damage(what, asset=owner.name))
         else:
@@ -186,7 +186,7 @@ def _check_segment(fd: int, segment: Segment, progress: Progress | None) -> str:
     except OSError as error:
         return _cannot_read(error)
     if digest.hexdigest() != segment.sha256:
-        return "SHA-256 does not match: the bytes are damaged"
+        return "SHA-256 does not match: it is damaged"
     if any(padding) or len(padding) != padding_size:
         return "the padding after it is not zero: bytes were changed"
     return ""
@@ -200,7 +200,7 @@ def _is_list(path: str) -> bool:
     return not start.startswith(MAGIC[:4]) and _SUM_LINE.match(first) is not None
 
 
-def _verify_list(path: str, pool: ThreadPoolExecutor, *, quick: bool, progress: Progress | None) -> list[FileReport]:
+def _verify_list(path: str, pool: ThreadPoolExecutor, progress: Progress | None) -> list[FileReport]:
     if Path(path).stat().st_size > _MAX_LIST_BYTES:
         return [FileReport(path, [Damage("the list is too long")])]
     reports: list[FileReport] = []
@@ -214,10 +214,16 @@ def _verify_list(path: str, pool: ThreadPoolExecutor, *, quick: bool, progress: 
             reports.append(FileReport(path, [Damage(f"line {number} is not of the form 'SHA256  NAME'")]))
             continue
         escaped, digest, name = match.groups()
-        target = _find(path, os.fsdecode(_unescape(name) if escaped else name))
-        report = FileReport(str(target))
+        report = FileReport(os.fsdecode(_unescape(name) if escaped else name))
         reports.append(report)
-        checks.append((report, pool.submit(_check_sum, target, digest.decode().lower(), quick, progress)))
+        try:
+            target = Path(path).parent / report.path  # whatever the working directory
+            report.path = str(target)
+            target.exists()
+        except (OSError, ValueError) as error:  # too long, or with a NUL in it
+            report.errors.append(Damage(f"cannot be read: {getattr(error, 'strerror', None) or error}"))
+            continue
+        checks.append((report, pool.submit(_check_sum, target, digest.decode().lower(), progress)))
     for report, check in checks:
         what = check.result()
         if what:
@@ -230,17 +236,8 @@ def _unescape(name: bytes) -> bytes:
     return re.sub(rb"\\([nr\\])", lambda match: letters[match[1]], name)
 
 
-def _find(list_path: str, name: str) -> Path:
-    """Return the file that a list names: beside the list, or else where ``sha256sum -c`` would look, in the working directory."""
-    beside = Path(list_path).parent / name
-    return Path(name) if not beside.exists() and Path(name).exists() else beside
-
-
-def _check_sum(path: Path, digest: str, quick: bool, progress: Progress | None) -> str:
+def _check_sum(path: Path, digest: str, progress: Progress | None) -> str:
     try:
-        if quick:
-            path.stat()
-            return ""
         found = sha256_of(path, progress)
     except OSError as error:
         return _cannot_read(error)

@@ -132,6 +132,13 @@ class ContainerWriter:
     metadata
         Strings for the user.
 
+    Attributes
+    ----------
+    records
+        The finished tensors.
+    root, file_size
+        SHA-256 of the index and length of the file, once it is complete.
+
     Raises
     ------
     TargetError
@@ -152,7 +159,7 @@ class ContainerWriter:
         self._header = Header().pack()
         self._position = len(self._header)
         self._assets: list[AssetRecord] = []
-        self._tensors: list[TensorRecord] = []
+        self.records: list[TensorRecord] = []
         self._open: TensorWriter | None = None
         self.root = ""
         self.file_size = 0
@@ -190,13 +197,13 @@ class ContainerWriter:
 
     def finish(self, record: TensorRecord) -> None:
         """Take the record that `TensorWriter.finish` returned into the index."""
-        self._tensors.append(record)
+        self.records.append(record)
 
     def _commit(self) -> None:
         check_folders(asset.name for asset in self._assets)
         index = Index(
             hashlib.sha256(self._header).hexdigest(),
-            tuple(self._tensors),
+            tuple(self.records),
             tuple(self._assets),
             self._metadata,
         ).encode()

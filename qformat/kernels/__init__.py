@@ -12,6 +12,8 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
+from qformat.errors import QFormatError
+
 _log = logging.getLogger(__name__)
 
 
@@ -25,10 +27,12 @@ def load(name: str) -> ModuleType:
     ------
     ImportError
         If numba is forced and cannot be imported.
+    QFormatError
+        If the variable is something else.
     """
     wanted = os.environ.get("QFORMAT_KERNELS", "")
     if wanted not in ("", "numba", "numpy"):
-        raise ImportError(f"QFORMAT_KERNELS is {wanted!r}: it may be 'numba' or 'numpy'")
+        raise QFormatError(f"QFORMAT_KERNELS is {wanted!r}: it may be 'numba' or 'numpy'")
     if wanted != "numpy":
         try:
             return import_module(f"qformat.kernels.jit.{name}")

@@ -41,7 +41,7 @@ def cache_directory() -> Path | None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.stat()
     except (OSError, RuntimeError) as error:
-        _log.info("kernels are compiled anew in each run: %s", error)
+        _log.warning("no cache for compiled kernels (%s): they are compiled anew in each run", error)
         return None
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         _log.warning("%s is not safe to load code from: kernels are compiled anew in each run", directory)

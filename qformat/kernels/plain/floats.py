@@ -11,16 +11,19 @@ F32 = NDArray[np.float32]
 U16 = NDArray[np.uint16]
 
 
+@np.errstate(all="ignore")
 def bf16_to_f32(source: U16, target: F32) -> None:
     """Widen bfloat16."""
     np.left_shift(source, 16, out=target.view(np.uint32), dtype=np.uint32)
 
 
+@np.errstate(all="ignore")
 def f16_to_f32(source: U16, target: F32) -> None:
     """Widen binary16."""
     target[:] = source.view(np.float16)
 
 
+@np.errstate(all="ignore")
 def f32_to_bf16(source: F32, target: U16) -> None:
     """Round to bfloat16, ties to even; a NaN stays one."""
     pattern = source.view(np.uint32)
@@ -28,23 +31,26 @@ def f32_to_bf16(source: F32, target: U16) -> None:
     target[:] = np.where(np.isnan(source), (pattern >> 16) | 0x40, rounded)
 
 
+@np.errstate(all="ignore")
 def f32_to_f16(source: F32, target: U16) -> None:
     """Round to binary16, ties to even; too large becomes infinity."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        halves = source.astype(np.float16).view(np.uint16)
+    halves = source.astype(np.float16).view(np.uint16)
     target[:] = np.where(np.isnan(source), (halves & 0x8000) | 0x7E00, halves)
 
 
+@np.errstate(all="ignore")
 def peak_f32(x: F32) -> int:
     """Return the bit pattern of the largest magnitude."""
     return int((x.view(np.uint32) & 0x7FFFFFFF).max(initial=0))
 
 
+@np.errstate(all="ignore")
 def peak_16(x: U16) -> int:
     """Do as `peak_f32` for binary16 or bfloat16 patterns."""
     return int((x & 0x7FFF).max(initial=0))
 
 
+@np.errstate(all="ignore")
 def difference(x: F32, y: F32, lanes: NDArray[np.float64]) -> int:
     """Add the squares of ``x - y`` to ``lanes``; return the bits of the largest ``|x - y|``."""
     error = x - y
@@ -65,6 +71,7 @@ def add_rows(rows: NDArray[np.float64], lanes: NDArray[np.float64]) -> None:
     lanes[:] = np.add.reduce(np.vstack([lanes[None], rows]), axis=0)
 
 
+@np.errstate(all="ignore")
 def error_histogram(x: F32, y: F32, counts: NDArray[np.int64]) -> None:
     """Count ``|x - y|`` in buckets by the upper 20 bits of the float32 pattern."""
     buckets = ((x - y).view(np.uint32) & 0x7FFFFFFF) >> 12
