@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from qformat.converters.convert import convert
 
-from qformat.container.writer import ContainerWriter
 from qformat.dtypes import DType, Elements, from_array
-from qformat.encode import make_plans, write_tensors
 from qformat.errors import SourceError
 from qformat.recipe import Recipe
+from qformat.source import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def save_file(
     assets: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    allow_vanished: bool = False,
     jobs: int | None = None,
 ) -> str:
     """Store arrays in one file.
@@ -69,6 +72,8 @@ def save_file(
         Replace a file at `path`.
     allow_nonfinite
         Keep arrays with NaN or infinity as they are, whatever `types` says.
+    allow_vanished
+        Accept blocks that become zero because their weights are too small for the type.
     jobs
         Threads; None is one for each processor. The bytes of the file do not depend on it.
 
@@ -93,9 +98,16 @@ def save_file(
             sources.append(ArrayTensor(name, from_array(array)))
         except TypeError as error:
             raise SourceError(f"tensor {name!r}: {error}") from None
-    plans = make_plans(sources, recipe, allow_nonfinite=allow_nonfinite)
-    with ContainerWriter(path, overwrite=overwrite, metadata=metadata) as writer:
-        for name, data in sorted((assets or {}).items()):
-            writer.asset(name, data)
-        write_tensors(writer, plans, jobs=jobs, allow_nonfinite=allow_nonfinite)
-    return writer.root
+    readers = {name: partial(bytes, data) for name, data in (assets or {}).items()}
+    result = convert(
+        Checkpoint(sources, readers),
+        Path(path),
+        recipe,
+        metadata=metadata,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        allow_vanished=allow_vanished,
+        jobs=jobs,
+    )
+    assert result.root is not None  # it was no dry run
+    return result.root

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qformat.container.index import TensorRecord
 from qformat.container.target import check_target
 from qformat.container.writer import ContainerWriter, predict_size
 from qformat.encode import Plan, Progress, make_plans, write_tensors
 from qformat.errors import TargetError
 from qformat.recipe import Recipe
+from qformat.records import TensorRecord
 from qformat.source import Checkpoint
 
 
@@ -88,6 +88,7 @@ def convert(
     jobs: int | None = None,
     allow_nonfinite: bool = False,
     allow_vanished: bool = False,
+    metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Store a checkpoint as a container file.
@@ -102,6 +103,8 @@ def convert(
         Which type for which tensor.
     overwrite
         Replace a file at `output`.
+    metadata
+        Strings to store along.
     dry_run
         Write nothing; predict the length of the file, exactly.
     jobs, allow_nonfinite, allow_vanished, progress
@@ -120,13 +123,19 @@ def convert(
     check_target(output, overwrite=overwrite or dry_run)
     _check_not_source(checkpoint, output)
     plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=allow_nonfinite)
-    assets: Mapping[str, bytes] = {name: read() for name, read in sorted(checkpoint.assets.items())}
-    sizes = {name: len(data) for name, data in assets.items()}
+    sizes: dict[str, int] = {}
+
+    def assets() -> Iterator[tuple[str, bytes]]:
+        for name, read in sorted(checkpoint.assets.items()):
+            data = read()
+            sizes[name] = len(data)
+            yield name, data
+
     if dry_run:
-        size = predict_size(assets, [plan.record for plan in plans])
+        size = predict_size(assets(), [plan.record for plan in plans], metadata)
         return Conversion(output, plans, [], sizes, size, None, time.perf_counter() - start)
-    with ContainerWriter(output, overwrite=overwrite) as writer:
-        for name, data in assets.items():
+    with ContainerWriter(output, overwrite=overwrite, metadata=metadata) as writer:
+        for name, data in assets():
             writer.asset(name, data)
         write_tensors(
             writer,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qformat.converters.safetensors import SafetensorsTensor, open_safetensors
 
-from qformat.container.index import MAX_ASSET_BYTES
-from qformat.errors import SourceError
+from qformat.container.index import MAX_ASSET_BYTES, check_asset_name
+from qformat.errors import FormatError, SourceError
 from qformat.source import Checkpoint
 
 SINGLE = "model.safetensors"
@@ -48,10 +48,10 @@ def open_hf(directory: Path) -> Checkpoint:
         tensors, warnings = _open_shards(directory)
     else:
         raise SourceError(f"{directory}: holds neither {SINGLE} nor {INDEX}; give a directory with safetensors weights")
-    assets = _find_assets(directory)
+    assets, more = _find_assets(directory)
     files = [directory / INDEX, *{tensor.file.path for tensor in tensors}, *assets.values()]
     readers = {name: path.read_bytes for name, path in assets.items()}
-    return Checkpoint(tensors, readers, [*warnings, *_left_out(directory)], files)
+    return Checkpoint(tensors, readers, [*warnings, *more, *_left_out(directory)], files)
 
 
 def _open_shards(directory: Path) -> tuple[list[SafetensorsTensor], list[str]]:
@@ -101,18 +101,24 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map  # type: ignore[no-any-return]
 
 
-def _find_assets(directory: Path) -> dict[str, Path]:
-    """Return the files to take along; of folders, as sentence-transformers has them, only their configuration."""
+def _find_assets(directory: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return the files to take along, and warnings; of folders, as sentence-transformers has them, only their configuration."""
     found: dict[str, Path] = {}
+    warnings = []
     for pattern in (*_ASSETS, "[!.]*/config.json"):
-        for path in directory.glob(pattern):
-            if (
-                path.is_file()
-                and not any(path.match(no) for no in _NOT_ASSETS)
-                and path.stat().st_size <= MAX_ASSET_BYTES
-            ):
-                found[path.relative_to(directory).as_posix()] = path
-    return found
+        for path in sorted(directory.glob(pattern)):
+            name = path.relative_to(directory).as_posix()
+            if name.startswith(".") or not path.is_file() or any(path.match(no) for no in _NOT_ASSETS):
+                continue
+            try:
+                check_asset_name(name)
+                if path.stat().st_size > MAX_ASSET_BYTES:
+                    raise FormatError(f"{name} has more bytes than a file that is taken along may have")
+            except FormatError as error:
+                warnings.append(f"{error.cause}: left out")
+            else:
+                found[name] = path
+    return found, warnings
 
 
 def _left_out(directory: Path) -> list[str]:

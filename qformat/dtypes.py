@@ -131,17 +131,28 @@ class Elements:
 
         if dtype is self.dtype:
             return self.data
-        values = self.to_f32()
         if dtype is F32:
-            return values
+            return self.to_f32()
         if dtype is F64:
-            return values.astype(np.float64)
+            return self.to_f64()
         if dtype not in (F16, BF16):
             raise TypeError(f"{self.dtype.name} elements cannot be given as {dtype.name}")
+        if self.dtype is F64 and dtype is F16:
+            with np.errstate(all="ignore"):
+                halves: NDArray[Any] = self.data.astype(np.float16)
+            return halves
+        values = _to_odd(self.data) if self.dtype is F64 else self.to_f32()
         narrow = load("floats").f32_to_f16 if dtype is F16 else load("floats").f32_to_bf16
         rounded = np.empty(values.shape, np.uint16)
         narrow(values.reshape(-1), rounded.reshape(-1))
         return rounded.view(dtype.storage)
+
+    def to_f64(self) -> NDArray[np.float64]:
+        """Return the values as float64, in the same shape; exact."""
+        import numpy as np
+
+        doubles: NDArray[np.float64] = self.data if self.dtype is F64 else self.to_f32().astype(np.float64)
+        return doubles
 
     def all_finite(self) -> bool:
         """Return whether no element is an infinity or a NaN."""
@@ -159,6 +170,18 @@ class Elements:
             return bool(load("floats").peak_16(flat.view(np.uint16)) < limit)
         values = flat if self.dtype is F64 else self.to_f32().reshape(-1)
         return bool(np.isfinite(values).all())
+
+
+def _to_odd(doubles: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return float32 values that round to a shorter format as the float64 ones would: inexact ones get an odd last bit."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        values: NDArray[np.float32] = doubles.astype(np.float32)
+    patterns = values.view(np.uint32)
+    away = np.isfinite(values) & (np.abs(values) > np.abs(doubles))
+    inexact = np.isfinite(values) & (values != doubles)
+    return np.where(inexact, (patterns - away) | 1, patterns).astype(np.uint32).view(np.float32)
 
 
 @cache

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 from qformat.codecs.base import Codec, Encoded, ErrorSum, Matrix, Piece, pieces
 from qformat.codecs.registry import parse_type
-from qformat.container.index import MeasuredError, Segment, TensorRecord, check_tensor_name
+from qformat.container.index import check_shape, check_tensor_name
 from qformat.container.writer import ContainerWriter
 from qformat.errors import FormatError, SourceError
 from qformat.parallel import default_jobs
 from qformat.recipe import Recipe, override_for
+from qformat.records import MeasuredError, Segment, TensorRecord
 from qformat.source import SourceTensor
 
 #: called with a tensor's name and the number of elements that were just written
@@ -26,6 +27,7 @@ class Plan:
 
     source: SourceTensor
     codec: Codec
+    note: str = ""  # what the user should know of the choice
 
     @property
     def matrix(self) -> Matrix:
@@ -80,21 +82,30 @@ def make_plans(tensors: Iterable[SourceTensor], recipe: Recipe, *, allow_nonfini
             raise SourceError(f"tensor {tensor.name!r} is there twice")
         try:
             check_tensor_name(tensor.name)
+            check_shape(tensor.shape, f"tensor {tensor.name!r}")
         except FormatError as error:
             raise SourceError(error.cause) from None
         plan = Plan(tensor, recipe.codec_for(tensor))
-        if allow_nonfinite and not all(
-            tensor.read(p.elements(plan.matrix)).all_finite() for p in pieces(plan.matrix, 1)
-        ):
-            plan = replace(plan, codec=parse_type(tensor.dtype.name))
+        if allow_nonfinite and not plan.codec.keeps(tensor.dtype) and not _all_finite(plan):
+            raw = parse_type(tensor.dtype.name)
+            plan = Plan(
+                tensor, raw, f"tensor {tensor.name!r} holds NaN or infinity and is kept as {raw}, not {plan.codec}"
+            )
         plans.append(plan)
     return plans
+
+
+def _all_finite(plan: Plan) -> bool:
+    return all(plan.source.read(piece.elements(plan.matrix)).all_finite() for piece in pieces(plan.matrix, 1))
 
 
 def encode_piece(plan: Plan, piece: Piece) -> Encoded:
     """Read one piece and encode it."""
     elements = plan.source.read(piece.elements(plan.matrix))
-    return plan.codec.encode(replace(elements, data=elements.data.reshape(piece.rows, piece.cols)))
+    try:
+        return plan.codec.encode(replace(elements, data=elements.data.reshape(piece.rows, piece.cols)))
+    except ValueError as error:
+        raise SourceError(f"tensor {plan.source.name!r}: {error}") from None
 
 
 def write_tensors(
@@ -175,6 +186,6 @@ def _check(plan: Plan, encoded: Encoded, *, allow_nonfinite: bool, allow_vanishe
         raise SourceError(f"tensor {name!r} holds values too large for type {plan.codec}; keep it with {keep}")
     if encoded.vanished and not allow_vanished:
         raise SourceError(
-            f"tensor {name!r} holds blocks whose weights are too small for type {plan.codec} and would become zero; "
+            f"tensor {name!r} holds parts whose weights are too small for type {plan.codec} and would become zero; "
             f"keep it with {keep}, or accept zeros with --allow-zeroed"
         )

@@ -50,7 +50,9 @@ class ErrorStats:
         For each piece the sum of squared errors, of weights and of squared weights. They are added exactly at the end, so that
         the results do not depend on the number of threads.
     errors
-        How many absolute errors fall into each bucket.
+        How many absolute errors fall into each bucket; None after `seal`.
+    p95, median
+        Bounds, at most 1/2048 too large, that this share of the absolute errors does not exceed; set by `seal`.
     """
 
     tensor: str
@@ -64,7 +66,9 @@ class ErrorStats:
     squares: list[float] = field(default_factory=list)
     source_sums: list[float] = field(default_factory=list)
     source_squares: list[float] = field(default_factory=list)
-    errors: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BUCKETS, np.int64))
+    p95: float = 0.0
+    median: float = 0.0
+    errors: NDArray[np.int64] | None = field(default_factory=lambda: np.zeros(_BUCKETS, np.int64))
 
     def add(self, other: ErrorStats) -> None:
         """Take in the errors of other elements."""
@@ -75,6 +79,8 @@ class ErrorStats:
         self.squares += other.squares
         self.source_sums += other.source_sums
         self.source_squares += other.source_squares
+        if self.errors is None or other.errors is None:
+            raise ValueError("the histograms are gone")
         self.errors += other.errors
         self.add_codes(other.codes)
 
@@ -108,12 +114,15 @@ class ErrorStats:
             return 0.0 if self.rmse == 0 else math.inf
         return self.rmse / self.source_std
 
-    def quantile(self, q: float) -> float:
-        """Return a value, at most 1/2048 too large, that the absolute error of a share `q` of the weights does not exceed."""
-        if not self.params:
-            return 0.0
-        reached = np.cumsum(self.errors)
-        bucket = int(np.searchsorted(reached, math.ceil(q * self.params)))
+    def seal(self) -> None:
+        """Work out the quantiles and let the histogram of errors go, which is large."""
+        if self.errors is not None:
+            reached = np.cumsum(self.errors)
+            self.p95, self.median = (self._quantile(reached, q) for q in (0.95, 0.5))
+            self.errors = None
+
+    def _quantile(self, reached: NDArray[np.int64], q: float) -> float:
+        bucket = int(np.searchsorted(reached, max(1, math.ceil(q * self.params))))
         upper = np.array([((bucket + 1) << _BUCKET_SHIFT) - 1], np.uint32).view(np.float32)[0]
         return min(float(upper), self.largest)
 
@@ -121,7 +130,7 @@ class ErrorStats:
         """Return the classic line of quantize-stats."""
         return (
             f"{self.type}::{self.tensor} : rmse {self.rmse:.8f}, maxerr {self.largest:.8f}, "
-            f"95pct<{_above(self.quantile(0.95))}, median<{_above(self.quantile(0.5))}"
+            f"95pct<{_above(self.p95)}, median<{_above(self.median)}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -132,8 +141,8 @@ class ErrorStats:
             "rmse": self.rmse,
             "rel_rmse": self.rel_rmse if math.isfinite(self.rel_rmse) else None,
             "maxerr": self.largest,
-            "p95": self.quantile(0.95),
-            "median": self.quantile(0.5),
+            "p95": self.p95,
+            "median": self.median,
             "histogram": None if self.codes is None else self.codes.tolist(),
         }
 
@@ -226,9 +235,14 @@ def _decode(codec: Codec, parts: tuple[Any, ...], piece: Piece) -> NDArray[np.fl
     return np.ascontiguousarray(Elements(codec.decoded, out).to_f32()).reshape(-1)
 
 
-def totals(results: Iterable[ErrorStats]) -> list[ErrorStats]:
-    """Return the sum for each type, in the order in which the types first occur."""
+def collect(results: Iterable[ErrorStats]) -> tuple[list[ErrorStats], list[ErrorStats]]:
+    """Return the results, and their sum for each type in the order in which the types first occur; all sealed."""
+    every: list[ErrorStats] = []
     sums: dict[str, ErrorStats] = {}
     for result in results:
         sums.setdefault(result.type, ErrorStats("total", result.type)).add(result)
-    return list(sums.values())
+        result.seal()
+        every.append(result)
+    for total in sums.values():
+        total.seal()
+    return every, list(sums.values())

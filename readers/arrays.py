@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from qformat.readers.decoding import SegmentChecker, TensorDecoder, runs
 
-from qformat.container.index import TensorRecord
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
 from qformat.parallel import default_jobs, for_each
+from qformat.records import TensorRecord
 
 
 class safe_open:  # noqa: N801  named after the function of safetensors that it stands in for
@@ -153,13 +153,13 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         shape = decoder.record.shape
         if len(shape) < 2:
             raise IndexError(f"tensor {name!r} of shape {shape} has no rows")
-        chosen = np.arange(shape[0])[rows]
+        chosen, lead = _choose(rows, shape[0])
         cols = decoder.matrix.cols
-        result = np.empty((chosen.size, cols), target.storage)
+        result = np.empty((len(chosen), cols), target.storage)
         if cols:
-            for start, piece in runs(chosen.reshape(-1), cols):
+            for start, piece in runs(np.asarray(chosen, np.intp), cols):
                 result[start : start + piece.rows] = decoder.decode(piece).cast(target)
-        return result.reshape(chosen.shape + shape[1:])
+        return result.reshape(lead + shape[1:])
 
     def _decoder(self, name: str) -> TensorDecoder:
         record = self._container.tensor(name)
@@ -189,3 +189,21 @@ def _target(decoder: TensorDecoder, dtype: DTypeLike | None) -> DType:
         if known.native and known.storage == name and fits:
             return known
     raise TypeError(f"tensor {decoder.record.name!r} holds {decoder.codec.decoded.name} and cannot be given as {name}")
+
+
+def _choose(rows: Any, count: int) -> tuple[range | NDArray[np.intp], tuple[int, ...]]:
+    """Return the chosen row numbers, none negative, and the shape that they have in the result."""
+    if isinstance(rows, slice):
+        numbers = range(count)[rows]
+        return numbers, (len(numbers),)
+    array = np.asarray(rows)
+    if array.dtype == np.bool_ and array.shape == (count,):
+        array = np.flatnonzero(array)
+    if array.size == 0:
+        array = array.astype(np.intp)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise IndexError(f"rows have to be integers or a slice, not {array.dtype}")
+    if array.size and not (-count <= int(array.min()) and int(array.max()) < count):
+        raise IndexError(f"a row is out of range for {count} rows")
+    flat: NDArray[np.intp] = array.reshape(-1).astype(np.intp)
+    return np.where(flat < 0, flat + count, flat), array.shape

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qformat.codecs.base import PIECE, Matrix, Piece, pieces
 from qformat.codecs.registry import codec_of
-from qformat.container.index import Segment, TensorRecord
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import F32, DType, Elements
 from qformat.errors import FormatError
+from qformat.records import Segment, TensorRecord
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,7 +54,10 @@ class TensorDecoder:
 
     def view(self) -> NDArray[Any] | None:
         """Return the stored elements, flat and read-only, without a copy, if that is what the codec stores."""
-        if self.record.codec != self.codec.decoded.name or not self.codec.decoded.native:
+        stored = self.codec.decoded
+        if (
+            self.record.codec != stored.name or not stored.native or stored.name == "bool"
+        ):  # of which not all bytes are valid
             return None
         return np.frombuffer(self._segments[0], self.codec.decoded.storage)
 
@@ -103,8 +105,7 @@ class SegmentChecker:
     def __init__(self, container: ContainerReader, *, enabled: bool) -> None:
         self._container = container
         self._enabled = enabled
-        self._checked: set[Segment] = set()
-        self._lock = threading.Lock()
+        self._checked: set[Segment] = set()  # by all of its fields: an empty one has the offset of the next
 
     def check(self, record: TensorRecord) -> None:
         """Check a tensor's segments.
@@ -119,8 +120,7 @@ class SegmentChecker:
         for segment in record.segments:
             if segment not in self._checked:
                 self._container.check(segment, record.label)
-                with self._lock:
-                    self._checked.add(segment)
+                self._checked.add(segment)
 
 
 def runs(indices: NDArray[np.intp], cols: int) -> list[tuple[int, Piece]]:

@@ -11,11 +11,11 @@ import torch
 from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
 from qformat.codecs.base import Piece
-from qformat.container.index import TensorRecord
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
 from qformat.errors import FormatError, SourceError
 from qformat.parallel import default_jobs, for_each
+from qformat.records import TensorRecord
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "bool": torch.bool,
@@ -139,13 +139,19 @@ def load_model(
             raise SourceError(f"{path}: does not fit the model: {'; '.join(complaints)}")
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
-            own = model.state_dict(keep_vars=True)
+            own = _tensors(model)
         checker = SegmentChecker(container, enabled=verify)
         with torch.no_grad():
             for name in sorted(set(own) & set(records)):
                 floating = own[name].dtype if own[name].dtype.is_floating_point else None
                 own[name].copy_(_decode(container, checker, records[name], floating, jobs))
     return missing, unexpected
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model's state, which may hold other things too."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _compare(own: dict[str, torch.Tensor], records: dict[str, TensorRecord]) -> tuple[list[str], list[str]]:

@@ -31,7 +31,10 @@ Record = dict[str, object]
 ALIGNMENT = 64
 TRAILER_SIZE = 128
 MAX_INTEGER = 2**53 - 1
-MAX_INDEX = MAX_ASSET = 256 << 20
+MAX_INDEX = 64 << 20
+MAX_ASSET = 256 << 20
+MAX_RECORDS = 16 << 20
+MAX_COMPONENTS = 16
 MAX_DEPTH = 32
 
 # The keys that this reader knows, for `must_understand` (container 3).
@@ -42,9 +45,7 @@ TENSOR_KEYS = {"name", "shape", "dtype", "codec", "params", "encoder", "error", 
 
 # What "%.9e" prints for a finite number that is not negative: the first digit is 0 only for zero itself,
 # and the exponent has three digits only where it needs them.
-ERROR_VALUE = re.compile(
-    r"0\.0{9}e\+00|[1-9]\.[0-9]{9}e(\+[0-9]{2}|-0[1-9]|-[1-9][0-9]|[+-][1-9][0-9]{2})",
-)
+ERROR_VALUE = re.compile(r"0\.0{9}e\+00|[1-9]\.[0-9]{9}e(\+[0-9]{2}|-0[1-9]|-[1-9][0-9])")
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -144,6 +145,7 @@ def read(data: bytes) -> File:
     if not all(isinstance(value, str) for value in metadata.values()):
         _fail("metadata", "holds something that is not a string")
     tensors, assets = _named_records(top, "tensors"), _named_records(top, "assets")
+    _check_folders(assets)
     _check_layout(data, tensors, assets, header_size, index_offset)
     return File(
         minor,
@@ -265,6 +267,8 @@ def _check_trailer(data: bytes) -> tuple[int, int, bytes]:
     index, records = data[index_offset:records_offset], data[records_offset:-TRAILER_SIZE]
     if hashlib.sha256(index).digest() != index_sha:
         _fail("index", f"index_sha256 differs (offset {index_offset}, length {index_length})")
+    if records_length > MAX_RECORDS:
+        _fail("trailer records", f"records_length {records_length} is above {MAX_RECORDS}")
     if hashlib.sha256(records).digest() != records_sha:
         _fail("trailer records", f"records_sha256 differs (offset {records_offset}, length {records_length})")
 
@@ -366,6 +370,15 @@ def _named_records(top: Record, key: str) -> list[Record]:
     return records
 
 
+def _check_folders(assets: list[Record]) -> None:
+    """Check that no asset's name is that of a folder of another one."""
+    names = {_get(asset, "name", str, "assets") for asset in assets}
+    for name in names:
+        for end, character in enumerate(name):
+            if character == "/" and name[:end] in names:
+                _fail(f"asset {name!r}", f"{name[:end]!r} is an asset and a folder")
+
+
 # ---- container 2 and 3: segments and the records that describe them
 
 
@@ -404,7 +417,7 @@ def _load_tensor(data: bytes, record: Record) -> Tensor:
     if CONTROL.search(name) or not 1 <= len(name.encode()) <= 1024:
         _fail(where, "name is empty, too long or has a control character")
     shape = _get_list(record, "shape", int, where)
-    if len(shape) > 16 or math.prod(shape) > MAX_INTEGER:
+    if len(shape) > 16 or math.prod(n for n in shape if n) > MAX_INTEGER:
         _fail(where, f"shape {shape} has too many dimensions or elements")
     params, encoder = _get(record, "params", dict, where), {}
     if "encoder" in record:
@@ -419,6 +432,8 @@ def _load_tensor(data: bytes, record: Record) -> Tensor:
     segments = []
     for segment in _get_list(record, "segments", dict, where):
         label = _get(segment, "name", str, where)
+        if CONTROL.search(label) or not 1 <= len(label.encode()) <= 1024:
+            _fail(where, "the name of a segment is empty, too long or has a control character")
         segments.append((label, _load(data, segment, f"{where} segment {label!r}")))
         refusals.append(_refusal(segment, SEGMENT_KEYS, f"{where} segment {label!r}"))
     dtype, codec = _get(record, "dtype", str, where), _get(record, "codec", str, where)
@@ -431,7 +446,8 @@ def _load_asset(data: bytes, record: Record) -> Asset:
     where = f"asset {name!r}"
     if CONTROL.search(name) or "\\" in name or ":" in name or len(name.encode()) > 1024:
         _fail(where, "name is too long or has a forbidden character")
-    if any(component in {"", ".", ".."} for component in name.split("/")):
+    components = name.split("/")
+    if len(components) > MAX_COMPONENTS or any(component in {"", ".", ".."} for component in components):
         _fail(where, "name is not a plain relative path")
     encoding, size = _get(record, "encoding", str, where), _get(record, "size", int, where)
     if size > MAX_ASSET:
@@ -440,6 +456,8 @@ def _load_asset(data: bytes, record: Record) -> Asset:
     content_sha256 = _digest(record, "content_sha256", where)
     if encoding == "raw" and (size != record["length"] or content_sha256 != record["sha256"]):
         _fail(where, "is raw, but its two sizes or its two digests differ")
+    if encoding == "zstd" and len(stored) >= size:
+        _fail(where, "is compressed, but not to fewer bytes")
     return Asset(name, encoding, size, record, stored, _refusal(record, ASSET_KEYS, where))
 
 

@@ -13,9 +13,9 @@ from qformat.codecs import base
 from qformat.codecs.base import Matrix, pieces
 from qformat.codecs.raw import Raw
 from qformat.codecs.registry import codec_of, codecs, parse_type, register
-from qformat.container.index import Segment, TensorRecord
 from qformat.dtypes import DTYPES, F32, Elements
 from qformat.errors import FormatError, TypeSpecError
+from qformat.records import Segment, TensorRecord
 
 
 def round_trip(tmp_path, array, types, **options):

@@ -99,6 +99,9 @@ def command(
             allow_vanished=allow_zeroed,
             progress=None if advance is None else lambda _, count: advance(count),
         )
+    for plan in result.plans:
+        if plan.note:
+            warn(plan.note)
     if as_json:
         echo_json(result.to_json() | {"dry_run": dry_run})
         return
@@ -123,7 +126,7 @@ def _warn_of_growth(result: Conversion) -> None:
     ]
     if grown:
         more = f" and {len(grown) - 1} more" if len(grown) > 1 else ""
-        warn(f"tensor {grown[0]!r}{more} will be larger than before: rows are filled up to whole blocks")
+        warn(f"tensor {grown[0]!r}{more} will be larger than before")
 
 
 def _echo_tensors(result: Conversion) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from qformat.cli.common import PATH, echo_json, echo_table, human_bytes, human_count, natural_key, printable, warn
-from qformat.container.index import TensorRecord, type_string
 from qformat.container.layout import MAJOR, MINOR
 from qformat.container.reader import ContainerReader
+from qformat.records import TensorRecord, type_string
 
 
 @click.command()

@@ -81,7 +81,7 @@ def command(
     """
     from qformat.codecs.registry import parse_type
     from qformat.converters.detect import open_checkpoint
-    from qformat.stats import measure, totals
+    from qformat.stats import collect, measure
 
     codecs = [parse_type(text) for text in dict.fromkeys(types)]
     checkpoint = open_checkpoint(src)
@@ -99,8 +99,7 @@ def command(
         raise click.ClickException(f"{src}: no floating tensor of two or more dimensions is left to measure")
     work = sum(math.prod(tensor.shape) for tensor in tensors) * len(codecs)
     with progress_bar(f"measuring {src.name}", work) as advance:
-        results = list(measure(tensors, codecs, jobs=jobs, progress=advance))
-    sums = totals(results)
+        results, sums = collect(measure(tensors, codecs, jobs=jobs, progress=advance))
     if json_file is not None:
         _write_json(json_file, results, sums)
     for stats in results:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qformat.container.index import MeasuredError, Params, type_string
 from qformat.dtypes import DType, Elements
+from qformat.records import MeasuredError, Params, type_string
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +102,8 @@ class Encoded:
     error
         None if the codec keeps the dtype bit for bit.
     overflowed, vanished
-        Number of scales (or values) that were too large for their float format, or became zero in it.
+        How many scales (or values) were too large for their float format; how many blocks (or pieces) that were not zero became
+        zero.
     """
 
     parts: tuple[Buffer, ...]
@@ -148,7 +149,13 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, elements: Elements) -> Encoded:
-        """Encode one piece: a two-dimensional array."""
+        """Encode one piece: a two-dimensional array.
+
+        Raises
+        ------
+        ValueError
+            If its bytes are none that its dtype may have.
+        """
 
     @abstractmethod
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:

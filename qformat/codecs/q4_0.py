@@ -78,6 +78,8 @@ class Q4_0(Codec):  # noqa: N801  the format's name
         """Decode the blocks of a piece."""
         blocks = np.frombuffer(parts[0], np.uint8)
         rows, cols = out.shape
+        if blocks.size != rows * _row_bytes(cols):  # the kernel does not look
+            raise ValueError(f"{blocks.size} bytes of blocks for {rows} x {cols} elements")
         if cols % BLOCK == 0:
             load("q4_0").dequantize(blocks, out.reshape(-1))
             return

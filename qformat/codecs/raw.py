@@ -42,41 +42,45 @@ class Raw(Codec):
     def encode(self, elements: Elements) -> Encoded:
         """Copy the elements, or round them."""
         finite = elements.all_finite()
+        if self.decoded.storage == "bool":
+            _check_bools(elements.data.view(np.uint8))
         if elements.dtype is self.decoded:
             return Encoded((_bytes(elements.data),), finite)
         stored = elements.cast(self.decoded)
         if self.keeps(elements.dtype):
             return Encoded((_bytes(stored),), finite)
-        infinite = 0 if Elements(self.decoded, stored).all_finite() else int((~np.isfinite(self._values(stored))).sum())
-        vanished = not self._values(stored).any() and bool(
-            elements.to_f32().any() if elements.dtype is not F64 else elements.data.any()
-        )  # rounding single weights to 0 is no loss, all is
-        return Encoded(
-            (_bytes(stored),), finite, self._error(elements, stored), infinite if finite else 0, int(vanished)
-        )
-
-    def _values(self, stored: NDArray[Any]) -> NDArray[np.float32]:
-        return Elements(self.decoded, stored).to_f32().reshape(-1)
-
-    def _error(self, source: Elements, stored: NDArray[Any]) -> ErrorSum:
-        if source.dtype is F64:
-            with np.errstate(all="ignore"):
-                error = source.data.reshape(-1) - self._values(stored).astype(np.float64)
-                return ErrorSum(error.size, math.fsum((error * error).tolist()), float(np.abs(error).max(initial=0.0)))
-        floats = load("floats")
-        lanes = np.zeros(floats.LANES)
-        largest = floats.difference(source.to_f32().reshape(-1), self._values(stored), lanes)
-        return ErrorSum(stored.size, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
+        values = Elements(self.decoded, stored).to_f32().reshape(-1)
+        infinite = 0 if not finite else int(np.isinf(values).sum())
+        # Rounding single weights to zero is no loss, but all of them is
+        vanished = not values.any() and bool(elements.to_f64().any())
+        return Encoded((_bytes(stored),), finite, _error(elements, values), infinite, int(vanished))
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Copy the elements."""
-        if self.decoded.storage == "bool" and np.frombuffer(parts[0], np.uint8).max(initial=0) > 1:
-            raise ValueError("a bool that is neither 0 nor 1")
+        if self.decoded.storage == "bool":
+            _check_bools(np.frombuffer(parts[0], np.uint8))
         out.reshape(-1)[:] = np.frombuffer(parts[0], dtype=out.dtype)
+
+
+def _check_bools(patterns: NDArray[np.uint8]) -> None:
+    if patterns.max(initial=0) > 1:
+        raise ValueError("it holds a bool that is neither 0 nor 1")
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _error(source: Elements, values: NDArray[np.float32]) -> ErrorSum:
+    lanes = np.zeros(load("floats").LANES)
+    if source.dtype is not F64:
+        largest = load("floats").difference(source.to_f32().reshape(-1), values, lanes)
+        return ErrorSum(values.size, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
+    with np.errstate(all="ignore"):
+        error = source.data.reshape(-1) - values
+        squares = np.pad(error * error, (0, -error.size % lanes.size)).reshape(-1, lanes.size)
+        lanes[:] = np.add.reduce(squares, axis=0)
+    return ErrorSum(values.size, math.fsum(lanes.tolist()), float(np.abs(error).max(initial=0.0)))
 
 
 for _dtype in DTYPES.values():

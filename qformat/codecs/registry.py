@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import qformat.codecs
 from qformat.codecs.base import Codec, Matrix
-from qformat.container.index import TensorRecord
 from qformat.dtypes import DTYPES, F32
 from qformat.errors import FormatError, TypeSpecError
+from qformat.records import TensorRecord
 
 _codecs: dict[str, type[Codec]] = {}
 _C = TypeVar("_C", bound=type[Codec])
@@ -118,7 +118,9 @@ def codec_of(record: TensorRecord) -> Codec:
     expected = codec.layout(Matrix.of(record.shape))
     found = tuple((segment.name, segment.length) for segment in record.segments)
     if expected != found:
-        raise FormatError(f"{where}: codec {codec.id} needs segments {expected} for this shape, found {found}")
+        raise FormatError(
+            f"{where}: {codec.id} needs segments {expected} for this shape, found {len(found)}: {str(found)[:200]}"
+        )
     return codec
 
 

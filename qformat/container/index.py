@@ -10,129 +10,21 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from qformat.container.layout import ALIGNMENT
+from qformat.container.layout import align
 from qformat.errors import FormatError
+from qformat.records import AssetRecord, JsonObject, MeasuredError, Params, Segment, TensorRecord
 
-MAX_INDEX_BYTES = 256 << 20
+MAX_INDEX_BYTES = 64 << 20
 MAX_ASSET_BYTES = 256 << 20
 MAX_INTEGER = 2**53 - 1
 MAX_DIMENSIONS = 16
 _MAX_NAME_BYTES = 1024
 _MAX_DEPTH = 32
+_MAX_FOLDERS = 16
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_ERROR_VALUE = re.compile(r"[0-9]\.[0-9]{9}e[+-][0-9]{2,3}")  # and it has to print as itself
+_ERROR_VALUE = re.compile(r"[0-9]\.[0-9]{9}e[+-][0-9]{2}")  # and it has to print as itself
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
-
-Params = Mapping[str, int | str | bool]
-JsonObject = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of bytes in the file."""
-
-    name: str
-    offset: int
-    length: int
-    sha256: str
-
-    @property
-    def stop(self) -> int:
-        """Offset of the byte after the last."""
-        return self.offset + self.length
-
-    def to_json(self) -> JsonObject:
-        """Return the record as it stands in the index."""
-        return {"name": self.name, "offset": self.offset, "length": self.length, "sha256": self.sha256}
-
-
-@dataclass(frozen=True)
-class MeasuredError:
-    """Difference between a source tensor and what its codes decode to, in the unit of the weights."""
-
-    rmse: float
-    maximum: float
-
-    def to_json(self) -> JsonObject:
-        """Return the record as it stands in the index."""
-        return {"rmse": f"{self.rmse:.9e}", "max": f"{self.maximum:.9e}"}
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """What the index says of one tensor.
-
-    ``refusal`` holds, for a record that may not be decoded because it uses an extension that this version does not know, the
-    reason.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    codec: str
-    params: Params
-    segments: tuple[Segment, ...]
-    encoder: Params = field(default_factory=dict)
-    error: MeasuredError | None = None
-    refusal: str | None = None
-
-    @property
-    def label(self) -> str:
-        """What messages call it."""
-        return f"tensor {self.name!r}"
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all segments, without padding."""
-        return sum(segment.length for segment in self.segments)
-
-    def to_json(self) -> JsonObject:
-        """Return the record as it stands in the index."""
-        record: JsonObject = {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "codec": self.codec,
-            "params": dict(self.params),
-            "segments": [segment.to_json() for segment in self.segments],
-        }
-        if self.encoder:
-            record["encoder"] = dict(self.encoder)
-        if self.error is not None:
-            record["error"] = self.error.to_json()
-        return record
-
-
-@dataclass(frozen=True)
-class AssetRecord:
-    """What the index says of one asset, a file that belongs to the model. Its one segment has its name."""
-
-    encoding: str
-    segment: Segment
-    size: int
-    content_sha256: str
-    refusal: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Its relative path."""
-        return self.segment.name
-
-    @property
-    def label(self) -> str:
-        """What messages call it."""
-        return f"asset {self.name!r}"
-
-    def to_json(self) -> JsonObject:
-        """Return the record as it stands in the index."""
-        own = {"encoding": self.encoding, "size": self.size, "content_sha256": self.content_sha256}
-        return self.segment.to_json() | own
 
 
 @dataclass(frozen=True)
@@ -203,7 +95,7 @@ class Index:
                     f"{owner.label}, segment {segment.name!r}: it should begin at byte {expected}",
                     offset=segment.offset,
                 )
-            expected = -(-segment.stop // ALIGNMENT) * ALIGNMENT
+            expected = align(segment.stop)
             if segment.stop > index_offset:
                 raise FormatError(
                     f"{owner.label}, segment {segment.name!r}: it runs into the index", offset=segment.offset
@@ -217,12 +109,6 @@ def canonical_json(value: JsonObject) -> bytes:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def type_string(id_: str, params: Params) -> str:
-    """Return ``id:key=value,key=value``."""
-    values = ",".join(f"{key}={str(value).lower()}" for key, value in sorted(params.items()))
-    return f"{id_}:{values}" if values else id_
-
-
 def check_tensor_name(name: str) -> None:
     """Raise `FormatError` if a tensor must not have this name."""
     _check_name(name, "tensor")
@@ -231,8 +117,17 @@ def check_tensor_name(name: str) -> None:
 def check_asset_name(name: str) -> None:
     """Raise `FormatError` if an asset must not have this name: it has to be a relative path that stays inside."""
     _check_name(name, "asset")
-    if "\\" in name or ":" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise FormatError(f"asset name {name!r} is not a plain relative path")
+    parts = name.split("/")
+    if "\\" in name or ":" in name or len(parts) > _MAX_FOLDERS or any(part in ("", ".", "..") for part in parts):
+        raise FormatError(f"asset name {name[:80]!r} is not a plain relative path")
+
+
+def check_shape(shape: Sequence[int], where: str) -> None:
+    """Raise `FormatError` if a tensor must not have this shape; the message begins with `where`."""
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"{where}: it has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+    if math.prod(n for n in shape if n) > MAX_INTEGER:
+        raise FormatError(f"{where}: its shape has too many elements")
 
 
 def check_folders(names: Iterable[str]) -> None:
@@ -355,10 +250,9 @@ def _tensor(value: Any) -> TensorRecord:
     record, where = _record(value, "tensor")
     check_tensor_name(record["name"])
     shape: list[Any] = _get(record, "shape", list, where)
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in shape) or len(shape) > MAX_DIMENSIONS:
-        raise FormatError(f"{where}: its shape is not a list of at most {MAX_DIMENSIONS} integers")
-    if math.prod(n for n in shape if n) > MAX_INTEGER:
-        raise FormatError(f"{where}: its shape has too many elements")
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
+        raise FormatError(f"{where}: its shape is not a list of integers")
+    check_shape(shape, where)
     segments = [_segment(item, where) for item in _get(record, "segments", list, where)]
     refusals = [_refusal(record, _TENSOR_KEYS, where), *(refusal for _, refusal in segments)]
     return TensorRecord(
@@ -391,6 +285,8 @@ def _asset(value: Any) -> AssetRecord:
     )
     if asset.size > MAX_ASSET_BYTES:
         raise FormatError(f"{where}: {asset.size} bytes are more than an asset may have")
+    if asset.encoding == "zstd" and segment.length >= asset.size:
+        raise FormatError(f"{where}: it is compressed, but not to fewer bytes")
     if asset.encoding == "raw" and (asset.size, asset.content_sha256) != (segment.length, segment.sha256):
         raise FormatError(f"{where}: it is stored raw, but its size or digest is not that of the stored bytes")
     return asset
@@ -400,18 +296,3 @@ def _check_sorted(what: str, names: Iterable[str]) -> None:
     for before, after in pairwise(names):
         if before >= after:
             raise FormatError(f"{what} records are not sorted by name, or one stands twice: {after[:80]!r}")
-
-
-__all__: Sequence[str] = [
-    "AssetRecord",
-    "Index",
-    "MeasuredError",
-    "Params",
-    "Segment",
-    "TensorRecord",
-    "canonical_json",
-    "check_asset_name",
-    "check_folders",
-    "check_tensor_name",
-    "type_string",
-]

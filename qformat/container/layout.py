@@ -67,7 +67,7 @@ class Header:
             raise FormatError(f"impossible header size {header_size}", offset=10)
         if incompatible:
             raise FormatError(
-                f"the file needs features {incompatible:#x} that this version does not know: use a newer one, if the header is not damaged",
+                f"the file needs features {incompatible:#x} that this version does not know: use a newer one, if that is no damage",
                 offset=16,
             )
         return cls(header_size, compatible)

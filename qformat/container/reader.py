@@ -9,9 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qformat.container.index import MAX_INDEX_BYTES, AssetRecord, Index, Segment, TensorRecord
+from qformat.container.index import MAX_INDEX_BYTES, Index
 from qformat.container.layout import HEADER_SIZE, MINOR, TRAILER_SIZE, Header, Trailer, align, check_records
 from qformat.errors import FormatError
+from qformat.files import open_regular
+from qformat.records import AssetRecord, Segment, TensorRecord
+
+MAX_RECORDS_BYTES = 16 << 20
+_MOST_AT_ONCE = 1 << 30  # the system reads no more than 2 GiB in one call
 
 
 class ContainerReader:
@@ -43,7 +48,7 @@ class ContainerReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._map: mmap.mmap | None = None
-        self._file = self.path.open("rb")
+        self._file = open_regular(self.path)
         try:
             self._open()
         except FormatError as error:
@@ -76,13 +81,22 @@ class ContainerReader:
 
     def _check_records(self, trailer: Trailer) -> None:
         base = trailer.index_offset + trailer.index_length
+        if trailer.records_length > MAX_RECORDS_BYTES:
+            raise FormatError(
+                f"the trailer records claim {trailer.records_length} bytes, more than they may have", offset=base
+            )
         records = self._read(base, trailer.records_length)
         if hashlib.sha256(records).digest() != trailer.records_sha256:
             raise FormatError("the trailer records are damaged: their SHA-256 does not match", offset=base)
         check_records(records, base)
 
     def _read(self, offset: int, length: int) -> bytes:
-        return os.pread(self._file.fileno(), length, offset)
+        parts = []
+        while length and (part := os.pread(self._file.fileno(), min(length, _MOST_AT_ONCE), offset)):
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return b"".join(parts)
 
     @property
     def root(self) -> str:

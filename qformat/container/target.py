@@ -9,13 +9,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from qformat.container.layout import MAGIC
 from qformat.errors import TargetError
 
 _SYNC_EVERY = 32 << 20
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -59,23 +62,45 @@ class Target:
         self._unsynced = 0
 
     def _open_locked(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         while True:
             try:
-                fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+                fd = os.open(self._partial, flags, 0o666)
+            except FileExistsError:
+                self._remove_stale()
+                continue
             except OSError as error:
                 raise TargetError(f"{self._partial}: cannot be written: {error.strerror}") from None
             try:
                 self._lock(fd)
-                if not self._is_ours(fd):  # its owner finished and renamed it between our open and our lock
-                    os.close(fd)
-                    continue
-                os.ftruncate(fd, 0)
-            except OSError as error:
+            except OSError:
                 os.close(fd)
-                if error.errno in (errno.EAGAIN, errno.EACCES):
-                    raise TargetError(f"{self.path}: another process is writing it; wait for it to end") from None
-                raise TargetError(f"{self._partial}: cannot be written: {error.strerror}") from None
-            return fd
+                continue
+            if self._is_ours(fd):
+                return fd
+            os.close(fd)  # another process took it for a stale one before it was locked
+
+    def _remove_stale(self) -> None:
+        """Remove the partial file of a run that was killed, and nothing else of that name."""
+        try:
+            fd = os.open(self._partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise TargetError(f"{self._partial}: is in the way: {error.strerror}; remove it") from None
+        try:
+            status = os.fstat(fd)
+            own = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
+            if not own or os.pread(fd, len(MAGIC), 0) not in (b"", MAGIC):
+                raise TargetError(f"{self._partial}: is in the way, and not the rest of a conversion; remove it")
+            try:
+                self._lock(fd)
+            except OSError:
+                raise TargetError(f"{self.path}: another process is writing it; wait for it to end") from None
+            if self._is_ours(fd):
+                self._partial.unlink()
+        finally:
+            os.close(fd)
 
     @staticmethod
     def _lock(fd: int) -> None:
@@ -98,7 +123,7 @@ class Target:
                 return
             self._sync.result()  # the kernel reports a failed write once, so it must not be lost here
         self._unsynced = 0
-        self._sync = self._syncer.submit(os.fdatasync, self._fd)
+        self._sync = self._syncer.submit(_sync_data, self._fd)
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of `data` at `offset`.
@@ -136,13 +161,15 @@ class Target:
                 self._partial.replace(self.path)
             else:
                 self._link()
-            self._sync_directory()
         except FileExistsError:
             raise TargetError(f"{self.path}: a file has appeared there meanwhile; nothing was replaced") from None
         except OSError as error:
             raise self._failed(error) from None
         self._syncer.shutdown()
-        os.close(self._fd)
+        with suppress(OSError):  # the file is complete and in its place: nothing below may fail the run
+            os.close(self._fd)
+        with suppress(OSError):
+            self._sync_directory()
 
     def _link(self) -> None:
         """Rename without replacing: a hard link fails if the name is taken."""
@@ -160,8 +187,7 @@ class Target:
     def _sync_directory(self) -> None:
         directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with suppress(OSError):  # some network file systems cannot; the data itself is safe
-                os.fsync(directory)
+            os.fsync(directory)
         finally:
             os.close(directory)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qformat.container.index import AssetRecord, Segment
 from qformat.container.layout import MAGIC, TRAILER_SIZE, align
 from qformat.container.reader import ContainerReader
 from qformat.errors import FormatError, PathLike
+from qformat.files import open_regular
+from qformat.records import AssetRecord, Segment
 
 #: called with the number of bytes that were just checked
 Progress = Callable[[int], None]
@@ -79,10 +81,10 @@ def sha256_of(path: PathLike, progress: Progress | None = None) -> str:
         If it cannot be read.
     """
     digest = hashlib.sha256()
-    with Path(path).open("rb", buffering=0) as file:
+    with open_regular(Path(path)) as file:
         buffer = bytearray(_CHUNK)
         view = memoryview(buffer)
-        while count := file.readinto(view):
+        while count := os.readv(file.fileno(), [view]):
             digest.update(view[:count])
             if progress:
                 progress(count)
@@ -119,15 +121,27 @@ def verify(
         One for each container, and one for each line of a list.
     """
     reports = []
-    with ThreadPoolExecutor(jobs, thread_name_prefix="qformat-verify") as pool:
+    stopped = threading.Event()
+
+    def watched(count: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError
+        if progress:
+            progress(count)
+
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="qformat-verify")
+    try:
         for path in paths:
             try:
                 if _is_list(path):
-                    reports += _verify_list(path, pool, progress)
+                    reports += _verify_list(path, pool, watched)
                 else:
-                    reports.append(_verify_container(path, pool, quick=quick, progress=progress))
+                    reports.append(_verify_container(path, pool, watched, quick=quick))
             except OSError as error:
                 reports.append(FileReport(path, [Damage(_cannot_read(error))]))
+    finally:
+        stopped.set()  # nothing is under way any more, unless the user has stopped the run
+        pool.shutdown(cancel_futures=True)
     return reports
 
 
@@ -135,7 +149,7 @@ def _cannot_read(error: OSError) -> str:
     return f"cannot be read: {error.strerror or error}"
 
 
-def _verify_container(path: str, pool: ThreadPoolExecutor, *, quick: bool, progress: Progress | None) -> FileReport:
+def _verify_container(path: str, pool: ThreadPoolExecutor, progress: Progress, *, quick: bool) -> FileReport:
     report = FileReport(path)
     try:
         container = ContainerReader(path)
@@ -148,11 +162,12 @@ def _verify_container(path: str, pool: ThreadPoolExecutor, *, quick: bool, progr
         report.outdated = container.outdated
         if not quick:
             _check_segments(container, report, pool, progress)
+            _check_assets(container, report)
     return report
 
 
 def _check_segments(
-    container: ContainerReader, report: FileReport, pool: ThreadPoolExecutor, progress: Progress | None
+    container: ContainerReader, report: FileReport, pool: ThreadPoolExecutor, progress: Progress
 ) -> None:
     # The longest first, so that no thread ends long after the others
     owned = sorted(container.index.segments(), key=lambda item: -item[1].length)
@@ -166,7 +181,18 @@ def _check_segments(
             report.errors.append(Damage(what, tensor=owner.name, segment=segment.name))
 
 
-def _check_segment(fd: int, segment: Segment, progress: Progress | None) -> str:
+def _check_assets(container: ContainerReader, report: FileReport) -> None:
+    """Decode the assets whose bytes are right."""
+    damaged = {damage.asset for damage in report.errors}
+    for asset in container.index.assets:
+        if asset.name not in damaged and not asset.refusal:
+            try:
+                container.asset(asset.name)
+            except FormatError as error:
+                report.errors.append(Damage(error.cause, asset=asset.name))
+
+
+def _check_segment(fd: int, segment: Segment, progress: Progress) -> str:
     """Return what is wrong with a segment or the padding after it, or an empty string."""
     digest = hashlib.sha256()
     buffer = bytearray(min(_CHUNK, segment.length))
@@ -180,8 +206,7 @@ def _check_segment(fd: int, segment: Segment, progress: Progress | None) -> str:
                 return "the file became shorter while it was read"
             digest.update(view[:count])
             position += count
-            if progress:
-                progress(count)
+            progress(count)
         padding = os.pread(fd, padding_size, stop)
     except OSError as error:
         return _cannot_read(error)
@@ -194,13 +219,13 @@ def _check_segment(fd: int, segment: Segment, progress: Progress | None) -> str:
 
 def _is_list(path: str) -> bool:
     """Return whether a file's first line is one of a SHA256SUMS list."""
-    with Path(path).open("rb") as file:
+    with open_regular(Path(path)) as file:
         start = file.read(1 << 16)
     first = next((line for line in start.splitlines() if line.strip() and not line.startswith(b"#")), b"")
     return not start.startswith(MAGIC[:4]) and _SUM_LINE.match(first) is not None
 
 
-def _verify_list(path: str, pool: ThreadPoolExecutor, progress: Progress | None) -> list[FileReport]:
+def _verify_list(path: str, pool: ThreadPoolExecutor, progress: Progress) -> list[FileReport]:
     if Path(path).stat().st_size > _MAX_LIST_BYTES:
         return [FileReport(path, [Damage("the list is too long")])]
     reports: list[FileReport] = []
@@ -214,15 +239,9 @@ def _verify_list(path: str, pool: ThreadPoolExecutor, progress: Progress | None)
             reports.append(FileReport(path, [Damage(f"line {number} is not of the form 'SHA256  NAME'")]))
             continue
         escaped, digest, name = match.groups()
-        report = FileReport(os.fsdecode(_unescape(name) if escaped else name))
+        target = Path(path).parent / os.fsdecode(_unescape(name) if escaped else name)  # whatever the working directory
+        report = FileReport(str(target))
         reports.append(report)
-        try:
-            target = Path(path).parent / report.path  # whatever the working directory
-            report.path = str(target)
-            target.exists()
-        except (OSError, ValueError) as error:  # too long, or with a NUL in it
-            report.errors.append(Damage(f"cannot be read: {getattr(error, 'strerror', None) or error}"))
-            continue
         checks.append((report, pool.submit(_check_sum, target, digest.decode().lower(), progress)))
     for report, check in checks:
         what = check.result()
@@ -236,7 +255,7 @@ def _unescape(name: bytes) -> bytes:
     return re.sub(rb"\\([nr\\])", lambda match: letters[match[1]], name)
 
 
-def _check_sum(path: Path, digest: str, progress: Progress | None) -> str:
+def _check_sum(path: Path, digest: str, progress: Progress) -> str:
     try:
         found = sha256_of(path, progress)
     except OSError as error:

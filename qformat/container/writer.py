@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,18 +13,16 @@ from typing import Self
 from qformat.container.index import (
     MAX_ASSET_BYTES,
     MAX_INDEX_BYTES,
-    AssetRecord,
     Index,
-    MeasuredError,
-    Segment,
-    TensorRecord,
     check_asset_name,
     check_folders,
+    check_shape,
     check_tensor_name,
 )
 from qformat.container.layout import HEADER_SIZE, TRAILER_SIZE, Header, Trailer, align
 from qformat.container.target import Target
 from qformat.errors import SourceError
+from qformat.records import AssetRecord, MeasuredError, Segment, TensorRecord
 
 Bytes = bytes | bytearray | memoryview
 
@@ -42,23 +40,23 @@ def compress_asset(data: bytes) -> tuple[str, bytes]:
 
 
 def predict_size(
-    assets: Mapping[str, bytes], records: Sequence[TensorRecord], metadata: Mapping[str, str] | None = None
+    assets: Iterable[tuple[str, bytes]], records: Sequence[TensorRecord], metadata: Mapping[str, str] | None = None
 ) -> int:
     """Return how many bytes a file will have, exactly, before anything is encoded.
 
     Parameters
     ----------
     assets
-        The files to take along.
+        Names and contents of the files to take along, sorted by name.
     records
-        The tensors, with the lengths of their segments; errors of the values that will be measured only have to be there or not,
-        for they are all written in the same number of digits.
+        The tensors, with the lengths of their segments. The errors that will be measured only have to be there or not, for they
+        are all written in the same number of digits.
     metadata
         The strings.
     """
     position = HEADER_SIZE
     asset_records = []
-    for name, data in sorted(assets.items()):
+    for name, data in assets:
         encoding, stored = compress_asset(data)
         segment = Segment(name, position, len(stored), _NO_DIGEST)
         asset_records.append(AssetRecord(encoding, segment, len(data), _NO_DIGEST))
@@ -153,14 +151,15 @@ class ContainerWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self._metadata = dict(metadata or {})
-        if not all(isinstance(item, str) for pair in self._metadata.items() for item in pair):
-            raise SourceError("metadata keys and values must be strings")
+        for item in (text for pair in self._metadata.items() for text in pair):
+            if item != item.encode("utf-8", "replace").decode():
+                raise SourceError(f"metadata must be strings of valid Unicode, not {item!r}")
         self._target = Target(Path(path), overwrite=overwrite)
         self._header = Header().pack()
+        self._target.write(self._header, 0)  # first, so that a partial file can be told from any other
         self._position = len(self._header)
         self._assets: list[AssetRecord] = []
         self.records: list[TensorRecord] = []
-        self._open: TensorWriter | None = None
         self.root = ""
         self.file_size = 0
 
@@ -175,6 +174,8 @@ class ContainerWriter:
             If its name is not a plain relative path.
         """
         check_asset_name(name)
+        if self._position != HEADER_SIZE and (not self._assets or self._assets[-1].name >= name):
+            raise ValueError(f"asset {name!r} does not come in its order")
         if len(data) > MAX_ASSET_BYTES:
             raise SourceError(f"asset {name!r}: {len(data)} bytes are more than an asset may have")
         encoding, stored = compress_asset(data)
@@ -192,6 +193,9 @@ class ContainerWriter:
             Everything but the offsets and digests of its segments and the error, which are filled in.
         """
         check_tensor_name(record.name)
+        check_shape(record.shape, record.label)
+        if self.records and self.records[-1].name >= record.name:
+            raise ValueError(f"tensor {record.name!r} does not come in its order")
         record, self._position = _place(record, self._position)
         return TensorWriter(self._target, record)
 
@@ -211,7 +215,6 @@ class ContainerWriter:
             raise SourceError(f"the index would have {len(index)} bytes, more than an index may have")
         digest = hashlib.sha256(index)
         trailer = Trailer(self._position, len(index), digest.digest())
-        self._target.write(self._header, 0)
         self._target.write(index + trailer.pack(), self._position)
         self._target.commit()
         self.root = digest.hexdigest()

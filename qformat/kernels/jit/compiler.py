@@ -13,8 +13,9 @@ import os
 import platform
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,10 @@ from numba.core import config
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_lock = threading.RLock()  # numba's setting is global, and kernels may be imported on several threads
+
+# Types of inputs, for signatures: read-only arrays are taken too.
+U8, U16, F32 = (f"Array({element}, 1, 'C', readonly=True)" for element in ("uint8", "uint16", "float32"))
 
 
 @cache
@@ -35,9 +40,9 @@ def cache_directory() -> Path | None:
     belong to the user and be writable by nobody else.
     """
     try:
-        base = os.environ.get("QFORMAT_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
-        home = Path(base) if base else Path.home() / ".cache"
-        directory = (home if "QFORMAT_CACHE_DIR" in os.environ else home / "qformat") / f"kernels-{_digest()}"
+        own = os.environ.get("QFORMAT_CACHE_DIR")
+        base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qformat"
+        directory = base / f"kernels-{_digest()}"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.stat()
     except (OSError, RuntimeError) as error:
@@ -76,6 +81,10 @@ def kernel(*signatures: str) -> Callable[[_Function], _Function]:
     """
 
     def compile_(function: _Function) -> _Function:
+        with _lock:
+            return compile_alone(function)
+
+    def compile_alone(function: _Function) -> _Function:
         directory = cache_directory()
         attempts = 2 if directory is not None else 0
         for _ in range(attempts):
@@ -88,7 +97,8 @@ def kernel(*signatures: str) -> Callable[[_Function], _Function]:
             except Exception as error:  # noqa: BLE001  whatever a damaged cache raises
                 _log.info("kernel cache in %s is damaged and made anew: %r", directory, error)
                 shutil.rmtree(directory, ignore_errors=True)
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with suppress(OSError):
+                    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             else:
                 return compiled
         uncached: _Function = numba.njit(list(signatures), nogil=True)(function)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.compiler import kernel
+from qformat.kernels.jit.compiler import F32, U16, kernel
 from qformat.kernels.jit.halves import float_to_half, floats_to_halves, half_to_float, halves_to_floats
 from qformat.kernels.jit.simd import (
     bits,
@@ -23,7 +23,7 @@ from qformat.kernels.jit.simd import (
 LANES = 32
 
 
-@kernel("void(uint16[::1], float32[::1])")
+@kernel(f"void({U16}, float32[::1])")
 def bf16_to_f32(source, target):
     """Widen bfloat16."""
     whole = source.size // 32 * 32
@@ -33,7 +33,7 @@ def bf16_to_f32(source, target):
         target[i] = from_bits(np.uint32(np.uint32(source[i]) << np.uint32(16)))
 
 
-@kernel("void(uint16[::1], float32[::1])")
+@kernel(f"void({U16}, float32[::1])")
 def f16_to_f32(source, target):
     """Widen binary16."""
     whole = source.size // 32 * 32
@@ -43,7 +43,7 @@ def f16_to_f32(source, target):
         target[i] = half_to_float(source[i])
 
 
-@kernel("void(float32[::1], uint16[::1])")
+@kernel(f"void({F32}, uint16[::1])")
 def f32_to_bf16(source, target):
     """Round to bfloat16, ties to even; a NaN stays one."""
     whole = source.size // 32 * 32
@@ -60,7 +60,7 @@ def f32_to_bf16(source, target):
             target[i] = np.uint16((one + 0x7FFF + ((one >> 16) & 1)) >> 16)
 
 
-@kernel("void(float32[::1], uint16[::1])")
+@kernel(f"void({F32}, uint16[::1])")
 def f32_to_f16(source, target):
     """Round to binary16, ties to even; too large becomes infinity."""
     whole = source.size // 32 * 32
@@ -70,7 +70,7 @@ def f32_to_f16(source, target):
         target[i] = float_to_half(source[i])
 
 
-@kernel("uint32(float32[::1])")
+@kernel(f"uint32({F32})")
 def peak_f32(x):
     """Return the bit pattern of the largest magnitude; a NaN or infinity counts as larger than any number."""
     whole = x.size // 32 * 32
@@ -85,7 +85,7 @@ def peak_f32(x):
     return top
 
 
-@kernel("uint16(uint16[::1])")
+@kernel(f"uint16({U16})")
 def peak_16(x):
     """Do as `peak_f32` for binary16 or bfloat16 patterns."""
     whole = x.size // 32 * 32
@@ -100,7 +100,7 @@ def peak_16(x):
     return top
 
 
-@kernel("uint32(float32[::1], float32[::1], float64[::1])")
+@kernel(f"uint32({F32}, {F32}, float64[::1])")
 def difference(x, y, lanes):
     """Add the squares of ``x - y`` to ``lanes``, element i to lane i mod 32; return the bits of the largest ``|x - y|``."""
     whole = x.size // 32 * 32
@@ -122,7 +122,7 @@ def difference(x, y, lanes):
     return top
 
 
-@kernel("void(float32[::1], float32[::1], int64[::1])")
+@kernel(f"void({F32}, {F32}, int64[::1])")
 def error_histogram(x, y, counts):
     """Count ``|x - y|`` in buckets by the upper 20 bits of the float32 pattern."""
     for i in range(x.size):

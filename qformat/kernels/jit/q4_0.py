@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.compiler import kernel
+from qformat.kernels.jit.compiler import F32, U8, U16, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.simd import (
     bits,
@@ -38,8 +38,8 @@ AHEAD = 1024  # elements; the hardware's own prefetcher stops at each page
 
 
 @kernel(
-    "UniTuple(int64, 4)(float32[::1], uint8[::1], float64[::1])",
-    "UniTuple(int64, 4)(uint16[::1], uint8[::1], float64[::1])",
+    f"UniTuple(int64, 4)({F32}, uint8[::1], float64[::1])",
+    f"UniTuple(int64, 4)({U16}, uint8[::1], float64[::1])",
 )
 def quantize(x, blocks, lanes):
     """Quantize blocks of 32 with the naive scale, and measure the error.
@@ -92,7 +92,7 @@ def quantize(x, blocks, lanes):
     return peak, np.int64(largest(worst)), overflowed, vanished
 
 
-@kernel("void(Array(uint8, 1, 'C', readonly=True), float32[::1])")
+@kernel(f"void({U8}, float32[::1])")
 def dequantize(blocks, x):
     """Decode blocks of 18 bytes to 32 float32 each."""
     for block in range(x.size // 32):
@@ -102,7 +102,7 @@ def dequantize(blocks, x):
         store(x, 32 * block, to_f32(to_i32(codes) - 8) * scale)
 
 
-@kernel("void(Array(uint8, 1, 'C', readonly=True), int64[::1])")
+@kernel(f"void({U8}, int64[::1])")
 def code_histogram(blocks, counts):
     """Add to ``counts`` how often each of the 16 codes occurs."""
     for block in range(blocks.size // 18):

@@ -4,7 +4,7 @@ numba unrolls short inner loops into scalar code and leaves LLVM's SLP vectorize
 never becomes vector code. Here a block is one value of a vector type instead, ``<32 x float>`` say, which LLVM splits into whatever
 registers the processor has. Every operation rounds once per lane, in order: results do not depend on the processor.
 
-Vectors are made by `load` and `splat` and used with ``+ - * & | << >>``; scalars on either side are spread over the lanes.
+Vectors are made by `load` and used with ``+ - * & | << >>``; scalars on either side are spread over the lanes.
 """
 
 from __future__ import annotations
@@ -167,16 +167,6 @@ def store_as(typing: Any, array: Any, index: Any, value: Any) -> Any:  # noqa: A
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), generate
-
-
-@intrinsic
-def splat(typing: Any, value: Any, like: Any) -> Any:  # noqa: ARG001
-    """Return a vector of the type of ``like`` with ``value`` in every lane."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return _spread(context, builder, args[0], signature.args[0], like)
-
-    return like(value, like), generate
 
 
 def _binary(floating: str | None, signed: str, unsigned: str | None = None) -> Any:
