@@ -140,7 +140,8 @@ def compare_readers(path: Path, data: bytes) -> tuple[Content, FileReport]:
         # The reference checks all digests and padding first. In the package that is the business of `verify`.
         assert not report.ok, f"only the reference refuses: {other.refused}"
     else:
-        assert report.ok, f"only verify complains: {report.errors}"
+        unreadable = {name for kind, name in package.errors if kind == "asset"}
+        assert {damage.asset for damage in report.errors} <= unreadable, f"only verify complains: {report.errors}"
         assert package.errors.keys() == other.errors.keys()
         assert package.values == other.values
     return package, report
@@ -344,8 +345,11 @@ def test_damage_by_a_text_mode_transfer_is_called_so(tmp_path: Path, small: byte
 
 
 def test_what_is_no_file_is_an_os_error(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(OSError, match="is a directory"):
         qformat.safe_open(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        qformat.safe_open(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError):
         qformat.safe_open(tmp_path / "missing.qf")
     (tmp_path / "file").touch()
@@ -405,6 +409,11 @@ def refused(name: str, edit: Edit, says: str = "") -> None:
 
 def loses(names: str | tuple[str, ...], name: str, edit: Edit, says: str = "") -> None:
     CASES.append(Case(name, edit, lost=(names,) if isinstance(names, str) else names, says=says))
+
+
+def spoils(name: str, edit: Edit, says: str = "") -> None:
+    """Expect the asset `x.bin` not to decode."""
+    CASES.append(Case(name, edit, lost=("x.bin",), says=says, verified=False))
 
 
 def damaged(names: str | tuple[str, ...], name: str, edit: Edit, says: str = "") -> None:
@@ -668,6 +677,8 @@ refused(
     "asset is a folder, and another name stands between",
     edits(add_asset(raw_asset("a", b"x")), add_asset(raw_asset("a-", b"x")), add_asset(raw_asset("a/b", b"y"))),
 )
+fine("asset name of 16 components", add_asset(raw_asset("/".join("f" * 16), b"x")))
+refused("asset name of 17 components", add_asset(raw_asset("/".join("f" * 17), b"x")), "path")
 fine("asset names with the same beginning", edits(add_asset(raw_asset("a", b"x")), add_asset(raw_asset("ab/c", b"y"))))
 refused("tensors not sorted", before_placing(lambda d: d.tensors.reverse()), "sorted")
 refused("assets not sorted", before_placing(lambda d: d.assets.reverse()), "sorted")
@@ -917,12 +928,14 @@ for text in (
     "0.000000000e+00",
     "9.999999999e+99",
     "1.000000000e-99",
-    "1.000000000e+100",
-    "2.225073859e-308",
-    "4.940656458e-324",
+    "2.922014871e-03",
+    "1.000000000e+00",
 ):
     fine(f"error {text}", put(*B, "error", "max", text))
 for text in (
+    "1.000000000e+100",
+    "1.000000000e-100",
+    "4.940656458e-324",
     "",
     "0",
     "1.5e-2",
@@ -948,8 +961,6 @@ for text in (
     "nan",
     "1.000000000e+400",
     "1.000000000e-400",
-    "0x1.8p+1",
-    "١.000000000e-02",
 ):
     for key in ("rmse", "max"):
         refused(f"error {key} {text!r}", put(*B, "error", key, text))
@@ -1030,12 +1041,15 @@ DICTIONARY = zstandard.ZstdCompressionDict(
 WITH_DICTIONARY = zstandard.ZstdCompressor(dict_data=DICTIONARY).compress(VOCABULARY)
 
 
-def raw_block_frame(
-    content: bytes, size_field: bytes, descriptor: int, *, window: bytes = b"", block: int | None = None
+def handmade(
+    claim: int, *, descriptor: int = 0xE0, extra: bytes = b"", kind: int = 1, content: bytes = b"r", block: int = 100
 ) -> bytes:
-    """Return a frame made by hand with one raw block."""
-    head = (0xFD2FB528).to_bytes(4, "little") + bytes([descriptor]) + window + size_field
-    return head + ((len(content) if block is None else block) << 3 | 1).to_bytes(3, "little") + content
+    """Return a frame that says `claim` bytes, of one block: by default a hundred times the letter r, run-length encoded.
+
+    The default descriptor is that of a single segment with eight bytes of content size.
+    """
+    head = (0xFD2FB528).to_bytes(4, "little") + bytes([descriptor]) + extra + claim.to_bytes(8, "little")
+    return head + (block << 3 | kind << 1 | 1).to_bytes(3, "little") + content
 
 
 def stored(frame: bytes, content: bytes = VOCABULARY, **fields: Any) -> Edit:
@@ -1043,73 +1057,54 @@ def stored(frame: bytes, content: bytes = VOCABULARY, **fields: Any) -> Edit:
     return add_asset(zstd_asset("x.bin", content, frame) | fields)
 
 
-EIGHT = 0xE0  # a single segment, the content size in eight bytes
+R = b"r" * 100
 fine("zstd: frame with a checksum", stored(CHECKED))
-fine("zstd: frame made by hand", stored(raw_block_frame(b"hello", (5).to_bytes(8, "little"), EIGHT), b"hello"))
-fine("zstd: longer than its content", stored(zstandard.ZstdCompressor().compress(b"x"), b"x"))
-fine("zstd: empty content", stored(EMPTY_FRAME, b""))
-fine("zstd: empty content in a raw block", stored(raw_block_frame(b"", bytes(8), EIGHT), b""))
-fine(
-    "zstd: window of 1 MiB",
-    stored(raw_block_frame(b"hello", (5).to_bytes(8, "little"), 0xC0, window=b"\x50"), b"hello"),
-)
-loses("x.bin", "zstd: more than size", stored(FRAME, size=len(VOCABULARY) - 1), "x.bin")
-loses("x.bin", "zstd: less than size", stored(FRAME, size=len(VOCABULARY) + 1), "x.bin")
-loses("x.bin", "zstd: size 0", stored(FRAME, size=0), "x.bin")
-loses("x.bin", "zstd: size of 256 MiB", stored(FRAME, size=256 << 20), "x.bin")
+fine("zstd: frame made by hand", stored(handmade(100), R))
+fine("zstd: window of 1 MiB", stored(handmade(100, descriptor=0xC0, extra=b"\x50"), R))
+fine("zstd: dictionary 0", stored(handmade(100, descriptor=0xE1, extra=b"\0"), R))
+fine("zstd: one byte less than its content", stored(handmade(18, block=18), R[:18]))
+refused("zstd: as long as its content", stored(handmade(17, block=17), R[:17]), "x.bin")
+refused("zstd: longer than its content", stored(zstandard.ZstdCompressor().compress(b"x"), b"x"), "x.bin")
+refused("zstd: empty content", stored(EMPTY_FRAME, b""), "x.bin")
+refused("zstd: nothing for nothing", stored(b"", b""), "x.bin")
+refused("zstd: size 0", stored(FRAME, size=0), "x.bin")
 refused("zstd: size above 256 MiB", stored(FRAME, size=(256 << 20) + 1), "x.bin")
 refused("zstd: size 2^53 - 1", stored(FRAME, size=TWO_53 - 1), "x.bin")
-loses("x.bin", "zstd: no content size", stored(NO_SIZE), "x.bin")
-for claim in (0, 4, 6, 2**31, 2**60, 2**64 - 1, 2**64 - 2):
-    frame = raw_block_frame(b"hello", claim.to_bytes(8, "little"), EIGHT)
-    loses("x.bin", f"zstd: frame that claims {claim} bytes for 5", stored(frame, b"hello"), "x.bin")
-loses(
-    "x.bin",
-    "zstd: claims 1 MiB, holds 5 bytes",
-    stored(raw_block_frame(b"hello", (1 << 20).to_bytes(8, "little"), EIGHT), b"hello", size=1 << 20),
-)
-loses("x.bin", "zstd: claims 0 bytes, holds 5", stored(raw_block_frame(b"hello", bytes(8), EIGHT), b"", size=0))
-loses("x.bin", "zstd: two frames", stored(FRAME + FRAME), "x.bin")
-loses("x.bin", "zstd: a frame and an empty one", stored(FRAME + EMPTY_FRAME))
-loses("x.bin", "zstd: an empty frame and one", stored(EMPTY_FRAME + FRAME))
-loses("x.bin", "zstd: a byte after the frame", stored(FRAME + b"\0"))
-loses("x.bin", "zstd: a skippable frame before", stored(SKIPPABLE + FRAME))
-loses("x.bin", "zstd: a skippable frame after", stored(FRAME + SKIPPABLE))
-loses("x.bin", "zstd: a byte after an empty frame", stored(EMPTY_FRAME + b"\0", b""))
-loses("x.bin", "zstd: a frame after an empty frame", stored(EMPTY_FRAME + FRAME, b""))
-loses("x.bin", "zstd: two empty frames", stored(EMPTY_FRAME + EMPTY_FRAME, b""))
-loses("x.bin", "zstd: nothing but a skippable frame", stored(SKIPPABLE, b""))
-loses("x.bin", "zstd: an empty frame cut short", stored(EMPTY_FRAME[:-1], b""))
-loses("x.bin", "zstd: a frame cut short", stored(FRAME[:-1]))
-loses("x.bin", "zstd: half a frame", stored(FRAME[: len(FRAME) // 2]))
-loses("x.bin", "zstd: only a frame's header", stored(FRAME[:7]))
-loses("x.bin", "zstd: only the magic", stored(FRAME[:4]))
-loses("x.bin", "zstd: nothing", stored(b""))
-loses("x.bin", "zstd: nothing for nothing", stored(b"", b""))
-loses("x.bin", "zstd: zeros", stored(bytes(50)))
-loses("x.bin", "zstd: text", stored(VOCABULARY))
-loses("x.bin", "zstd: a checksum cut off", stored(CHECKED[:-4]))
-loses("x.bin", "zstd: a wrong checksum", stored(CHECKED[:-1] + bytes([CHECKED[-1] ^ 1])))
-loses(
-    "x.bin",
-    "zstd: a reserved block type",
-    stored(raw_block_frame(b"\0\0", (2).to_bytes(8, "little"), EIGHT)[:-5] + b"\x17\0\0\0\0", b"\0\0"),
-)
-loses(
-    "x.bin", "zstd: a reserved bit", stored(raw_block_frame(b"hello", (5).to_bytes(8, "little"), EIGHT | 8), b"hello")
-)
-loses(
-    "x.bin",
-    "zstd: a block longer than the frame",
-    stored(raw_block_frame(b"hello", (5).to_bytes(8, "little"), EIGHT, block=6), b"hello"),
-)
-loses("x.bin", "zstd: content of another digest", stored(FRAME, content_sha256="0" * 64), "SHA-256")
-loses("x.bin", "zstd: needs a dictionary", stored(WITH_DICTIONARY), "x.bin")
-loses(
-    "x.bin",
-    "zstd: names a dictionary",
-    stored(raw_block_frame(b"hello", (5).to_bytes(8, "little"), EIGHT | 1, window=b"\7"), b"hello"),
-)
+spoils("zstd: more than size", stored(FRAME, size=len(VOCABULARY) - 1), "x.bin")
+spoils("zstd: less than size", stored(FRAME, size=len(VOCABULARY) + 1), "x.bin")
+spoils("zstd: size of 256 MiB", stored(FRAME, size=256 << 20), "x.bin")
+spoils("zstd: no content size", stored(NO_SIZE), "x.bin")
+for claim in (0, 99, 101, 2**31, 2**60, 2**64 - 1, 2**64 - 2):
+    spoils(f"zstd: frame that claims {claim} bytes for 100", stored(handmade(claim), R), "x.bin")
+spoils("zstd: frame and size claim 101 bytes for 100", stored(handmade(101), R, size=101))
+spoils("zstd: frame and size claim 99 bytes for 100", stored(handmade(99), R, size=99))
+spoils("zstd: frame and size claim 1 MiB for 100 bytes", stored(handmade(1 << 20), R, size=1 << 20))
+spoils("zstd: window of 2 TiB", stored(handmade(100, descriptor=0xC0, extra=b"\xf8"), R))
+spoils("zstd: two frames", stored(FRAME + FRAME), "x.bin")
+spoils("zstd: a frame and an empty one", stored(FRAME + EMPTY_FRAME))
+spoils("zstd: an empty frame and one", stored(EMPTY_FRAME + FRAME))
+spoils("zstd: a byte after the frame", stored(FRAME + b"\0"))
+spoils("zstd: a skippable frame before", stored(SKIPPABLE + FRAME))
+spoils("zstd: a skippable frame after", stored(FRAME + SKIPPABLE))
+spoils("zstd: nothing but a skippable frame", stored(SKIPPABLE))
+spoils("zstd: nothing but an empty frame", stored(EMPTY_FRAME))
+spoils("zstd: a frame cut short", stored(FRAME[:-1]))
+spoils("zstd: half a frame", stored(FRAME[: len(FRAME) // 2]))
+spoils("zstd: only a frame's header", stored(FRAME[:7]))
+spoils("zstd: only the magic", stored(FRAME[:4]))
+spoils("zstd: nothing", stored(b""))
+spoils("zstd: zeros", stored(bytes(50)))
+spoils("zstd: text", stored(VOCABULARY[:-1]))
+spoils("zstd: a checksum cut off", stored(CHECKED[:-4]))
+spoils("zstd: a wrong checksum", stored(CHECKED[:-1] + bytes([CHECKED[-1] ^ 1])))
+spoils("zstd: a reserved block type", stored(handmade(100, kind=3), R))
+spoils("zstd: a reserved bit", stored(handmade(100, descriptor=0xE8), R))
+spoils("zstd: a block longer than the frame", stored(handmade(100, kind=0), R))
+spoils("zstd: a compressed block of nothing", stored(handmade(100, kind=2, block=0, content=b""), R))
+spoils("zstd: no last block", stored(handmade(100)[:-4] + (100 << 3 | 2).to_bytes(3, "little") + b"r", R))
+spoils("zstd: content of another digest", stored(FRAME, content_sha256="0" * 64), "SHA-256")
+spoils("zstd: needs a dictionary", stored(WITH_DICTIONARY), "x.bin")
+spoils("zstd: names a dictionary", stored(handmade(100, descriptor=0xE1, extra=b"\7"), R))
 for encoding in ("gzip", "", "ZSTD", "zstd ", "x" * 100_000):
     loses(
         "tok/vocab.txt",
@@ -1120,7 +1115,7 @@ for encoding in ("gzip", "", "ZSTD", "zstd ", "x" * 100_000):
 refused("raw: size is not length", put("assets", "LICENSE", "size", 15), "LICENSE")
 refused("raw: digests differ", put("assets", "LICENSE", "content_sha256", "0" * 64), "LICENSE")
 refused("zstd called raw", put(*TOK, "encoding", "raw"), "tok/vocab.txt")
-loses("LICENSE", "raw called zstd", put("assets", "LICENSE", "encoding", "zstd"), "LICENSE")
+refused("raw called zstd", put("assets", "LICENSE", "encoding", "zstd"), "LICENSE")
 fine("empty raw asset", add_asset(raw_asset("x.bin", b"")))
 
 # -- header
@@ -1251,7 +1246,11 @@ def test_both_readers_agree_on(case: Case, tmp_path: Path, small: bytes) -> None
     for (_, name), message in content.errors.items():
         assert case.says in message
         assert name in message
-    assert report.ok == (True if case.verified is None else case.verified)
+    if case.verified is not None:
+        assert report.ok == case.verified
+    else:  # verify decodes assets, for that needs no codec
+        refused = "needs" in case.says or "unknown encoding" in case.says or "must" in case.says
+        assert report.ok or ("x.bin" in case.lost and not refused)
     original = read_reference(small)
     touched = {*case.lost, "a.weight", "bool"}
     for key in content.values.keys() & original.values.keys():
@@ -1349,17 +1348,27 @@ def test_absurd_shapes_take_no_memory(tmp_path: Path, shape: tuple[int, ...]) ->
         assert len(content.errors) == 1
 
 
-def test_zstd_bombs_take_no_memory(tmp_path: Path) -> None:
+def many_blocks(**fields: Any) -> bytes:
+    """Return a frame that claims 1 MiB and holds 62 MiB, in blocks of 128 KiB."""
+    block = (1 << 17 << 3 | 2).to_bytes(3, "little") + b"r"
+    return handmade(1 << 20, **fields)[:-4] + 500 * block + b"\1\0\0"
+
+
+def test_zstd_bombs_take_no_memory(tmp_path: Path, small: bytes) -> None:
     path = tmp_path / "f.qf"
-    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
-    for edit in (
-        stored(bomb, size=1000),
-        stored(bomb, size=1000, encoding="future"),
-        stored(raw_block_frame(b"hello", (2**62).to_bytes(8, "little"), EIGHT), size=1 << 28),
-        stored(zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 24)), size=1 << 24),
+    path.write_bytes(small)
+    read_package(path)  # imports take memory too
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 26))
+    for frame, fields in (
+        (bomb, {"size": 1 << 20}),
+        (bomb, {"size": 1 << 20, "encoding": "future"}),
+        (handmade(2**62), {"size": 1 << 28}),
+        (zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 24)), {"size": 1 << 24}),
+        (many_blocks(), {"size": 1 << 20}),
+        (many_blocks(descriptor=0xC0, extra=b"\x38"), {"size": 1 << 20}),  # a window of 128 KiB
     ):
         draft = small_draft()
-        edit(draft)
+        stored(frame, **fields)(draft)
         path.write_bytes(draft.pack())
         with bounded_memory(4 << 20):
             content = read_package(path)
@@ -1374,7 +1383,7 @@ def sparse(path: Path, head: bytes, size: int, tail: bytes) -> None:
         file.write(tail)
 
 
-@pytest.mark.parametrize("length", [(256 << 20) + 1, 1 << 30, 1 << 40])
+@pytest.mark.parametrize("length", [(64 << 20) + 1, 1 << 30, 1 << 40])
 def test_a_huge_index_is_refused_unread(tmp_path: Path, length: int) -> None:
     path = tmp_path / "f.qf"
     sparse(path, header(), 64 + length + 128, trailer(b"", 64, index_length=length))
@@ -1408,13 +1417,24 @@ def in_little_memory(path: Path) -> str:
     return done.stdout or done.stderr
 
 
-def test_huge_trailer_records_take_no_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [(16 << 20) + 16, 1 << 30, 1 << 40])
+def test_huge_trailer_records_are_refused_unread(tmp_path: Path, length: int) -> None:
     index = Draft().index_bytes()
     path = tmp_path / "f.qf"
-    length = 3 << 29
     end = trailer(index, 64, records_length=length, records_sha256=bytes(32))
     sparse(path, header() + index, 64 + len(index) + length + 128, end)
-    assert in_little_memory(path).startswith("FormatError")
+    with bounded_memory(1 << 20):
+        content = read_package(path)
+    assert content.refused
+    assert "more than they may have" in content.refused
+
+
+def test_trailer_records_may_have_16_mib(tmp_path: Path) -> None:
+    for more, ok in ((0, True), (8, False)):
+        draft = Draft(records=trailer_record(bytes((16 << 20) - 16 + more)))
+        content, report = compare_readers(tmp_path / "f.qf", draft.pack())
+        assert report.ok == ok
+        assert (content.refused is None) == ok
 
 
 def test_segments_larger_than_memory_are_no_matter(tmp_path: Path) -> None:
@@ -1441,7 +1461,7 @@ def test_long_lists_of_small_things_are_read_in_time(tmp_path: Path) -> None:
 
 
 def test_asset_names_with_many_folders_are_read_in_time(tmp_path: Path) -> None:
-    names = sorted({f"{i:03}/" + "/".join("f" * 500) for i in range(200)})
+    names = sorted(f"{i:04}/" + "/".join(["folder" * 10] * 15) for i in range(1000))
     content, report = compare_readers(tmp_path / "f.qf", Draft(assets=[raw_asset(n, b"") for n in names]).pack())
     assert report.ok
     assert len(content.values) == len(names)

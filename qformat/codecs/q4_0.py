@@ -70,8 +70,9 @@ class Q4_0(Codec):  # noqa: N801  the format's name
         if elements.dtype is F64:  # it may exceed float32 itself
             finite = elements.all_finite()
             overflowed += int(np.isinf(values).sum())
-            lost = source.reshape(-1, BLOCK).any(axis=1) & ~values.reshape(-1, BLOCK).any(axis=1)
-            vanished += int(lost.sum())
+            if finite:
+                lost = source.reshape(-1, BLOCK).any(axis=1) & ~values.reshape(-1, BLOCK).any(axis=1)
+                vanished += int(lost.sum())
         return Encoded((blocks.data,), finite, error, overflowed, vanished)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:

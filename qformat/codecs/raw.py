@@ -52,7 +52,7 @@ class Raw(Codec):
         values = Elements(self.decoded, stored).to_f32().reshape(-1)
         infinite = 0 if not finite else int(np.isinf(values).sum())
         # Rounding single weights to zero is no loss, but all of them is
-        vanished = not values.any() and bool(elements.to_f64().any())
+        vanished = finite and not values.any() and bool(elements.to_f64().any())
         return Encoded((_bytes(stored),), finite, _error(elements, values), infinite, int(vanished))
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:

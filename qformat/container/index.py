@@ -165,7 +165,7 @@ def _parse_canonical(data: bytes) -> JsonObject:
 
 
 def _check_values(value: Any, depth: int) -> None:
-    if depth > _MAX_DEPTH:
+    if depth > _MAX_DEPTH and isinstance(value, (dict, list)):
         raise FormatError("the index is nested too deeply")
     if isinstance(value, dict):
         for item in value.values():

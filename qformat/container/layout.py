@@ -80,6 +80,7 @@ def _explain_magic(data: bytes) -> str:
         b"\x89QFM\n\x1a\n",
         b"\x89QFM\r\r\n\x1a\r\n",
         b"\x09QFM",
+        b"\xc2\x89QFM",
         b"\xef\xbf\xbdQFM",
         b"QFM\r\n",
         b"\x89QFM\r\n\x1a\r\n",

@@ -156,12 +156,16 @@ class ContainerWriter:
                 raise SourceError(f"metadata must be strings of valid Unicode, not {item!r}")
         self._target = Target(Path(path), overwrite=overwrite)
         self._header = Header().pack()
-        self._target.write(self._header, 0)  # first, so that a partial file can be told from any other
         self._position = len(self._header)
         self._assets: list[AssetRecord] = []
         self.records: list[TensorRecord] = []
         self.root = ""
         self.file_size = 0
+        try:
+            self._target.write(self._header, 0)  # first, so that a partial file can be told from any other
+        except BaseException:
+            self._target.discard()
+            raise
 
     def asset(self, name: str, data: bytes) -> None:
         """Add a file that belongs to the model.
