@@ -1,5 +1,5 @@
 # make demo   the main job on real weights, end to end
-# make test   everything that has to hold before a commit lands, but lint and types
+# make test   the tests; PYTEST_ARGS=--slow for the slow ones too
 # make check  lint and types
 # make bench  the measurements of benchmarks/README.md
 
