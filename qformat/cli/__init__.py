@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from importlib import import_module
@@ -84,3 +85,13 @@ def main() -> None:
     except KeyboardInterrupt:  # while modules are imported, where click does not look
         click.echo("Aborted!", err=True)
         sys.exit(1)
+    finally:
+        _settle()
+
+
+def _settle() -> None:
+    """Let go of output that could not be written, so that the interpreter does not try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
