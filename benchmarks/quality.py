@@ -15,7 +15,7 @@ from qformat.codecs.base import pieces
 from qformat.codecs.registry import parse_type
 from qformat.encode import Plan, encode_piece
 from qformat.source import SourceTensor
-from qformat.stats import measure, totals
+from qformat.stats import collect, measure
 
 _Q4_0 = GGMLQuantizationType.Q4_0
 
@@ -44,7 +44,8 @@ def run(context: Context) -> Section:
     """Compare every matrix of MiniLM."""
     del context
     tensors = [t for t in open_checkpoint(minilm()).tensors if len(t.shape) == 2 and t.dtype.floating]
-    measured = {stats.tensor: stats for stats in measure(tensors, [parse_type("q4_0")])}
+    results, (total,) = collect(measure(tensors, [parse_type("q4_0")]))
+    measured = {stats.tensor: stats for stats in results}
     same_bytes = same_values = same_error = 0
     blocks_compared = 0
     sources, squares = [], []
@@ -64,7 +65,6 @@ def run(context: Context) -> Section:
     everything = np.concatenate(sources)
     rmse = math.sqrt(math.fsum(squares) / everything.size)
     rel_rmse = rmse / everything.std()
-    total = totals(measured.values())[0]
     of = f"of {len(tensors)} tensors"
 
     def counted(name: str, count: int, peer: str) -> Row:
