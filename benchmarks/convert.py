@@ -38,7 +38,7 @@ class _Runs:
         self.floor_parts: dict[tuple[Path, str], list[float]] = defaultdict(list)
         self.peaks: list[int] = []
 
-    def library(self, output: Path) -> float:
+    def in_process(self, output: Path) -> float:
         output.unlink(missing_ok=True)
         start = time.perf_counter()
         convert(open_checkpoint(self.checkpoint.directory), output, Recipe.parse("q4_0"))
@@ -66,8 +66,8 @@ class _Runs:
         return sum(parts.values())
 
     def same(self, output: Path) -> Row:
-        """Whether the library makes the file that the command made."""
-        self.library(output)
+        """Whether the in_process makes the file that the command made."""
+        self.in_process(output)
         same = output.read_bytes() == self.data
         return Row("convert() and the command: bytes", "the same" if same else "different", "", None, "the same", same)
 
@@ -79,7 +79,7 @@ def run(context: Context) -> Section:
     output = context.workdir / "out.qf"
     functions = {
         "floor": partial(runs.floor, output),
-        "library": partial(runs.library, output),
+        "in_process": partial(runs.in_process, output),
         "command": partial(runs.command, output),
         "gguf": gguf_quantizer(weights),
         "memcpy": memcpy(weights),
@@ -88,14 +88,14 @@ def run(context: Context) -> Section:
         if directory:
             functions |= {
                 "floor, no disk": partial(runs.floor, directory / "out.qf"),
-                "library, no disk": partial(runs.library, directory / "out.qf"),
+                "in process, no disk": partial(runs.in_process, directory / "out.qf"),
             }
         seconds = interleaved(functions, context.rounds(5))
     megabytes = runs.checkpoint.nbytes / 1e6
     gguf = weights.size / seconds["gguf"] / 1e6 / REFERENCE_GGUF
     memory = weights.nbytes / seconds["memcpy"] / 1e9 / REFERENCE_MEMCPY
     rows = [
-        *_judge("convert(), kernels loaded", seconds["library"], seconds["floor"], megabytes, gguf, memory),
+        *_judge("convert(), kernels loaded", seconds["in_process"], seconds["floor"], megabytes, gguf, memory),
         *_judge("qformat convert, whole command", seconds["command"], seconds["floor"], megabytes, gguf, memory),
         below("qformat convert: peak memory", max(runs.peaks) / 1e6, _PEAK, "MB"),
         runs.same(output),
@@ -104,7 +104,7 @@ def run(context: Context) -> Section:
     if context.full:
         rows.append(_large(context))
     if directory:
-        own, floor = seconds["library, no disk"], seconds["floor, no disk"]
+        own, floor = seconds["in process, no disk"], seconds["floor, no disk"]
         rows.append(Row("convert() to a file in memory", figure(own, "s"), f"floor {figure(floor, 's')}", own / floor))
     parts = ", ".join(
         f"{name} {statistics.median(values[1:]):.3f} s"
