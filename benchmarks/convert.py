@@ -66,7 +66,7 @@ class _Runs:
         return sum(parts.values())
 
     def same(self, output: Path) -> Row:
-        """Whether the in_process makes the file that the command made."""
+        """Whether `convert` makes the file that the command made."""
         self.in_process(output)
         same = output.read_bytes() == self.data
         return Row("convert() and the command: bytes", "the same" if same else "different", "", None, "the same", same)
