@@ -20,6 +20,8 @@ from qformat.records import TensorRecord
 class safe_open:  # noqa: N801  named after the function of safetensors that it stands in for
     """A container file opened for reading, as a context manager.
 
+    The file is mapped into memory: it must not be changed or cut short while it is open.
+
     Parameters
     ----------
     path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -254,3 +256,50 @@ def test_a_reader_that_goes_away_is_no_error(minilm_qf):
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
+
+
+def in_a_terminal(*args: object, **environment: str) -> str:
+    """Run a command whose stderr is a terminal; return what it wrote there."""
+    main, side = pty.openpty()
+    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"} | environment
+    command = [sys.executable, "-m", "qformat", *map(str, args)]
+    written = b""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=side, env=env) as process:
+        os.close(side)
+        while True:
+            try:
+                part = os.read(main, 1 << 16)
+            except OSError:  # what Linux gives when the other side is closed
+                break
+            if not part:
+                break
+            written += part
+    os.close(main)
+    assert process.returncode == 0
+    return written.decode()
+
+
+def test_a_terminal_sees_how_far_it_is(minilm, minilm_qf, tmp_path):
+    env = {"QFORMAT_CACHE_DIR": str(tmp_path / "cache")}
+    first = in_a_terminal("convert", minilm, tmp_path / "x.qf", **env)
+    assert "converting model" in first
+    assert "100%" in first
+    assert "compiling kernels, which happens once" in first
+    assert re.search("\x1b\\[[0-9;]*m", first)
+    second = in_a_terminal("convert", minilm, tmp_path / "x.qf", "--force", NO_COLOR="1", **env)
+    assert "100%" in second
+    assert "compiling" not in second
+    assert not re.search("\x1b\\[3[0-9][0-9;]*m", second)
+    assert "measuring model" in in_a_terminal("quantize-stats", minilm, "--include", "pooler", **env)
+    assert "verifying" in in_a_terminal("verify", minilm_qf)
+
+
+def test_messages_that_are_no_results_go_to_stderr(minilm, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "qformat", "convert", minilm, tmp_path / "x.qf", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["tensors"] == 104
+    assert done.stderr == ""

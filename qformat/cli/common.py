@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -98,5 +99,23 @@ def progress_bar(what: str, total: int, *, as_bytes: bool = False) -> Iterator[C
         TimeRemainingColumn(),
     ]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda amount: progress.advance(task, amount)
+        handler = _Notices(progress.console.print)
+        logger = logging.getLogger("qformat")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            task = progress.add_task(what, total=total)
+            yield lambda amount: progress.advance(task, amount)
+        finally:
+            logger.removeHandler(handler)
+
+
+class _Notices(logging.Handler):
+    """Shows what the library logs above a progress bar: why it takes longer, say."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(self.format(record))

@@ -51,7 +51,11 @@ def cache_directory() -> Path | None:
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         _log.warning("%s is not safe to load code from: kernels are compiled anew in each run", directory)
         return None
-    return directory if os.access(directory, os.W_OK | os.X_OK) else None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return None
+    if not any(directory.iterdir()):
+        _log.info("compiling kernels, which happens once and takes a few seconds")
+    return directory
 
 
 def _digest() -> str:
