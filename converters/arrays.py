@@ -12,8 +12,9 @@ from typing import Any
 from numpy.typing import NDArray
 from qformat.converters.convert import convert
 
+from qformat.container.index import check_asset_name
 from qformat.dtypes import DType, Elements, from_array
-from qformat.errors import SourceError
+from qformat.errors import FormatError, SourceError
 from qformat.recipe import Recipe
 from qformat.source import Checkpoint
 
@@ -96,9 +97,14 @@ def save_file(
     for name, array in tensors.items():
         try:
             sources.append(ArrayTensor(name, from_array(array)))
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise SourceError(f"tensor {name!r}: {error}") from None
-    readers = {name: partial(bytes, data) for name, data in (assets or {}).items()}
+    for name in assets or {}:
+        try:
+            check_asset_name(name)
+        except FormatError as error:
+            raise SourceError(error.cause) from None
+    readers = {name: partial(bytes, memoryview(data)) for name, data in (assets or {}).items()}
     result = convert(
         Checkpoint(sources, readers),
         Path(path),

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from qformat.errors import SourceError
+from qformat.files import open_regular
 from qformat.source import Checkpoint
 
 
@@ -24,8 +25,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return open_hf(path)
     if not path.exists():
         raise SourceError(f"{path}: there is no such file or directory")
-    with path.open("rb") as file:
-        start = file.read(9)
+    try:
+        with open_regular(path) as file:
+            start = file.read(9)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
     if len(start) == 9 and start[8:] == b"{":
         return Checkpoint(open_safetensors(path), warnings=_alone(path), files=[path])
     if not start:

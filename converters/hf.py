@@ -9,6 +9,7 @@ from qformat.converters.safetensors import SafetensorsTensor, open_safetensors
 
 from qformat.container.index import MAX_ASSET_BYTES, check_asset_name
 from qformat.errors import FormatError, SourceError
+from qformat.files import open_regular
 from qformat.source import Checkpoint
 
 SINGLE = "model.safetensors"
@@ -90,7 +91,8 @@ def _open_shards(directory: Path) -> tuple[list[SafetensorsTensor], list[str]]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        index = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            index = json.loads(file.readall())
         weight_map = index["weight_map"]
         if not weight_map or not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
             raise TypeError

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.FileIO:
     """Open a file for reading, unbuffered, if it is a regular one: a pipe would block, and a device might never end.
 
     Raises
@@ -26,4 +26,4 @@ def open_regular(path: Path) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    return os.fdopen(fd, "rb", buffering=0)
+    return io.FileIO(fd, "rb")

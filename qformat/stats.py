@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -122,6 +123,8 @@ class ErrorStats:
             self.errors = None
 
     def _quantile(self, reached: NDArray[np.int64], q: float) -> float:
+        if not self.params:
+            return 0.0
         bucket = int(np.searchsorted(reached, max(1, math.ceil(q * self.params))))
         upper = np.array([((bucket + 1) << _BUCKET_SHIFT) - 1], np.uint32).view(np.float32)[0]
         return min(float(upper), self.largest)
@@ -183,7 +186,9 @@ def measure(
         If a tensor holds NaN or infinity, or values that a type cannot hold; it names the tensor.
     """
     jobs = jobs or default_jobs()
-    with ThreadPoolExecutor(jobs, thread_name_prefix="qformat-stats") as pool:
+    stopped = threading.Event()
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="qformat-stats")
+    try:
         for tensor in tensors:
             for codec in codecs:
                 if not codec.accepts(tensor.dtype):
@@ -192,15 +197,23 @@ def measure(
                 every = list(pieces(plan.matrix, codec.block))
                 shares = [every[i::jobs] for i in range(min(jobs, len(every)))]
                 total = ErrorStats(tensor.name, str(codec), tuple(tensor.shape))
-                for part in pool.map(lambda share, plan=plan: _measure(plan, share, progress), shares):
-                    total.add(part)
+                parts = [pool.submit(_measure, plan, share, progress, stopped) for share in shares]
+                for part in parts:
+                    total.add(part.result())
                 yield replace(total, nbytes=codec.nbytes(tensor.shape))
+    finally:
+        stopped.set()  # nothing is under way any more, unless something failed or the user has stopped the run
+        pool.shutdown(cancel_futures=True)
 
 
-def _measure(plan: Plan, share: list[Piece], progress: Callable[[int], None] | None) -> ErrorStats:
+def _measure(
+    plan: Plan, share: list[Piece], progress: Callable[[int], None] | None, stopped: threading.Event
+) -> ErrorStats:
     floats = load("floats")
     stats = ErrorStats(plan.source.name, str(plan.codec))
     for piece in share:
+        if stopped.is_set():
+            break
         elements = plan.source.read(piece.elements(plan.matrix))
         elements = replace(elements, data=elements.data.reshape(piece.rows, piece.cols))
         encoded = plan.codec.encode(elements)

@@ -123,15 +123,15 @@ class SegmentChecker:
                 self._checked.add(segment)
 
 
-def runs(indices: NDArray[np.intp], cols: int) -> list[tuple[int, Piece]]:
-    """Group row numbers into pieces of consecutive rows.
+def runs(indices: NDArray[np.intp], cols: int, block: int) -> list[tuple[int, Piece]]:
+    """Group row numbers into pieces of consecutive rows, which are filled up to whole blocks.
 
     Returns
     -------
     list of (int, Piece)
         Position of the piece's first row among `indices`, and the piece; of about `PIECE` elements at most.
     """
-    longest = max(1, PIECE // max(1, cols))
+    longest = max(1, PIECE // max(1, -(-cols // block) * block))
     grouped: list[tuple[int, Piece]] = []
     start = 0
     for i in range(1, len(indices) + 1):

@@ -116,7 +116,8 @@ def load_model(
     Raises
     ------
     SourceError
-        If model and file do not fit: with `strict`, or if a shape differs. The model is unchanged then.
+        If model and file do not fit: with `strict`, or if a shape differs, or only one of two tensors is floating. The model is
+        unchanged then.
     FormatError
         If the file is damaged; some tensors of the model may have been replaced then.
     """
@@ -124,11 +125,7 @@ def load_model(
     jobs = jobs or default_jobs()
     with ContainerReader(path) as container:
         records = {record.name: record for record in container.index.tensors}
-        own = {
-            name: tensor
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if isinstance(tensor, torch.Tensor)
-        }
+        own = _tensors(model)
         missing, unexpected = _compare(own, records)
         computed = {name for name, _ in model.named_buffers()} - set(own)
         unexpected = [name for name in unexpected if name not in computed]
@@ -162,9 +159,20 @@ def _compare(own: dict[str, torch.Tensor], records: dict[str, TensorRecord]) -> 
             raise SourceError(
                 f"tensor {name!r}: the model has shape {tuple(own[name].shape)}, the file {records[name].shape}"
             )
-    loaded = {own[name].data_ptr() for name in set(own) & set(records) if own[name].numel()}
-    missing = sorted(name for name in set(own) - set(records) if own[name].data_ptr() not in loaded)
+        if own[name].is_floating_point() != _is_floating(records[name]):
+            raise SourceError(f"tensor {name!r}: the model has {own[name].dtype}, the file {records[name].dtype}")
+    loaded = {_place(own[name]) for name in set(own) & set(records) if own[name].numel()}
+    missing = sorted(name for name in set(own) - set(records) if _place(own[name]) not in loaded)
     return missing, sorted(set(records) - set(own))
+
+
+def _is_floating(record: TensorRecord) -> bool:
+    return record.dtype in DTYPES and DTYPES[record.dtype].floating
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what is equal for two tensors exactly if they are tied: the same memory, seen in the same way."""
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _list(what: str, names: list[str]) -> str:

@@ -557,29 +557,44 @@ def _decode_raw(tensor: Tensor, where: str) -> npt.NDArray[Any]:
 
 
 def _rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
-    """See a tensor as a matrix (codecs, q4_0, Rows)."""
+    """See a tensor as a matrix (codecs, Blocks, Rows)."""
     return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
-def _decode_q4_0(tensor: Tensor, where: str) -> npt.NDArray[np.float32]:
+# Blocks (codecs, Blocks): the fields of a block after its scale, and the number z that is taken from the codes.
+BLOCK_FIELDS: dict[str, tuple[list[tuple[str, str, int]], int]] = {
+    "q4_0": ([("low", "u1", 16)], 8),
+    "q5_0": ([("fifth", "u1", 4), ("low", "u1", 16)], 16),
+    "q8_0": ([("codes", "i1", 32)], 0),
+}
+
+
+def _decode_blocks(tensor: Tensor, where: str) -> npt.NDArray[np.float32]:
     if tensor.dtype not in FLOATING:
-        _fail(where, f"dtype {tensor.dtype} cannot be stored as q4_0")
+        _fail(where, f"dtype {tensor.dtype} cannot be stored as {tensor.codec}")
     _check_error(tensor, where, lossless=False)
+    fields, z = BLOCK_FIELDS[tensor.codec]
+    layout = np.dtype([("scale", "<f2"), *fields])
     rows, cols = _rows_cols(tensor.shape)
-    data = _only_segment(tensor, "blocks", rows * -(-cols // 32) * 18, where)
+    data = _only_segment(tensor, "blocks", rows * -(-cols // 32) * layout.itemsize, where)
     if not data:
         return np.empty(0, np.float32)
-    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("codes", "u1", 16)]))
+    blocks = np.frombuffer(data, layout)
     if not np.all(np.isfinite(blocks["scale"])):
         _fail(where, f"scale of block {np.argmin(np.isfinite(blocks['scale']))} is infinite or NaN")
-    codes = np.concatenate([blocks["codes"] & 15, blocks["codes"] >> 4], axis=1)
-    values = blocks["scale"].astype(np.float32)[:, None] * (codes.astype(np.float32) - np.float32(8))
+    if tensor.codec == "q8_0":
+        codes = blocks["codes"].astype(np.float32)
+    else:
+        codes = np.concatenate([blocks["low"] & 15, blocks["low"] >> 4], axis=1).astype(np.float32)
+    if tensor.codec == "q5_0":
+        codes += 16 * np.unpackbits(blocks["fifth"], axis=1, bitorder="little")
+    values: npt.NDArray[np.float32] = blocks["scale"].astype(np.float32)[:, None] * (codes - np.float32(z))
     return values.reshape(rows, -1)[:, :cols].reshape(-1)
 
 
 CODECS: dict[str, Callable[[Tensor, str], npt.NDArray[Any]]] = {
     **dict.fromkeys(DTYPES, _decode_raw),
-    "q4_0": _decode_q4_0,
+    **dict.fromkeys(BLOCK_FIELDS, _decode_blocks),
 }
 
 

@@ -303,3 +303,45 @@ def test_messages_that_are_no_results_go_to_stderr(minilm, tmp_path):
     )
     assert json.loads(done.stdout)["tensors"] == 104
     assert done.stderr == ""
+
+
+def test_commands_work_where_stdout_is_closed(minilm_qf):
+    done = subprocess.run(
+        f"{sys.executable} -m qformat verify {minilm_qf} >&-", shell=True, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pipes_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for args in (
+        ["convert", "pipe", "x.qf"],
+        ["quantize-stats", "pipe"],
+        ["inspect", "pipe"],
+        ["verify", "pipe"],
+        ["checksum", "pipe"],
+    ):
+        command = [sys.executable, "-m", "qformat", *args]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        assert "not a regular file" in done.stdout + done.stderr
+
+
+def test_names_of_a_list_cannot_steer_the_terminal(tmp_path):
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  x\x1b]0;title\x07y\n")
+    output = run("verify", tmp_path / "SHA256SUMS", code=1).stdout
+    assert "x\\x1b]0;title\\x07y: FAILED" in output
+
+
+def test_the_bytes_of_listed_files_are_what_a_bar_counts(minilm_qf, tmp_path):
+    from qformat.container.verify import bytes_to_check
+
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {minilm_qf}\n{'0' * 64}  missing\nnonsense\n")
+    assert bytes_to_check([str(tmp_path / "SHA256SUMS"), str(minilm_qf), "missing"]) == 2 * minilm_qf.stat().st_size
+
+
+def test_statistics_of_nothing_are_zero(tmp_path):
+    save_file({"w": np.zeros((0, 4), np.float32)}, tmp_path / "x.safetensors")
+    found = json.loads(run("quantize-stats", tmp_path / "x.safetensors", "--json", "-").stdout)
+    (total,) = found["totals"]
+    assert (total["p95"], total["median"], total["rmse"], total["params"]) == (0.0, 0.0, 0.0, 0)

@@ -26,7 +26,7 @@ def round_trip(tmp_path, array, types, **options):
 
 
 def test_ids_are_those_of_the_specification():
-    assert set(codecs()) == {*DTYPES, "q4_0"}
+    assert set(codecs()) == {*DTYPES, "q4_0", "q5_0", "q8_0"}
 
 
 def test_an_id_cannot_be_taken_twice():
@@ -37,7 +37,7 @@ def test_an_id_cannot_be_taken_twice():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("q4_00", "there is no codec 'q4_00'; the types for weights are bf16, f16, f32, f64, q4_0"),
+        ("q4_00", "there is no codec 'q4_00'; the types for weights are bf16, f16, f32, f64, q4_0, q5_0, q8_0"),
         ("", "there is no codec ''"),
         ("q4_0:", "no parameter ''"),
         ("q4_0:depth=3", "q4_0 has no parameter 'depth'; it knows search"),
@@ -73,16 +73,18 @@ def test_pieces_cover_a_matrix_once_in_order(rows, cols, block):
     assert position == rows * cols
 
 
+@pytest.mark.parametrize("type_", ["q4_0", "q5_0", "q8_0"])
 @pytest.mark.parametrize("shape", [(3, 64), (5, 341), (7, 1), (8, 5, 3), (2, 2, 2, 40), (33,), (), (0, 32), (4, 0)])
-def test_q4_0_takes_every_shape_and_pads_rows(tmp_path, shape):
+def test_blocks_take_every_shape_and_pad_rows(tmp_path, shape, type_):
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    decoded, info = round_trip(tmp_path, x, {"x": "q4_0"})
+    decoded, info = round_trip(tmp_path, x, {"x": type_})
+    kind = gguf.GGMLQuantizationType[type_.upper()]
     matrix = Matrix.of(shape)
     padded = np.zeros((matrix.rows, -(-matrix.cols // 32) * 32), np.float32)
     padded[:, : matrix.cols] = x.reshape(matrix.rows, matrix.cols)
     with np.errstate(all="ignore"):
-        blocks = gguf.quants.quantize(padded, gguf.GGMLQuantizationType.Q4_0) if x.size else np.zeros((0, 18), np.uint8)
-        expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0) if x.size else padded
+        blocks = gguf.quants.quantize(padded, kind) if x.size else np.zeros((0, 18), np.uint8)
+        expected = gguf.quants.dequantize(blocks, kind) if x.size else padded
     np.testing.assert_array_equal(decoded, expected[: matrix.rows, : matrix.cols].reshape(shape))
     assert info.nbytes == blocks.size
     if x.size:
@@ -101,17 +103,22 @@ def test_a_row_longer_than_a_piece_is_cut_within(tmp_path, monkeypatch):
     assert cut_info.error.rmse == pytest.approx(info.error.rmse, rel=1e-6)
 
 
-def test_every_real_weight_is_quantized_as_by_gguf(minilm, minilm_qf, reference):
+@pytest.mark.parametrize("type_", ["q4_0", "q5_0", "q8_0"])
+def test_every_real_weight_is_quantized_as_by_gguf(minilm, reference, tmp_path, type_):
     from safetensors.numpy import load_file
 
-    file = reference.read(minilm_qf.read_bytes())
     source = load_file(minilm / "model.safetensors")
+    qformat.save_file(source, tmp_path / "x.qf", type_)
+    file = reference.read((tmp_path / "x.qf").read_bytes())
     count = 0
-    for name, tensor in file.tensors.items():
-        if tensor.codec == "q4_0":
-            expected = gguf.quants.quantize(source[name], gguf.GGMLQuantizationType.Q4_0)
-            assert tensor.segments[0][1] == expected.tobytes()
-            count += 1
+    with qformat.safe_open(tmp_path / "x.qf") as f:
+        for name, tensor in file.tensors.items():
+            if tensor.codec == type_:
+                kind = gguf.GGMLQuantizationType[type_.upper()]
+                expected = gguf.quants.quantize(source[name], kind)
+                assert tensor.segments[0][1] == expected.tobytes()
+                np.testing.assert_array_equal(f.get_tensor(name), gguf.quants.dequantize(expected, kind))
+                count += 1
     assert count == 40
 
 

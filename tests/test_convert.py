@@ -163,3 +163,45 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
         peaks.append(int(done.stdout.splitlines()[-1]) * 1024)
     assert peaks[1] < peaks[0] + 60e6
     assert peaks[1] < 600e6
+
+
+def test_pieces_count_what_fills_up_narrow_rows():
+    from qformat.codecs.base import PIECE, Matrix, pieces
+
+    for piece in pieces(Matrix(1 << 20, 1), 32):
+        assert piece.rows * 32 <= PIECE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metadata": {"step": 3}}, "metadata must be strings"),
+        ({"metadata": {"a": "\ud800"}}, "metadata must be strings"),
+        ({"assets": {"../x": b""}}, "not a plain relative path"),
+        ({"tensors": {"w": [1.0]}}, "tensor 'w'"),
+        ({"tensors": {"w": np.array(["text"])}}, "arrays of str"),
+        ({"tensors": {"": np.ones(3)}}, "tensor name ''"),
+        ({"tensors": {"w": np.ones((1,) * 17)}}, "17 dimensions"),
+        ({"tensors": {"w": np.array([np.nan])}}, "holds NaN"),
+    ],
+)
+def test_save_file_refuses_what_a_file_cannot_hold(tmp_path, arguments, message):
+    from qformat.errors import SourceError
+
+    with pytest.raises(SourceError) as caught:
+        qformat.save_file(**({"tensors": {}, "path": tmp_path / "x.qf"} | arguments))
+    assert message in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_wants_its_order(tmp_path):
+    from qformat.container.writer import ContainerWriter
+
+    def write() -> None:
+        with ContainerWriter(tmp_path / "x.qf") as writer:
+            writer.asset("b", b"")
+            writer.asset("a", b"x")
+
+    with pytest.raises(ValueError, match="order"):
+        write()
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import gguf
@@ -12,12 +13,18 @@ from hypothesis.extra import numpy as hnp
 
 from qformat.kernels import load
 from qformat.kernels.jit import floats as jit_floats
-from qformat.kernels.jit import q4_0 as jit_q4_0
 from qformat.kernels.plain import floats as plain_floats
-from qformat.kernels.plain import q4_0 as plain_q4_0
 
 FLOATS = [jit_floats, plain_floats]
-Q4_0 = [jit_q4_0, plain_q4_0]
+# Bytes of a block, and gguf's name
+FORMATS = {
+    "q4_0": (18, gguf.GGMLQuantizationType.Q4_0),
+    "q5_0": (22, gguf.GGMLQuantizationType.Q5_0),
+    "q8_0": (34, gguf.GGMLQuantizationType.Q8_0),
+}
+JIT, PLAIN = ({name: import_module(f"qformat.kernels.{kind}.{name}") for name in FORMATS} for kind in ("jit", "plain"))
+KINDS = [JIT, PLAIN]
+every_format = pytest.mark.parametrize("name", FORMATS)
 
 finite_f32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 rows = hnp.arrays(np.float32, st.integers(1, 8).map(lambda n: 32 * n), elements=finite_f32)
@@ -31,20 +38,26 @@ def every_f32(step: int = 9973) -> np.ndarray:
     return both.view(np.float32)
 
 
-def gguf_q4_0(x: np.ndarray) -> np.ndarray:
+def gguf_blocks(name: str, x: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
-        return gguf.quants.quantize(x.reshape(-1, 32), gguf.GGMLQuantizationType.Q4_0).reshape(-1)
+        return gguf.quants.quantize(x.reshape(-1, 32), FORMATS[name][1]).reshape(-1)
+
+
+def gguf_values(name: str, blocks: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return gguf.quants.dequantize(blocks.reshape(-1, FORMATS[name][0]), FORMATS[name][1]).reshape(-1)
 
 
 def quantize(kernels: ModuleType, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    blocks = np.zeros(x.size // 32 * 18, np.uint8)
+    size = FORMATS[kernels.__name__.rpartition(".")[2]][0]
+    blocks = np.zeros(x.size // 32 * size, np.uint8)
     lanes = np.zeros(kernels.LANES)
     found = kernels.quantize(x.reshape(-1), blocks, lanes)
     return blocks, lanes, tuple(int(value) for value in found)
 
 
 def test_the_compiled_kernels_are_the_ones_that_are_used():
-    assert load("q4_0") is jit_q4_0
+    assert load("q4_0") is JIT["q4_0"]
     assert load("floats") is jit_floats
 
 
@@ -122,11 +135,12 @@ def test_twins_measure_the_same_error(x, cut):
         assert results[0][0] == np.abs(x - y).view(np.uint32).max()
 
 
-@given(rows)
-def test_q4_0_equals_gguf_and_its_twin(x):
-    blocks, lanes, found = quantize(jit_q4_0, x)
-    np.testing.assert_array_equal(blocks, gguf_q4_0(x))
-    plain_blocks, plain_lanes, plain_found = quantize(plain_q4_0, x)
+@every_format
+@given(x=rows)
+def test_blocks_equal_gguf_s_and_the_twin_s(name, x):
+    blocks, lanes, found = quantize(JIT[name], x)
+    np.testing.assert_array_equal(blocks, gguf_blocks(name, x))
+    plain_blocks, plain_lanes, plain_found = quantize(PLAIN[name], x)
     np.testing.assert_array_equal(blocks, plain_blocks)
     assert found == plain_found
     if not found[2]:
@@ -159,65 +173,80 @@ def battery() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("name", battery())
-@pytest.mark.parametrize("kernels", Q4_0)
-def test_q4_0_equals_gguf_on_awkward_blocks(kernels, name, reference):
-    x = battery()[name].astype(np.float32)
+@every_format
+@pytest.mark.parametrize("case", battery())
+@pytest.mark.parametrize("kind", KINDS, ids=["jit", "plain"])
+def test_awkward_blocks_equal_gguf_s(kind, case, name, reference):
+    kernels = kind[name]
+    x = battery()[case].astype(np.float32)
     blocks, lanes, (peak, largest, overflowed, vanished) = quantize(kernels, x)
-    np.testing.assert_array_equal(blocks, gguf_q4_0(x))
-    assert blocks.tobytes() == reference.quantize_q4_0(x)
+    np.testing.assert_array_equal(blocks, gguf_blocks(name, x))
+    if name == "q4_0":
+        assert blocks.tobytes() == reference.quantize_q4_0(x)
     assert peak == np.abs(x).view(np.uint32).max()
-    scales = blocks.reshape(-1, 18)[:, :2].copy().view(np.float16)[:, 0].astype(np.float32)
+    scales = blocks.reshape(-1, FORMATS[name][0])[:, :2].copy().view(np.float16)[:, 0].astype(np.float32)
     assert overflowed == np.isinf(scales).sum()
     assert vanished == ((scales == 0) & (x != 0).any(axis=1)).sum()
     if not overflowed:
         decoded = np.empty(x.size, np.float32)
         kernels.dequantize(blocks, decoded)
-        with np.errstate(all="ignore"):
-            expected = gguf.quants.dequantize(blocks.reshape(-1, 18), gguf.GGMLQuantizationType.Q4_0)
-        np.testing.assert_array_equal(decoded, expected.reshape(-1))
+        np.testing.assert_array_equal(decoded, gguf_values(name, blocks))
         error = (x.reshape(-1) - decoded).astype(np.float64)
         np.testing.assert_allclose(lanes.sum(), (error**2).sum(), rtol=1e-6, atol=1e-40)
         assert np.uint32(largest).view(np.float32) == np.abs(error).max()
 
 
-@given(hnp.arrays(np.uint16, 64, elements=st.integers(0, 0xFFFF).filter(lambda p: p & 0x7F80 != 0x7F80)))
-def test_q4_0_of_bfloat16_is_q4_0_of_its_values(patterns):
+@every_format
+@given(patterns=hnp.arrays(np.uint16, 64, elements=st.integers(0, 0xFFFF).filter(lambda p: p & 0x7F80 != 0x7F80)))
+def test_blocks_of_bfloat16_are_those_of_its_values(name, patterns):
     values = (patterns.astype(np.uint32) << 16).view(np.float32)
-    expected = quantize(jit_q4_0, values)
-    for kernels in Q4_0:
-        blocks, lanes, found = quantize(kernels, patterns)
+    expected = quantize(JIT[name], values)
+    for kind in KINDS:
+        blocks, lanes, found = quantize(kind[name], patterns)
         np.testing.assert_array_equal(blocks, expected[0])
         assert found == expected[2]
         if not found[2]:
             assert lanes.tobytes() == expected[1].tobytes()
 
 
-@given(hnp.arrays(np.uint8, (4, 18)))
-def test_any_bytes_decode_as_with_gguf(blocks):
+@every_format
+@given(data=st.data())
+def test_any_bytes_decode_as_with_gguf(name, data):
+    blocks = data.draw(hnp.arrays(np.uint8, (4, FORMATS[name][0])))
     blocks[:, 1] &= 0xBF  # keep the scale finite
-    with np.errstate(all="ignore"):
-        expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0).reshape(-1)
-    for kernels in Q4_0:
+    expected = gguf_values(name, blocks)
+    for kind in KINDS:
         values = np.empty(128, np.float32)
-        kernels.dequantize(blocks.reshape(-1), values)
+        kind[name].dequantize(blocks.reshape(-1), values)
         np.testing.assert_array_equal(values.view(np.uint32), expected.view(np.uint32))
 
 
+@every_format
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("kernels", Q4_0)
-def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kernels, bad):
+@pytest.mark.parametrize("kind", KINDS, ids=["jit", "plain"])
+def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kind, bad, name):
     for position in range(64):
         x = np.ones(64, np.float32)
         x[position] = bad
-        assert quantize(kernels, x)[2][0] >= 0x7F800000
+        assert quantize(kind[name], x)[2][0] >= 0x7F800000
 
 
-@pytest.mark.parametrize("kernels", Q4_0)
-def test_code_histogram(kernels):
-    blocks, _, _ = quantize(jit_q4_0, battery()["normal"])
-    counts = np.ones(16, np.int64)
-    kernels.code_histogram(blocks, counts)
-    codes = blocks.reshape(-1, 18)[:, 2:]
-    expected = [((codes & 15) == code).sum() + ((codes >> 4) == code).sum() + 1 for code in range(16)]
-    np.testing.assert_array_equal(counts, expected)
+@every_format
+def test_inputs_may_be_read_only(name):
+    x = np.ones(64, np.float32)
+    blocks, _, _ = quantize(JIT[name], x)
+    x.flags.writeable = blocks.flags.writeable = False
+    np.testing.assert_array_equal(quantize(JIT[name], x)[0], blocks)
+    JIT[name].dequantize(blocks, np.empty(64, np.float32))
+
+
+@pytest.mark.parametrize(("name", "zero"), [("q4_0", 8), ("q5_0", 16)])
+def test_code_histogram(name, zero):
+    blocks, _, _ = quantize(JIT[name], battery()["normal"])
+    scales = blocks.reshape(-1, FORMATS[name][0])[:, :2].copy().view(np.float16).astype(np.float32)
+    codes = np.rint(gguf_values(name, blocks).reshape(-1, 32) / scales).astype(int) + zero
+    expected = np.bincount(codes.ravel(), minlength=2 * zero) + 1
+    for kind in KINDS:
+        counts = np.ones(2 * zero, np.int64)
+        kind[name].code_histogram(blocks, counts)
+        np.testing.assert_array_equal(counts, expected)

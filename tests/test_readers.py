@@ -205,3 +205,30 @@ def test_no_descriptor_is_left_open(path, tmp_path):
         with pytest.raises(FormatError):
             qformat.safe_open(tmp_path / "bad.qf")
     assert len(list(descriptors.iterdir())) == before
+
+
+def test_load_model_is_not_fooled_by_shared_memory_or_kinds(tmp_path):
+    class Sliced(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("big", torch.zeros(8))
+            self.register_buffer("head", self.big[:4])
+
+    path = tmp_path / "x.qf"
+    qformat.save_file({"head": np.ones(4, np.float32)}, path)
+    with pytest.raises(SourceError, match="missing big"):
+        load_model(Sliced(), path)
+
+    integers = torch.nn.Module()
+    integers.register_buffer("head", torch.zeros(4, dtype=torch.int8))
+    with pytest.raises(SourceError, match=r"'head': the model has torch\.int8, the file f32"):
+        load_model(integers, path)
+
+
+def test_narrow_rows_are_read_right(tmp_path):
+    x = np.random.default_rng(0).standard_normal((40_000, 3)).astype(np.float32)
+    qformat.save_file({"x": x}, tmp_path / "x.qf", "q8_0")
+    with qformat.safe_open(tmp_path / "x.qf") as f:
+        whole = f.get_tensor("x")
+        np.testing.assert_allclose(whole, x, atol=0.02)
+        np.testing.assert_array_equal(f.get_rows("x", slice(None)), whole)

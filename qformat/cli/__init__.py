@@ -91,6 +91,8 @@ def main() -> None:
 
 def _settle() -> None:
     """Let go of output that could not be written, so that the interpreter does not try again at its end, and complain."""
+    if sys.stdout is None:  # closed by whoever started the command
+        return
     try:
         sys.stdout.flush()
     except OSError:

@@ -31,7 +31,7 @@ def echo_json(value: Any) -> None:
 
 def warn(message: str) -> None:
     """Print a warning on stderr."""
-    click.echo(f"Warning: {message}", err=True)
+    click.echo(f"Warning: {printable(message)}", err=True)
 
 
 def human_bytes(count: float) -> str:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     "-n",
     "--dry-run",
     is_flag=True,
-    help="Write nothing and read no values; say what would be written, and its exact size.",
+    help="Write nothing, and read no values unless --allow-nonfinite is given; say what would be written, and its exact size.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -75,8 +75,8 @@ def command(
     files that belong to the model (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md, config.json of folders) go into
     DST too. Nothing stands at DST before it is complete.
 
-    TYPE is f32, f16, bf16, f64 or q4_0, with parameters as in q4_0:search=naive. One-dimensional tensors stay as they are
-    unless --tensor-type names them; integers always do.
+    TYPE is f32, f16, bf16, f64, q4_0, q5_0 or q8_0, with parameters as in q4_0:search=naive. One-dimensional tensors stay as
+    they are unless --tensor-type names them; integers always do.
     """
     from qformat.converters.convert import convert
     from qformat.converters.detect import open_checkpoint

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from qformat.cli.common import echo_json, jobs_option, progress_bar, warn
+from qformat.cli.common import echo_json, jobs_option, printable, progress_bar, warn
 from qformat.container.verify import Damage, FileReport, bytes_to_check, verify
 from qformat.parallel import default_jobs
 
@@ -37,7 +37,7 @@ def command(files: tuple[str, ...], quick: bool, as_json: bool, jobs: int | None
 
 
 def _echo(report: FileReport) -> None:
-    click.echo(f"{report.path}: {'OK' if report.ok else 'FAILED'}")
+    click.echo(f"{printable(report.path)}: {'OK' if report.ok else 'FAILED'}")
     for damage in report.errors:
         click.echo(f"  {_place(damage)}{damage.what}")
     if report.outdated:

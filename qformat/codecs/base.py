@@ -58,11 +58,15 @@ class Piece:
 
 
 def pieces(matrix: Matrix, block: int) -> Iterator[Piece]:
-    """Cut a matrix into pieces of about `PIECE` elements; within a row they begin on multiples of `block`."""
+    """Cut a matrix into pieces of about `PIECE` elements, counting those that fill up a row to whole blocks.
+
+    Within a row, pieces begin on multiples of `block`.
+    """
     if matrix.elements == 0:
         return
-    if matrix.cols <= PIECE:
-        step = max(1, PIECE // matrix.cols)
+    filled = -(-matrix.cols // block) * block
+    if filled <= PIECE:
+        step = max(1, PIECE // filled)
         for row in range(0, matrix.rows, step):
             yield Piece(row, min(step, matrix.rows - row), 0, matrix.cols)
         return

@@ -182,7 +182,8 @@ class Target:
                 raise FileExistsError from None
             self._partial.rename(self.path)
         else:
-            self._partial.unlink()
+            with suppress(OSError):  # the file stands at its path: what follows may not fail the run
+                self._partial.unlink()
 
     def _sync_directory(self) -> None:
         directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qformat.container.layout import MAGIC, TRAILER_SIZE, align
+from qformat.container.layout import MAGIC, align
 from qformat.container.reader import ContainerReader
 from qformat.errors import FormatError, PathLike
 from qformat.files import open_regular
@@ -226,28 +228,37 @@ def _is_list(path: str) -> bool:
 
 
 def _verify_list(path: str, pool: ThreadPoolExecutor, progress: Progress) -> list[FileReport]:
-    if Path(path).stat().st_size > _MAX_LIST_BYTES:
-        return [FileReport(path, [Damage("the list is too long")])]
     reports: list[FileReport] = []
     checks = []
+    for number, digest, target in _entries(path):
+        if target is None:
+            reports.append(FileReport(path, [Damage(f"line {number} is not of the form 'SHA256  NAME'")]))
+            continue
+        report = FileReport(str(target))
+        reports.append(report)
+        checks.append((report, pool.submit(_check_sum, target, digest, progress)))
+    for report, check in checks:
+        what = check.result()
+        if what:
+            report.errors.append(Damage(what))
+    return reports
+
+
+def _entries(path: str) -> Iterator[tuple[int, str, Path | None]]:
+    """Yield (line number, digest, file) of a list; the file is None for a line that is none of a list."""
+    if Path(path).stat().st_size > _MAX_LIST_BYTES:
+        raise OSError(errno.EFBIG, "the list is too long", path)
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         line = line.removesuffix(b"\r")  # noqa: PLW2901
         if not line.strip() or line.startswith(b"#"):
             continue
         match = _SUM_LINE.fullmatch(line)
         if match is None:
-            reports.append(FileReport(path, [Damage(f"line {number} is not of the form 'SHA256  NAME'")]))
-            continue
-        escaped, digest, name = match.groups()
-        target = Path(path).parent / os.fsdecode(_unescape(name) if escaped else name)  # whatever the working directory
-        report = FileReport(str(target))
-        reports.append(report)
-        checks.append((report, pool.submit(_check_sum, target, digest.decode().lower(), progress)))
-    for report, check in checks:
-        what = check.result()
-        if what:
-            report.errors.append(Damage(what))
-    return reports
+            yield number, "", None
+        else:
+            escaped, digest, name = match.groups()
+            # beside the list, whatever the working directory
+            yield number, digest.decode().lower(), Path(path).parent / os.fsdecode(_unescape(name) if escaped else name)
 
 
 def _unescape(name: bytes) -> bytes:
@@ -267,9 +278,9 @@ def bytes_to_check(paths: list[str]) -> int:
     """Return about how many bytes `verify` will read, for a progress bar; what cannot be read counts as nothing."""
     total = 0
     for path in paths:
-        try:
-            size = Path(path).stat().st_size
-            total += max(0, size - TRAILER_SIZE)
-        except OSError:
-            continue
+        with suppress(OSError):
+            targets = [target for _, _, target in _entries(path)] if _is_list(path) else [Path(path)]
+            for target in targets:
+                with suppress(OSError, ValueError):
+                    total += target.stat().st_size if target else 0
     return total

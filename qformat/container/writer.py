@@ -151,8 +151,9 @@ class ContainerWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self._metadata = dict(metadata or {})
-        for item in (text for pair in self._metadata.items() for text in pair):
-            if item != item.encode("utf-8", "replace").decode():
+        texts: list[object] = [text for pair in self._metadata.items() for text in pair]
+        for item in texts:
+            if not isinstance(item, str) or item != item.encode("utf-8", "replace").decode():
                 raise SourceError(f"metadata must be strings of valid Unicode, not {item!r}")
         self._target = Target(Path(path), overwrite=overwrite)
         self._header = Header().pack()
@@ -178,7 +179,7 @@ class ContainerWriter:
             If its name is not a plain relative path.
         """
         check_asset_name(name)
-        if self._position != HEADER_SIZE and (not self._assets or self._assets[-1].name >= name):
+        if self.records or (self._assets and self._assets[-1].name >= name):
             raise ValueError(f"asset {name!r} does not come in its order")
         if len(data) > MAX_ASSET_BYTES:
             raise SourceError(f"asset {name!r}: {len(data)} bytes are more than an asset may have")

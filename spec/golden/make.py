@@ -22,7 +22,15 @@ import reference
 
 Array = npt.NDArray[Any]
 
-TYPES = {"q4.*": "q4_0", "as_f16": "f16", "as_bf16": "bf16", "as_f32": "f32", "as_f64": "f64"}
+TYPES = {
+    "q4.*": "q4_0",
+    "q5.*": "q5_0",
+    "q8.*": "q8_0",
+    "as_f16": "f16",
+    "as_bf16": "bf16",
+    "as_f32": "f32",
+    "as_f64": "f64",
+}
 ASSETS = {"config.json": b'{"model_type": "golden"}\n' * 20, "folder/notice.txt": b"short"}
 METADATA = {"made for": "the tests of every later version", "ünïcode": '✓ \\ " \t'}
 
@@ -59,6 +67,10 @@ def sources() -> dict[str, dict[str, Array]]:
         "raw.scalar": np.array(3, np.int64),
         "raw.none": np.zeros((3, 0), np.uint8),
     }
+    for kind in ("q5", "q8"):
+        tensors |= {
+            f"{kind}.{case}": tensors[f"q4.{case}"] for case in ("two_blocks", "odd_width", "signed_zeros", "ties")
+        }
     for name in ("bool", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"):
         tensors[f"raw.{name}"] = (np.arange(-3, 9).reshape(3, 4) > 0) if name == "bool" else np.arange(12).astype(name)
     for name in ("f2", "f4", "f8"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qformat.kernels.jit.blocks import AHEAD, LANES, add_squares, keep_largest, reciprocal, usable
 from qformat.kernels.jit.compiler import F32, U8, U16, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.simd import (
@@ -17,24 +18,17 @@ from qformat.kernels.jit.simd import (
     load_as,
     load_f32,
     low_half,
-    maximum,
     minimum,
     prefetch,
     store,
     store_as,
     to_f32,
-    to_f64,
     to_i32,
     to_u8,
     zeros_u32,
 )
 
 EIGHTH = np.float32(-0.125)
-ONE = np.float32(1.0)
-ZERO = np.float32(0.0)
-INFINITY_BITS = 0x7F800000
-LANES = 16
-AHEAD = 1024  # elements; the hardware's own prefetcher stops at each page
 
 
 @kernel(
@@ -71,9 +65,8 @@ def quantize(x, blocks, lanes):
         magnitudes = bits(values) & 0x7FFFFFFF
         top = largest(magnitudes)
         scale = float_at(x, 32 * block + first_equal(magnitudes, top)) * EIGHTH
-        inverse = ONE / scale if scale != ZERO else ZERO
-        # 1 / scale overflows for subnormal scales: all codes are 0 then
-        mask = 15 if (bits(inverse) & 0x7FFFFFFF) < INFINITY_BITS else 0
+        inverse = reciprocal(scale)
+        mask = usable(inverse, 15)
         half = float_to_half(scale)
         codes = minimum(to_i32(values * inverse + 8.5), 15) & mask
         store_as(blocks, 18 * block, half)
@@ -82,9 +75,8 @@ def quantize(x, blocks, lanes):
 
         stored = half_to_float(half)
         error = values - to_f32(codes - 8) * stored
-        squares = error * error
-        total = total + to_f64(low_half(squares) + high_half(squares))
-        worst = maximum(worst, bits(error) & 0x7FFFFFFF)
+        total = add_squares(total, error)
+        worst = keep_largest(worst, error)
         peak = max(peak, np.int64(top))
         overflowed += (half & 0x7FFF) >= 0x7C00
         vanished += (half & 0x7FFF) == 0 and top != 0

@@ -269,6 +269,27 @@ def first_equal(typing: Any, vector: Any, value: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
+def pack_bits(typing: Any, vector: Any) -> Any:  # noqa: ARG001
+    """Return a uint32 whose bit i tells whether lane i of 32 integers is not 0."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.bitcast(builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None)), ir.IntType(32))
+
+    return types.uint32(vector), generate
+
+
+@intrinsic
+def unpack_bits(typing: Any, value: Any) -> Any:  # noqa: ARG001
+    """Return 32 lanes of uint32: bit i of a uint32 in lane i."""
+    result = Vector(types.uint32, 32)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.zext(builder.bitcast(args[0], ir.VectorType(ir.IntType(1), 32)), _llvm(context, result))
+
+    return result(value), generate
+
+
+@intrinsic
 def select_nonzero(typing: Any, condition: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
     """Lane by lane: ``a`` where ``condition`` (integers) is not 0, else ``b``; ``a`` is a vector, ``b`` may be a scalar."""
 

@@ -1,0 +1,19 @@
+"""GGUF's Q5_0: blocks of 32 five-bit codes with one binary16 scale (spec/codecs.md, "Blocks")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qformat.codecs.blocks import BlockCodec
+from qformat.codecs.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class Q5_0(BlockCodec):  # noqa: N801  the format's name
+    """Five and a half bits for each weight; the scale is the largest weight over -16, as GGUF has it."""
+
+    id: ClassVar[str] = "q5_0"
+    block_bytes: ClassVar[int] = 22
+    codes: ClassVar[int] = 32
