@@ -11,14 +11,15 @@ from qformat.codecs.base import Codec, Encoded, ErrorSum, Matrix, Piece, pieces
 from qformat.codecs.registry import parse_type
 from qformat.container.index import check_shape, check_tensor_name
 from qformat.container.writer import ContainerWriter
+from qformat.dtypes import Elements
 from qformat.errors import FormatError, SourceError
 from qformat.parallel import default_jobs
 from qformat.recipe import Recipe, override_for
 from qformat.records import MeasuredError, Segment, TensorRecord
 from qformat.source import SourceTensor
 
-#: called with a tensor's name and the number of elements that were just written
-Progress = Callable[[str, int], None]
+#: called with the number of elements that were just written
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Plan:
     def matrix(self) -> Matrix:
         """The tensor seen as rows."""
         return Matrix.of(self.source.shape)
+
+    def read(self, piece: Piece) -> Elements:
+        """Return the source's elements of a piece, two-dimensional."""
+        elements = self.source.read(piece.elements(self.matrix))
+        return replace(elements, data=elements.data.reshape(piece.rows, piece.cols))
 
     @property
     def record(self) -> TensorRecord:
@@ -96,14 +102,14 @@ def make_plans(tensors: Iterable[SourceTensor], recipe: Recipe, *, allow_nonfini
 
 
 def _all_finite(plan: Plan) -> bool:
-    return all(plan.source.read(piece.elements(plan.matrix)).all_finite() for piece in pieces(plan.matrix, 1))
+    return all(plan.read(piece).all_finite() for piece in pieces(plan.matrix, 1))
 
 
 def encode_piece(plan: Plan, piece: Piece) -> Encoded:
     """Read one piece and encode it."""
-    elements = plan.source.read(piece.elements(plan.matrix))
+    elements = plan.read(piece)
     try:
-        return plan.codec.encode(replace(elements, data=elements.data.reshape(piece.rows, piece.cols)))
+        return plan.codec.encode(elements)
     except ValueError as error:
         raise SourceError(f"tensor {plan.source.name!r}: {error}") from None
 
@@ -157,7 +163,7 @@ def write_tensors(
                 if encoded.error is not None:
                     errors.append(encoded.error)
                 if progress:
-                    progress(plan.source.name, piece.rows * piece.cols)
+                    progress(piece.rows * piece.cols)
             error = None if plan.codec.keeps(plan.source.dtype) else ErrorSum.total(errors)
             writer.finish(tensor.finish(error))
     finally:
@@ -177,15 +183,18 @@ def _submit(pool: ThreadPoolExecutor, plans: Sequence[Plan], window: int) -> Ite
 
 def _check(plan: Plan, encoded: Encoded, *, allow_nonfinite: bool, allow_vanished: bool) -> None:
     name = plan.source.name
-    keep = override_for(name, plan.source.dtype.name)
     if not encoded.finite and not (allow_nonfinite and plan.codec.keeps(plan.source.dtype)):
         raise SourceError(
             f"tensor {name!r} holds NaN or infinity; mend the checkpoint, or keep such tensors raw with --allow-nonfinite"
         )
     if encoded.overflowed:
-        raise SourceError(f"tensor {name!r} holds values too large for type {plan.codec}; keep it with {keep}")
+        raise SourceError(f"tensor {name!r} holds values too large for type {plan.codec}; keep it with {_keep(plan)}")
     if encoded.vanished and not allow_vanished:
         raise SourceError(
             f"tensor {name!r} holds parts whose weights are too small for type {plan.codec} and would become zero; "
-            f"keep it with {keep}, or accept zeros with --allow-zeroed"
+            f"keep it with {_keep(plan)}, or accept zeros with --allow-zeroed"
         )
+
+
+def _keep(plan: Plan) -> str:
+    return override_for(plan.source.name, plan.source.dtype.name)

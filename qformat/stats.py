@@ -6,13 +6,13 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Codec, Piece, pieces
+from qformat.codecs.base import Codec, ErrorSum, Piece, pieces
 from qformat.dtypes import F32, Elements
 from qformat.encode import Plan
 from qformat.errors import SourceError
@@ -196,11 +196,11 @@ def measure(
                 plan = Plan(tensor, codec)
                 every = list(pieces(plan.matrix, codec.block))
                 shares = [every[i::jobs] for i in range(min(jobs, len(every)))]
-                total = ErrorStats(tensor.name, str(codec), tuple(tensor.shape))
+                total = ErrorStats(tensor.name, str(codec), tuple(tensor.shape), codec.nbytes(tensor.shape))
                 parts = [pool.submit(_measure, plan, share, progress, stopped) for share in shares]
                 for part in parts:
                     total.add(part.result())
-                yield replace(total, nbytes=codec.nbytes(tensor.shape))
+                yield total
     finally:
         stopped.set()  # nothing is under way any more, unless something failed or the user has stopped the run
         pool.shutdown(cancel_futures=True)
@@ -214,8 +214,7 @@ def _measure(
     for piece in share:
         if stopped.is_set():
             break
-        elements = plan.source.read(piece.elements(plan.matrix))
-        elements = replace(elements, data=elements.data.reshape(piece.rows, piece.cols))
+        elements = plan.read(piece)
         encoded = plan.codec.encode(elements)
         if not encoded.finite:
             raise SourceError(f"tensor {plan.source.name!r} holds NaN or infinity; leave it out with --exclude")
@@ -229,12 +228,13 @@ def _measure(
         decoded = _decode(plan.codec, encoded.parts, piece)
         lanes = np.zeros(floats.LANES)
         largest = floats.difference(values, decoded, lanes)
+        error = ErrorSum.of(values.size, lanes, largest)
         floats.error_histogram(values, decoded, stats.errors)
         stats.add_codes(plan.codec.code_histogram(encoded.parts))
-        stats.params += values.size
+        stats.params += error.count
         stats.vanished += encoded.vanished
-        stats.largest = max(stats.largest, float(np.uint32(largest).view(np.float32)))
-        stats.squares.append(math.fsum(lanes.tolist()))
+        stats.largest = max(stats.largest, error.maximum)
+        stats.squares.append(error.squares)
         stats.source_sums.append(float(values.sum(dtype=np.float64)))
         stats.source_squares.append(float(np.square(values, dtype=np.float64).sum()))
         if progress:

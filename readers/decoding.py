@@ -55,11 +55,10 @@ class TensorDecoder:
     def view(self) -> NDArray[Any] | None:
         """Return the stored elements, flat and read-only, without a copy, if that is what the codec stores."""
         stored = self.codec.decoded
-        if (
-            self.record.codec != stored.name or not stored.native or stored.name == "bool"
-        ):  # of which not all bytes are valid
+        unchecked = stored.name == "bool"  # of which not all bytes are valid
+        if self.record.codec != stored.name or not stored.native or unchecked:
             return None
-        return np.frombuffer(self._segments[0], self.codec.decoded.storage)
+        return np.frombuffer(self._segments[0], stored.storage)
 
     def decode(self, piece: Piece) -> Elements:
         """Return the values of one piece, two-dimensional."""

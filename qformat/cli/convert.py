@@ -97,7 +97,7 @@ def command(
             jobs=jobs,
             allow_nonfinite=allow_nonfinite,
             allow_vanished=allow_zeroed,
-            progress=None if advance is None else lambda _, count: advance(count),
+            progress=advance,
         )
     for plan in result.plans:
         if plan.note:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -83,6 +84,11 @@ class ErrorSum:
     count: int
     squares: float
     maximum: float
+
+    @classmethod
+    def of(cls, count: int, lanes: NDArray[np.float64], largest: int) -> ErrorSum:
+        """Return the error that a kernel measured: partial sums of squares, and the bits of the largest float32 error."""
+        return cls(count, math.fsum(lanes.tolist()), struct.unpack("<f", struct.pack("<I", largest))[0])
 
     @staticmethod
     def total(parts: Sequence[ErrorSum]) -> MeasuredError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -61,7 +60,7 @@ class BlockCodec(Codec):
         kernels = load(self.id)
         lanes = np.zeros(kernels.LANES)
         peak, largest, overflowed, vanished = kernels.quantize(values.reshape(-1), blocks, lanes)
-        error = ErrorSum(rows * cols, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
+        error = ErrorSum.of(rows * cols, lanes, largest)
         finite = peak < INFINITY_BITS
         if elements.dtype is F64:  # it may exceed float32 itself
             finite = elements.all_finite()

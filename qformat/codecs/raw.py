@@ -75,7 +75,7 @@ def _error(source: Elements, values: NDArray[np.float32]) -> ErrorSum:
     lanes = np.zeros(load("floats").LANES)
     if source.dtype is not F64:
         largest = load("floats").difference(source.to_f32().reshape(-1), values, lanes)
-        return ErrorSum(values.size, math.fsum(lanes.tolist()), float(np.uint32(largest).view(np.float32)))
+        return ErrorSum.of(values.size, lanes, largest)
     with np.errstate(all="ignore"):
         error = source.data.reshape(-1) - values
         squares = np.pad(error * error, (0, -error.size % lanes.size)).reshape(-1, lanes.size)
