@@ -69,6 +69,14 @@ def load(typing: Any, array: Any, index: Any, lanes: Any) -> Any:  # noqa: ARG00
     return vector(array, types.intp, lanes), generate
 
 
+def _widen(builder: ir.IRBuilder, value: Any) -> Any:
+    """Return the floats of a vector of bfloat16 patterns."""
+    lanes = value.type.count
+    wide = ir.VectorType(ir.IntType(32), lanes)
+    shifted = builder.shl(builder.zext(value, wide), ir.Constant(wide, [16] * lanes))
+    return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), lanes))
+
+
 @intrinsic(prefer_literal=True)
 def load_f32(typing: Any, array: Any, index: Any, lanes: Any) -> Any:  # noqa: ARG001
     """Do as `load` for an array of float32, or of bfloat16 patterns in uint16, which are widened."""
@@ -80,11 +88,7 @@ def load_f32(typing: Any, array: Any, index: Any, lanes: Any) -> Any:  # noqa: A
         stored = ir.VectorType(context.get_value_type(array.dtype), vector.lanes)
         value = builder.load(_pointer(context, builder, signature.args[0], args[0], args[1], stored))
         value.align = array.dtype.bitwidth // 8
-        if array.dtype == types.float32:
-            return value
-        wide = ir.VectorType(ir.IntType(32), vector.lanes)
-        shifted = builder.shl(builder.zext(value, wide), ir.Constant(wide, [16] * vector.lanes))
-        return builder.bitcast(shifted, _llvm(context, vector))
+        return value if array.dtype == types.float32 else _widen(builder, value)
 
     return vector(array, types.intp, lanes), generate
 
@@ -204,6 +208,7 @@ def _operator(function: Callable[..., Any], operation: Any) -> None:
 _operator(operator.add, _binary("fadd", "add"))
 _operator(operator.sub, _binary("fsub", "sub"))
 _operator(operator.mul, _binary("fmul", "mul"))
+_operator(operator.truediv, _binary("fdiv", "sdiv", "udiv"))
 _operator(operator.and_, _binary(None, "and_"))
 _operator(operator.or_, _binary(None, "or_"))
 _operator(operator.lshift, _binary(None, "shl"))
@@ -220,15 +225,15 @@ def _suffix(vector: Vector) -> str:
     return f"v{vector.lanes}{letter}{vector.element.bitwidth}"
 
 
-def _extremum(signed: str, unsigned: str) -> Any:
+def _extremum(signed: str, unsigned: str, ordered: str) -> Any:
     @intrinsic
     def operation(typing: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
-        """Lane by lane, for integers."""
-        if not isinstance(a.element, types.Integer):
-            return None
+        """Lane by lane; of floats that do not compare (a NaN, zeros of both signs) the second is taken."""
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             other = _spread(context, builder, args[1], signature.args[1], a)
+            if isinstance(a.element, types.Float):
+                return builder.select(builder.fcmp_ordered(ordered, args[0], other), args[0], other)
             name = f"llvm.{signed if a.element.signed else unsigned}.{_suffix(a)}"
             return _call(builder, name, args[0].type, [args[0], other])
 
@@ -237,8 +242,8 @@ def _extremum(signed: str, unsigned: str) -> Any:
     return operation
 
 
-minimum = _extremum("smin", "umin")
-maximum = _extremum("smax", "umax")
+minimum = _extremum("smin", "umin", "<")
+maximum = _extremum("smax", "umax", ">")
 
 
 @intrinsic
@@ -311,6 +316,125 @@ def greater_equal(typing: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
         return builder.zext(compare(">=", args[0], other), args[0].type)
 
     return a(a, b), generate
+
+
+@intrinsic
+def select_less(typing: Any, left: Any, right: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
+    """Lane by lane: ``a`` where ``left < right`` (false for NaN), else ``b``; all but ``left`` and ``a`` may be scalars."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        other = _spread(context, builder, args[1], signature.args[1], left)
+        if isinstance(left.element, types.Float):
+            mask = builder.fcmp_ordered("<", args[0], other)
+        else:
+            compare = builder.icmp_signed if left.element.signed else builder.icmp_unsigned
+            mask = compare("<", args[0], other)
+        return builder.select(mask, args[2], _spread(context, builder, args[3], signature.args[3], a))
+
+    return a(left, right, a, b), generate
+
+
+@intrinsic(prefer_literal=True)
+def spread_f32(typing: Any, value: Any, lanes: Any) -> Any:  # noqa: ARG001
+    """Return a float32 in each of ``lanes`` lanes."""
+    vector = Vector(types.float32, lanes.literal_value)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return _spread(context, builder, args[0], signature.args[0], vector)
+
+    return vector(value, lanes), generate
+
+
+@intrinsic(prefer_literal=True)
+def count_up(typing: Any, lanes: Any) -> Any:  # noqa: ARG001
+    """Return the uint32 numbers 0, 1, 2 ... in ``lanes`` lanes."""
+    vector = Vector(types.uint32, lanes.literal_value)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return ir.Constant(_llvm(context, vector), list(range(vector.lanes)))
+
+    return vector(lanes), generate
+
+
+def _reduction(name: str) -> Any:
+    @intrinsic
+    def operation(typing: Any, vector: Any) -> Any:  # noqa: ARG001
+        if not isinstance(vector.element, types.Integer):
+            return None
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            scalar = context.get_value_type(signature.return_type)
+            return _call(builder, f"llvm.vector.reduce.{name}.{_suffix(vector)}", scalar, [args[0]])
+
+        return vector.element(vector), generate
+
+    return operation
+
+
+#: all lanes of integers together, as a scalar
+sum_lanes = _reduction("add")
+or_lanes = _reduction("or")
+
+
+@intrinsic
+def take(typing: Any, table: Any, indices: Any) -> Any:  # noqa: ARG001
+    """Return ``table[index]`` for each lane of ``indices`` (uint32); no bounds check."""
+    vector = Vector(table.dtype, indices.lanes)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        element = context.get_value_type(table.dtype)
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        base = builder.ptrtoint(data, ir.IntType(64))
+        wide = builder.zext(args[1], ir.VectorType(ir.IntType(64), vector.lanes))
+        offsets = builder.mul(wide, ir.Constant(wide.type, [table.dtype.bitwidth // 8] * vector.lanes))
+        addresses = builder.add(offsets, _spread(context, builder, base, types.int64, Vector(types.int64, vector.lanes)))
+        pointers = builder.inttoptr(addresses, ir.VectorType(element.as_pointer(), vector.lanes))
+        every = ir.Constant(ir.VectorType(ir.IntType(1), vector.lanes), [1] * vector.lanes)
+        align = ir.Constant(ir.IntType(32), table.dtype.bitwidth // 8)
+        result = _llvm(context, vector)
+        name = f"llvm.masked.gather.{_suffix(vector)}.v{vector.lanes}p0"
+        return _call(builder, name, result, [pointers, align, every, ir.Constant(result, ir.Undefined)])
+
+    return vector(table, indices), generate
+
+
+@intrinsic
+def transpose_blocks(typing: Any, array: Any, index: Any, target: Any) -> Any:  # noqa: ARG001
+    """Read 16 blocks of 32 elements as `load_f32` does, and put element i of block b at ``target[16 * i + b]``.
+
+    ``target`` is float32 of 512 elements. So a kernel can treat 16 blocks at once, each in a lane of its own.
+    """
+    if array.dtype not in (types.float32, types.uint16):
+        return None
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        floats = ir.VectorType(ir.FloatType(), 16)
+        word = ir.IntType(64)
+        for half in (0, 16):
+            rows = [
+                _load_floats(context, builder, signature, args, builder.add(args[1], ir.Constant(word, 32 * b + half)))
+                for b in range(16)
+            ]
+            for step in (1, 2, 4, 8):  # a butterfly: swap the off-diagonal squares of this size
+                low = ir.Constant(ir.VectorType(ir.IntType(32), 16), [i if not i & step else 16 + i - step for i in range(16)])
+                high = ir.Constant(ir.VectorType(ir.IntType(32), 16), [i + step if not i & step else 16 + i for i in range(16)])
+                for b in range(16):
+                    if not b & step:
+                        first, second = rows[b], rows[b + step]
+                        rows[b] = builder.shuffle_vector(first, second, low)
+                        rows[b + step] = builder.shuffle_vector(first, second, high)
+            for i, row in enumerate(rows):
+                place = _pointer(context, builder, signature.args[2], args[2], ir.Constant(word, 16 * (half + i)), floats)
+                builder.store(row, place).align = 4
+        return context.get_dummy_value()
+
+    def _load_floats(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, index: Any) -> Any:
+        stored = ir.VectorType(context.get_value_type(array.dtype), 16)
+        value = builder.load(_pointer(context, builder, signature.args[0], args[0], index, stored))
+        value.align = array.dtype.bitwidth // 8
+        return value if array.dtype == types.float32 else _widen(builder, value)
+
+    return types.void(array, types.intp, target), generate
 
 
 def _bits_type(kind: types.Type) -> types.Type:
