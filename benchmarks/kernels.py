@@ -26,7 +26,7 @@ def _pieces(weights: np.ndarray, blocks: np.ndarray) -> Iterator[tuple[np.ndarra
 def _quantizer(kernels: ModuleType, weights: np.ndarray, blocks: np.ndarray) -> Callable[[], None]:
     def quantize() -> None:
         for source, target in _pieces(weights, blocks):
-            kernels.quantize(source, target, np.zeros(kernels.LANES))
+            kernels.quantize(source, target, np.zeros(load("blocks").LANES))
 
     return quantize
 

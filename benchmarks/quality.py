@@ -11,7 +11,6 @@ from qformat.converters.detect import open_checkpoint
 from benchmarks.context import Context
 from benchmarks.inputs import minilm
 from benchmarks.report import Row, Section
-from qformat.codecs.base import pieces
 from qformat.codecs.registry import parse_type
 from qformat.encode import Plan, encode_piece
 from qformat.source import SourceTensor
@@ -28,9 +27,7 @@ def _source(tensor: SourceTensor) -> np.ndarray:
 def _encode(tensor: SourceTensor) -> tuple[bytes, np.ndarray]:
     """Return the blocks that `convert` would write, and the weights that a reader gets."""
     plan = Plan(tensor, parse_type("q4_0"))
-    blocks = b"".join(
-        bytes(part) for piece in pieces(plan.matrix, plan.codec.block) for part in encode_piece(plan, piece).parts
-    )
+    blocks = b"".join(bytes(part) for piece in plan.pieces() for part in encode_piece(plan, piece).parts)
     decoded = np.empty((plan.matrix.rows, plan.matrix.cols), np.float32)
     plan.codec.decode([blocks], decoded)
     return blocks, decoded.reshape(tensor.shape)

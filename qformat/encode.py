@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 from qformat.codecs.base import Codec, Encoded, ErrorSum, Matrix, Piece, pieces
 from qformat.codecs.registry import parse_type
@@ -20,6 +22,7 @@ from qformat.source import SourceTensor
 
 #: called with the number of elements that were just written
 Progress = Callable[[int], None]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Plan:
     source: SourceTensor
     codec: Codec
     note: str = ""  # what the user should know of the choice
+    fitted: Any = None  # what the codec has learnt of the whole tensor
 
     @property
     def matrix(self) -> Matrix:
@@ -39,6 +43,10 @@ class Plan:
         """Return the source's elements of a piece, two-dimensional."""
         elements = self.source.read(piece.elements(self.matrix))
         return replace(elements, data=elements.data.reshape(piece.rows, piece.cols))
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces in order."""
+        return pieces(self.matrix, self.codec.grain(self.matrix))
 
     @property
     def record(self) -> TensorRecord:
@@ -109,9 +117,22 @@ def encode_piece(plan: Plan, piece: Piece) -> Encoded:
     """Read one piece and encode it."""
     elements = plan.read(piece)
     try:
-        return plan.codec.encode(elements)
+        return plan.codec.encode(elements, plan.fitted)
     except ValueError as error:
         raise SourceError(f"tensor {plan.source.name!r}: {error}") from None
+
+
+def fit(plan: Plan, pool: Executor, window: int) -> Plan:
+    """Let the codec look at the whole tensor first, if it wants to."""
+    if not plan.codec.fits:
+        return plan
+    tasks = (partial(_survey, plan, piece) for piece in plan.pieces())
+    surveys = (future.result() for future in _ahead(pool, tasks, window))
+    return replace(plan, fitted=plan.codec.fit(surveys))
+
+
+def _survey(plan: Plan, piece: Piece) -> Any:
+    return plan.codec.survey(plan.read(piece))
 
 
 def write_tensors(
@@ -152,14 +173,20 @@ def write_tensors(
     jobs = jobs or default_jobs()
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="qformat-encode")
     try:
-        waiting = _submit(pool, plans, 3 * jobs + 1)
+        window = 3 * jobs + 1
+        waiting = _ahead(pool, _tasks(plans, pool, window), window)
         for plan in plans:
             tensor = writer.tensor(plan.record)
             errors: list[ErrorSum] = []
-            for piece in pieces(plan.matrix, plan.codec.block):
+            written = [0] * len(plan.record.segments)
+            for piece in plan.pieces():
                 encoded = next(waiting).result()
                 _check(plan, encoded, allow_nonfinite=allow_nonfinite, allow_vanished=allow_vanished)
-                tensor.write(encoded.parts)
+                spans = plan.codec.spans(plan.matrix, piece)
+                # a part that all pieces share was written with the first
+                fresh = [span.stop > end for span, end in zip(spans, written, strict=True)]
+                tensor.write([part if new else b"" for part, new in zip(encoded.parts, fresh, strict=True)])
+                written = [span.stop for span in spans]
                 if encoded.error is not None:
                     errors.append(encoded.error)
                 if progress:
@@ -170,14 +197,20 @@ def write_tensors(
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ThreadPoolExecutor, plans: Sequence[Plan], window: int) -> Iterator[Future[Encoded]]:
-    """Yield the future of each piece of each plan, in order, with `window` of them under way ahead of the caller."""
-    ahead: deque[Future[Encoded]] = deque()
+def _tasks(plans: Sequence[Plan], pool: Executor, window: int) -> Iterator[Callable[[], Encoded]]:
     for plan in plans:
-        for piece in pieces(plan.matrix, plan.codec.block):
-            if len(ahead) == window:
-                yield ahead.popleft()
-            ahead.append(pool.submit(encode_piece, plan, piece))
+        fitted = fit(plan, pool, window)
+        for piece in plan.pieces():
+            yield partial(encode_piece, fitted, piece)
+
+
+def _ahead(pool: Executor, tasks: Iterable[Callable[[], _T]], window: int) -> Iterator[Future[_T]]:
+    """Yield the futures of tasks in order, with `window` of them under way ahead of the caller."""
+    ahead: deque[Future[_T]] = deque()
+    for task in tasks:
+        if len(ahead) == window:
+            yield ahead.popleft()
+        ahead.append(pool.submit(task))
     yield from ahead
 
 

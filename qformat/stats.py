@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Codec, ErrorSum, Piece, pieces
+from qformat.codecs.base import Codec, ErrorSum, Piece
 from qformat.dtypes import F32, Elements
-from qformat.encode import Plan
+from qformat.encode import Plan, fit
 from qformat.errors import SourceError
 from qformat.kernels import load
 from qformat.parallel import default_jobs
@@ -39,8 +39,8 @@ class ErrorStats:
         The tensor's shape; empty for a sum.
     nbytes
         Bytes that the type needs.
-    codes
-        How often each code occurs, or None for types without codes.
+    histograms
+        How often each code occurs as ``histogram``, and what else the type counts by name.
     params
         Number of weights.
     vanished
@@ -60,7 +60,7 @@ class ErrorStats:
     type: str
     shape: tuple[int, ...] = ()
     nbytes: int = 0
-    codes: NDArray[np.int64] | None = None
+    histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     params: int = 0
     vanished: int = 0
     largest: float = 0.0
@@ -83,12 +83,12 @@ class ErrorStats:
         if self.errors is None or other.errors is None:
             raise ValueError("the histograms are gone")
         self.errors += other.errors
-        self.add_codes(other.codes)
+        self.add_histograms(other.histograms)
 
-    def add_codes(self, codes: NDArray[np.int64] | None) -> None:
+    def add_histograms(self, histograms: dict[str, NDArray[np.int64]]) -> None:
         """Take in how often each code occurs in other elements."""
-        if codes is not None:
-            self.codes = codes.copy() if self.codes is None else self.codes + codes
+        for name, counts in histograms.items():
+            self.histograms[name] = self.histograms[name] + counts if name in self.histograms else counts
 
     @property
     def bpw(self) -> float:
@@ -146,8 +146,8 @@ class ErrorStats:
             "maxerr": self.largest,
             "p95": self.p95,
             "median": self.median,
-            "histogram": None if self.codes is None else self.codes.tolist(),
-        }
+            "histogram": None,
+        } | {name: counts.tolist() for name, counts in self.histograms.items()}
 
 
 def _above(value: float) -> str:
@@ -193,8 +193,8 @@ def measure(
             for codec in codecs:
                 if not codec.accepts(tensor.dtype):
                     raise SourceError(f"tensor {tensor.name!r}: type {codec} cannot hold {tensor.dtype.name}")
-                plan = Plan(tensor, codec)
-                every = list(pieces(plan.matrix, codec.block))
+                plan = fit(Plan(tensor, codec), pool, 3 * jobs)
+                every = list(plan.pieces())
                 shares = [every[i::jobs] for i in range(min(jobs, len(every)))]
                 total = ErrorStats(tensor.name, str(codec), tuple(tensor.shape), codec.nbytes(tensor.shape))
                 parts = [pool.submit(_measure, plan, share, progress, stopped) for share in shares]
@@ -215,7 +215,7 @@ def _measure(
         if stopped.is_set():
             break
         elements = plan.read(piece)
-        encoded = plan.codec.encode(elements)
+        encoded = plan.codec.encode(elements, plan.fitted)
         if not encoded.finite:
             raise SourceError(f"tensor {plan.source.name!r} holds NaN or infinity; leave it out with --exclude")
         if encoded.overflowed:
@@ -230,7 +230,7 @@ def _measure(
         largest = floats.difference(values, decoded, lanes)
         error = ErrorSum.of(values.size, lanes, largest)
         floats.error_histogram(values, decoded, stats.errors)
-        stats.add_codes(plan.codec.code_histogram(encoded.parts))
+        stats.add_histograms(plan.codec.histograms(encoded.parts))
         stats.params += error.count
         stats.vanished += encoded.vanished
         stats.largest = max(stats.largest, error.maximum)

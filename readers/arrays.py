@@ -159,7 +159,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         cols = decoder.matrix.cols
         result = np.empty((len(chosen), cols), target.storage)
         if cols:
-            for start, piece in runs(np.asarray(chosen, np.intp), cols, decoder.codec.block):
+            for start, piece in runs(np.asarray(chosen, np.intp), cols, decoder.codec.grain(decoder.matrix)):
                 result[start : start + piece.rows] = decoder.decode(piece).cast(target)
         return result.reshape(lead + shape[1:])
 

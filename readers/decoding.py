@@ -50,7 +50,7 @@ class TensorDecoder:
 
     def pieces(self) -> list[Piece]:
         """Return the pieces of the tensor."""
-        return list(pieces(self.matrix, self.codec.block))
+        return list(pieces(self.matrix, self.codec.grain(self.matrix)))
 
     def view(self) -> NDArray[Any] | None:
         """Return the stored elements, flat and read-only, without a copy, if that is what the codec stores."""
@@ -122,15 +122,15 @@ class SegmentChecker:
                 self._checked.add(segment)
 
 
-def runs(indices: NDArray[np.intp], cols: int, block: int) -> list[tuple[int, Piece]]:
-    """Group row numbers into pieces of consecutive rows, which are filled up to whole blocks.
+def runs(indices: NDArray[np.intp], cols: int, grain: int) -> list[tuple[int, Piece]]:
+    """Group row numbers into pieces of consecutive rows, which are filled up to whole grains of the codec.
 
     Returns
     -------
     list of (int, Piece)
         Position of the piece's first row among `indices`, and the piece; of about `PIECE` elements at most.
     """
-    longest = max(1, PIECE // max(1, -(-cols // block) * block))
+    longest = max(1, PIECE // max(1, -(-cols // grain) * grain))
     grouped: list[tuple[int, Piece]] = []
     start = 0
     for i in range(1, len(indices) + 1):

@@ -51,7 +51,7 @@ def gguf_values(name: str, blocks: np.ndarray) -> np.ndarray:
 def quantize(kernels: ModuleType, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     size = FORMATS[kernels.__name__.rpartition(".")[2]][0]
     blocks = np.zeros(x.size // 32 * size, np.uint8)
-    lanes = np.zeros(kernels.LANES)
+    lanes = np.zeros(load("blocks").LANES)
     found = kernels.quantize(x.reshape(-1), blocks, lanes)
     return blocks, lanes, tuple(int(value) for value in found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,16 +112,19 @@ def command(
         for stats in [*(results if per_layer else []), *sums]:
             click.echo(printable(stats.line()))
             if histogram:
-                click.echo(_histogram(stats))
+                for line in _histograms(stats):
+                    click.echo(line)
         if len(sums) > 1:
             rows = [(t.type, f"{t.bpw:.3f}", f"{t.rel_rmse:.3e}", f"{t.rmse:.3e}", f"{t.largest:.3e}") for t in sums]
             echo_table(("type", "bits/weight", "rel_rmse", "rmse", "maxerr"), rows, left=1)
 
 
-def _histogram(stats: ErrorStats) -> str:
-    if stats.codes is None:
-        return f"hist: {stats.type} has no codes"
-    return "hist: " + " ".join(f"{share:.3f}" for share in stats.codes / stats.codes.sum())
+def _histograms(stats: ErrorStats) -> Iterator[str]:
+    if not stats.histograms:
+        yield f"hist: {stats.type} has no codes"
+    for name, counts in stats.histograms.items():
+        label = "hist" if name == "histogram" else name
+        yield f"{label}: " + " ".join(f"{share:.3f}" for share in counts / max(1, counts.sum()))
 
 
 def _write_json(file: str, results: list[ErrorStats], sums: list[ErrorStats]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,17 +61,17 @@ class Piece:
 def pieces(matrix: Matrix, block: int) -> Iterator[Piece]:
     """Cut a matrix into pieces of about `PIECE` elements, counting those that fill up a row to whole blocks.
 
-    Within a row, pieces begin on multiples of `block`.
+    Within a row, pieces begin on multiples of `block`; one that is longer than `PIECE` is not cut.
     """
     if matrix.elements == 0:
         return
     filled = -(-matrix.cols // block) * block
-    if filled <= PIECE:
+    if filled <= max(PIECE, block):
         step = max(1, PIECE // filled)
         for row in range(0, matrix.rows, step):
             yield Piece(row, min(step, matrix.rows - row), 0, matrix.cols)
         return
-    step = PIECE // block * block
+    step = max(1, PIECE // block) * block
     for row in range(matrix.rows):
         for col in range(0, matrix.cols, step):
             yield Piece(row, 1, col, min(step, matrix.cols - col))
@@ -106,7 +106,7 @@ class Encoded:
     Attributes
     ----------
     parts
-        For each segment the bytes that this piece adds to it.
+        For each segment the bytes of this piece, as `Codec.spans` says where they stand.
     finite
         Whether the source held neither NaN nor infinity; if not, the rest is meaningless.
     error
@@ -136,10 +136,10 @@ class Codec(ABC):
     """
 
     id: ClassVar[str]
-    #: within a row, pieces begin on multiples of this
-    block: ClassVar[int] = 1
     #: what `decode` gives
     decoded: ClassVar[DType]
+    #: whether `encode` needs what `fit` makes of the whole tensor
+    fits: ClassVar[bool] = False
 
     @abstractmethod
     def accepts(self, dtype: DType) -> bool:
@@ -149,17 +149,40 @@ class Codec(ABC):
     def keeps(self, dtype: DType) -> bool:
         """Return whether tensors of this dtype are kept bit for bit."""
 
+    def grain(self, matrix: Matrix) -> int:
+        """Return how many elements of a row stay together: within a row, pieces begin on multiples of this."""
+        del matrix
+        return 1
+
     @abstractmethod
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
         """Return (name, length in bytes) of each segment."""
 
     @abstractmethod
     def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
-        """Return where in each segment the bytes of a piece stand."""
+        """Return where in each segment the bytes of a piece stand.
+
+        Each begins where that of the piece before ends, or is the same for all pieces.
+        """
+
+    def survey(self, elements: Elements) -> Any:
+        """Return what `fit` needs to know of a piece, which may hold NaN or infinity."""
+        raise NotImplementedError
+
+    def fit(self, surveys: Iterable[Any]) -> Any:
+        """Return what `encode` needs to know of the tensor, from the surveys of its pieces in order."""
+        raise NotImplementedError
 
     @abstractmethod
-    def encode(self, elements: Elements) -> Encoded:
-        """Encode one piece: a two-dimensional array.
+    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
+        """Encode one piece.
+
+        Parameters
+        ----------
+        elements
+            A two-dimensional array.
+        fitted
+            What `fit` returned, if the codec `fits`.
 
         Raises
         ------
@@ -184,10 +207,10 @@ class Codec(ABC):
             If the bytes are none that an encoder can have written.
         """
 
-    def code_histogram(self, parts: Sequence[Buffer]) -> NDArray[np.int64] | None:
-        """Return how often each code occurs in a piece's bytes, or None if the codec has no codes worth counting."""
+    def histograms(self, parts: Sequence[Buffer]) -> dict[str, NDArray[np.int64]]:
+        """Return how often each code occurs in a piece's bytes as ``histogram``, and other choices worth counting by name."""
         del parts
-        return None
+        return {}
 
     def params(self) -> Params:
         """Return the parameters that the decoder needs."""

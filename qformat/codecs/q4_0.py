@@ -22,7 +22,16 @@ class Q4_0(BlockCodec):  # noqa: N801  the format's name
     """
 
     id: ClassVar[str] = "q4_0"
-    block_bytes: ClassVar[int] = 18
     codes: ClassVar[int] = 16
 
     search: Literal["naive"] = encoder_option("naive")
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return 18
+
+    @property
+    def takes_bf16(self) -> bool:
+        """Its kernel does."""
+        return True

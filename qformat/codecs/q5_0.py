@@ -15,5 +15,14 @@ class Q5_0(BlockCodec):  # noqa: N801  the format's name
     """Five and a half bits for each weight; the scale is the largest weight over -16, as GGUF has it."""
 
     id: ClassVar[str] = "q5_0"
-    block_bytes: ClassVar[int] = 22
     codes: ClassVar[int] = 32
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return 22
+
+    @property
+    def takes_bf16(self) -> bool:
+        """Its kernel does."""
+        return True

@@ -15,4 +15,13 @@ class Q8_0(BlockCodec):  # noqa: N801  the format's name
     """Eight and a half bits for each weight; the scale is the largest magnitude over 127, as GGUF has it."""
 
     id: ClassVar[str] = "q8_0"
-    block_bytes: ClassVar[int] = 34
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return 34
+
+    @property
+    def takes_bf16(self) -> bool:
+        """Its kernel does."""
+        return True

@@ -39,8 +39,9 @@ class Raw(Codec):
         elements = piece.elements(matrix)
         return (slice(elements.start * self.decoded.size, elements.stop * self.decoded.size),)
 
-    def encode(self, elements: Elements) -> Encoded:
+    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
         """Copy the elements, or round them."""
+        del fitted
         finite = elements.all_finite()
         if self.decoded.storage == "bool":
             _check_bools(elements.data.view(np.uint8))

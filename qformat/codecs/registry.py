@@ -6,7 +6,7 @@ import pkgutil
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import qformat.codecs
 from qformat.codecs.base import Codec, Matrix
@@ -82,9 +82,14 @@ def _lookup(id_: str, text: str) -> type[Codec]:
 
 def _parse_value(text: str, key: str, value: str, kind: Any) -> Any:
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise TypeSpecError(f"type {text!r}: {key} may be {' or '.join(get_args(kind))}, not {value!r}")
-        return value
+        allowed = {str(choice): choice for choice in get_args(kind)}
+        if value not in allowed:
+            raise TypeSpecError(f"type {text!r}: {key} may be {' or '.join(allowed)}, not {value!r}")
+        return allowed[value]
+    if get_origin(kind) is Union:  # a number or a word
+        words, kind = next(choice for choice in get_args(kind) if get_origin(choice) is Literal), int
+        if value in get_args(words):
+            return value
     try:
         if kind is bool:
             return {"true": True, "false": False}[value]
@@ -124,6 +129,15 @@ def codec_of(record: TensorRecord) -> Codec:
     return codec
 
 
+def _is_a(kind: Any, value: object) -> bool:
+    """Return whether a parameter has a type, where 1 is no True."""
+    if get_origin(kind) is Union:
+        return any(_is_a(choice, value) for choice in get_args(kind))
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
+    return type(value) is kind
+
+
 def _from_params(codec: type[Codec], record: TensorRecord, where: str) -> Codec:
     known = {field.name: field for field in fields(codec) if not field.metadata.get("encoder")}
     hints = get_type_hints(codec)
@@ -132,8 +146,7 @@ def _from_params(codec: type[Codec], record: TensorRecord, where: str) -> Codec:
         raise FormatError(f"{where}: codec {codec.id}: parameter {names[0][:40]!r} is unknown or missing")
     for key, value in record.params.items():
         kind = hints[key]
-        allowed = value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
-        if not allowed:
+        if not _is_a(kind, value):
             raise FormatError(f"{where}: codec {codec.id}: parameter {key} has an impossible value")
     try:
         return codec(**record.params)

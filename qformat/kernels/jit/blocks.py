@@ -5,13 +5,83 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.jit.compiler import inline
-from qformat.kernels.jit.simd import bits, high_half, low_half, maximum, to_f64
+from qformat.kernels.jit.simd import (
+    bits,
+    high_half,
+    largest,
+    load,
+    load_f32,
+    low_half,
+    maximum,
+    prefetch,
+    store,
+    to_f64,
+    zeros_u32,
+)
 
 LANES = 16
 AHEAD = 1024  # elements to prefetch; the hardware's own prefetcher stops at each page
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 INFINITY_BITS = 0x7F800000
+
+
+@inline
+def quantize_blocks(x, blocks, lanes, encode_block, chosen):
+    """Encode blocks of 32 one after the other, and measure the error.
+
+    Parameters
+    ----------
+    x
+        float32, or bfloat16 patterns as uint16; a multiple of 32 elements.
+    blocks
+        uint8: the result.
+    lanes
+        float64, `LANES` elements: the squared errors of elements i and i + 16 of each block, added as float32, are added to lane i.
+    encode_block
+        Compiled function of (x, number of the block, its values as a vector, ``blocks``, ``chosen``), which fills in the bytes of
+        the block and returns (decoded values, whether a scale overflows, whether all that is stored vanishes). numba compiles this
+        loop anew for each.
+    chosen
+        What a search chose for the blocks, for `encode_block`.
+
+    Returns
+    -------
+    tuple of int
+        Bits of the largest magnitude of ``x`` (at least those of infinity if ``x`` is not finite) and of the largest error;
+        number of blocks whose scale overflows binary16; number of blocks, not all zero, whose scale vanishes in binary16.
+    """
+    overflowed = np.int64(0)
+    vanished = np.int64(0)
+    total = load(lanes, 0, LANES)
+    peaks = zeros_u32(32)
+    worst = zeros_u32(32)
+    for block in range(x.size // 32):
+        prefetch(x, 32 * block + AHEAD)
+        prefetch(x, 32 * block + AHEAD + 16)
+        values = load_f32(x, 32 * block, 32)
+        decoded, too_large, too_small = encode_block(x, block, values, blocks, chosen)
+        error = values - decoded
+        total = add_squares(total, error)
+        worst = keep_largest(worst, error)
+        peaks = keep_largest(peaks, values)
+        overflowed += too_large
+        if too_small:
+            vanished += largest(bits(values) & 0x7FFFFFFF) != 0
+    store(lanes, 0, total)
+    return np.int64(largest(peaks)), np.int64(largest(worst)), overflowed, vanished
+
+
+@inline
+def too_large(half):
+    """Return whether a binary16 is infinite or a NaN."""
+    return (half & 0x7FFF) >= 0x7C00
+
+
+@inline
+def too_small(half):
+    """Return whether a binary16 is a zero."""
+    return (half & 0x7FFF) == 0
 
 
 @inline

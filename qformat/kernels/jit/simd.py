@@ -387,7 +387,9 @@ def take(typing: Any, table: Any, indices: Any) -> Any:  # noqa: ARG001
         base = builder.ptrtoint(data, ir.IntType(64))
         wide = builder.zext(args[1], ir.VectorType(ir.IntType(64), vector.lanes))
         offsets = builder.mul(wide, ir.Constant(wide.type, [table.dtype.bitwidth // 8] * vector.lanes))
-        addresses = builder.add(offsets, _spread(context, builder, base, types.int64, Vector(types.int64, vector.lanes)))
+        addresses = builder.add(
+            offsets, _spread(context, builder, base, types.int64, Vector(types.int64, vector.lanes))
+        )
         pointers = builder.inttoptr(addresses, ir.VectorType(element.as_pointer(), vector.lanes))
         every = ir.Constant(ir.VectorType(ir.IntType(1), vector.lanes), [1] * vector.lanes)
         align = ir.Constant(ir.IntType(32), table.dtype.bitwidth // 8)
@@ -416,15 +418,21 @@ def transpose_blocks(typing: Any, array: Any, index: Any, target: Any) -> Any:  
                 for b in range(16)
             ]
             for step in (1, 2, 4, 8):  # a butterfly: swap the off-diagonal squares of this size
-                low = ir.Constant(ir.VectorType(ir.IntType(32), 16), [i if not i & step else 16 + i - step for i in range(16)])
-                high = ir.Constant(ir.VectorType(ir.IntType(32), 16), [i + step if not i & step else 16 + i for i in range(16)])
+                low = ir.Constant(
+                    ir.VectorType(ir.IntType(32), 16), [i if not i & step else 16 + i - step for i in range(16)]
+                )
+                high = ir.Constant(
+                    ir.VectorType(ir.IntType(32), 16), [i + step if not i & step else 16 + i for i in range(16)]
+                )
                 for b in range(16):
                     if not b & step:
                         first, second = rows[b], rows[b + step]
                         rows[b] = builder.shuffle_vector(first, second, low)
                         rows[b + step] = builder.shuffle_vector(first, second, high)
             for i, row in enumerate(rows):
-                place = _pointer(context, builder, signature.args[2], args[2], ir.Constant(word, 16 * (half + i)), floats)
+                place = _pointer(
+                    context, builder, signature.args[2], args[2], ir.Constant(word, 16 * (half + i)), floats
+                )
                 builder.store(row, place).align = 4
         return context.get_dummy_value()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,10 @@ U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]
 F32 = NDArray[np.float32]
 
-#: takes blocks of 32 values and fills in their bytes; returns the scales as binary16 and the decoded values
-Encode = Callable[[F32, U8], tuple[NDArray[np.float16], F32]]
+Bools = NDArray[np.bool_]
+#: takes blocks of 32 values and what a search chose for each, and fills in their bytes; returns the decoded values, where a scale
+#: overflows and where all that is stored vanishes
+Encode = Callable[..., tuple[F32, Bools, Bools]]
 
 LANES = 16
 _CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
@@ -22,7 +25,7 @@ _CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
 
 @np.errstate(all="ignore")
 def quantize(
-    encode: Encode, x: F32 | U16, blocks: U8, block_bytes: int, lanes: NDArray[np.float64]
+    encode: Encode, x: F32 | U16, blocks: U8, block_bytes: int, lanes: NDArray[np.float64], *chosen: NDArray[Any]
 ) -> tuple[int, int, int, int]:
     """Encode blocks of 32 and measure the error; the arguments and results are those of a compiled ``quantize``."""
     packed = blocks.reshape(-1, block_bytes)
@@ -33,14 +36,15 @@ def quantize(
             (part.astype(np.uint32) << 16).view(np.float32) if part.dtype == np.uint16 else part.view(np.float32)
         )
         values = source.reshape(-1, 32)
-        half, decoded = encode(values, packed[start // 32 : start // 32 + len(values)])
+        here = slice(start // 32, start // 32 + len(values))
+        decoded, too_large, too_small = encode(values, packed[here], *(array[here] for array in chosen))
         error = values - decoded
         squares = error * error
         add_rows((squares[:, :16] + squares[:, 16:]).astype(np.float64), lanes)
         peak = max(peak, peak_f32(source))
         largest = max(largest, peak_f32(error.reshape(-1)))
-        overflowed += int((~np.isfinite(half)).sum())
-        vanished += int(((half == 0) & np.any(values, axis=1, keepdims=True)).sum())
+        overflowed += int(too_large.sum())
+        vanished += int((too_small.reshape(-1) & values.any(axis=1)).sum())
     return peak, largest, overflowed, vanished
 
 

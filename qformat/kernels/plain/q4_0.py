@@ -6,9 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.kernels.plain import blocks as shared
-from qformat.kernels.plain.blocks import F32, LANES, U8, U16, first_largest, reciprocal, scales
-
-__all__ = ["LANES", "code_histogram", "dequantize", "quantize"]
+from qformat.kernels.plain.blocks import F32, U8, U16, Bools, first_largest, reciprocal, scales
 
 
 def quantize(x: F32 | U16, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
@@ -16,15 +14,29 @@ def quantize(x: F32 | U16, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int,
     return shared.quantize(_encode, x, blocks, 18, lanes)
 
 
-def _encode(values: F32, packed: U8) -> tuple[NDArray[np.float16], F32]:
+def encode(x: F32, scales: U16, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
+    """Do as `quantize` with chosen scales and the nearest codes."""
+    return shared.quantize(_encode_nearest, x, blocks, 18, lanes, scales)
+
+
+def _encode(values: F32, packed: U8) -> tuple[F32, Bools, Bools]:
     scale = first_largest(values) * np.float32(-0.125)
     inverse, usable = reciprocal(values, scale)
     shifted = np.where(usable, values * inverse + np.float32(8.5), np.float32(0))
-    half = scale.astype(np.float16)
-    codes = np.minimum(shifted.astype(np.int32), 15)
+    return _pack(scale.astype(np.float16), np.minimum(shifted.astype(np.int32), 15), packed)
+
+
+def _encode_nearest(values: F32, packed: U8, scales: U16) -> tuple[F32, Bools, Bools]:
+    half = scales.view(np.float16)[:, None]
+    inverse, usable = reciprocal(values, half.astype(np.float32))
+    shifted = np.where(usable, values * inverse + np.float32(8.5), np.float32(0))
+    return _pack(half, np.clip(shifted.astype(np.int32), 0, 15), packed)
+
+
+def _pack(half: NDArray[np.float16], codes: NDArray[np.int32], packed: U8) -> tuple[F32, Bools, Bools]:
     packed[:, :2] = half.view(np.uint8)
     packed[:, 2:] = codes[:, :16] | (codes[:, 16:] << 4)
-    return half, (codes - 8).astype(np.float32) * half.astype(np.float32)
+    return (codes - 8).astype(np.float32) * half.astype(np.float32), ~np.isfinite(half), half == 0
 
 
 @np.errstate(all="ignore")

@@ -6,9 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.kernels.plain import blocks as shared
-from qformat.kernels.plain.blocks import F32, LANES, U8, U16, first_largest, reciprocal, scales
-
-__all__ = ["LANES", "code_histogram", "dequantize", "quantize"]
+from qformat.kernels.plain.blocks import F32, U8, U16, Bools, first_largest, reciprocal, scales
 
 
 def quantize(x: F32 | U16, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
@@ -16,7 +14,7 @@ def quantize(x: F32 | U16, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int,
     return shared.quantize(_encode, x, blocks, 22, lanes)
 
 
-def _encode(values: F32, packed: U8) -> tuple[NDArray[np.float16], F32]:
+def _encode(values: F32, packed: U8) -> tuple[F32, Bools, Bools]:
     scale = first_largest(values) * np.float32(-0.0625)
     inverse, usable = reciprocal(values, scale)
     shifted = np.where(usable, values * inverse + np.float32(16.5), np.float32(0))
@@ -25,7 +23,7 @@ def _encode(values: F32, packed: U8) -> tuple[NDArray[np.float16], F32]:
     packed[:, :2] = half.view(np.uint8)
     packed[:, 2:6] = np.packbits(codes >> 4, axis=1, bitorder="little")
     packed[:, 6:] = (codes[:, :16] & 15) | ((codes[:, 16:] & 15) << 4)
-    return half, (codes - 16).astype(np.float32) * half.astype(np.float32)
+    return (codes - 16).astype(np.float32) * half.astype(np.float32), ~np.isfinite(half), half == 0
 
 
 @np.errstate(all="ignore")

@@ -6,9 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.kernels.plain import blocks as shared
-from qformat.kernels.plain.blocks import F32, LANES, U8, U16, reciprocal, scales
-
-__all__ = ["LANES", "dequantize", "quantize"]
+from qformat.kernels.plain.blocks import F32, U8, U16, Bools, reciprocal, scales
 
 
 def quantize(x: F32 | U16, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
@@ -16,7 +14,7 @@ def quantize(x: F32 | U16, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int,
     return shared.quantize(_encode, x, blocks, 34, lanes)
 
 
-def _encode(values: F32, packed: U8) -> tuple[NDArray[np.float16], F32]:
+def _encode(values: F32, packed: U8) -> tuple[F32, Bools, Bools]:
     scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
     inverse, usable = reciprocal(values, scale)
     scaled = np.where(usable, values * inverse, np.float32(0))
@@ -27,7 +25,7 @@ def _encode(values: F32, packed: U8) -> tuple[NDArray[np.float16], F32]:
     half = scale.astype(np.float16)
     packed[:, :2] = half.view(np.uint8)
     packed[:, 2:] = codes.view(np.uint8)
-    return half, codes.astype(np.float32) * half.astype(np.float32)
+    return codes.astype(np.float32) * half.astype(np.float32), ~np.isfinite(half), half == 0
 
 
 @np.errstate(all="ignore")

@@ -1,0 +1,105 @@
+"""What the codecs that store codes share: rows of floats in, filled up with zeros; float32 out, cropped (codecs.md, "Rows")."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Buffer, Codec, Encoded, ErrorSum
+from qformat.dtypes import BF16, F32, F64, DType, Elements
+
+INFINITY_BITS = 0x7F800000
+
+
+class Quantized(NamedTuple):
+    """What a kernel made of rows: the bytes of each segment, and the measured values that kernels return.
+
+    ``lanes`` are partial sums of squared errors; ``peak`` and ``largest`` the bits of the largest magnitude of the source and of
+    the error; ``overflowed`` and ``vanished`` are counts as in `Encoded`.
+    """
+
+    parts: tuple[Buffer, ...]
+    lanes: NDArray[np.float64]
+    peak: int
+    largest: int
+    overflowed: int
+    vanished: int
+
+
+@dataclass(frozen=True)
+class QuantizedCodec(Codec):
+    """A codec that approximates weights by codes."""
+
+    decoded: ClassVar[DType] = F32
+
+    @property
+    @abstractmethod
+    def unit(self) -> int:
+        """Rows are filled up to a multiple of this number of elements, itself a multiple of 32."""
+
+    @property
+    def takes_bf16(self) -> bool:
+        """Whether `_quantize` takes bfloat16 as uint16 patterns, too."""
+        return False
+
+    @abstractmethod
+    def _quantize(self, values: NDArray[Any], fitted: Any) -> Quantized:
+        """Encode C-contiguous rows of float32, filled up to whole units."""
+
+    @abstractmethod
+    def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
+        """Decode to C-contiguous rows of whole units, after checking the lengths of the parts: kernels do not look."""
+
+    def accepts(self, dtype: DType) -> bool:
+        """Return whether these are floats."""
+        return dtype.floating
+
+    def keeps(self, dtype: DType) -> bool:
+        """Return False: codes are approximations."""
+        del dtype
+        return False
+
+    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
+        """Quantize the rows of a piece."""
+        source = self._filled(elements.data)
+        narrow = elements.dtype is BF16 and self.takes_bf16
+        values = source if narrow else Elements(elements.dtype, source).to_f32()
+        parts, lanes, peak, largest, overflowed, vanished = self._quantize(values, fitted)
+        finite = peak < INFINITY_BITS
+        if elements.dtype is F64:  # it may exceed float32 itself
+            finite = elements.all_finite()
+            overflowed += int(np.isinf(values).sum())
+            if finite:
+                lost = source.reshape(-1, 32).any(axis=1) & ~values.reshape(-1, 32).any(axis=1)
+                vanished += int(lost.sum())
+        return Encoded(parts, finite, ErrorSum.of(elements.data.size, lanes, largest), overflowed, vanished)
+
+    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode the rows of a piece."""
+        rows, cols = out.shape
+        filled = self.filled(cols)
+        if filled == cols:
+            self._dequantize(parts, out)
+            return
+        padded = np.empty((rows, filled), np.float32)
+        self._dequantize(parts, padded)
+        out[:] = padded[:, :cols]
+
+    def filled(self, cols: int) -> int:
+        """Return the length of a row that is filled up."""
+        return -(-cols // self.unit) * self.unit
+
+    def _filled(self, values: NDArray[Any]) -> NDArray[Any]:
+        missing = self.filled(values.shape[1]) - values.shape[1]
+        return np.pad(values, ((0, 0), (0, missing))) if missing else values
+
+
+def check_length(part: Buffer, expected: int, what: str) -> None:
+    """Raise `ValueError` unless a part has the length that its piece needs."""
+    if len(part) != expected:
+        raise ValueError(f"{len(part)} bytes of {what} where {expected} are needed")
