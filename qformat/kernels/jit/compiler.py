@@ -22,7 +22,9 @@ from typing import Any, TypeVar
 
 import llvmlite
 import numba
-from numba.core import config
+from numba.core import config, types
+from numba.core.imputils import lower_constant
+from numba.extending import models, register_model, typeof_impl
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -115,3 +117,31 @@ def inline(function: _Function) -> _Function:
     """Mark a helper that kernels call; it is compiled into them."""
     helper: _Function = numba.njit(inline="never", nogil=True)(function)
     return helper
+
+
+class Step:
+    """A helper that one kernel hands to another helper, which calls it: ``step(function)``.
+
+    numba compiles the callee anew for each step. (It takes plain compiled functions as arguments, too, but puts their addresses
+    into the machine code, which then cannot be cached.)
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.dispatcher = numba.njit(inline="never", nogil=True)(function)
+
+
+class _StepType(types.Dispatcher):  # type: ignore[misc]
+    """The type of one step; its values carry nothing."""
+
+
+@typeof_impl.register(Step)
+def _typeof_step(step: Step, context: Any) -> _StepType:  # noqa: ARG001
+    return _StepType(step.dispatcher)
+
+
+register_model(_StepType)(models.OpaqueModel)
+
+
+@lower_constant(_StepType)
+def _step_constant(context: Any, builder: Any, kind: Any, value: Any) -> Any:  # noqa: ARG001
+    return context.get_dummy_value()

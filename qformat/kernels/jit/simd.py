@@ -4,7 +4,7 @@ numba unrolls short inner loops into scalar code and leaves LLVM's SLP vectorize
 never becomes vector code. Here a block is one value of a vector type instead, ``<32 x float>`` say, which LLVM splits into whatever
 registers the processor has. Every operation rounds once per lane, in order: results do not depend on the processor.
 
-Vectors are made by `load` and used with ``+ - * & | << >>``; scalars on either side are spread over the lanes.
+Vectors are made by `load` and used with ``+ - * / & | ^ << >>``; scalars on either side are spread over the lanes.
 """
 
 from __future__ import annotations
@@ -211,6 +211,7 @@ _operator(operator.mul, _binary("fmul", "mul"))
 _operator(operator.truediv, _binary("fdiv", "sdiv", "udiv"))
 _operator(operator.and_, _binary(None, "and_"))
 _operator(operator.or_, _binary(None, "or_"))
+_operator(operator.xor, _binary(None, "xor"))
 _operator(operator.lshift, _binary(None, "shl"))
 _operator(operator.rshift, _binary(None, "ashr", "lshr"))
 
@@ -271,6 +272,17 @@ def first_equal(typing: Any, vector: Any, value: Any) -> Any:  # noqa: ARG001
         return builder.zext(count, target) if vector.lanes < 64 else count
 
     return types.intp(vector, value), generate
+
+
+@intrinsic
+def trailing_zeros(typing: Any, value: Any) -> Any:  # noqa: ARG001
+    """Return the number of the lowest bit of an integer that is set."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        count = builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+        return context.cast(builder, count, signature.args[0], types.intp)
+
+    return types.intp(value), generate
 
 
 @intrinsic
@@ -374,6 +386,24 @@ def _reduction(name: str) -> Any:
 #: all lanes of integers together, as a scalar
 sum_lanes = _reduction("add")
 or_lanes = _reduction("or")
+
+
+@intrinsic
+def sum_halves(typing: Any, vector: Any) -> Any:  # noqa: ARG001
+    """Return the sum of all lanes of floats: the upper half is added to the lower one until a single lane is left."""
+    if not isinstance(vector.element, types.Float):
+        return None
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        value, lanes = args[0], vector.lanes
+        while lanes > 1:
+            lanes //= 2
+            masks = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(i, i + lanes))) for i in (0, lanes)]
+            low, high = (builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask) for mask in masks)
+            value = builder.fadd(low, high)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return vector.element(vector), generate
 
 
 @intrinsic
