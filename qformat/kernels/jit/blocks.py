@@ -20,7 +20,7 @@ from qformat.kernels.jit.simd import (
 )
 
 LANES = 16
-AHEAD = 1024  # elements to prefetch; the hardware's own prefetcher stops at each page
+AHEAD = 1024  # elements
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 INFINITY_BITS = 0x7F800000
@@ -57,8 +57,7 @@ def quantize_blocks(x, blocks, lanes, encode_block, chosen):
     peaks = zeros_u32(32)
     worst = zeros_u32(32)
     for block in range(x.size // 32):
-        prefetch(x, 32 * block + AHEAD)
-        prefetch(x, 32 * block + AHEAD + 16)
+        prefetch_block(x, block)
         values = load_f32(x, 32 * block, 32)
         decoded, too_large, too_small = encode_block(x, block, values, blocks, chosen)
         error = values - decoded
@@ -70,6 +69,13 @@ def quantize_blocks(x, blocks, lanes, encode_block, chosen):
             vanished += largest(bits(values) & 0x7FFFFFFF) != 0
     store(lanes, 0, total)
     return np.int64(largest(peaks)), np.int64(largest(worst)), overflowed, vanished
+
+
+@inline
+def prefetch_block(x, block):
+    """Ask for the cache lines of a block that will be read or written soon; the hardware's own prefetcher stops at each page."""
+    prefetch(x, 32 * block + AHEAD)
+    prefetch(x, 32 * block + AHEAD + 16)
 
 
 @inline

@@ -130,7 +130,7 @@ class Step:
         self.dispatcher = numba.njit(inline="never", nogil=True)(function)
 
 
-class _StepType(types.Dispatcher):  # type: ignore[misc]
+class _StepType(types.Dispatcher):
     """The type of one step; its values carry nothing."""
 
 

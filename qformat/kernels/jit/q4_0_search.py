@@ -42,13 +42,24 @@ from qformat.kernels.jit.simd import (
 TABLE = np.array([8, 8.6, 7.2, 8.3, 7.7, 8.9, 6.9, 6.2], np.float32)
 # The exact search brackets the scale by |d| = largest magnitude / c. Before the first c all codes are 0. After the last one the
 # least-squares scale is above |d| whatever the weights are, and from there on v only falls.
-GRID = np.array(
-    [0.500001, 1.3, 2, 2.7, 3.4, 4, 4.6, 5.2, 5.8, 6.3, 6.75, 7.1, 7.4]  # the sign of d does not matter: no code is 8
-    + [7.75, 8, 8.25, 8.5, 8.85, 9.4, 11, 16, 32],
-    np.float32,
-)
+SHARED = (
+    0.500001,
+    1.3,
+    2,
+    2.7,
+    3.4,
+    4,
+    4.6,
+    5.2,
+    5.8,
+    6.3,
+    6.75,
+    7.1,
+    7.4,
+)  # no code is 8: the sign of d does not matter
+GRID = np.array([*SHARED, 7.75, 8, 8.25, 8.5, 8.85, 9.4, 11, 16, 32], np.float32)
 POINTS = GRID.size
-ONE_SIGN = 13  # grid points of the first kind
+ONE_SIGN = len(SHARED)
 SLACK = np.float32(1 + 2.0**-17)  # more than what rounding does to the bounds
 LESS = np.float32(1 - 2.0**-17)
 # where things stand in the scratch array of the exact search

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.blocks import quantize_blocks, reciprocal, too_large, too_small, usable
+from qformat.kernels.jit.blocks import prefetch_block, quantize_blocks, reciprocal, too_large, too_small, usable
 from qformat.kernels.jit.compiler import F32, U8, U16, Step, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.simd import (
@@ -58,6 +58,7 @@ def quantize(x, blocks, lanes):
 def dequantize(blocks, x):
     """Decode blocks of 22 bytes to 32 float32 each."""
     for block in range(x.size // 32):
+        prefetch_block(x, block)
         scale = half_to_float(load_as(blocks, 22 * block, np.uint16(0)))
         packed = load(blocks, 22 * block + 6, 16)
         fifth = unpack_bits(load_as(blocks, 22 * block + 2, np.uint32(0))) << 4

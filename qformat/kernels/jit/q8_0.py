@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.blocks import quantize_blocks, reciprocal, too_large, too_small, usable
+from qformat.kernels.jit.blocks import prefetch_block, quantize_blocks, reciprocal, too_large, too_small, usable
 from qformat.kernels.jit.compiler import F32, U8, U16, Step, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.simd import (
@@ -53,6 +53,7 @@ def quantize(x, blocks, lanes):
 def dequantize(blocks, x):
     """Decode blocks of 34 bytes to 32 float32 each."""
     for block in range(x.size // 32):
+        prefetch_block(x, block)
         scale = half_to_float(load_as(blocks, 34 * block, np.uint16(0)))
         codes = (to_i32(load(blocks, 34 * block + 2, 32)) << 24) >> 24  # the sign extended
         store(x, 32 * block, to_f32(codes) * scale)

@@ -121,7 +121,7 @@ def _for_one_magnitude(first: F32, one_sign: NDArray[np.bool_]) -> U32:
     return best
 
 
-def _half_bits(x: F32) -> U32:
+def _half_bits(x: NDArray[np.floating]) -> U32:
     return x.astype(np.float16).view(np.uint16).astype(np.uint32)
 
 
