@@ -19,10 +19,10 @@ _HIDDEN, _FFN, _KV = 2048, 5632, 256
 _CTRANSLATE2, _FLOAT16 = 6, 4
 
 
-def normal(count: int, cols: int = 4096) -> np.ndarray:
+def normal(count: int, cols: int = 4096, sd: float = SD) -> np.ndarray:
     """Return float32 weights in rows."""
     weights = np.random.default_rng(0).standard_normal(count, dtype=np.float32)
-    weights *= np.float32(SD)
+    weights *= np.float32(sd)
     return weights.reshape(-1, cols)
 
 
