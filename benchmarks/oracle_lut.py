@@ -20,8 +20,8 @@ def long_lloyd(values: np.ndarray, size: int, *, steps: int = 3000, random_start
     steps
         How many to take at most; a run ends where the levels stay.
     random_starts
-        Runs from random weights, beside those from quantiles, from equal steps, and from the cube roots of the density that quantiles
-        of a power stand for.
+        Runs from random weights, beside those from quantiles, from equal steps, and from levels as dense as the cube root of the
+        weights' density.
     """
     ordered = np.sort(values.reshape(-1).astype(np.float64))
     sums, squares = (np.concatenate([[0.0], np.cumsum(powers)]) for powers in (ordered, ordered * ordered))
@@ -37,7 +37,7 @@ def long_lloyd(values: np.ndarray, size: int, *, steps: int = 3000, random_start
 
 
 def _spread(ordered: np.ndarray, size: int) -> np.ndarray:
-    """Return levels as dense as the cube root of the weights' density, which is the best for many levels."""
+    """Return levels as dense as the cube root of the density, which is the best for many levels."""
     counts, edges = np.histogram(ordered, 2048)
     reached = np.cumsum(np.cbrt(counts))
     return np.interp((np.arange(size) + 0.5) / size * reached[-1], reached, edges[1:])

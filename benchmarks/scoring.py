@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 
 from benchmarks.ggml import BLOCKS, Library
-from benchmarks.models import Model, Part, Score
+from benchmarks.models import Model, Score
 from qformat.codecs.base import Codec
 from qformat.encode import Plan, encode_piece, fit
 
