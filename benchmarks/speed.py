@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from benchmarks.catalogue import AFFINE, EVERY, GGUF, LUT, NLM, Q4_0, Q4_1, available
+from benchmarks.catalogue import AFFINE, EVERY, GGUF, LUT, NLM, NLM_MAX, Q4_0, Q4_1, available
 from benchmarks.context import Context
 from benchmarks.ggml import BLOCKS, NONE, SEARCHING, Library
 from benchmarks.inputs import minilm_matrices, normal
@@ -71,9 +72,14 @@ def _sized(make: Callable[[int], _Task], most: int) -> _Task:
 
 
 def _cut(tensors: Sequence[np.ndarray], weights: int) -> list[np.ndarray]:
-    """Return rows of each tensor, about so many weights in all."""
-    share = weights / sum(array.size for array in tensors)
-    return [array[: max(1, round(len(array) * min(1.0, share)))] for array in tensors]
+    """Return tensors of about so many weights in all: whole ones, those of usual size first, and rows of the last one."""
+    chosen = []
+    for array in sorted(tensors, key=lambda array: abs(math.log2(array.size / PIECE))):
+        rows = min(len(array), -(-weights * len(array) // array.size))
+        if rows > 0:
+            chosen.append(array[:rows])
+            weights -= chosen[-1].size
+    return chosen
 
 
 def _encoder(codec: Codec, tensors: Sequence[np.ndarray]) -> Callable[[int], _Task]:
