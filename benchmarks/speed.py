@@ -31,12 +31,8 @@ _ENCODERS = {
     **{(text, data): 400 for text in NLM.values() for data in (_REAL, _NORMAL)},
 }
 _DECODERS = {text: 1500 if text.startswith(("lut", "nlm")) else 2000 for text in EVERY}
-_SAME_DECODER = {
-    *Q4_0[1:],
-    *Q4_1[1:],
-    *LUT[1:3],
-    *AFFINE[1:3],
-}  # as another one of the list, for all that a decoder sees
+#: whose decoder sees nothing but what it sees for another one
+_SAME_DECODER = {*Q4_0[1:], *Q4_1[1:], *NLM_MAX.values(), *LUT[1:3], *AFFINE[1:3]}
 _SECONDS = 0.08  # what a run should take; slow encoders get fewer weights
 
 Timed = Callable[[], None]
