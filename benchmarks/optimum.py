@@ -83,8 +83,9 @@ def _q4_1(context: Context, model: Model) -> Iterator[Row]:
         return
     blocks = _blocks_of(model, 16 if context.quick else 96)
     best = math.sqrt(_exact_q4_1(blocks).sum() / blocks.size)
-    for text, limit in zip(Q4_1, (None, None, 1.005), strict=True):
-        own = math.sqrt(_errors(codecs[text], blocks).sum() / blocks.size)
+    for text, codec in codecs.items():
+        limit = 1.005 if text == Q4_1[2] else None
+        own = math.sqrt(_errors(codec, blocks).sum() / blocks.size)
         target, met = ("", None) if limit is None else (f"<= {limit}", own / best <= limit)
         name = f"{text} / exact: {model.name}, {len(blocks)} blocks, rmse"
         yield Row(name, f"{own:.4e}", f"{best:.4e}", own / best, target, met, digits=5)
