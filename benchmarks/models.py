@@ -37,15 +37,15 @@ class Score:
         Sum of squared errors of each part of the model; NaN for parts that were left out.
     bits
         Bits for each weight that was not left out.
-    same_bytes
-        Of each part whether its bytes were those that were expected; empty if none were.
+    as_expected
+        Of each part whether it came out as a peer makes it; empty if there is no peer.
     choices
         Counts by name, from `Codec.histograms`.
     """
 
     squares: np.ndarray
     bits: float
-    same_bytes: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    as_expected: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     choices: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 

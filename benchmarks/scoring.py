@@ -41,7 +41,8 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
     model
         What to quantize.
     expected
-        The GGUF type whose bytes these should be, as gguf's numpy code makes them; empty if there is none.
+        The GGUF type whose bytes these should be, as gguf's numpy code makes them, and decode to what it decodes; empty if there is
+        none.
     """
 
     def measure(plans: list[Plan], number: int) -> tuple[float, bool, dict[str, np.ndarray]]:
@@ -52,7 +53,7 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
         assert not encoded.overflowed
         decoded = np.empty(part.rows.shape, codec.decoded.storage)
         codec.decode(encoded.parts, decoded)
-        same = not expected or _gguf_blocks(expected, part.rows).tobytes() == b"".join(map(bytes, encoded.parts))
+        same = not expected or _as_gguf(expected, part.rows, b"".join(map(bytes, encoded.parts)), decoded)
         return _squares(part.rows, decoded), same, codec.histograms(encoded.parts)
 
     with ThreadPoolExecutor(threads()) as pool:
@@ -106,10 +107,13 @@ def gguf_bits(kind: str) -> float:
     return 8 * nbytes / elements
 
 
-def _gguf_blocks(kind: str, rows: np.ndarray) -> np.ndarray:
+def _as_gguf(kind: str, rows: np.ndarray, blocks: bytes, decoded: np.ndarray) -> bool:
+    """Return whether gguf's numpy code gives the same blocks and the same weights."""
+    type_ = GGMLQuantizationType[kind.upper()]
     missing = -rows.shape[1] % 32
-    filled = np.pad(rows, ((0, 0), (0, missing))) if missing else rows
-    return quants.quantize(filled, GGMLQuantizationType[kind.upper()])
+    expected = quants.quantize(np.pad(rows, ((0, 0), (0, missing))) if missing else rows, type_)
+    weights = quants.dequantize(expected, type_)[:, : rows.shape[1]]
+    return expected.tobytes() == blocks and weights.tobytes() == decoded.tobytes()
 
 
 def gguf_round_trip(kind: str) -> RoundTrip:
