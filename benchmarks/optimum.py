@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.catalogue import LUT_LLOYD, Q4_0, Q4_1, available
 from benchmarks.context import Context
 from benchmarks.models import Model, models
-from benchmarks.oracle_lut import long_lloyd
+from benchmarks.oracle_lut import long_lloyd, near_optimum
 from benchmarks.oracle_q4_0 import DISTRIBUTIONS, SIZE, exact_q4_0, sample
 from benchmarks.report import Row, Section
 from benchmarks.scoring import score_codec, threads
@@ -105,23 +105,19 @@ def _lut(model: Model) -> Iterator[Row]:
         model.name, [(name, _rows(array)) for name, array in model.tensors[:: -(-len(model.tensors) // _TENSORS)]]
     )
     score = score_codec(codec, small)
-    with ThreadPoolExecutor(threads()) as pool:
-        best = np.array(list(pool.map(lambda tensor: long_lloyd(tensor[1], codec.size), small.tensors)))
     owners = np.array([tensor for tensor, _ in small.cuts])
     own = np.array([score.squares[owners == number].sum() for number in range(len(small.tensors))])
-    ratios = np.sqrt(np.divide(own, best, out=np.ones_like(own), where=best > 0))
-    worst = int(ratios.argmax())
-    name = f"{codec} / long run of Lloyd: {model.name}, worst of {len(ratios)} tensors"
-    sizes = math.sqrt(small.tensors[worst][1].size)
-    yield Row(
-        name,
-        f"{math.sqrt(own[worst]) / sizes:.4e} ({small.tensors[worst][0]})",
-        f"{math.sqrt(best[worst]) / sizes:.4e}; median ratio {np.median(ratios):.5f}",
-        float(ratios[worst]),
-        f"<= {_NEAR_LLOYD}",
-        bool(ratios[worst] <= _NEAR_LLOYD),
-        digits=5,
-    )
+    for oracle, what, limit in ((long_lloyd, "long run of Lloyd", _NEAR_LLOYD), (near_optimum, "near-optimum", None)):
+        with ThreadPoolExecutor(threads()) as pool:
+            best = np.array(list(pool.map(lambda tensor, oracle=oracle: oracle(tensor[1], codec.size), small.tensors)))
+        ratios = np.sqrt(np.divide(own, best, out=np.ones_like(own), where=best > 0))
+        worst = int(ratios.argmax())
+        tensor, array = small.tensors[worst]
+        rmse = f"{math.sqrt(own[worst] / array.size):.4e}", f"{math.sqrt(best[worst] / array.size):.4e}"
+        name = f"{codec} / {what}: {model.name}, worst of {len(ratios)} tensors"
+        target, met = ("", None) if limit is None else (f"<= {limit}", bool(ratios[worst] <= limit))
+        peer = f"{rmse[1]}; median ratio {np.median(ratios):.5f}"
+        yield Row(name, f"{rmse[0]} ({tensor})", peer, float(ratios[worst]), target, met, digits=5)
 
 
 def run(context: Context) -> Section:
