@@ -9,12 +9,16 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.context import Context
+from benchmarks.ggml import VARIABLE, libraries
 from benchmarks.report import Section, as_markdown, as_text, machine, summary
 
 #: by name of the benchmark: its module
 BENCHMARKS = {
     "quality": "quality",
+    "formats": "formats",
+    "optimum": "optimum",
     "kernels": "kernels",
+    "speed": "speed",
     "convert": "convert",
     "identical": "identical",
     "startup": "startup",
@@ -39,6 +43,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="also convert 4 GB")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--workdir", type=Path, help="where to put about 2 GB of temporary files, on a real disk")
+    parser.add_argument(
+        "--ggml",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help=f"a libggml-base.so to compare with; may be repeated; {VARIABLE} is another way to name them",
+    )
     arguments = parser.parse_args()
     if arguments.write and (arguments.only or arguments.quick):
         parser.error("--write is for a whole run: without --only and --quick")
@@ -65,14 +76,16 @@ def main() -> None:
     arguments = _arguments()
     start = time.perf_counter()
     print("\n".join(machine()), end="\n\n", flush=True)
-    sections = []
+    sections: list[Section] = []
+    builds = libraries(arguments.ggml)
     with tempfile.TemporaryDirectory(prefix="qformat-bench-", dir=arguments.workdir) as directory:
-        context = Context(Path(directory), quick=arguments.quick, full=arguments.full)
+        context = Context(Path(directory), quick=arguments.quick, full=arguments.full, ggml=builds)
         wanted = [module for name, module in BENCHMARKS.items() if not arguments.only or name in arguments.only]
         for module in ["yardsticks", *wanted]:
-            section = import_module(f"benchmarks.{module}").run(context)
-            sections.append(section)
-            print(as_text(section), flush=True)
+            found = import_module(f"benchmarks.{module}").run(context)
+            for section in [found] if isinstance(found, Section) else found:
+                sections.append(section)
+                print(as_text(section), flush=True)
     print(summary(sections))
     if arguments.quick:
         print("These are figures of small inputs: repeat without --quick.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from benchmarks.ggml import Library
 from benchmarks.inputs import Llama, minilm
 from benchmarks.timing import QFORMAT, run_process
 
@@ -23,11 +25,14 @@ class Context:
         Small inputs: to see whether everything works, not to measure.
     full
         Also convert 4 GB.
+    ggml
+        Builds of ggml to compare with.
     """
 
     workdir: Path
     quick: bool = False
     full: bool = False
+    ggml: Sequence[Library] = ()
 
     def rounds(self, count: int) -> int:
         """Return how many rounds to run where `count` is the normal number."""

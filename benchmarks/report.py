@@ -30,6 +30,8 @@ class Row:
         What is asked for; empty if the row is for information.
     met
         Whether it is so; None without a target.
+    digits
+        Digits of the ratio after the point.
     """
 
     name: str
@@ -38,10 +40,11 @@ class Row:
     ratio: float | None = None
     target: str = ""
     met: bool | None = None
+    digits: int = 2
 
     def cells(self) -> tuple[str, ...]:
         """Return the row as strings."""
-        ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
+        ratio = "" if self.ratio is None else f"{self.ratio:.{self.digits}f}"
         return (self.name, self.measured, self.peer, ratio, self.target, _YES_NO[self.met])
 
 

@@ -1,0 +1,169 @@
+"""Models to be quantized in memory: trained ones and random weights, cut into pieces of whole rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from qformat.converters.arrays import ArrayTensor
+
+from qformat.codecs.base import Matrix, Piece, pieces
+from qformat.dtypes import from_array
+
+_GRAIN = 256  # a multiple of every block, so that pieces are the same for all types
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a tensor: the number of the tensor, the piece, the rows as float32."""
+
+    tensor: int
+    piece: Piece
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a type made of a model: the squared errors of each part, and how often each choice was made.
+
+    Attributes
+    ----------
+    squares
+        Sum of squared errors of each part of the model; NaN for parts that were left out.
+    bits
+        Bits for each weight that was not left out.
+    as_expected
+        Of each part whether it came out as a peer makes it; empty if there is no peer.
+    choices
+        Counts by name, from `Codec.histograms`.
+    """
+
+    squares: np.ndarray
+    bits: float
+    as_expected: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    choices: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Named matrices, and what is known of their parts.
+
+    Attributes
+    ----------
+    name
+        For titles.
+    tensors
+        The matrices, float16 or float32.
+    """
+
+    name: str
+    tensors: list[tuple[str, np.ndarray]]
+
+    @cached_property
+    def sources(self) -> list[ArrayTensor]:
+        """The tensors as `Plan` takes them."""
+        return [ArrayTensor(name, from_array(array)) for name, array in self.tensors]
+
+    @cached_property
+    def cuts(self) -> list[tuple[int, Piece]]:
+        """Every part: the tensor's number and the piece."""
+        shapes = [Matrix.of(array.shape) for _, array in self.tensors]
+        return [(number, piece) for number, matrix in enumerate(shapes) for piece in pieces(matrix, _GRAIN)]
+
+    def part(self, number: int) -> Part:
+        """Return one part, its weights widened."""
+        tensor, piece = self.cuts[number]
+        matrix = Matrix.of(self.tensors[tensor][1].shape)
+        flat = self.tensors[tensor][1].reshape(-1)[piece.elements(matrix)]
+        return Part(tensor, piece, flat.reshape(piece.rows, piece.cols).astype(np.float32))
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return sum(array.size for _, array in self.tensors)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Weights of each part."""
+        return np.array([piece.rows * piece.cols for _, piece in self.cuts])
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """Length of the rows of each part."""
+        return np.array([piece.cols for _, piece in self.cuts])
+
+    @cached_property
+    def _sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sum of the weights and of their squares for each part."""
+        sums = []
+        for number in range(len(self.cuts)):
+            wide = self.part(number).rows.astype(np.float64)
+            sums.append((wide.sum(), np.square(wide).sum()))
+        first, second = np.array(sums).T
+        return first, second
+
+    @cached_property
+    def kurtosis(self) -> np.ndarray:
+        """Kurtosis of each tensor; 3 for normally distributed weights."""
+        found = []
+        for _, array in self.tensors:
+            centred = array.astype(np.float64) - array.mean(dtype=np.float64)
+            variance = np.mean(centred**2)
+            found.append(float(np.mean(centred**4) / variance**2) if variance else math.inf)
+        return np.array(found)
+
+    def parts_of(self, tensors: np.ndarray) -> np.ndarray:
+        """Return a mask of the parts of those tensors that a mask selects."""
+        return tensors[[tensor for tensor, _ in self.cuts]]
+
+    def rel_rmse(self, score: Score, only: np.ndarray | None = None) -> float:
+        """Return the root mean square error over the standard deviation of the weights, all tensors together.
+
+        `only` is a mask of parts; what was left out of the score is left out anyway.
+        """
+        used = np.isfinite(score.squares) if only is None else np.isfinite(score.squares) & only
+        count = self.counts[used].sum()
+        first, second = (math.fsum(sums[used]) / count for sums in self._sums)
+        deviation = math.sqrt(max(0.0, second - first * first))
+        return math.sqrt(math.fsum(score.squares[used]) / count) / deviation
+
+    def mean_rel_rmse(self, score: Score) -> float:
+        """Return the average of the tensors' own figures."""
+        owners = np.array([tensor for tensor, _ in self.cuts])
+        known = np.unique(owners[np.isfinite(score.squares)])
+        return math.fsum(self.rel_rmse(score, owners == tensor) for tensor in known) / len(known)
+
+
+class Here(Executor):
+    """An executor that runs what it gets at once, on the caller's thread."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run it."""
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def thinned(model: Model, limit: int) -> Model:
+    """Return a model of at most the first `limit` weights or so of each tensor: for quick runs."""
+    return Model(model.name, [(name, _head(array, limit)) for name, array in model.tensors])
+
+
+def _head(array: np.ndarray, limit: int) -> np.ndarray:
+    return np.ascontiguousarray(array[: max(1, limit // math.prod(array.shape[1:]))])
+
+
+def models(*, quick: bool) -> Iterator[Model]:
+    """Yield the models."""
+    from benchmarks.inputs import minilm_matrices, normal, whisper
+
+    few = 1 << 15
+    for name, tensors in (("all-MiniLM-L6-v2, float32", minilm_matrices), ("Whisper-base, float16", whisper)):
+        model = Model(name, list(tensors().items()))
+        yield thinned(model, few) if quick else model
+    yield Model("N(0, 1), float32", [("normal", normal(1 << 20 if quick else 1 << 24, sd=1.0))])
