@@ -1,7 +1,7 @@
-"""Reference reader of qformat 1.0 in plain numpy, written from `container.md` and `codecs.md` alone.
+"""Reference reader of qformat 1.1 in plain numpy, written from `container.md` and `codecs.md` alone.
 
-It reads the whole file, checks every rule of the two texts and prefers clarity to speed. "container 3" and
-"codecs" in the comments name the text, and the section of it, in which a rule stands.
+It reads the whole file, checks every rule of the two texts and prefers clarity to speed; `reference_codecs` decodes
+the tensors. "container 3" and "codecs" in the comments name the text, and the section of it, in which a rule stands.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ import zlib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
+# This file is also loaded by its path, without the folder that it shares with the codecs' part.
+sys.path.append(str(Path(__file__).parent))
+
+from reference_codecs import SpecError, fail, get, quantize_q4_0
+from reference_codecs import decode as decode_values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy.typing as npt
+
+__all__ = ["Asset", "File", "SpecError", "Tensor", "decode", "decode_asset", "main", "quantize_q4_0", "read"]
 
 T = TypeVar("T")
 Record = dict[str, object]
@@ -48,32 +52,6 @@ TENSOR_KEYS = {"name", "shape", "dtype", "codec", "params", "encoder", "error", 
 ERROR_VALUE = re.compile(r"0\.0{9}e\+00|[1-9]\.[0-9]{9}e(\+[0-9]{2}|-0[1-9]|-[1-9][0-9])")
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-# Exponent and mantissa bits of the floating dtypes (codecs, Dtypes).
-FLOATING = {
-    "f8_e4m3": (4, 3),
-    "f8_e5m2": (5, 2),
-    "f16": (5, 10),
-    "bf16": (8, 7),
-    "f32": (8, 23),
-    "f64": (11, 52),
-}
-# The stored elements of each dtype (codecs, Dtypes). Those of bool, bf16 and f8 are widened afterwards.
-DTYPES = {
-    "bool": "u1",
-    **{f"u{8 * size}": f"<u{size}" for size in (1, 2, 4, 8)},
-    **{f"i{8 * size}": f"<i{size}" for size in (1, 2, 4, 8)},
-    "f8_e4m3": "u1",
-    "f8_e5m2": "u1",
-    "f16": "<f2",
-    "bf16": "<u2",
-    "f32": "<f4",
-    "f64": "<f8",
-}
-
-
-class SpecError(ValueError):
-    """The bytes break a rule of the specification, or need something that this reader does not know."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +116,12 @@ def read(data: bytes) -> File:
     minor, index_offset, index = _check_trailer(data)
     top = _parse_index(index)
     if refusal := _refusal(top, TOP_KEYS, "index"):
-        _fail("index", refusal)
+        fail("index", refusal)
     if _digest(top, "header_sha256", "index") != hashlib.sha256(data[:header_size]).hexdigest():
-        _fail("header", "header_sha256 differs")
-    metadata = _get(top, "metadata", dict, "index")
+        fail("header", "header_sha256 differs")
+    metadata = get(top, "metadata", dict, "index")
     if not all(isinstance(value, str) for value in metadata.values()):
-        _fail("metadata", "holds something that is not a string")
+        fail("metadata", "holds something that is not a string")
     tensors, assets = _named_records(top, "tensors"), _named_records(top, "assets")
     _check_folders(assets)
     _check_layout(data, tensors, assets, header_size, index_offset)
@@ -177,18 +155,12 @@ def decode(tensor: Tensor) -> npt.NDArray[Any]:
     """
     where = f"tensor {tensor.name!r}"
     if tensor.refusal:
-        _fail(where, tensor.refusal)
-    # container 3: an unknown codec or dtype makes this tensor unreadable and no other.
-    if tensor.codec not in CODECS:
-        _fail(where, f"unknown codec {tensor.codec!r}")
-    if tensor.dtype not in DTYPES:
-        _fail(where, f"unknown dtype {tensor.dtype!r}")
-    values = CODECS[tensor.codec](tensor, where)
-    try:
-        return values.reshape(tensor.shape)
-    except ValueError:
-        # Only without elements: numpy also bounds the product of those dimensions that are not 0.
-        _fail(where, f"shape {tensor.shape} is beyond what numpy holds")
+        fail(where, tensor.refusal)
+    params = get(tensor.record, "params", dict, where)
+    has_error = "error" in tensor.record
+    return decode_values(
+        tensor.codec, tensor.dtype, tensor.shape, params, tensor.segments, has_error=has_error, where=where
+    )
 
 
 def decode_asset(asset: Asset) -> bytes:
@@ -211,22 +183,18 @@ def decode_asset(asset: Asset) -> bytes:
     """
     where = f"asset {asset.name!r}"
     if asset.refusal:
-        _fail(where, asset.refusal)
+        fail(where, asset.refusal)
     if asset.encoding == "raw":
         content = asset.stored
     elif asset.encoding == "zstd":
         content = _decompress(asset.stored, asset.size, where)
     else:
-        _fail(where, f"unknown encoding {asset.encoding!r}")
+        fail(where, f"unknown encoding {asset.encoding!r}")
     if len(content) != asset.size:
-        _fail(where, f"decodes to {len(content)} bytes or more, not to {asset.size}")
+        fail(where, f"decodes to {len(content)} bytes or more, not to {asset.size}")
     if hashlib.sha256(content).hexdigest() != asset.record["content_sha256"]:
-        _fail(where, "content_sha256 differs")
+        fail(where, "content_sha256 differs")
     return content
-
-
-def _fail(where: str, what: str) -> NoReturn:
-    raise SpecError(f"{where}: {what}")
 
 
 # ---- container 1, 4 and 5: header, trailer records, trailer
@@ -235,16 +203,16 @@ def _fail(where: str, what: str) -> NoReturn:
 def _check_header(data: bytes) -> int:
     """Check the header and return its size; its digest stands in the index."""
     if len(data) < ALIGNMENT + TRAILER_SIZE:
-        _fail("file", f"{len(data)} bytes are too few for a header and a trailer")
+        fail("file", f"{len(data)} bytes are too few for a header and a trailer")
     magic, major, header_size, _, incompatible = struct.unpack_from("<8sHHIQ", data)
     if magic != b"\x89QFM\r\n\x1a\n":
-        _fail("header", f"magic is {magic!r}")
+        fail("header", f"magic is {magic!r}")
     if major != 1:
-        _fail("header", f"unknown major version {major}")
+        fail("header", f"unknown major version {major}")
     if header_size == 0 or header_size % ALIGNMENT:
-        _fail("header", f"header_size {header_size} is not a positive multiple of {ALIGNMENT}")
+        fail("header", f"header_size {header_size} is not a positive multiple of {ALIGNMENT}")
     if incompatible:
-        _fail("header", f"unknown incompatible feature bits {incompatible:#x}")
+        fail("header", f"unknown incompatible feature bits {incompatible:#x}")
     return int(header_size)
 
 
@@ -254,38 +222,38 @@ def _check_trailer(data: bytes) -> tuple[int, int, bytes]:
     index_offset, index_length, index_sha = struct.unpack_from("<QQ32s", trailer)
     records_length, records_sha, crc, end_magic, minor = struct.unpack_from("<Q32s24xI8sI", trailer, 48)
     if end_magic != b"QFM-END\n":
-        _fail("trailer", f"end magic is {end_magic!r}; the file is cut short or still being written")
+        fail("trailer", f"end magic is {end_magic!r}; the file is cut short or still being written")
     if crc != zlib.crc32(trailer[:112] + bytes(4) + trailer[116:]):
-        _fail("trailer", "crc32 differs")
+        fail("trailer", "crc32 differs")
     if index_offset % ALIGNMENT:
-        _fail("trailer", f"index_offset {index_offset} is not aligned")
+        fail("trailer", f"index_offset {index_offset} is not aligned")
     if index_offset + index_length + records_length + TRAILER_SIZE != len(data):
-        _fail("trailer", f"the lengths do not add up to the file's {len(data)} bytes")
+        fail("trailer", f"the lengths do not add up to the file's {len(data)} bytes")
     if index_length > MAX_INDEX:  # container 3
-        _fail("trailer", f"index_length {index_length} is above {MAX_INDEX}")
+        fail("trailer", f"index_length {index_length} is above {MAX_INDEX}")
     records_offset = index_offset + index_length
     index, records = data[index_offset:records_offset], data[records_offset:-TRAILER_SIZE]
     if hashlib.sha256(index).digest() != index_sha:
-        _fail("index", f"index_sha256 differs (offset {index_offset}, length {index_length})")
+        fail("index", f"index_sha256 differs (offset {index_offset}, length {index_length})")
     if records_length > MAX_RECORDS:
-        _fail("trailer records", f"records_length {records_length} is above {MAX_RECORDS}")
+        fail("trailer records", f"records_length {records_length} is above {MAX_RECORDS}")
     if hashlib.sha256(records).digest() != records_sha:
-        _fail("trailer records", f"records_sha256 differs (offset {records_offset}, length {records_length})")
+        fail("trailer records", f"records_sha256 differs (offset {records_offset}, length {records_length})")
 
     position = 0
     while position < len(records):
         where = f"trailer record at offset {records_offset + position}"
         if len(records) - position < 16:
-            _fail(where, "cut short")
+            fail(where, "cut short")
         kind, flags, length = struct.unpack_from("<IIQ", records, position)
         end = position + 16 + length
         position = end + -length % 8
         if position > len(records):
-            _fail(where, f"length {length} goes beyond the records")
+            fail(where, f"length {length} goes beyond the records")
         if any(records[end:position]):
-            _fail(where, "padding is not zero")
+            fail(where, "padding is not zero")
         if flags & 1:
-            _fail(where, f"unknown type {kind} must be understood")
+            fail(where, f"unknown type {kind} must be understood")
     return minor, index_offset, index
 
 
@@ -308,49 +276,41 @@ def _parse_index(index: bytes) -> Record:
         raise SpecError(f"index: not JSON in UTF-8 within the limits ({error})") from error
     if again != index:
         at = next((i for i, (a, b) in enumerate(zip(again, index, strict=False)) if a != b), len(again))
-        _fail("index", f"not canonical at its byte {at}")
+        fail("index", f"not canonical at its byte {at}")
     if not isinstance(top, dict):
-        _fail("index", "not an object")
+        fail("index", "not an object")
     return top
 
 
 def _integer(text: str) -> int:
     # Digits are counted first, since int() refuses, or takes long for, a very long text.
     if not re.fullmatch(r"-?[0-9]{1,16}", text) or not 0 <= int(text) <= MAX_INTEGER:
-        _fail("index", f"number {text[:40]} is not an integer from 0 to 2^53 - 1")
+        fail("index", f"number {text[:40]} is not an integer from 0 to 2^53 - 1")
     return int(text)
 
 
 def _check_json(value: object, depth: int) -> None:
     """Refuse null and too deep a nesting; `depth` counts the arrays and objects around the value."""
     if value is None:
-        _fail("index", "holds null")
+        fail("index", "holds null")
     if isinstance(value, dict | list):
         if depth == MAX_DEPTH:
-            _fail("index", f"nested deeper than {MAX_DEPTH} levels")
+            fail("index", f"nested deeper than {MAX_DEPTH} levels")
         for child in value.values() if isinstance(value, dict) else value:
             _check_json(child, depth + 1)
 
 
-def _get(record: Record, key: str, kind: type[T], where: str) -> T:
-    """Take a required key of exactly this type: to Python a bool is an int, to the format it is not."""
-    value = record.get(key)
-    if not isinstance(value, kind) or type(value) is not kind:
-        _fail(where, f"{key!r} is missing or not of type {kind.__name__}")
-    return value
-
-
 def _get_list(record: Record, key: str, kind: type[T], where: str) -> list[T]:
-    values = _get(record, key, list, where)
+    values = get(record, key, list, where)
     if any(type(value) is not kind for value in values):
-        _fail(where, f"{key!r} holds something that is not of type {kind.__name__}")
+        fail(where, f"{key!r} holds something that is not of type {kind.__name__}")
     return values
 
 
 def _digest(record: Record, key: str, where: str) -> str:
-    value = _get(record, key, str, where)
+    value = get(record, key, str, where)
     if not HEX_DIGEST.fullmatch(value):
-        _fail(where, f"{key!r} is not a SHA-256 in lower-case hexadecimal")
+        fail(where, f"{key!r} is not a SHA-256 in lower-case hexadecimal")
     return value
 
 
@@ -364,19 +324,19 @@ def _refusal(record: Record, known: set[str], where: str) -> str:
 def _named_records(top: Record, key: str) -> list[Record]:
     """Take an array of records that is sorted by name, names unique."""
     records: list[Record] = _get_list(top, key, dict, "index")
-    for before, name in pairwise([_get(record, "name", str, key) for record in records]):
+    for before, name in pairwise([get(record, "name", str, key) for record in records]):
         if before >= name:
-            _fail(key, f"name {name!r} is not unique or stands in the wrong place")
+            fail(key, f"name {name!r} is not unique or stands in the wrong place")
     return records
 
 
 def _check_folders(assets: list[Record]) -> None:
     """Check that no asset's name is that of a folder of another one."""
-    names = {_get(asset, "name", str, "assets") for asset in assets}
+    names = {get(asset, "name", str, "assets") for asset in assets}
     for name in names:
         for end, character in enumerate(name):
             if character == "/" and name[:end] in names:
-                _fail(f"asset {name!r}", f"{name[:end]!r} is an asset and a folder")
+                fail(f"asset {name!r}", f"{name[:end]!r} is an asset and a folder")
 
 
 # ---- container 2 and 3: segments and the records that describe them
@@ -388,76 +348,76 @@ def _check_layout(data: bytes, tensors: list[Record], assets: list[Record], star
     for tensor in tensors:
         where = f"tensor {tensor['name']!r}"
         owners += [(segment, where) for segment in _get_list(tensor, "segments", dict, where)]
-    spans = [(_get(r, "offset", int, where), _get(r, "length", int, where), where) for r, where in owners]
+    spans = [(get(r, "offset", int, where), get(r, "length", int, where), where) for r, where in owners]
     end = start
     # Sorting by length too puts a segment of length 0 before the one that begins at the same offset.
     for offset, length, where in [*sorted(spans), (stop, 0, "index")]:
         begin = -(-end // ALIGNMENT) * ALIGNMENT
         if offset != begin:
-            _fail(where, f"begins at {offset} and not at {begin}")
+            fail(where, f"begins at {offset} and not at {begin}")
         if offset + length > stop:
-            _fail(where, f"segment at {offset} of length {length} goes beyond the index at {stop}")
+            fail(where, f"segment at {offset} of length {length} goes beyond the index at {stop}")
         if any(data[end:offset]):
-            _fail(where, f"padding from {end} to {offset} is not zero")
+            fail(where, f"padding from {end} to {offset} is not zero")
         end = offset + length
 
 
 def _load(data: bytes, record: Record, where: str) -> bytes:
     """Take the bytes of a segment or an asset and compare their digest; the span has been checked."""
-    offset, length = _get(record, "offset", int, where), _get(record, "length", int, where)
+    offset, length = get(record, "offset", int, where), get(record, "length", int, where)
     content = data[offset : offset + length]
     if hashlib.sha256(content).hexdigest() != _digest(record, "sha256", where):
-        _fail(where, f"sha256 differs (offset {offset}, length {length})")
+        fail(where, f"sha256 differs (offset {offset}, length {length})")
     return content
 
 
 def _load_tensor(data: bytes, record: Record) -> Tensor:
-    name = _get(record, "name", str, "tensors")
+    name = get(record, "name", str, "tensors")
     where = f"tensor {name!r}"
     if CONTROL.search(name) or not 1 <= len(name.encode()) <= 1024:
-        _fail(where, "name is empty, too long or has a control character")
+        fail(where, "name is empty, too long or has a control character")
     shape = _get_list(record, "shape", int, where)
     if len(shape) > 16 or math.prod(n for n in shape if n) > MAX_INTEGER:
-        _fail(where, f"shape {shape} has too many dimensions or elements")
-    params, encoder = _get(record, "params", dict, where), {}
+        fail(where, f"shape {shape} has too many dimensions or elements")
+    params, encoder = get(record, "params", dict, where), {}
     if "encoder" in record:
-        encoder = _get(record, "encoder", dict, where)
+        encoder = get(record, "encoder", dict, where)
     if not all(isinstance(value, int | str) for value in [*params.values(), *encoder.values()]):
-        _fail(where, "params or encoder holds something that is no integer, string or boolean")
+        fail(where, "params or encoder holds something that is no integer, string or boolean")
     if "error" in record:
-        error = _get(record, "error", dict, where)
-        if not all(ERROR_VALUE.fullmatch(_get(error, key, str, where)) for key in ("rmse", "max")):
-            _fail(where, "rmse or max is not in the form of %.9e")
+        error = get(record, "error", dict, where)
+        if not all(ERROR_VALUE.fullmatch(get(error, key, str, where)) for key in ("rmse", "max")):
+            fail(where, "rmse or max is not in the form of %.9e")
     refusals = [_refusal(record, TENSOR_KEYS, where)]
     segments = []
     for segment in _get_list(record, "segments", dict, where):
-        label = _get(segment, "name", str, where)
+        label = get(segment, "name", str, where)
         if CONTROL.search(label) or not 1 <= len(label.encode()) <= 1024:
-            _fail(where, "the name of a segment is empty, too long or has a control character")
+            fail(where, "the name of a segment is empty, too long or has a control character")
         segments.append((label, _load(data, segment, f"{where} segment {label!r}")))
         refusals.append(_refusal(segment, SEGMENT_KEYS, f"{where} segment {label!r}"))
-    dtype, codec = _get(record, "dtype", str, where), _get(record, "codec", str, where)
+    dtype, codec = get(record, "dtype", str, where), get(record, "codec", str, where)
     refusal = "; ".join(filter(None, refusals))
     return Tensor(name, tuple(shape), dtype, codec, record, tuple(segments), refusal)
 
 
 def _load_asset(data: bytes, record: Record) -> Asset:
-    name = _get(record, "name", str, "assets")
+    name = get(record, "name", str, "assets")
     where = f"asset {name!r}"
     if CONTROL.search(name) or "\\" in name or ":" in name or len(name.encode()) > 1024:
-        _fail(where, "name is too long or has a forbidden character")
+        fail(where, "name is too long or has a forbidden character")
     components = name.split("/")
     if len(components) > MAX_COMPONENTS or any(component in {"", ".", ".."} for component in components):
-        _fail(where, "name is not a plain relative path")
-    encoding, size = _get(record, "encoding", str, where), _get(record, "size", int, where)
+        fail(where, "name is not a plain relative path")
+    encoding, size = get(record, "encoding", str, where), get(record, "size", int, where)
     if size > MAX_ASSET:
-        _fail(where, f"size {size} is above {MAX_ASSET}")
+        fail(where, f"size {size} is above {MAX_ASSET}")
     stored = _load(data, record, where)
     content_sha256 = _digest(record, "content_sha256", where)
     if encoding == "raw" and (size != record["length"] or content_sha256 != record["sha256"]):
-        _fail(where, "is raw, but its two sizes or its two digests differ")
+        fail(where, "is raw, but its two sizes or its two digests differ")
     if encoding == "zstd" and len(stored) >= size:
-        _fail(where, "is compressed, but not to fewer bytes")
+        fail(where, "is compressed, but not to fewer bytes")
     return Asset(name, encoding, size, record, stored, _refusal(record, ASSET_KEYS, where))
 
 
@@ -469,7 +429,7 @@ def _frame_content_size(frame: bytes, where: str) -> int:
         position = 6 - single_segment + (0, 1, 2, 4)[descriptor & 3]  # dictionary id
         field = (single_segment, 2, 4, 8)[descriptor >> 6]
         if magic != 0xFD2FB528 or field == 0:
-            _fail(where, "not a zstd frame with its content size")
+            fail(where, "not a zstd frame with its content size")
         content_size = int.from_bytes(frame[position : position + field], "little")
         content_size += 256 if field == 2 else 0
         position += field
@@ -480,15 +440,15 @@ def _frame_content_size(frame: bytes, where: str) -> int:
             position += 3 + (1 if run else size)
         position += 4 * (descriptor >> 2 & 1)  # checksum
     except struct.error:
-        _fail(where, "zstd frame is cut short")
+        fail(where, "zstd frame is cut short")
     if position != len(frame):
-        _fail(where, "not exactly one zstd frame")
+        fail(where, "not exactly one zstd frame")
     return content_size
 
 
 def _decompress(frame: bytes, size: int, where: str) -> bytes:
     if (content_size := _frame_content_size(frame, where)) != size:  # container 3: before memory is asked for
-        _fail(where, f"zstd frame has content size {content_size} and not {size}")
+        fail(where, f"zstd frame has content size {content_size} and not {size}")
     import zstandard  # only compressed assets need it
 
     # Not the one-shot call, which looks at no block if the content size is 0. Asking for one byte more than
@@ -498,138 +458,6 @@ def _decompress(frame: bytes, size: int, where: str) -> bytes:
             return stream.read(size + 1)
     except (zstandard.ZstdError, MemoryError) as error:
         raise SpecError(f"{where}: {error}") from error
-
-
-# ---- codecs
-
-
-def _only_segment(tensor: Tensor, name: str, length: int, where: str) -> bytes:
-    """Take the segment of a codec that has one and no `params`."""
-    if unknown := _get(tensor.record, "params", dict, where):  # container 3: MUST NOT decode
-        _fail(where, f"unknown params {sorted(unknown)}")
-    found = [(label, len(content)) for label, content in tensor.segments]
-    if found != [(name, length)]:  # container 8: before the result is allocated
-        _fail(where, f"segments are {found[:4]}, but {tensor.codec} needs {[(name, length)]}")
-    return tensor.segments[0][1]
-
-
-def _check_error(tensor: Tensor, where: str, *, lossless: bool) -> None:
-    """Check that `error` is absent if, and only if, the codec keeps every tensor (container 3)."""
-    if lossless == ("error" in tensor.record):
-        _fail(where, f"{tensor.codec} of {tensor.dtype} must {'not ' if lossless else ''}have an error")
-
-
-def _f8_table(exponent_bits: int, bias: int) -> npt.NDArray[np.float32]:
-    """Give the value of each of the 256 codes, as if none were infinite or NaN."""
-    bits, code = 7 - exponent_bits, np.arange(256)
-    exponent, mantissa = (code & 0x7F) >> bits, code & (1 << bits) - 1
-    mantissa += np.where(exponent > 0, 1 << bits, 0)
-    magnitude = np.ldexp(mantissa.astype(np.float32), np.maximum(exponent, 1) - bias - bits)
-    table: npt.NDArray[np.float32] = np.where(code < 0x80, magnitude, -magnitude)
-    return table
-
-
-F8_TABLES = {"f8_e4m3": _f8_table(4, 7), "f8_e5m2": _f8_table(5, 15)}
-F8_TABLES["f8_e4m3"][[0x7F, 0xFF]] = np.nan
-F8_TABLES["f8_e5m2"].reshape(2, 128)[:, 0x7C:] = [[np.inf, *[np.nan] * 3], [-np.inf, *[np.nan] * 3]]
-
-
-def _decode_raw(tensor: Tensor, where: str) -> npt.NDArray[Any]:
-    if tensor.dtype == tensor.codec:
-        lossless = True
-    elif tensor.dtype in FLOATING and tensor.codec in ("f16", "bf16", "f32", "f64"):
-        lossless = all(a <= b for a, b in zip(FLOATING[tensor.dtype], FLOATING[tensor.codec], strict=True))
-    else:
-        _fail(where, f"dtype {tensor.dtype} cannot be stored as {tensor.codec}")
-    _check_error(tensor, where, lossless=lossless)
-    dtype = np.dtype(DTYPES[tensor.codec])
-    data = _only_segment(tensor, "data", math.prod(tensor.shape) * dtype.itemsize, where)
-    values: npt.NDArray[Any] = np.frombuffer(data, dtype).copy()
-    if tensor.codec == "bf16":
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    elif tensor.codec in F8_TABLES:
-        values = F8_TABLES[tensor.codec][values]
-    elif tensor.codec == "bool":
-        if np.any(values > 1):
-            _fail(where, f"element {np.argmax(values > 1)} is neither 0 nor 1")
-        values = values.astype(np.bool_)
-    return values
-
-
-def _rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
-    """See a tensor as a matrix (codecs, Blocks, Rows)."""
-    return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
-
-
-# Blocks (codecs, Blocks): the fields of a block after its scale, and the number z that is taken from the codes.
-BLOCK_FIELDS: dict[str, tuple[list[tuple[str, str, int]], int]] = {
-    "q4_0": ([("low", "u1", 16)], 8),
-    "q5_0": ([("fifth", "u1", 4), ("low", "u1", 16)], 16),
-    "q8_0": ([("codes", "i1", 32)], 0),
-}
-
-
-def _decode_blocks(tensor: Tensor, where: str) -> npt.NDArray[np.float32]:
-    if tensor.dtype not in FLOATING:
-        _fail(where, f"dtype {tensor.dtype} cannot be stored as {tensor.codec}")
-    _check_error(tensor, where, lossless=False)
-    fields, z = BLOCK_FIELDS[tensor.codec]
-    layout = np.dtype([("scale", "<f2"), *fields])
-    rows, cols = _rows_cols(tensor.shape)
-    data = _only_segment(tensor, "blocks", rows * -(-cols // 32) * layout.itemsize, where)
-    if not data:
-        return np.empty(0, np.float32)
-    blocks = np.frombuffer(data, layout)
-    if not np.all(np.isfinite(blocks["scale"])):
-        _fail(where, f"scale of block {np.argmin(np.isfinite(blocks['scale']))} is infinite or NaN")
-    if tensor.codec == "q8_0":
-        codes = blocks["codes"].astype(np.float32)
-    else:
-        codes = np.concatenate([blocks["low"] & 15, blocks["low"] >> 4], axis=1).astype(np.float32)
-    if tensor.codec == "q5_0":
-        codes += 16 * np.unpackbits(blocks["fifth"], axis=1, bitorder="little")
-    values: npt.NDArray[np.float32] = blocks["scale"].astype(np.float32)[:, None] * (codes - np.float32(z))
-    return values.reshape(rows, -1)[:, :cols].reshape(-1)
-
-
-CODECS: dict[str, Callable[[Tensor, str], npt.NDArray[Any]]] = {
-    **dict.fromkeys(DTYPES, _decode_raw),
-    **dict.fromkeys(BLOCK_FIELDS, _decode_blocks),
-}
-
-
-def quantize_q4_0(x: npt.NDArray[np.float32]) -> bytes:
-    """Encode to `q4_0` with the informative encoder ``search=naive``.
-
-    Parameters
-    ----------
-    x : numpy.ndarray
-        The tensor: float32, and finite, since the text does not say what other values give.
-
-    Returns
-    -------
-    bytes
-        The segment `blocks`. A block in which D is too large for binary16 gets an infinite scale.
-
-    Raises
-    ------
-    SpecError
-        If `x` is not float32 or not finite.
-    """
-    if x.dtype != np.float32 or not np.all(np.isfinite(x)):
-        raise SpecError("quantize_q4_0: not float32 or not finite")
-    if x.size == 0:
-        return b""
-    rows, cols = _rows_cols(x.shape)
-    padded = np.pad(x.reshape(rows, cols), ((0, 0), (0, -cols % 32))).reshape(-1, 32)
-    m = np.take_along_axis(padded, np.argmax(np.abs(padded), axis=1, keepdims=True), axis=1)
-    with np.errstate(all="ignore"):  # what a zero or tiny D gives is replaced
-        scale = m / np.float32(-8)
-        reciprocal = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-        levels = np.minimum(np.floor(padded * reciprocal + np.float32(8.5)), np.float32(15))
-        codes = np.where(np.isinf(reciprocal), np.float32(0), levels).astype(np.uint8)
-        half = scale.astype("<f2")
-    return np.concatenate([half.view(np.uint8), codes[:, :16] | codes[:, 16:] << 4], axis=1).tobytes()
 
 
 # ---- command line

@@ -1,0 +1,405 @@
+"""The codecs' part of the reference reader: from the segments of a tensor to its values.
+
+Every function takes `where`, what an error message begins with. The comments name sections of `codecs.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    import numpy.typing as npt
+
+    Params = Mapping[str, object]
+    Segments = Sequence[tuple[str, bytes]]
+    Float32 = npt.NDArray[np.float32]
+
+T = TypeVar("T")
+
+# Exponent and mantissa bits of the floating dtypes (Raw).
+FLOATING = {
+    "f8_e4m3": (4, 3),
+    "f8_e5m2": (5, 2),
+    "f16": (5, 10),
+    "bf16": (8, 7),
+    "f32": (8, 23),
+    "f64": (11, 52),
+}
+# The stored elements of each dtype (Dtypes). Those of bool, bf16 and f8 are widened afterwards.
+DTYPES = {
+    "bool": "u1",
+    **{f"u{8 * size}": f"<u{size}" for size in (1, 2, 4, 8)},
+    **{f"i{8 * size}": f"<i{size}" for size in (1, 2, 4, 8)},
+    "f8_e4m3": "u1",
+    "f8_e5m2": "u1",
+    "f16": "<f2",
+    "bf16": "<u2",
+    "f32": "<f4",
+    "f64": "<f8",
+}
+
+
+class SpecError(ValueError):
+    """The bytes break a rule of the specification, or need something that this reader does not know."""
+
+
+def fail(where: str, what: str) -> NoReturn:
+    """Raise `SpecError`.
+
+    Parameters
+    ----------
+    where, what : str
+        The two halves of the message.
+
+    Raises
+    ------
+    SpecError
+        Always.
+    """
+    raise SpecError(f"{where}: {what}")
+
+
+def get(record: Mapping[str, object], key: str, kind: type[T], where: str) -> T:
+    """Take a required key of exactly this type: to Python a bool is an int, to the format it is not.
+
+    Parameters
+    ----------
+    record : mapping
+        An object of the index.
+    key : str
+        The key.
+    kind : type
+        Type of the value.
+    where : str
+        What an error message begins with.
+
+    Returns
+    -------
+    object
+        The value.
+
+    Raises
+    ------
+    SpecError
+        If the key is missing or its value of another type.
+    """
+    value = record.get(key)
+    if not isinstance(value, kind) or type(value) is not kind:
+        fail(where, f"{key!r} is missing or not of type {kind.__name__}")
+    return value
+
+
+def decode(
+    codec: str, dtype: str, shape: tuple[int, ...], params: Params, segments: Segments, *, has_error: bool, where: str
+) -> npt.NDArray[Any]:
+    """Decode one tensor.
+
+    Parameters
+    ----------
+    codec, dtype : str
+        What the record says.
+    shape : tuple of int
+        The record's, too.
+    params : mapping
+        The record's, too.
+    segments : sequence of (str, bytes)
+        Name and bytes of each segment.
+    has_error : bool
+        Whether the record has an `error`.
+    where : str
+        What an error message begins with.
+
+    Returns
+    -------
+    numpy.ndarray
+        The values in this shape; `reference.decode` says of which type.
+
+    Raises
+    ------
+    SpecError
+        If the codec or the dtype is unknown, or something does not fit the codec.
+    """
+    # container 3: an unknown codec or dtype makes this tensor unreadable and no other.
+    if codec not in DTYPES and codec not in MATRIX_CODECS:
+        fail(where, f"unknown codec {codec!r}")
+    if dtype not in DTYPES:
+        fail(where, f"unknown dtype {dtype!r}")
+    lossless = _check_dtype(codec, dtype, where)
+    if lossless == has_error:  # container 3: absent if, and only if, the codec keeps every tensor
+        fail(where, f"{codec} of {dtype} must {'not ' if lossless else ''}have an error")
+    values: npt.NDArray[Any]
+    if codec in DTYPES:
+        values = _decode_raw(codec, math.prod(shape), params, segments, where)
+    else:
+        values = MATRIX_CODECS[codec](*_rows_cols(shape), params, segments, where)
+    try:
+        return values.reshape(shape)
+    except ValueError:
+        # Only without elements: numpy also bounds the product of those dimensions that are not 0.
+        fail(where, f"shape {shape} is beyond what numpy holds")
+
+
+# ---- rules that several codecs share
+
+
+def _check_dtype(codec: str, dtype: str, where: str) -> bool:
+    """Check that this codec may hold this dtype, and say whether it keeps every tensor of it bit for bit."""
+    if dtype == codec:
+        return True
+    if dtype not in FLOATING or (codec in DTYPES and codec not in ("f16", "bf16", "f32", "f64")):
+        fail(where, f"dtype {dtype} cannot be stored as {codec}")
+    return codec in DTYPES and all(a <= b for a, b in zip(FLOATING[dtype], FLOATING[codec], strict=True))
+
+
+def _rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
+    """See a tensor as a matrix (Rows)."""
+    return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
+def _check_keys(params: Params, known: Collection[str], where: str) -> None:
+    """Check that there is no other parameter: with one, a reader MUST NOT decode (container 3)."""
+    if unknown := sorted(set(params) - set(known)):
+        fail(where, f"unknown params {unknown}")
+
+
+def _choice(params: Params, key: str, allowed: Sequence[T], where: str) -> T:
+    """Take a parameter that is one of a few values, all of one type."""
+    value = get(params, key, type(allowed[0]), where)
+    if value not in allowed:
+        fail(where, f"{key!r} is {value!r} and none of {list(allowed)}")
+    return value
+
+
+def _take(segments: Segments, layout: list[tuple[str, int]], n: int, where: str) -> list[bytes]:
+    """Take the segments of a tensor of n elements, which must have these names, this order and these lengths."""
+    needed = [(name, length if n else 0) for name, length in layout]  # Rows: if n is 0, every segment is empty
+    found = [(name, len(content)) for name, content in segments]
+    if found != needed:  # container 8: before the result is allocated
+        fail(where, f"segments are {found[:4]}, but the codec needs {needed}")
+    return [content for _, content in segments]
+
+
+def _widen(stored: npt.NDArray[Any], what: str, where: str) -> Float32:
+    """Give scales or the like, f16, f32 or the bits of bf16, as binary32; they must be finite (Rows)."""
+    if stored.dtype.kind == "u":
+        values: Float32 = (stored.astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = stored.astype(np.float32)
+    if not np.all(np.isfinite(values)):
+        fail(where, f"{what} {np.argmin(np.isfinite(values))} is infinite or NaN")
+    return values
+
+
+def _halves(stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Give the 4-bit codes of blocks: first all low halves of the bytes, then all high ones."""
+    return np.concatenate([stored & 15, stored >> 4], axis=1)
+
+
+def _unpack(stored: bytes, rows: int, cols: int, bits: int) -> npt.NDArray[np.int32]:
+    """Give the codes of each row (Packed codes)."""
+    each_bit = np.unpackbits(np.frombuffer(stored, np.uint8), bitorder="little").reshape(rows, -1, bits)
+    return each_bit[:, :cols].astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
+
+
+def _packed_length(rows: int, cols: int, bits: int) -> int:
+    return rows * -(-cols // 32) * 4 * bits
+
+
+# ---- raw
+
+
+def _f8_table(exponent_bits: int, bias: int) -> Float32:
+    """Give the value of each of the 256 codes, as if none were infinite or NaN."""
+    bits, code = 7 - exponent_bits, np.arange(256)
+    exponent, mantissa = (code & 0x7F) >> bits, code & (1 << bits) - 1
+    mantissa += np.where(exponent > 0, 1 << bits, 0)
+    magnitude = np.ldexp(mantissa.astype(np.float32), np.maximum(exponent, 1) - bias - bits)
+    table: Float32 = np.where(code < 0x80, magnitude, -magnitude)
+    return table
+
+
+F8_TABLES = {"f8_e4m3": _f8_table(4, 7), "f8_e5m2": _f8_table(5, 15)}
+F8_TABLES["f8_e4m3"][[0x7F, 0xFF]] = np.nan
+F8_TABLES["f8_e5m2"].reshape(2, 128)[:, 0x7C:] = [[np.inf, *[np.nan] * 3], [-np.inf, *[np.nan] * 3]]
+
+
+def _decode_raw(codec: str, n: int, params: Params, segments: Segments, where: str) -> npt.NDArray[Any]:
+    _check_keys(params, (), where)
+    dtype = np.dtype(DTYPES[codec])
+    (data,) = _take(segments, [("data", n * dtype.itemsize)], n, where)
+    values: npt.NDArray[Any] = np.frombuffer(data, dtype).copy()
+    if codec == "bf16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    elif codec in F8_TABLES:
+        values = F8_TABLES[codec][values]
+    elif codec == "bool":
+        if np.any(values > 1):
+            fail(where, f"element {np.argmax(values > 1)} is neither 0 nor 1")
+        values = values.astype(np.bool_)
+    return values
+
+
+# ---- blocks
+
+# The fields of a block, and the number z that is taken from the codes.
+BLOCK_FIELDS: dict[str, tuple[list[tuple[str, str, int]], int]] = {
+    "q4_0": ([("scale", "<f2", 1), ("low", "u1", 16)], 8),
+    "q4_1": ([("scale", "<f2", 1), ("minimum", "<f2", 1), ("low", "u1", 16)], 0),
+    "q5_0": ([("scale", "<f2", 1), ("fifth", "u1", 4), ("low", "u1", 16)], 16),
+    "q5_1": ([("scale", "<f2", 1), ("minimum", "<f2", 1), ("fifth", "u1", 4), ("low", "u1", 16)], 0),
+    "q8_0": ([("scale", "<f2", 1), ("codes", "i1", 32)], 0),
+}
+
+
+def _decode_blocks(codec: str, rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
+    _check_keys(params, (), where)
+    fields, z = BLOCK_FIELDS[codec]
+    layout = np.dtype([(name, kind, (count,)) for name, kind, count in fields])
+    (data,) = _take(segments, [("blocks", rows * -(-cols // 32) * layout.itemsize)], rows * cols, where)
+    if not data:
+        return np.empty(0, np.float32)
+    blocks = np.frombuffer(data, layout)
+    codes = (blocks["codes"] if codec == "q8_0" else _halves(blocks["low"])).astype(np.float32)
+    if codec in ("q5_0", "q5_1"):
+        codes += 16 * np.unpackbits(blocks["fifth"], axis=1, bitorder="little")
+    values: Float32 = _widen(blocks["scale"], "scale of block", where) * (codes - np.float32(z))
+    if codec in ("q4_1", "q5_1"):
+        values += _widen(blocks["minimum"], "minimum of block", where)
+    return values.reshape(rows, -1)[:, :cols].reshape(-1)
+
+
+# ---- nlm
+
+# PLACEHOLDER for the table of the section nlm: a straight line, four times. The text's table goes here.
+_LINE = tuple(round(q * 16384 / 15) for q in range(16))
+NLM_LEVELS = (_LINE, _LINE, _LINE, _LINE)
+
+
+def _decode_nlm(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
+    _check_keys(params, ("block",), where)
+    block = _choice(params, "block", (32, 64, 128), where)
+    length = rows * -(-cols // block) * (3 + block // 2)
+    (data,) = _take(segments, [("blocks", length)], rows * cols, where)
+    if not data:
+        return np.empty(0, np.float32)
+    blocks = np.frombuffer(data, np.uint8).reshape(-1, 3 + block // 2)
+    h = blocks[:, :3] @ np.array([1, 1 << 8, 1 << 16], np.uint32)
+    r = _widen(((h & 1023) << 5).astype(np.uint16).view(np.float16), "range of block", where)
+    m = _widen(((h >> 10 & 4095) << 4).astype(np.uint16).view(np.float16), "minimum of block", where)
+    levels = np.array(NLM_LEVELS, np.float32)[h >> 22] / np.float32(16384)
+    steps = np.take_along_axis(levels, _halves(blocks[:, 3:]).astype(np.int64), axis=1)
+    values: Float32 = m[:, None] + r[:, None] * steps
+    return values.reshape(rows, -1)[:, :cols].reshape(-1)
+
+
+# ---- affine
+
+
+def _decode_affine(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
+    _check_keys(params, ("bits", "group", "sym", "scale"), where)
+    bits = _choice(params, "bits", (2, 3, 4, 8), where)
+    sym = get(params, "sym", bool, where)
+    scale = _choice(params, "scale", ("f16", "bf16", "f32"), where)
+    width = cols  # columns that share a scale
+    if params.get("group") != "row":
+        group = get(params, "group", int, where)
+        if group <= 0 or group % 32:
+            fail(where, f"'group' {group} is not a positive multiple of 32")
+        width = min(group, cols)
+    groups = -(-cols // width) if cols else 0
+    layout = [("scales", rows * groups * np.dtype(DTYPES[scale]).itemsize)]
+    if not sym:
+        layout.append(("zeros", rows * groups))
+    layout.append(("codes", _packed_length(rows, cols, bits)))
+    scales, *zeros, codes = _take(segments, layout, rows * cols, where)
+    if not scales:
+        return np.empty(0, np.float32)
+    group_of_column = np.arange(cols) // width
+    d = _widen(np.frombuffer(scales, DTYPES[scale]), "scale", where).reshape(rows, groups)[:, group_of_column]
+    q = _unpack(codes, rows, cols, bits)
+    if sym:
+        q -= 1 << (bits - 1)
+    else:
+        q -= np.frombuffer(zeros[0], np.uint8).reshape(rows, groups)[:, group_of_column]
+    with np.errstate(over="ignore"):  # a product beyond binary32 rounds to an infinity
+        values: Float32 = d * q.astype(np.float32)
+    return values.reshape(-1)
+
+
+# ---- lut
+
+
+def _decode_lut(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
+    _check_keys(params, ("scope", "block", "size", "scale"), where)
+    scope = _choice(params, "scope", ("tensor", "block"), where)
+    block = _choice(params, "block", (128, 256) if scope == "block" else (0,), where)
+    size = _choice(params, "size", (4, 8, 16), where)
+    scale = _choice(params, "scale", ("tensor", "row") if scope == "tensor" else ("tensor",), where)
+    bits = {4: 2, 8: 3, 16: 4}[size]
+    books_per_row = -(-cols // block) if scope == "block" else 0
+    books = rows * books_per_row if scope == "block" else 1
+    layout = [("codebooks", books * size * 2)]
+    if scale == "row":
+        layout.append(("scales", rows * 2))
+    layout.append(("codes", _packed_length(rows, cols, bits)))
+    codebooks, *scales, codes = _take(segments, layout, rows * cols, where)
+    if not codes:
+        return np.empty(0, np.float32)
+    entries = _widen(np.frombuffer(codebooks, "<f2"), "codebook entry", where).reshape(books, size)
+    book = np.zeros((rows, cols), np.int64)
+    if scope == "block":
+        book = np.arange(rows)[:, None] * books_per_row + np.arange(cols) // block
+    values: Float32 = entries[book, _unpack(codes, rows, cols, bits)]
+    if scale == "row":
+        values *= _widen(np.frombuffer(scales[0], "<f2"), "scale", where)[:, None]
+    return values.reshape(-1)
+
+
+# The codecs that see a tensor as a matrix (Rows).
+MATRIX_CODECS: dict[str, Callable[[int, int, Params, Segments, str], Float32]] = {
+    **{codec: partial(_decode_blocks, codec) for codec in BLOCK_FIELDS},
+    "nlm": _decode_nlm,
+    "affine": _decode_affine,
+    "lut": _decode_lut,
+}
+
+
+# ---- encoder
+def quantize_q4_0(x: npt.NDArray[np.float32]) -> bytes:
+    """Encode to `q4_0` with the informative encoder ``search=naive``.
+
+    Parameters
+    ----------
+    x : numpy.ndarray
+        The tensor: float32, and finite, since the text does not say what other values give.
+
+    Returns
+    -------
+    bytes
+        The segment `blocks`. A block in which D is too large for binary16 gets an infinite scale.
+
+    Raises
+    ------
+    SpecError
+        If `x` is not float32 or not finite.
+    """
+    if x.dtype != np.float32 or not np.all(np.isfinite(x)):
+        raise SpecError("quantize_q4_0: not float32 or not finite")
+    if x.size == 0:
+        return b""
+    rows, cols = _rows_cols(x.shape)
+    padded = np.pad(x.reshape(rows, cols), ((0, 0), (0, -cols % 32))).reshape(-1, 32)
+    m = np.take_along_axis(padded, np.argmax(np.abs(padded), axis=1, keepdims=True), axis=1)
+    with np.errstate(all="ignore"):  # what a zero or tiny D gives is replaced
+        scale = m / np.float32(-8)
+        reciprocal = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+        levels = np.minimum(np.floor(padded * reciprocal + np.float32(8.5)), np.float32(15))
+        codes = np.where(np.isinf(reciprocal), np.float32(0), levels).astype(np.uint8)
+        half = scale.astype("<f2")
+    return np.concatenate([half.view(np.uint8), codes[:, :16] | codes[:, 16:] << 4], axis=1).tobytes()
