@@ -22,7 +22,9 @@ from typing import Any, TypeVar
 
 import llvmlite
 import numba
+from numba import types
 from numba.core import config
+from numba.extending import intrinsic
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -115,3 +117,24 @@ def inline(function: _Function) -> _Function:
     """Mark a helper that kernels call; it is compiled into them."""
     helper: _Function = numba.njit(inline="never", nogil=True)(function)
     return helper
+
+
+def callback(function: _Function) -> Any:
+    """Mark a helper of five parameters that is passed to another helper, as `inline` marks those that are called by name.
+
+    The result of `inline` can be passed, too, but then the address of a Python object gets into the machine code, and numba does
+    not cache that.
+    """
+    dispatcher = numba.njit(inline="never", nogil=True)(function)
+
+    @intrinsic
+    def call(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+        kind = types.Dispatcher(dispatcher)
+        signature = kind.get_call_type(typing, (a, b, c, d, e), {})
+
+        def generate(context: Any, builder: Any, outer: Any, values: Any) -> Any:  # noqa: ARG001
+            return context.get_function(kind, signature)(builder, values)
+
+        return signature, generate
+
+    return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.jit.blocks import quantize_blocks, reciprocal, too_large, too_small, usable
-from qformat.kernels.jit.compiler import F32, U8, U16, inline, kernel
+from qformat.kernels.jit.compiler import F32, U8, U16, callback, inline, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.simd import (
     bits,
@@ -29,7 +29,7 @@ from qformat.kernels.jit.simd import (
 EIGHTH = np.float32(-0.125)
 
 
-@inline
+@callback
 def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
     magnitudes = bits(values) & 0x7FFFFFFF
     scale = float_at(x, 32 * block + first_equal(magnitudes, largest(magnitudes))) * EIGHTH
@@ -56,7 +56,7 @@ def quantize(x, blocks, lanes):
     return quantize_blocks(x, blocks, lanes, _encode_block, None)
 
 
-@inline
+@callback
 def _encode_nearest(x, block, values, blocks, scales):  # noqa: ARG001
     half = scales[block]
     inverse = reciprocal(half_to_float(half))

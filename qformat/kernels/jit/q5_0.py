@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.jit.blocks import quantize_blocks, reciprocal, too_large, too_small, usable
-from qformat.kernels.jit.compiler import F32, U8, U16, inline, kernel
+from qformat.kernels.jit.compiler import F32, U8, U16, callback, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.simd import (
     bits,
@@ -31,7 +31,7 @@ from qformat.kernels.jit.simd import (
 SIXTEENTH = np.float32(-0.0625)
 
 
-@inline
+@callback
 def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
     magnitudes = bits(values) & 0x7FFFFFFF
     scale = float_at(x, 32 * block + first_equal(magnitudes, largest(magnitudes))) * SIXTEENTH
