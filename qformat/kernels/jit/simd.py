@@ -4,7 +4,7 @@ numba unrolls short inner loops into scalar code and leaves LLVM's SLP vectorize
 never becomes vector code. Here a block is one value of a vector type instead, ``<32 x float>`` say, which LLVM splits into whatever
 registers the processor has. Every operation rounds once per lane, in order: results do not depend on the processor.
 
-Vectors are made by `load` and used with ``+ - * & | << >>``; scalars on either side are spread over the lanes.
+Vectors are made by `load` and used with ``+ - * / & | ^ << >>``; scalars on either side are spread over the lanes.
 """
 
 from __future__ import annotations
@@ -211,6 +211,7 @@ _operator(operator.mul, _binary("fmul", "mul"))
 _operator(operator.truediv, _binary("fdiv", "sdiv", "udiv"))
 _operator(operator.and_, _binary(None, "and_"))
 _operator(operator.or_, _binary(None, "or_"))
+_operator(operator.xor, _binary(None, "xor"))
 _operator(operator.lshift, _binary(None, "shl"))
 _operator(operator.rshift, _binary(None, "ashr", "lshr"))
 
