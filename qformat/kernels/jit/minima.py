@@ -7,7 +7,7 @@ from numba import uint32
 
 from qformat.kernels.jit.blocks import INFINITY_BITS, ZERO, reciprocal
 from qformat.kernels.jit.compiler import inline
-from qformat.kernels.jit.simd import bits, first_equal, float_at, from_bits, largest, minimum, select_nonzero, to_i32
+from qformat.kernels.jit.simd import bits, from_bits, largest, minimum, pack_bits, select_nonzero, to_i32
 
 HALF = np.float32(0.5)
 ALL = 0xFFFFFFFF
@@ -15,7 +15,7 @@ SIGN = 0x80000000
 
 
 @inline
-def extremes(x, block, values):
+def extremes(values):
     """Return the smallest of a block of 32 values (of several zeros the first) and the largest.
 
     ``largest - smallest`` is never a negative zero.
@@ -27,7 +27,9 @@ def extremes(x, block, values):
     high = from_bits(uint32(top ^ SIGN) if top & SIGN else uint32(~top))
     low = from_bits(uint32(bottom ^ SIGN) if bottom & SIGN else uint32(~bottom))
     if low == ZERO:
-        low = float_at(x, 32 * block + first_equal(pattern & 0x7FFFFFFF, 0))
+        zeros = uint32(~pack_bits(pattern & 0x7FFFFFFF))
+        first = uint32(zeros & uint32(-zeros))
+        low = -ZERO if pack_bits(pattern & SIGN) & first else ZERO
     return low, high
 
 

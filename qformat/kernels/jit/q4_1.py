@@ -28,7 +28,7 @@ TOP = np.float32(15.0)
 
 @callback
 def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
-    low, high = extremes(x, block, values)
+    low, high = extremes(values)
     scale = (high - low) / TOP
     return _pack(block, float_to_half(scale), float_to_half(low), naive_codes(values, low, scale, TOP), blocks)
 

@@ -29,7 +29,7 @@ TOP = np.float32(31.0)
 
 @callback
 def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
-    low, high = extremes(x, block, values)
+    low, high = extremes(values)
     wide = (high - low) / TOP
     codes = naive_codes(values, low, wide, TOP)
     scale, least = float_to_half(wide), float_to_half(low)
