@@ -6,7 +6,6 @@ import numba
 import numpy as np
 
 
-
 @numba.njit(cache=False)
 def _gain(n: int, q: float, qq: float, xq: float) -> float:
     """Return by how much a least-squares line through (q, x) lowers the sum of squares of x, whose mean is 0."""

@@ -1,8 +1,8 @@
 """Searches for the scales and minima of Q4_1 blocks, compiled. Twin of ``plain/q4_1_search.py``.
 
 16 blocks are treated at once, each in a lane of its own. A trial takes a line ``code = slope * y + offset`` for the weights y,
-rounds to codes, and gets from three sums how much of the variance the best line through these codes explains; that line is the
-next trial. So the codes and the line improve in turns, from several starts.
+rounds to codes, and gets from three sums the least-squares line for these codes and how much of the variance it explains; that line
+is the next to try. So codes and lines improve in turns.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ ZERO, HALF, ONE, TOP = (np.float32(value) for value in (0, 0.5, 1, 15))
 ROUND = np.float32(2.0**23)  # adding and subtracting it rounds to an integer
 PART = np.float32(1 / 32)
 TINY = np.float32(2.0**-100)  # a range below vanishes in binary16
-FAR = np.float32(32)
-FINE = np.float32(2.0**-16)
+FAR = np.float32(64)  # scales that a minimum may be away from 0 before binary16 is coarse for it
+FINE = np.float32(2.0**-16)  # a scale below is one for which binary16 is coarse
 INFINITY = np.float32(np.inf)
 
-# Inverse scales to try where a minimum is given, times the distance of the largest weight from it.
-LEVELS = np.array((15, 14, 13, 12, 11, 10, 9, 8), np.float32)
+# Inverse scales to try for a given minimum, times the distance of the largest weight from it.
+FEW_LEVELS = np.array((15, 14, 13, 12, 11, 10, 9, 8), np.float32)
+MORE_LEVELS = np.arange(7, 17, 0.25).astype(np.float32)
 
-# Starts: the line of the first trial as (slope, offset), for weights from 0 to 15. Each was added because it lowered the error of sample
-# blocks most, beside those before it.
+# First lines to try, (slope, offset), for weights stretched to 0 to 15. They were picked one after the other from a fine grid: each
+# lowered the error of samples of many distributions most.
 # fmt: off
 FEW = np.array((
     (1.02, -0.025), (0.84, 2.7), (1.02, -0.4), (0.96, 0.8), (1.02, -0.15), (1.02, 0.225), (0.88, -0.1),
@@ -106,7 +107,7 @@ def _error(x, scale, low):
 
 @inline
 def _better(x, scale, low, best):
-    """Return the better of ``best``, which is (error, binary16 scale, binary16 minimum), and a scale and a minimum to be rounded."""
+    """Return the better of ``best``, (error, binary16 scale, binary16 minimum), and a scale and a minimum that are rounded here."""
     scale, low = floats_to_halves(scale), floats_to_halves(low)
     error = _error(x, halves_to_floats(scale), halves_to_floats(low))
     old, old_scale, old_low = best
@@ -126,12 +127,12 @@ def _step(half, by):
 
 
 @inline
-def _fixed(x, low, high):
+def _fixed(x, low, high, levels):
     """Return a good scale for a minimum: the best of least-squares scales from several starts, and that once more refined."""
     best_products = spread_f32(ZERO, 16)
     best_squares = best_products + ONE
-    for k in range(LEVELS.size + 1):
-        inverse = LEVELS[k] / (high - low) if k < LEVELS.size else best_squares / best_products
+    for k in range(levels.size + 1):
+        inverse = levels[k] / (high - low) if k < levels.size else best_squares / best_products
         products = spread_f32(ZERO, 16)
         squares = products
         for i in range(32):
@@ -162,7 +163,7 @@ def _extremes(x):
 @inline
 def _naive(x, low, step):
     """Return the naive choice as `_better` does; an overflow is not mended, so its error is less than any."""
-    zeros = low - low
+    zeros = spread_f32(ZERO, 16)
     best = _better(x, step, low, (zeros + INFINITY, bits(zeros), bits(zeros)))
     scale, least = floats_to_halves(step), floats_to_halves(low)
     large = greater_equal(maximum(scale & 0x7FFF, least & 0x7FFF), 0x7C00)
@@ -198,7 +199,7 @@ def _tries(y, middle, starts, turns, line):
 
 
 @inline
-def _settle(x, line, centre, step, high, best):
+def _settle(x, line, centre, step, high, levels, best):
     """Round the scale and the minimum of a line; where binary16 is coarse for them, try its neighbours, too."""
     zeros = spread_f32(ZERO, 16)
     scale = step * (line[0] / line[1])
@@ -213,7 +214,7 @@ def _settle(x, line, centre, step, high, best):
         half_scale, half_least = floats_to_halves(scale), floats_to_halves(least)
         for by in range(-1, 2):
             near = halves_to_floats(_step(half_least, by))
-            tried = _better(x, _fixed(x, near, high), near, tried)
+            tried = _better(x, _fixed(x, near, high, levels), near, tried)
             near = maximum(halves_to_floats(_step(half_scale, by)), ZERO)
             tried = _better(x, near, centre - near * line[2], tried)
         best = select_nonzero(coarse, tried[0], best[0]), tried[1], tried[2]
@@ -231,10 +232,10 @@ def _choose(x, y, thorough):
     centre = low + step * middle
     zeros = spread_f32(ZERO, 16)
     line = _tries(y, middle, FEW, 1, (zeros, zeros + ONE, zeros))
-    best = _settle(x, line, centre, step, high, best)
+    best = _settle(x, line, centre, step, high, FEW_LEVELS, best)
     if thorough:
         line = _tries(y, middle, MORE, 2, line)
-        best = _settle(x, line, centre, step, high, best)
+        best = _settle(x, line, centre, step, high, MORE_LEVELS, best)
     return best[1], best[2]
 
 
