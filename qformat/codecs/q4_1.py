@@ -27,6 +27,7 @@ class Q4_1(BlockCodec):  # noqa: N801  the format's name
     """
 
     id: ClassVar[str] = "q4_1"
+    keeps_zeros: ClassVar[bool] = False
     codes: ClassVar[int] = 16
 
     search: Literal["naive", "als", "best"] = encoder_option("als")
