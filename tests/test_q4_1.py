@@ -15,7 +15,7 @@ from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, F64, Elements
 from qformat.errors import TypeSpecError
 from qformat.kernels import load
-from tests.test_kernels import battery, finite_f32, rows
+from tests.test_kernels import battery, rows
 
 FORMATS = {"q4_1": (20, gguf.GGMLQuantizationType.Q4_1), "q5_1": (24, gguf.GGMLQuantizationType.Q5_1)}
 NAMES = [*FORMATS, "q4_1_search"]
