@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qformat.codecs.base import Buffer, Codec, Encoded, ErrorSum
 from qformat.dtypes import BF16, F32, F64, DType, Elements
+from qformat.kernels import load
 
 INFINITY_BITS = 0x7F800000
 
@@ -36,6 +37,8 @@ class QuantizedCodec(Codec):
     """A codec that approximates weights by codes."""
 
     decoded: ClassVar[DType] = F32
+    #: whether the zeros that rows are filled up with decode to zeros, so that they add nothing to the error
+    keeps_zeros: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -70,6 +73,9 @@ class QuantizedCodec(Codec):
         narrow = elements.dtype is BF16 and self.takes_bf16
         values = source if narrow else Elements(elements.dtype, source).to_f32()
         parts, lanes, peak, largest, overflowed, vanished = self._quantize(values, fitted)
+        if source.shape != elements.data.shape and not self.keeps_zeros:
+            exact = Elements(elements.dtype, source).to_f32() if narrow else values
+            lanes, largest = self._measured(exact, parts, elements.data.shape[1])
         finite = peak < INFINITY_BITS
         if elements.dtype is F64:  # it may exceed float32 itself
             finite = elements.all_finite()
@@ -78,6 +84,16 @@ class QuantizedCodec(Codec):
                 lost = source.reshape(-1, 32).any(axis=1) & ~values.reshape(-1, 32).any(axis=1)
                 vanished += int(lost.sum())
         return Encoded(parts, finite, ErrorSum.of(elements.data.size, lanes, largest), overflowed, vanished)
+
+    def _measured(
+        self, values: NDArray[np.float32], parts: Sequence[Buffer], cols: int
+    ) -> tuple[NDArray[np.float64], int]:
+        """Return the error as in `Quantized`, with none for what rows are filled up with."""
+        decoded = np.empty(values.shape, np.float32)
+        self._dequantize(parts, decoded)
+        values = np.hstack([values[:, :cols], decoded[:, cols:]])
+        lanes = np.zeros(load("blocks").LANES)
+        return lanes, int(load("blocks").measure(values.reshape(-1), decoded.reshape(-1), lanes))
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode the rows of a piece."""

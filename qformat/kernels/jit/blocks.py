@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.compiler import inline
+from qformat.kernels.jit.compiler import F32, inline, kernel
 from qformat.kernels.jit.simd import (
     bits,
     high_half,
@@ -113,3 +113,16 @@ def add_squares(total, error):
 def keep_largest(worst, error):
     """Return the larger magnitudes, as bit patterns."""
     return maximum(worst, bits(error) & 0x7FFFFFFF)
+
+
+@kernel(f"int64({F32}, {F32}, float64[::1])")
+def measure(x, decoded, lanes):
+    """Add the squared errors of whole blocks to ``lanes`` as `quantize_blocks` does; return the bits of the largest error."""
+    total = load(lanes, 0, LANES)
+    worst = zeros_u32(32)
+    for i in range(0, x.size // 32 * 32, 32):
+        error = load(x, i, 32) - load(decoded, i, 32)
+        total = add_squares(total, error)
+        worst = keep_largest(worst, error)
+    store(lanes, 0, total)
+    return np.int64(largest(worst))

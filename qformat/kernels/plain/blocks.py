@@ -48,6 +48,15 @@ def quantize(
     return peak, largest, overflowed, vanished
 
 
+@np.errstate(all="ignore")
+def measure(x: F32, decoded: F32, lanes: NDArray[np.float64]) -> int:
+    """Add the squared errors of whole blocks to ``lanes``; return the bits of the largest error."""
+    error = x - decoded
+    squares = (error * error).reshape(-1, 32)
+    add_rows((squares[:, :16] + squares[:, 16:]).astype(np.float64), lanes)
+    return peak_f32(error)
+
+
 def reciprocal(values: F32, scale: F32) -> tuple[F32, NDArray[np.bool_]]:
     """Return 1 / scale (0 for 0), and where codes may be used: where that and the values are finite."""
     inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)

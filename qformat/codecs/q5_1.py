@@ -1,0 +1,29 @@
+"""GGUF's Q5_1: blocks of 32 five-bit codes with a binary16 scale and minimum (spec/codecs.md, "Blocks")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qformat.codecs.blocks import BlockCodec
+from qformat.codecs.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class Q5_1(BlockCodec):  # noqa: N801  the format's name
+    """Six bits for each weight; the codes run from the smallest weight to the largest, as GGUF has it."""
+
+    id: ClassVar[str] = "q5_1"
+    keeps_zeros: ClassVar[bool] = False
+    codes: ClassVar[int] = 32
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return 24
+
+    @property
+    def takes_bf16(self) -> bool:
+        """Its kernel does."""
+        return True
