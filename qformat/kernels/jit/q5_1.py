@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.blocks import quantize_blocks, too_large, too_small
+from qformat.kernels.jit.blocks import prefetch_block, quantize_blocks, too_large, too_small
 from qformat.kernels.jit.compiler import F32, U8, U16, Step, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.minima import extremes, naive_codes
@@ -55,6 +55,7 @@ def quantize(x, blocks, lanes):
 def dequantize(blocks, x):
     """Decode blocks of 24 bytes to 32 float32 each."""
     for block in range(x.size // 32):
+        prefetch_block(x, block)
         scale = half_to_float(load_as(blocks, 24 * block, np.uint16(0)))
         low = half_to_float(load_as(blocks, 24 * block + 2, np.uint16(0)))
         packed = load(blocks, 24 * block + 8, 16)
