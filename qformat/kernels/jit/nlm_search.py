@@ -141,7 +141,7 @@ def _extremes(y, mapping, a, b, block):
         offset = load(y, 16 * i, 16) - a
         error = offset - _level(offset * inverse, tables) * b
         high, low = larger(error, high), larger(error * -ONE, low)
-    return _greatest(high, block), _greatest(low, block) * -ONE
+    return _greatest(high, block) + ZERO, _greatest(low, block) * -ONE + ZERO
 
 
 @inline
@@ -160,7 +160,7 @@ def _loss(a, b, centre, fit, block):
 
 
 @inline
-def _loss_of_maximum(y, total, mapping, a, b, block):  # noqa: ARG001
+def _loss_of_maximum(y, mapping, a, b, block):
     """Return the largest absolute error of a line with the nearest levels."""
     high, low = _extremes(y, mapping, a, b, block)
     return larger(high, low * -ONE)
@@ -223,19 +223,18 @@ def _round_fit(fit, centre, mapping, base, half, block):
 
 
 @inline
-def _positions(x, first, y, block):
-    """Put the positions of 512 weights into ``y``, one run in each lane; return what describes the blocks.
+def _positions(y, block):
+    """Replace weights, one run in each lane, by their positions; return what describes the blocks.
 
     These are the position 0 and the distance of 1 from it, as weights; the extremes; the sum of the positions; and 1 for blocks
     whose extremes are close together, for which rounding the minimum may ruin a line.
     """
-    transpose_blocks(x, first, y)
     high = load(y, 0, 16)
     low = high * -ONE
     for i in range(1, 32):
         value = load(y, 16 * i, 16)
         high, low = larger(value, high), larger(value * -ONE, low)
-    high, low = _greatest(high, block), _greatest(low, block) * -ONE
+    high, low = _greatest(high, block) + ZERO, _greatest(low, block) * -ONE + ZERO  # no -0, whichever zero came first
     half = high * HALF - low * HALF
     base = low + half
     size = from_bits(bits(base) & 0x7FFFFFFF)
@@ -251,9 +250,11 @@ def _positions(x, first, y, block):
 
 
 @inline
-def _anchored(y, place, header, loss, loss_of, block):
+def _anchored(y, place, header, loss, squares, block):
     """Return the header for blocks whose extremes are close: a minimum below them, and the best of some ranges above them."""
     base, half, low, high, total, close = place
+    if or_lanes(close) == 0:
+        return header
     size = from_bits(bits(low) & 0x7FFFFFFF)
     least = _minimum(low - larger(size * np.float32(2.0**-7), size * ZERO + np.float32(2.0**-21)))
     below = _range_below(larger(high - halves_to_floats(least << 4), ZERO))
@@ -262,10 +263,25 @@ def _anchored(y, place, header, loss, loss_of, block):
         for step in range(4):
             width = smaller(below + step, INFINITE)
             a, b = _line(least, width, base, half)
-            new = select_nonzero(close, loss_of(y, total, mapping, a, b, block), LOST)
+            if squares:
+                new = _loss_of_squares(y, total, mapping, a, b, block)
+            else:
+                new = _loss_of_maximum(y, mapping, a, b, block)
+            new = select_nonzero(close, new, LOST)
             header = select_less(new, loss, _header(least, width, mapping), header)
             loss = select_less(new, loss, new, loss)
     return header
+
+
+@inline
+def _better(fit, new):
+    """Return the fit with the larger gain."""
+    return (
+        select_less(fit[3], new[3], new[0], fit[0]),
+        select_less(fit[3], new[3], new[1], fit[1]),
+        select_less(fit[3], new[3], new[2], fit[2]),
+        select_less(fit[3], new[3], new[3], fit[3]),
+    )
 
 
 @inline
@@ -273,39 +289,30 @@ def _best_squares(y, place, block):
     """Return the headers of least squared error: the best of some lines, which are fitted again and rounded."""
     base, half, _, _, total, _ = place
     centre = total * (ONE / np.float32(block))
-    a, b = centre * ZERO, centre * ZERO + START
+    zero = centre * ZERO
+    a, b = zero, zero + START
     mapping = second = zeros_u32(16)
-    fit = _fit(y, total, mapping, a, b, block)
-    next_gain = a - LOST
-    for number in range(1, 4):
+    fit = (zero, zero, zero, zero - LOST)
+    next_gain = zero - LOST
+    for number in range(4):
         other = zeros_u32(16) + number
-        mean, spread, best, gain = _fit(y, total, other, a, b, block)
-        second = select_less(fit[3], gain, mapping, select_less(next_gain, gain, other, second))
-        next_gain = select_less(fit[3], gain, fit[3], select_less(next_gain, gain, gain, next_gain))
-        mapping = select_less(fit[3], gain, other, mapping)
-        fit = _better(fit, mean, spread, best, gain)
-    candidates = (mapping, second)
-    for number in range(2):
-        for sign in range(2):
-            mean, spread, best, gain = _fit(y, total, candidates[number], a + (SHIFT if sign else -SHIFT), b, block)
-            mapping = select_less(fit[3], gain, candidates[number], mapping)
-            fit = _better(fit, mean, spread, best, gain)
+        new = _fit(y, total, other, a, b, block)
+        second = select_less(fit[3], new[3], mapping, select_less(next_gain, new[3], other, second))
+        next_gain = select_less(fit[3], new[3], fit[3], select_less(next_gain, new[3], new[3], next_gain))
+        mapping = select_less(fit[3], new[3], other, mapping)
+        fit = _better(fit, new)
+    first = mapping
+    for number in range(4):
+        other = first if number < 2 else second
+        new = _fit(y, total, other, zero + (SHIFT if number & 1 else -SHIFT), b, block)
+        mapping = select_less(fit[3], new[3], other, mapping)
+        fit = _better(fit, new)
     header, a, b, _ = _round_fit(fit, centre, mapping, base, half, block)
     fit = _fit(y, total, mapping, a, b, block)
     loss = _loss(a, b, centre, fit, block)
     new, _, _, new_loss = _round_fit(fit, centre, mapping, base, half, block)
-    return select_less(new_loss, loss, new, header), select_less(new_loss, loss, new_loss, loss)
-
-
-@inline
-def _better(fit, mean, spread, best, gain):
-    """Return the fit with the larger gain."""
-    return (
-        select_less(fit[3], gain, mean, fit[0]),
-        select_less(fit[3], gain, spread, fit[1]),
-        select_less(fit[3], gain, best, fit[2]),
-        select_less(fit[3], gain, gain, fit[3]),
-    )
+    header, loss = select_less(new_loss, loss, new, header), select_less(new_loss, loss, new_loss, loss)
+    return _anchored(y, place, header, loss, True, block)
 
 
 @inline
@@ -329,41 +336,37 @@ def _best_maximum(y, place, block):
         for _ in range(2):
             high, low = _extremes(y, mapping, a, halves_to_floats(width << 5) * HALF / half, block)
             least, a, b = _rounded(width, a + (high + low) * HALF, base, half)
-            new = _loss_of_maximum(y, zero, mapping, a, b, block)
+            new = _loss_of_maximum(y, mapping, a, b, block)
             header = select_less(new, loss, _header(least, width, mapping), header)
             best_a = select_less(new, loss, a, best_a)
             loss = select_less(new, loss, new, loss)
         a = best_a
-    return header, loss
+    return _anchored(y, place, header, loss, False, block)
 
 
-@inline
-def _search(x, headers, block, best_of, loss_of):
-    """Fill in the headers of all blocks, of each 512 weights with the header and loss that ``best_of`` returns."""
+@kernel(f"void({F32}, uint32[::1], int64, boolean)")
+def _search(x, headers, block, squares):
     y, rest = np.empty(512, np.float32), np.zeros(512, np.float32)
     found = np.empty(16, np.uint32)
     runs, parts = x.size // 32, block // 32
     for first in range(0, runs, 16):
         if runs - first >= 16:
-            place = _positions(x, 32 * first, y, block)
+            transpose_blocks(x, 32 * first, y)
         else:
             rest[: x.size - 32 * first] = x[32 * first :]
-            place = _positions(rest, 0, y, block)
-        header, loss = best_of(y, place, block)
-        if or_lanes(place[5]):
-            header = _anchored(y, place, header, loss, loss_of, block)
+            transpose_blocks(rest, 0, y)
+        place = _positions(y, block)
+        header = _best_squares(y, place, block) if squares else _best_maximum(y, place, block)
         store(found, 0, select_less(place[1], HUGE, header, INFINITE))
         for lane in range(0, min(16, runs - first), parts):
             headers[(first + lane) // parts] = found[lane]
 
 
-@kernel(f"void({F32}, uint32[::1], int64)")
 def rmse(x, headers, block):
     """Choose headers for the least squared error."""
-    _search(x, headers, block, _best_squares, _loss_of_squares)
+    _search(x, headers, block, True)
 
 
-@kernel(f"void({F32}, uint32[::1], int64)")
 def maximum(x, headers, block):
     """Choose headers for the least maximum of the absolute error within each block."""
-    _search(x, headers, block, _best_maximum, _loss_of_maximum)
+    _search(x, headers, block, False)
