@@ -39,6 +39,7 @@ UPPER = (
 STEPS = np.array([[16384 - t for t in upper[::-1]] + list(upper) for upper in UPPER], np.float32).ravel() / 16384
 LEVELS = np.array(UPPER, np.float32).ravel() / 8192 - 1
 MIDDLES = (LEVELS + np.append(LEVELS[1:], np.float32(1))) / 2  # the last of each eight has no use
+CODED = (LEVELS.view(np.uint32) | np.tile(np.arange(8, 16, dtype=np.uint32), 4)).view(np.float32)  # the code in the lowest bits
 
 HALF = np.float32(0.5)
 TWO = np.float32(2.0)
@@ -50,14 +51,12 @@ HEADER = "Array(uint32, 1, 'C', readonly=True)"
 def _nearest(position, mapping):
     """Return (levels, codes) nearest to positions from -1 to 1: of two that are as near, the outer one."""
     size = from_bits(bits(position) & 0x7FFFFFFF)
-    level = spread_f32(LEVELS[8 * mapping + 7], 32)
-    code = zeros_u32(32) + 15
+    both = spread_f32(CODED[8 * mapping + 7], 32)
     for j in range(6, -1, -1):
-        middle = MIDDLES[8 * mapping + j]
-        level = select_less(size, middle, spread_f32(LEVELS[8 * mapping + j], 32), level)
-        code = select_less(size, middle, zeros_u32(32) + (8 + j), code)
+        both = select_less(size, MIDDLES[8 * mapping + j], spread_f32(CODED[8 * mapping + j], 32), both)
     sign = bits(position) & SIGN
-    return from_bits(bits(level) | sign), select_nonzero(sign, 15 - code, code)
+    code = bits(both) & 15
+    return from_bits((bits(both) - code) | sign), select_nonzero(sign, 15 - code, code)
 
 
 @inline

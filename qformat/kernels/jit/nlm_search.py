@@ -136,12 +136,12 @@ def _extremes(y, mapping, a, b, block):
     """Return the largest and the least error (signed) of weights with their nearest levels on a line."""
     tables = _tables(mapping)
     inverse = _inverse(b)
-    high, low = a * ZERO - LOST, a * ZERO - LOST
+    high, low = a * ZERO - LOST, a * ZERO + LOST
     for i in range(32):
         offset = load(y, 16 * i, 16) - a
         error = offset - _level(offset * inverse, tables) * b
-        high, low = larger(error, high), larger(error * -ONE, low)
-    return _greatest(high, block) + ZERO, _greatest(low, block) * -ONE + ZERO
+        high, low = larger(error, high), smaller(error, low)
+    return _greatest(high, block) + ZERO, ZERO - _greatest(low * -ONE, block)
 
 
 @inline
@@ -207,19 +207,18 @@ def _rounded(width, a, base, half):
 
 @inline
 def _round_fit(fit, centre, mapping, base, half, block):
-    """Return (header, a, b, loss) for the better of the ranges below and above that of a fitted line."""
+    """Return (header, loss) for the better of the ranges below and above that of a fitted line."""
     mean, _, best, _ = fit
-    header, a, b, loss = (mapping & 0) + INFINITE, centre, best, centre * ZERO + LOST
+    header, loss = (mapping & 0) + INFINITE, centre * ZERO + LOST
     below = _range_below(best * half * TWO)
     for step in range(2):
         width = smaller(below + step, INFINITE)
         wanted = centre - halves_to_floats(width << 5) * HALF / half * mean
-        least, new_a, new_b = _rounded(width, wanted, base, half)
-        new = _loss(new_a, new_b, centre, fit, block)
+        least, a, b = _rounded(width, wanted, base, half)
+        new = _loss(a, b, centre, fit, block)
         header = select_less(new, loss, _header(least, width, mapping), header)
-        a, b = select_less(new, loss, new_a, a), select_less(new, loss, new_b, b)
         loss = select_less(new, loss, new, loss)
-    return header, a, b, loss
+    return header, loss
 
 
 @inline
@@ -230,11 +229,11 @@ def _positions(y, block):
     whose extremes are close together, for which rounding the minimum may ruin a line.
     """
     high = load(y, 0, 16)
-    low = high * -ONE
+    low = high
     for i in range(1, 32):
         value = load(y, 16 * i, 16)
-        high, low = larger(value, high), larger(value * -ONE, low)
-    high, low = _greatest(high, block) + ZERO, _greatest(low, block) * -ONE + ZERO  # no -0, whichever zero came first
+        high, low = larger(value, high), smaller(value, low)
+    high, low = _greatest(high, block) + ZERO, ZERO - _greatest(low * -ONE, block)  # no -0, whichever zero came first
     half = high * HALF - low * HALF
     base = low + half
     size = from_bits(bits(base) & 0x7FFFFFFF)
@@ -307,11 +306,7 @@ def _best_squares(y, place, block):
         new = _fit(y, total, other, zero + (SHIFT if number & 1 else -SHIFT), b, block)
         mapping = select_less(fit[3], new[3], other, mapping)
         fit = _better(fit, new)
-    header, a, b, _ = _round_fit(fit, centre, mapping, base, half, block)
-    fit = _fit(y, total, mapping, a, b, block)
-    loss = _loss(a, b, centre, fit, block)
-    new, _, _, new_loss = _round_fit(fit, centre, mapping, base, half, block)
-    header, loss = select_less(new_loss, loss, new, header), select_less(new_loss, loss, new_loss, loss)
+    header, loss = _round_fit(fit, centre, mapping, base, half, block)
     return _anchored(y, place, header, loss, True, block)
 
 

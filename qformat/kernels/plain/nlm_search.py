@@ -91,7 +91,7 @@ def _fit(y: F32, total: F32, mapping: U32, a: F32, b: F32) -> _Fit:
 def _extremes(y: F32, mapping: U32, a: F32, b: F32) -> tuple[F32, F32]:
     offset = y - a
     error = offset - _level(offset * _inverse(b), mapping) * b
-    return _greatest(error), -_greatest(-error) + ZERO
+    return _greatest(error), ZERO - _greatest(-error)
 
 
 def _loss(a: F32, b: F32, centre: F32, fit: _Fit, block: int) -> F32:
@@ -144,22 +144,22 @@ def _rounded(width: U32, a: F32, base: F32, half: F32) -> tuple[U32, F32, F32]:
     return (least, *_line(least, width, base, half))
 
 
-def _round_fit(fit: _Fit, centre: F32, mapping: U32, place: _Place, block: int) -> tuple[U32, F32, F32, F32]:
-    header, a, b, loss = np.full_like(mapping, INFINITE), centre, fit.best, np.full_like(centre, LOST)
+def _round_fit(fit: _Fit, centre: F32, mapping: U32, place: _Place, block: int) -> tuple[U32, F32]:
+    header, loss = np.full_like(mapping, INFINITE), np.full_like(centre, LOST)
     below = _range_below(fit.best * place.half * np.float32(2))
     for step in range(2):
         width = np.minimum(below + np.uint32(step), np.uint32(INFINITE))
         wanted = centre - _half(width << 5) * HALF / place.half * fit.mean
-        least, new_a, new_b = _rounded(width, wanted, place.base, place.half)
-        new = _loss(new_a, new_b, centre, fit, block)
+        least, a, b = _rounded(width, wanted, place.base, place.half)
+        new = _loss(a, b, centre, fit, block)
         less = new < loss
         header = np.where(less, _header(least, width, mapping), header)
-        a, b, loss = np.where(less, new_a, a), np.where(less, new_b, b), np.where(less, new, loss)
-    return header, a, b, loss
+        loss = np.where(less, new, loss)
+    return header, loss
 
 
 def _positions(y: F32) -> _Place:
-    high, low = _greatest(y), -_greatest(-y) + ZERO
+    high, low = _greatest(y), ZERO - _greatest(-y)
     half = high * HALF - low * HALF
     base = low + half
     size = np.abs(base)
@@ -213,12 +213,8 @@ def _best_squares(y: F32, place: _Place, block: int) -> U32:
         new = _fit(y, place.total, other, zero + (SHIFT if number & 1 else -SHIFT), zero + START)
         mapping = np.where(fit.gain < new.gain, other, mapping)
         fit = _better(fit, new)
-    header, a, b, _ = _round_fit(fit, centre, mapping, place, block)
-    fit = _fit(y, place.total, mapping, a, b)
-    loss = _loss(a, b, centre, fit, block)
-    new_header, _, _, new_loss = _round_fit(fit, centre, mapping, place, block)
-    less = new_loss < loss
-    return _anchored(y, place, np.where(less, new_header, header), np.where(less, new_loss, loss), True)
+    header, loss = _round_fit(fit, centre, mapping, place, block)
+    return _anchored(y, place, header, loss, True)
 
 
 def _best_maximum(y: F32, place: _Place, block: int) -> U32:
