@@ -1,9 +1,9 @@
 """Derive the mappings of `nlm`: three steepnesses of a logit, and the integers of `spec/codecs.md`.
 
-Run as ``python -m benchmarks.nlm_mappings``; takes about a minute. Matrices of real models, each divided by its standard deviation, are
-cut into blocks; each block is quantized with each steepness, with a slow search for the best header. Then the three steepnesses
-are chosen that, together with the linear mapping, give the least error where each block takes the best of the four: the least mean
-logarithm of the rmse over the real models and block sizes, in which 32, the default, counts twice.
+Run as ``python -m benchmarks.nlm_mappings``; takes a minute or two. Matrices of real models, each divided by its standard
+deviation, are cut into blocks; each block is quantized with each steepness, with a slow search for the best header. Then the three
+steepnesses are chosen that, together with the linear mapping, give the least error where each block takes the best of the four: the
+least mean logarithm of the rmse over the real models and block sizes, in which 32, the default, counts twice.
 """
 
 from __future__ import annotations

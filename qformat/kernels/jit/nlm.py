@@ -39,7 +39,9 @@ UPPER = (
 STEPS = np.array([[16384 - t for t in upper[::-1]] + list(upper) for upper in UPPER], np.float32).ravel() / 16384
 LEVELS = np.array(UPPER, np.float32).ravel() / 8192 - 1
 MIDDLES = (LEVELS + np.append(LEVELS[1:], np.float32(1))) / 2  # the last of each eight has no use
-CODED = (LEVELS.view(np.uint32) | np.tile(np.arange(8, 16, dtype=np.uint32), 4)).view(np.float32)  # the code in the lowest bits
+CODED = (LEVELS.view(np.uint32) | np.tile(np.arange(8, 16, dtype=np.uint32), 4)).view(
+    np.float32
+)  # the code in the lowest bits
 
 HALF = np.float32(0.5)
 TWO = np.float32(2.0)

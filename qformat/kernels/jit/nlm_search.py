@@ -111,8 +111,8 @@ def _inverse(b):
 def _fit(y, total, mapping, a, b, block):
     """Give weights their nearest levels on a line, and fit the best line for these levels.
 
-    ``total`` is the sum of y. Returns (mean of the levels, their summed squared deviation from it, b of the best line, how much less
-    its squared error is than that of the best constant).
+    ``total`` is the sum of y. Returns (mean of the levels, their summed squared deviation from it, b of the best line, how much
+    less its squared error is than that of the best constant).
     """
     tables = _tables(mapping)
     inverse = _inverse(b)
@@ -145,7 +145,7 @@ def _extremes(y, mapping, a, b, block):
 
 
 @inline
-def _loss_of_squares(y, total, mapping, a, b, block):
+def _loss_of_squares(total, y, mapping, a, b, block):
     """Return the squared error of a line with the nearest levels, less that of the best constant."""
     mean, spread, best, gain = _fit(y, total, mapping, a, b, block)
     return _loss(a, b, total * (ONE / np.float32(block)), (mean, spread, best, gain), block)
@@ -163,7 +163,8 @@ def _loss(a, b, centre, fit, block):
 def _loss_of_maximum(y, mapping, a, b, block):
     """Return the largest absolute error of a line with the nearest levels."""
     high, low = _extremes(y, mapping, a, b, block)
-    return larger(high, low * -ONE)
+    loss = larger(high, low * -ONE)
+    return select_less(loss, ZERO, loss * ZERO + LOST, loss)  # a line that is not finite has none
 
 
 @inline
@@ -262,10 +263,8 @@ def _anchored(y, place, header, loss, squares, block):
         for step in range(4):
             width = smaller(below + step, INFINITE)
             a, b = _line(least, width, base, half)
-            if squares:
-                new = _loss_of_squares(y, total, mapping, a, b, block)
-            else:
-                new = _loss_of_maximum(y, mapping, a, b, block)
+            line = (y, mapping, a, b, block)
+            new = _loss_of_squares(total, *line) if squares else _loss_of_maximum(*line)
             new = select_nonzero(close, new, LOST)
             header = select_less(new, loss, _header(least, width, mapping), header)
             loss = select_less(new, loss, new, loss)

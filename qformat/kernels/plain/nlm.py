@@ -26,7 +26,7 @@ _CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
 
 
 def outer(position: F32, mapping: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for positions (blocks in rows) the numbers, from 0 in the middle to 7, of the nearest levels of the blocks' mappings."""
+    """Return the numbers, from 0 in the middle to 7, of the levels of a block's mapping that are nearest to positions in it."""
     size = np.abs(position)
     count = np.zeros(size.shape, np.int64)
     for middle in MIDDLES.T:

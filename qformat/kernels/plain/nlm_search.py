@@ -108,7 +108,8 @@ def _loss_of_squares(y: F32, total: F32, mapping: U32, a: F32, b: F32) -> F32:
 
 def _loss_of_maximum(y: F32, mapping: U32, a: F32, b: F32) -> F32:
     high, low = _extremes(y, mapping, a, b)
-    return np.where(high > -low, high, -low)
+    loss = np.where(high > -low, high, -low)
+    return np.where(loss < 0, LOST, loss)
 
 
 def _half(patterns: U32) -> F32:
@@ -164,7 +165,9 @@ def _positions(y: F32) -> _Place:
     base = low + half
     size = np.abs(base)
     close = half < np.where(size > FINEST, size, FINEST) * (CLOSE * HALF)
-    least = np.where(size * np.float32(2.0**-9) > np.float32(2.0**-30), size * np.float32(2.0**-9), np.float32(2.0**-30))
+    least = np.where(
+        size * np.float32(2.0**-9) > np.float32(2.0**-30), size * np.float32(2.0**-9), np.float32(2.0**-30)
+    )
     half = np.where(half > least, half, least)
     y[:] = (y - base) * (ONE / half)
     return _Place(base, half, low, high, _sum(y), close)
