@@ -324,7 +324,8 @@ def _best_maximum(y, place, block):
             mapping = select_less(new, loss, zeros_u32(16) + number, mapping)
             loss = select_less(new, loss, new, loss)
     header, loss, best_a = mapping * 0 + INFINITE, zero + LOST, a
-    below = larger(_range_below(b * half * TWO), 1) - 1
+    near = _range_below(b * half * TWO)
+    below = select_less(near, INFINITE, larger(near, 1) - 1, near)  # too large a range must overflow
     for step in range(4):
         width = smaller(below + step, INFINITE)
         for _ in range(2):

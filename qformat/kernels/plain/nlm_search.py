@@ -233,7 +233,8 @@ def _best_maximum(y: F32, place: _Place, block: int) -> U32:
             a, b = np.where(less, (high + low) * HALF, a), np.where(less, start, b)
             mapping, loss = np.where(less, other, mapping), np.where(less, new, loss)
     header, loss, best_a = np.full_like(mapping, INFINITE), zero + LOST, a
-    below = np.maximum(_range_below(b * place.half * np.float32(2)), np.uint32(1)) - np.uint32(1)
+    near = _range_below(b * place.half * np.float32(2))
+    below = np.where(near < INFINITE, np.maximum(near, np.uint32(1)) - np.uint32(1), near)
     for step in range(4):
         width = np.minimum(below + np.uint32(step), np.uint32(INFINITE))
         for _ in range(2):
