@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.plain.nlm import F32, LEVELS, MIDDLES, U32
+from qformat.kernels.plain.blocks import F32
+from qformat.kernels.plain.nlm import LEVELS, MIDDLES, U32
 
 START = np.float32(0.98)
 SHIFT = np.float32(0.025)
@@ -95,10 +96,10 @@ def _extremes(y: F32, mapping: U32, a: F32, b: F32) -> tuple[F32, F32]:
 
 
 def _loss(a: F32, b: F32, centre: F32, fit: _Fit, block: int) -> F32:
-    offset = a + b * fit.mean - centre
-    off = b - fit.best
-    loss: F32 = (offset * offset * np.float32(block) + off * off * fit.spread) - fit.gain
-    return loss
+    offset: F32 = a + b * fit.mean - centre
+    off: F32 = b - fit.best
+    shifted: F32 = offset * offset * np.float32(block)
+    return (shifted + off * off * fit.spread) - fit.gain
 
 
 def _loss_of_squares(y: F32, total: F32, mapping: U32, a: F32, b: F32) -> F32:
@@ -112,7 +113,7 @@ def _loss_of_maximum(y: F32, mapping: U32, a: F32, b: F32) -> F32:
     return np.where(loss < 0, LOST, loss)
 
 
-def _half(patterns: U32) -> F32:
+def _half(patterns: NDArray[Any]) -> F32:
     return patterns.astype(np.uint16).view(np.float16).astype(np.float32)
 
 
@@ -122,7 +123,7 @@ def _minimum(value: F32) -> U32:
     normal = (magnitude + 0xFFFF + ((magnitude >> 17) & 1) - REBIAS) >> 17
     subnormal = (np.abs(value) + np.float32(8)).view(np.uint32) - np.uint32(0x41000000)
     nearest: U32 = np.minimum(np.where(np.abs(value) < FINEST, subnormal, normal), np.uint32(0x7C0))
-    return nearest | ((pattern >> 20) & 0x800)
+    return nearest | ((pattern >> 20) & 0x800).astype(np.uint32)
 
 
 def _range_below(value: F32) -> U32:
@@ -137,7 +138,8 @@ def _line(least: U32, width: U32, base: F32, half: F32) -> tuple[F32, F32]:
 
 
 def _header(least: U32, width: U32, mapping: U32) -> U32:
-    return width | (least << 10) | (mapping << 22)
+    header: U32 = (width | (least << 10) | (mapping << 22)).astype(np.uint32)
+    return header
 
 
 def _rounded(width: U32, a: F32, base: F32, half: F32) -> tuple[U32, F32, F32]:
