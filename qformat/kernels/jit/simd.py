@@ -556,6 +556,9 @@ def _shuffle(lanes_of: Callable[[int], list[int]]) -> Any:
 
 low_half = _shuffle(lambda lanes: list(range(lanes // 2)))
 high_half = _shuffle(lambda lanes: list(range(lanes // 2, lanes)))
+#: lanes 0 and 1, 2 and 3 ... exchanged; lanes 0 and 2, 1 and 3 ...
+swap_1 = _shuffle(lambda lanes: [i ^ 1 for i in range(lanes)])
+swap_2 = _shuffle(lambda lanes: [i ^ 2 for i in range(lanes)])
 
 
 @intrinsic
