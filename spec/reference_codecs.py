@@ -276,9 +276,12 @@ def _decode_blocks(codec: str, rows: int, cols: int, params: Params, segments: S
 
 # ---- nlm
 
-# PLACEHOLDER for the table of the section nlm: a straight line, four times. The text's table goes here.
-_LINE = tuple(round(q * 16384 / 15) for q in range(16))
-NLM_LEVELS = (_LINE, _LINE, _LINE, _LINE)
+NLM_LEVELS = (
+    (0, 1092, 2185, 3277, 4369, 5461, 6554, 7646, 8738, 9830, 10923, 12015, 13107, 14199, 15292, 16384),
+    (0, 1471, 2734, 3864, 4903, 5881, 6820, 7737, 8647, 9564, 10503, 11481, 12520, 13650, 14913, 16384),
+    (0, 1821, 3177, 4292, 5267, 6154, 6989, 7794, 8590, 9395, 10230, 11117, 12092, 13207, 14563, 16384),
+    (0, 2375, 3780, 4830, 5701, 6470, 7179, 7858, 8526, 9205, 9914, 10683, 11554, 12604, 14009, 16384),
+)
 
 
 def _decode_nlm(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
@@ -309,8 +312,8 @@ def _decode_affine(rows: int, cols: int, params: Params, segments: Segments, whe
     width = cols  # columns that share a scale
     if params.get("group") != "row":
         group = get(params, "group", int, where)
-        if group <= 0 or group % 32:
-            fail(where, f"'group' {group} is not a positive multiple of 32")
+        if not 32 <= group <= 2**20 or group % 32:
+            fail(where, f"'group' {group} is not a multiple of 32 from 32 to 2^20")
         width = min(group, cols)
     groups = -(-cols // width) if cols else 0
     layout = [("scales", rows * groups * np.dtype(DTYPES[scale]).itemsize)]

@@ -31,6 +31,7 @@ class Nlm(BlockCodec):
     """
 
     id: ClassVar[str] = "nlm"
+    keeps_zeros: ClassVar[bool] = False
     codes: ClassVar[int] = 16
 
     block: Literal[32, 64, 128] = 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,7 +112,8 @@ class QuantizedCodec(Codec):
 
     def _filled(self, values: NDArray[Any]) -> NDArray[Any]:
         missing = self.filled(values.shape[1]) - values.shape[1]
-        return np.pad(values, ((0, 0), (0, missing))) if missing else values
+        mode: Literal["constant", "edge"] = "constant" if self.keeps_zeros else "edge"
+        return np.pad(values, ((0, 0), (0, missing)), mode) if missing else values
 
 
 def check_length(part: Buffer, expected: int, what: str) -> None:
