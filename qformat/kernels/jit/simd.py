@@ -526,6 +526,19 @@ def _shuffle(lanes_of: Callable[[int], list[int]]) -> Any:
 
 low_half = _shuffle(lambda lanes: list(range(lanes // 2)))
 high_half = _shuffle(lambda lanes: list(range(lanes // 2, lanes)))
+even_lanes = _shuffle(lambda lanes: list(range(0, lanes, 2)))
+odd_lanes = _shuffle(lambda lanes: list(range(1, lanes, 2)))
+
+
+@intrinsic(prefer_literal=True)
+def lane(typing: Any, vector: Any, number: Any) -> Any:  # noqa: ARG001
+    """Return one lane of a vector as a scalar; the number is a constant."""
+    place = ir.Constant(ir.IntType(32), number.literal_value)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.extract_element(args[0], place)
+
+    return vector.element(vector, number), generate
 
 
 @intrinsic
