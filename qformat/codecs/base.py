@@ -138,8 +138,11 @@ class Codec(ABC):
     id: ClassVar[str]
     #: what `decode` gives
     decoded: ClassVar[DType]
-    #: whether `encode` needs what `fit` makes of the whole tensor
-    fits: ClassVar[bool] = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether `encode` needs what `fit` makes of the whole tensor."""
+        return False
 
     @abstractmethod
     def accepts(self, dtype: DType) -> bool:

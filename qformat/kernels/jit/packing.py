@@ -1,7 +1,6 @@
 """Codes of 2, 3, 4 or 8 bits in a string of bits (spec/codecs.md, "Packed codes"), compiled. Twin of ``plain/packing.py``.
 
-For each number of bits there are two helpers: 32 codes from the ``4 * bits`` bytes at an index, as a vector of uint32, and back.
-Kernels take them as arguments, so that each number of bits gets a loop of its own.
+Kernels call `unpack_32` and `pack_32`; the number of bits is the same throughout a loop, so that choosing costs next to nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ WORD = np.uint32(0)
 
 
 @inline
-def unpack_2(packed, at):
+def _unpack_2(packed, at):
     """Return 32 codes of 2 bits."""
     shifts = count_up(16) * 2
     return join(load_as(packed, at, WORD) >> shifts, load_as(packed, at + 4, WORD) >> shifts) & 3
 
 
 @inline
-def unpack_3(packed, at):
+def _unpack_3(packed, at):
     """Return 32 codes of 3 bits: 8 codes in every 3 bytes."""
     shifts = count_up(8) * 3
     first = join(load_as(packed, at, WORD) >> shifts, load_as(packed, at + 3, WORD) >> shifts)
@@ -43,7 +42,7 @@ def unpack_3(packed, at):
 
 
 @inline
-def unpack_4(packed, at):
+def _unpack_4(packed, at):
     """Return 32 codes of 4 bits."""
     shifts = count_up(8) * 4
     first = join(load_as(packed, at, WORD) >> shifts, load_as(packed, at + 4, WORD) >> shifts)
@@ -51,7 +50,7 @@ def unpack_4(packed, at):
 
 
 @inline
-def unpack_8(packed, at):
+def _unpack_8(packed, at):
     """Return 32 codes of 8 bits."""
     return to_u32(load(packed, at, 32))
 
@@ -63,13 +62,13 @@ def _join_lanes(codes, width):
 
 
 @inline
-def pack_2(codes, packed, at):
+def _pack_2(codes, packed, at):
     """Store 32 codes of 2 bits."""
     store(packed, at, to_u8(_join_lanes(_join_lanes(codes, 2), 4)))
 
 
 @inline
-def pack_3(codes, packed, at):
+def _pack_3(codes, packed, at):
     """Store 32 codes of 3 bits."""
     triples = _join_lanes(_join_lanes(_join_lanes(codes, 3), 6), 12)  # of bytes
     first, second, third, fourth = lane(triples, 0), lane(triples, 1), lane(triples, 2), lane(triples, 3)
@@ -79,50 +78,51 @@ def pack_3(codes, packed, at):
 
 
 @inline
-def pack_4(codes, packed, at):
+def _pack_4(codes, packed, at):
     """Store 32 codes of 4 bits."""
     store(packed, at, to_u8(_join_lanes(codes, 4)))
 
 
 @inline
-def pack_8(codes, packed, at):
+def _pack_8(codes, packed, at):
     """Store 32 codes of 8 bits."""
     store(packed, at, to_u8(codes))
 
 
 @inline
-def _unpack(packed, codes, size, unpack_32):
-    for i in range(codes.size // 32):
-        store(codes, 32 * i, to_u8(unpack_32(packed, size * i)))
-
-
-@kernel(f"void({U8}, uint8[::1], int64)")
-def unpack(packed, codes, bits):
-    """Write codes of ``bits`` bits, a multiple of 32 of them, one to a byte."""
-    if bits == 2:
-        _unpack(packed, codes, 8, unpack_2)
-    elif bits == 3:
-        _unpack(packed, codes, 12, unpack_3)
-    elif bits == 4:
-        _unpack(packed, codes, 16, unpack_4)
-    else:
-        _unpack(packed, codes, 32, unpack_8)
+def unpack_32(packed, number, width):
+    """Return 32 codes of ``width`` bits, the run of this number, as a vector of uint32."""
+    if width == 4:
+        return _unpack_4(packed, 16 * number)
+    if width == 3:
+        return _unpack_3(packed, 12 * number)
+    if width == 2:
+        return _unpack_2(packed, 8 * number)
+    return _unpack_8(packed, 32 * number)
 
 
 @inline
-def _pack(codes, packed, size, pack_32):
-    for i in range(codes.size // 32):
-        pack_32(to_u32(load(codes, 32 * i, 32)), packed, size * i)
+def pack_32(codes, packed, number, width):
+    """Store 32 codes, which have no more than ``width`` bits."""
+    if width == 4:
+        _pack_4(codes, packed, 16 * number)
+    elif width == 3:
+        _pack_3(codes, packed, 12 * number)
+    elif width == 2:
+        _pack_2(codes, packed, 8 * number)
+    else:
+        _pack_8(codes, packed, 32 * number)
 
 
 @kernel(f"void({U8}, uint8[::1], int64)")
-def pack(codes, packed, bits):
-    """Do the opposite of `unpack`; codes have no more than ``bits`` bits."""
-    if bits == 2:
-        _pack(codes, packed, 8, pack_2)
-    elif bits == 3:
-        _pack(codes, packed, 12, pack_3)
-    elif bits == 4:
-        _pack(codes, packed, 16, pack_4)
-    else:
-        _pack(codes, packed, 32, pack_8)
+def unpack(packed, codes, width):
+    """Write codes of ``width`` bits, a multiple of 32 of them, one to a byte."""
+    for number in range(codes.size // 32):
+        store(codes, 32 * number, to_u8(unpack_32(packed, number, width)))
+
+
+@kernel(f"void({U8}, uint8[::1], int64)")
+def pack(codes, packed, width):
+    """Do the opposite of `unpack`; codes have no more than ``width`` bits."""
+    for number in range(codes.size // 32):
+        pack_32(to_u32(load(codes, 32 * number, 32)), packed, number, width)
