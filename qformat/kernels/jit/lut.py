@@ -75,8 +75,8 @@ def encode(x, cols, block, scales, thresholds, codebooks, codes, lanes, width):
     number = 0
     for row in range(x.size // filled):
         scale = spread_f32(scales[row], 32)
-        for start in range(0, filled, block if block else filled):
-            for col in range(start, min(start + block, filled) if block else filled, 32):
+        for start in range(0, filled, block or filled):
+            for col in range(start, min(start + (block or filled), filled), 32):
                 at = row * filled + col
                 values = load(x, at, 32)
                 unscaled = values / scale
@@ -113,8 +113,8 @@ def dequantize(codebooks, scales, codes, x, filled, block, width):
     number = 0
     for row in range(x.size // filled):
         scale = scales[row]
-        for start in range(0, filled, block if block else filled):
-            for col in range(start, min(start + block, filled) if block else filled, 32):
+        for start in range(0, filled, block or filled):
+            for col in range(start, min(start + (block or filled), filled), 32):
                 at = row * filled + col
                 store(x, at, take(codebooks, unpack_32(codes, at // 32, width) + number * size) * scale)
             if block:
