@@ -407,3 +407,24 @@ def test_impossible_records_are_refused(changes):
     with pytest.raises(FormatError, match="'x'"):
         codec_of(record)
     assert codec_of(TensorRecord("x", (2, 200), "f32", "lut", codec.params(), segments, error=record.error)) == codec
+
+
+@pytest.mark.parametrize("name", ["encoder.layer.0.output.dense.weight", "encoder.layer.5.output.dense.weight"])
+def test_lloyd_on_real_weights_with_outliers(minilm, name):
+    from safetensors.numpy import load_file
+
+    x = load_file(minilm / "model.safetensors")[name].reshape(-1).astype(np.float64)
+    book, _ = fit_lloyd(survey_of(x), 16)
+    found = distance(x, book.entries)
+    middles = np.array([NormalDist().inv_cdf((i + 0.5) / 16) for i in range(16)])
+    for start in (1.3 * x.std() * middles, np.linspace(x.min(), x.max(), 16), book.entries.astype(np.float64)):
+        assert found <= distance(x, long_lloyd(x, start)) * 1.005
+
+
+@pytest.mark.parametrize("type_", TYPES)
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_floats_are_stored_as_float32_would_be(tmp_path, type_, dtype):
+    x = np.random.default_rng(13).standard_normal((4, 200)).astype(dtype)
+    np.testing.assert_array_equal(
+        round_trip(tmp_path, x, type_)[0], round_trip(tmp_path, x.astype(np.float32), type_)[0].astype(np.float32)
+    )
