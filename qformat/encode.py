@@ -128,7 +128,7 @@ def fit(plan: Plan, pool: Executor, window: int) -> Plan:
         return plan
     tasks = (partial(_survey, plan, piece) for piece in plan.pieces())
     surveys = (future.result() for future in _ahead(pool, tasks, window))
-    return replace(plan, fitted=plan.codec.fit(surveys))
+    return replace(plan, fitted=plan.codec.fitted_to(surveys))
 
 
 def _survey(plan: Plan, piece: Piece) -> Any:

@@ -341,7 +341,7 @@ def _decode_affine(rows: int, cols: int, params: Params, segments: Segments, whe
 def _decode_lut(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
     _check_keys(params, ("scope", "block", "size", "scale"), where)
     scope = _choice(params, "scope", ("tensor", "block"), where)
-    block = _choice(params, "block", (128, 256) if scope == "block" else (0,), where)
+    block = _choice(params, "block", (128, 256) if scope == "block" else (128,), where)
     size = _choice(params, "size", (4, 8, 16), where)
     scale = _choice(params, "scale", ("tensor", "row") if scope == "tensor" else ("tensor",), where)
     bits = {4: 2, 8: 3, 16: 4}[size]

@@ -138,8 +138,11 @@ class Codec(ABC):
     id: ClassVar[str]
     #: what `decode` gives
     decoded: ClassVar[DType]
-    #: whether `encode` needs what `fit` makes of the whole tensor
-    fits: ClassVar[bool] = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether `encode` needs what `fitted_to` makes of the whole tensor."""
+        return False
 
     @abstractmethod
     def accepts(self, dtype: DType) -> bool:
@@ -166,10 +169,10 @@ class Codec(ABC):
         """
 
     def survey(self, elements: Elements) -> Any:
-        """Return what `fit` needs to know of a piece, which may hold NaN or infinity."""
+        """Return what `fitted_to` needs to know of a piece, which may hold NaN or infinity."""
         raise NotImplementedError
 
-    def fit(self, surveys: Iterable[Any]) -> Any:
+    def fitted_to(self, surveys: Iterable[Any]) -> Any:
         """Return what `encode` needs to know of the tensor, from the surveys of its pieces in order."""
         raise NotImplementedError
 
@@ -182,7 +185,7 @@ class Codec(ABC):
         elements
             A two-dimensional array.
         fitted
-            What `fit` returned, if the codec `fits`.
+            What `fitted_to` returned, if the codec `fits`.
 
         Raises
         ------

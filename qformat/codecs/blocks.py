@@ -57,8 +57,8 @@ class BlockCodec(QuantizedCodec):
         start = piece.row * self._row_bytes(matrix.cols) + piece.col // self.unit * self.block_bytes
         return (slice(start, start + piece.rows * self._row_bytes(piece.cols)),)
 
-    def _quantize(self, values: NDArray[Any], fitted: Any) -> Quantized:
-        del fitted
+    def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
+        del cols, fitted
         blocks = np.empty(values.size // self.unit * self.block_bytes, np.uint8)
         lanes = np.zeros(load("blocks").LANES)
         return Quantized((blocks.data,), lanes, *self._fill(values.reshape(-1), blocks, lanes))

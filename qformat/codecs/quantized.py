@@ -37,7 +37,8 @@ class QuantizedCodec(Codec):
     """A codec that approximates weights by codes."""
 
     decoded: ClassVar[DType] = F32
-    #: whether the zeros that rows are filled up with decode to zeros, so that they add nothing to the error
+    #: whether rows are filled up with zeros that add nothing to the error which `_quantize` returns; if not, they are filled up with
+    #: their last element, and measured again without it
     keeps_zeros: ClassVar[bool] = True
 
     @property
@@ -51,8 +52,8 @@ class QuantizedCodec(Codec):
         return False
 
     @abstractmethod
-    def _quantize(self, values: NDArray[Any], fitted: Any) -> Quantized:
-        """Encode C-contiguous rows of float32, filled up to whole units."""
+    def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
+        """Encode C-contiguous rows of float32, `cols` elements filled up to whole units."""
 
     @abstractmethod
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
@@ -72,10 +73,11 @@ class QuantizedCodec(Codec):
         source = self._filled(elements.data)
         narrow = elements.dtype is BF16 and self.takes_bf16
         values = source if narrow else Elements(elements.dtype, source).to_f32()
-        parts, lanes, peak, largest, overflowed, vanished = self._quantize(values, fitted)
-        if source.shape != elements.data.shape and not self.keeps_zeros:
+        cols = elements.data.shape[1]
+        parts, lanes, peak, largest, overflowed, vanished = self._quantize(values, cols, fitted)
+        if source.shape[1] != cols and not self.keeps_zeros:
             exact = Elements(elements.dtype, source).to_f32() if narrow else values
-            lanes, largest = self._measured(exact, parts, elements.data.shape[1])
+            lanes, largest = self._measured(exact, parts, cols)
         finite = peak < INFINITY_BITS
         if elements.dtype is F64:  # it may exceed float32 itself
             finite = elements.all_finite()

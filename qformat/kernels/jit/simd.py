@@ -559,6 +559,19 @@ high_half = _shuffle(lambda lanes: list(range(lanes // 2, lanes)))
 #: lanes 0 and 1, 2 and 3 ... exchanged; lanes 0 and 2, 1 and 3 ...
 swap_1 = _shuffle(lambda lanes: [i ^ 1 for i in range(lanes)])
 swap_2 = _shuffle(lambda lanes: [i ^ 2 for i in range(lanes)])
+even_lanes = _shuffle(lambda lanes: list(range(0, lanes, 2)))
+odd_lanes = _shuffle(lambda lanes: list(range(1, lanes, 2)))
+
+
+@intrinsic(prefer_literal=True)
+def lane(typing: Any, vector: Any, number: Any) -> Any:  # noqa: ARG001
+    """Return one lane of a vector as a scalar; the number is a constant."""
+    place = ir.Constant(ir.IntType(32), number.literal_value)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.extract_element(args[0], place)
+
+    return vector.element(vector, number), generate
 
 
 @intrinsic

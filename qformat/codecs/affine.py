@@ -1,0 +1,134 @@
+"""Integers with a scale for each group of columns (spec/codecs.md, "affine")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Buffer, Matrix, Piece
+from qformat.codecs.packed import LONGEST, PackedCodec, cuts
+from qformat.codecs.quantized import Quantized, check_length
+from qformat.codecs.registry import register
+from qformat.dtypes import DTYPES, F32, Elements
+from qformat.kernels import load
+
+_KINDS = {"f16": 0, "bf16": 1, "f32": 2}  # of scales, for the kernels
+
+# For each number of bits, what the search begins with: the levels at which the value of largest magnitude is tried ...
+_EXTREMES = {
+    2: (-2.0, -1.6, -1.2, -2.4, -2.8, -3.2, 1.0, 1.3, 0.8, 1.6, 2.2, 2.7, 3.2),
+    3: (-4.0, -3.5, -3.1, -4.4, -4.9, -5.5, -6.2, 3.0, 2.6, 3.4, 3.9, 4.5, 5.2),
+    4: (-8.0, -7.4, -7.0, -6.6, -8.6, -9.3, -10.1, -11.5, 7.0, 6.6, 6.2, 7.6, 8.3, 9.2),
+    8: (-128.0, -127.6, -127.2, -126.7, -128.5, -129.0, -130.0, 127.0, 126.6, 126.2, 127.5, 128.0, 129.0),
+}
+# ... or the number of steps that the range of values is cut into.
+_STEPS = {
+    2: (3.0, 3.6, 4.2, 4.9, 5.6, 6.5, 2.5),
+    3: (7.0, 7.6, 8.2, 8.9, 9.7, 10.8, 6.4),
+    4: (15.0, 15.9, 16.9, 18.0, 19.5, 14.3, 13.6),
+    8: (255.0, 254.0, 256.0, 257.0, 253.0, 258.0, 251.5),
+}
+
+
+@register
+@dataclass(frozen=True)
+class Affine(PackedCodec):
+    """Unsigned integers, less a zero, times a scale; both are chosen for least squared error.
+
+    Parameters
+    ----------
+    bits
+        Bits of a code.
+    group
+        Columns that share a scale, a multiple of 32; or ``row``.
+    sym
+        Whether the zero is in the middle, so that none is stored.
+    scale
+        The dtype of the scales.
+    """
+
+    id: ClassVar[str] = "affine"
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group: int | Literal["row"] = 128
+    sym: bool = True
+    scale: Literal["f16", "bf16", "f32"] = "f16"
+
+    def __post_init__(self) -> None:
+        if self.group != "row" and (self.group % 32 or not 0 < self.group <= LONGEST):
+            raise ValueError(f"group may be row or a positive multiple of 32 up to {LONGEST}, not {self.group}")
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return self.bits
+
+    def grain(self, matrix: Matrix) -> int:
+        """Return the columns of a group, or whole rows if they are no longer."""
+        return self._columns(max(1, matrix.cols))
+
+    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
+        """Return scales, zeros if there are any, and codes."""
+        if not matrix.elements:
+            matrix = Matrix(0, 0)
+        groups = matrix.rows * cuts(matrix.cols, self._columns(max(1, matrix.cols)))
+        scales = ("scales", groups * self._scale.size)
+        zeros = () if self.sym else (("zeros", groups),)
+        return (scales, *zeros, self._code_layout(matrix))
+
+    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
+        """Return where the groups and the codes of a piece stand."""
+        columns = self._columns(matrix.cols)
+        start = piece.row * cuts(matrix.cols, columns) + piece.col // columns
+        stop = start + piece.rows * cuts(piece.cols, columns)
+        scales = slice(start * self._scale.size, stop * self._scale.size)
+        zeros = () if self.sym else (slice(start, stop),)
+        return (scales, *zeros, self._code_span(matrix, piece))
+
+    @property
+    def _scale(self) -> Any:
+        return DTYPES[self.scale]
+
+    def _columns(self, cols: int) -> int:
+        """Return the columns of a group in rows of `cols`."""
+        return cols if self.group == "row" else min(self.group, cols)
+
+    def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
+        del fitted
+        x = values.reshape(-1)
+        filled = values.shape[1]
+        group = self.filled(self._columns(cols))
+        groups = len(values) * cuts(filled, group)
+        scales = np.empty(groups, np.float32)
+        zeros = np.full(groups, 1 << (self.bits - 1), np.uint8)
+        search, kind = load("affine_search"), _KINDS[self.scale]
+        if self.sym:
+            search.symmetric(x, cols, group, self.bits, kind, np.array(_EXTREMES[self.bits], np.float32), scales)
+        else:
+            search.asymmetric(x, cols, group, self.bits, kind, np.array(_STEPS[self.bits], np.float32), scales, zeros)
+        codes = np.empty(self._code_bytes(x.size), np.uint8)
+        lanes = np.zeros(load("blocks").LANES)
+        peak, largest, vanished = load("affine").encode(x, cols, group, scales, zeros, codes, lanes, self.bits)
+        overflowed = int((~np.isfinite(scales)).sum())
+        stored = Elements(F32, scales).cast(self._scale)
+        parts = (stored.data.cast("B"), *(() if self.sym else (zeros.data,)), codes.data)
+        return Quantized(parts, lanes, peak, largest, overflowed, vanished)
+
+    def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
+        filled = out.shape[1]
+        group = filled if self.group == "row" else self.group
+        groups = len(out) * cuts(filled, group)
+        check_length(parts[0], groups * self._scale.size, "scales")
+        check_length(parts[-1], self._code_bytes(out.size), "codes")
+        scales = Elements(self._scale, np.frombuffer(parts[0], self._scale.storage)).to_f32()
+        if self.sym:
+            zeros = np.full(groups, 1 << (self.bits - 1), np.uint8)
+        else:
+            check_length(parts[1], groups, "zeros")
+            zeros = np.frombuffer(parts[1], np.uint8)
+        codes = np.frombuffer(parts[-1], np.uint8)
+        load("affine").dequantize(scales, zeros, codes, out.reshape(-1), filled, group, self.bits)

@@ -1,0 +1,179 @@
+"""Codes that name entries of a codebook (spec/codecs.md, "lut")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Buffer, Matrix, Piece, encoder_option
+from qformat.codecs.codebooks import (
+    Codebook,
+    Survey,
+    deviation,
+    fit_gauss,
+    fit_lloyd,
+    fit_percentile,
+    midpoints,
+)
+from qformat.codecs.packed import PackedCodec, cuts
+from qformat.codecs.quantized import Quantized, check_length
+from qformat.codecs.registry import register
+from qformat.dtypes import F16, F32, Elements
+from qformat.kernels import load
+
+
+@register
+@dataclass(frozen=True)
+class Lut(PackedCodec):
+    """One codebook for a tensor, or one for each block of a row.
+
+    Parameters
+    ----------
+    scope
+        What has a codebook: the ``tensor``, or each ``block``.
+    block
+        Columns of a block; without meaning, and 128, with scope ``tensor``.
+    size
+        Entries of a codebook.
+    scale
+        ``row``: weights are divided by the root mean square of their row first.
+    fit
+        How the codebook is found: ``lloyd`` gives the least squared error, ``percentile`` takes percentiles of the weights,
+        ``gauss`` uses all codes evenly if weights are Gaussian.
+    """
+
+    id: ClassVar[str] = "lut"
+
+    scope: Literal["tensor", "block"] = "tensor"
+    block: Literal[128, 256] = 128
+    size: Literal[4, 8, 16] = 16
+    scale: Literal["tensor", "row"] = "tensor"
+    fit: Literal["lloyd", "percentile", "gauss"] = encoder_option("lloyd")
+
+    def __post_init__(self) -> None:
+        if self.scope == "tensor":
+            if self.block != 128:
+                raise ValueError(f"block={self.block} needs scope=block")
+            return
+        if self.scale != "tensor":
+            raise ValueError(f"scale={self.scale} needs scope=tensor: the codebook of a block needs no scale")
+        if self.fit != "lloyd":
+            raise ValueError(f"fit={self.fit} needs scope=tensor: the codebook of a block is always the best one")
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return self.size.bit_length() - 1
+
+    @property
+    def _columns(self) -> int:
+        """Columns that share a codebook; 0 if all do."""
+        return self.block if self.scope == "block" else 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is one codebook for the whole tensor."""
+        return self.scope == "tensor"
+
+    def grain(self, matrix: Matrix) -> int:
+        """Return the columns of a block; whole rows if they are no longer, or have a scale."""
+        if self.scale == "row":
+            return max(1, matrix.cols)
+        return min(self._columns, max(1, matrix.cols)) if self._columns else self.unit
+
+    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
+        """Return codebooks, scales if there are any, and codes."""
+        if not matrix.elements:
+            matrix = Matrix(0, 0)
+        books = matrix.rows * cuts(matrix.cols, self._columns) if self._columns else min(1, matrix.rows)
+        scales = (("scales", matrix.rows * F16.size),) if self.scale == "row" else ()
+        return (("codebooks", books * self.size * F16.size), *scales, self._code_layout(matrix))
+
+    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
+        """Return where the codebooks of a piece stand, the same for all pieces if there is one, its scales and its codes."""
+        start, books = 0, 1
+        if self._columns:
+            start = piece.row * cuts(matrix.cols, self._columns) + piece.col // self._columns
+            books = piece.rows * cuts(piece.cols, self._columns)
+        each = self.size * F16.size
+        scales = (slice(piece.row * F16.size, (piece.row + piece.rows) * F16.size),) if self.scale == "row" else ()
+        return (slice(start * each, (start + books) * each), *scales, self._code_span(matrix, piece))
+
+    def survey(self, elements: Elements) -> Survey:
+        """Count the weights of a piece, over the scales of their rows if there are any."""
+        values = elements.to_f32()
+        if self.scale == "row":
+            values = self._unscaled(values)
+        found = Survey.empty()
+        load("lut").survey(np.ascontiguousarray(values).reshape(-1), found.counts, found.sums)
+        return found
+
+    def fitted_to(self, surveys: Iterable[Survey]) -> Codebook:
+        """Return the codebook for the whole tensor."""
+        survey = Survey.total(surveys)
+        if self.fit == "percentile":
+            return fit_percentile(survey, self.size)
+        if self.fit == "gauss":
+            return fit_gauss(1.0 if self.scale == "row" else deviation(survey), self.size)
+        return fit_lloyd(survey, self.size)[0]
+
+    def _unscaled(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Divide rows by their scales; of those whose scale is 0 nothing finite is left."""
+        scales = self._row_scales(self._filled(values), values.shape[1]).astype(np.float32)
+        with np.errstate(all="ignore"):
+            divided: NDArray[np.float32] = values / scales[:, None]
+        return divided
+
+    def _row_scales(self, values: NDArray[np.float32], cols: int) -> NDArray[np.float16]:
+        """Return the root mean square of rows that are filled up with zeros."""
+        lanes = np.zeros((len(values), load("blocks").LANES))
+        load("lut").row_squares(values.reshape(-1), values.shape[1], lanes.reshape(-1))
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        with np.errstate(over="ignore"):
+            return np.sqrt(lanes[:, 0] / cols).astype(np.float16)
+
+    def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
+        x = values.reshape(-1)
+        scales = np.ones(len(values), np.float16)
+        if self._columns:
+            chosen = np.empty(len(values) * cuts(cols, self._columns) * self.size, np.float32)
+            load("lut_search").codebooks(x, cols, self._columns, self.size, chosen)
+            stored = Elements(F32, chosen).cast(F16)
+            book = Codebook(stored, midpoints(stored.reshape(-1, self.size)).reshape(-1))
+        else:
+            book = fitted
+            if self.scale == "row":
+                scales = self._row_scales(values, cols)
+        codes = np.empty(self._code_bytes(x.size), np.uint8)
+        lanes = np.zeros(load("blocks").LANES)
+        numbers = (_widened(scales), book.thresholds, _widened(book.entries))
+        peak, largest, vanished = load("lut").encode(x, cols, self._columns, *numbers, codes, lanes, self.width)
+        overflowed = sum(int((~np.isfinite(halves)).sum()) for halves in (book.entries, scales))
+        if self.scale == "row":
+            vanished += int((values[scales == 0] != 0).any(axis=1).sum())
+        arrays: list[NDArray[Any]] = [book.entries, *([scales] if self.scale == "row" else []), codes]
+        parts = tuple(array.data.cast("B") for array in arrays)
+        return Quantized(parts, lanes, peak, largest, overflowed, vanished)
+
+    def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
+        rows, filled = out.shape
+        books = rows * cuts(filled, self._columns) if self._columns else 1
+        check_length(parts[0], books * self.size * F16.size, "codebooks")
+        check_length(parts[-1], self._code_bytes(out.size), "codes")
+        scales = np.ones(rows, np.float16)
+        if self.scale == "row":
+            check_length(parts[1], rows * F16.size, "scales")
+            scales = np.frombuffer(parts[1], np.float16)
+        entries = _widened(np.frombuffer(parts[0], np.float16))
+        codes = np.frombuffer(parts[-1], np.uint8)
+        load("lut").dequantize(entries, _widened(scales), codes, out.reshape(-1), filled, self._columns, self.width)
+
+
+def _widened(halves: NDArray[np.float16]) -> NDArray[np.float32]:
+    return Elements(F16, halves).to_f32()

@@ -1,0 +1,57 @@
+"""What codecs with packed codes share: a segment of codes beside the numbers that say what they mean (spec/codecs.md)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Buffer, Matrix, Piece
+from qformat.codecs.quantized import QuantizedCodec
+from qformat.kernels import load
+
+#: the longest group; far beyond any row
+LONGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class PackedCodec(QuantizedCodec):
+    """A codec whose last segment is ``codes``; rows are filled up to whole runs of 32."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Bits of a code."""
+
+    @property
+    def unit(self) -> int:
+        """Elements of a run."""
+        return 32
+
+    def _code_bytes(self, elements: int) -> int:
+        """Return the bytes of the codes of elements in whole runs."""
+        return elements // 8 * self.width
+
+    def _code_layout(self, matrix: Matrix) -> tuple[str, int]:
+        return ("codes", self._code_bytes(matrix.rows * self.filled(matrix.cols)))
+
+    def _code_span(self, matrix: Matrix, piece: Piece) -> slice:
+        start = piece.row * self.filled(matrix.cols) + piece.col
+        return slice(self._code_bytes(start), self._code_bytes(start + piece.rows * self.filled(piece.cols)))
+
+    def histograms(self, parts: Sequence[Buffer]) -> dict[str, NDArray[np.int64]]:
+        """Return how often each code of at most four bits occurs, those that fill up rows included."""
+        if self.width > 4:
+            return {}
+        packed = np.frombuffer(parts[-1], np.uint8)
+        codes = np.empty(packed.size * 8 // self.width, np.uint8)
+        load("packing").unpack(packed, codes, self.width)
+        return {"histogram": np.bincount(codes, minlength=1 << self.width)}
+
+
+def cuts(cols: int, length: int) -> int:
+    """Return how many groups of `length` columns a row has; the last may be shorter."""
+    return -(-cols // length)

@@ -1,0 +1,87 @@
+"""Integers with a scale for each group of columns, in numpy. Twin of ``jit/affine.py``, which documents the functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.kernels.plain.blocks import F32, U8
+from qformat.kernels.plain.floats import add_rows, peak_f32
+from qformat.kernels.plain.packing import pack, unpack
+
+ROUND = np.float32(3 << 22)
+_RUNS = 1 << 10  # at a time, so that temporary arrays stay in cache
+
+
+def nearest(values: F32, inverse: F32, low: F32, high: F32) -> F32:
+    """Return ``values * inverse`` as the nearest integers from ``low`` to ``high``, in floats; ``low`` for a NaN."""
+    scaled = values * inverse
+    scaled = np.where(scaled > low, scaled, low)
+    rounded: F32 = (np.where(scaled < high, scaled, high) + ROUND) - ROUND
+    return rounded
+
+
+def reciprocal(scale: F32) -> F32:
+    """Return 1 / scale, or 0 for a scale of 0."""
+    inverse: F32 = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    return inverse
+
+
+def groups_of_runs(filled: int, group: int, rows: int) -> NDArray[np.int64]:
+    """Return the number of the group that each run of 32 elements belongs to."""
+    in_row = np.arange(0, filled, 32) // group
+    count = -(-filled // group)
+    return (np.arange(rows)[:, None] * count + in_row).ravel()
+
+
+def valid_in_runs(filled: int, cols: int, rows: int) -> NDArray[np.int64]:
+    """Return how many elements of each run of 32 are not there to fill up a row."""
+    return np.tile(np.minimum(cols - np.arange(0, filled, 32), 32), rows)
+
+
+@np.errstate(all="ignore")
+def encode(
+    x: F32, cols: int, group: int, scales: F32, zeros: U8, codes: U8, lanes: NDArray[np.float64], width: int
+) -> tuple[int, int, int]:
+    """Write the nearest codes for given scales and zeros, and measure the error."""
+    filled = -(-cols // 32) * 32
+    runs = x.reshape(-1, 32)
+    numbers = groups_of_runs(filled, group, x.size // filled)
+    valid = valid_in_runs(filled, cols, x.size // filled)
+    seen, made = (np.zeros(scales.size, bool) for _ in range(2))
+    largest = 0
+    for start in range(0, len(runs), _RUNS):
+        here = slice(start, start + _RUNS)
+        values, number = runs[here], numbers[here]
+        scale = scales[number][:, None]
+        zero = zeros[number][:, None].astype(np.int32)
+        levels = nearest(
+            values, reciprocal(scale), (-zero).astype(np.float32), ((1 << width) - 1 - zero).astype(np.float32)
+        )
+        stored = (levels.astype(np.int32) + zero).astype(np.uint8)
+        pack(stored.ravel(), codes[4 * width * start : 4 * width * (start + len(values))], width)
+        decoded = levels * scale
+        error = np.where(np.arange(32) < valid[here, None], values - decoded, np.float32(0))
+        largest = max(largest, measure(error, lanes))
+        seen[number[values.any(axis=1)]] = True
+        made[number[decoded.any(axis=1)]] = True
+    return peak_f32(x), largest, int((seen & ~made).sum())
+
+
+def measure(error: F32, lanes: NDArray[np.float64]) -> int:
+    """Add the squared errors of runs to the lanes; return the bits of the largest error."""
+    squares = error * error
+    add_rows((squares[:, :16] + squares[:, 16:]).astype(np.float64), lanes)
+    return peak_f32(error.reshape(-1))
+
+
+@np.errstate(all="ignore")
+def dequantize(scales: F32, zeros: U8, codes: U8, x: F32, filled: int, group: int, width: int) -> None:
+    """Decode rows of `filled` elements, a multiple of 32."""
+    numbers = groups_of_runs(filled, group, x.size // filled)
+    levels: NDArray[Any] = np.empty(x.size, np.uint8)
+    unpack(codes, levels, width)
+    zero = zeros[numbers][:, None].astype(np.float32)
+    x.reshape(-1, 32)[:] = (levels.reshape(-1, 32).astype(np.float32) - zero) * scales[numbers][:, None]

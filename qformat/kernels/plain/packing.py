@@ -1,0 +1,34 @@
+"""Codes of 2, 3, 4 or 8 bits in a string of bits, in numpy. Twin of ``jit/packing.py``, which documents the functions."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+U8 = NDArray[np.uint8]
+
+_CHUNK = 1 << 15  # codes at a time, so that temporary arrays stay in cache
+
+
+def unpack(packed: U8, codes: U8, width: int) -> None:
+    """Write codes of `width` bits, a multiple of 32 of them, one to a byte."""
+    if width == 4:
+        codes[0::2] = packed & 15
+        codes[1::2] = packed >> 4
+        return
+    weights = (1 << np.arange(width)).astype(np.uint8)
+    for start in range(0, codes.size, _CHUNK):
+        part = packed[start * width // 8 : (start + _CHUNK) * width // 8]
+        digits = np.unpackbits(part, bitorder="little").reshape(-1, width)
+        codes[start : start + _CHUNK] = (digits * weights).sum(axis=1, dtype=np.uint8)
+
+
+def pack(codes: U8, packed: U8, width: int) -> None:
+    """Do the opposite of `unpack`."""
+    if width == 4:
+        packed[:] = codes[0::2] | (codes[1::2] << 4)
+        return
+    for start in range(0, codes.size, _CHUNK):
+        part = codes[start : start + _CHUNK]
+        digits = np.unpackbits(part[:, None], axis=1, count=width, bitorder="little")
+        packed[start * width // 8 : (start + _CHUNK) * width // 8] = np.packbits(digits.reshape(-1), bitorder="little")
