@@ -37,8 +37,8 @@ class QuantizedCodec(Codec):
     """A codec that approximates weights by codes."""
 
     decoded: ClassVar[DType] = F32
-    #: whether rows are filled up with zeros that add nothing to the error which `_quantize` returns; if not, they are filled up with
-    #: their last element, and measured again without it
+    #: whether rows are filled up with zeros that add nothing to the error that `_quantize` returns; if not, their last element
+    #: that fills them up, and they are measured again without it
     keeps_zeros: ClassVar[bool] = True
 
     @property
