@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from qformat.cli import cli
+from qformat.codecs.registry import codecs, parse_type
 
 
 def run(*args: object, code: int = 0) -> Result:
@@ -39,6 +40,7 @@ def test_help_lists_the_commands_that_work():
         "convert",
         "inspect",
         "quantize-stats",
+        "types",
         "verify",
         "checksum",
     ]
@@ -84,14 +86,16 @@ def test_convert_prints_a_summary_and_with_verbose_each_tensor(minilm, tmp_path)
 
 def test_inspect(minilm_qf):
     output = run("inspect", minilm_qf).stdout
-    assert "qformat 1.0, 13.2 MB" in output
-    assert re.search(r"embeddings\.word_embeddings\.weight +30522x384 +f32 +q4_0 +6\.6 MB +4\.500 +4\.779e-03", output)
+    assert "qformat 1.1, 13.2 MB" in output
+    assert re.search(
+        r"embeddings\.word_embeddings\.weight +30522x384 +f32 +q4_0 +6\.6 MB +4\.500 +4\.\d{3}e-03", output
+    )
     assert "104 tensors, 22.7M weights, 12.9 MB, 4.539 bits/weight" in output
 
 
 def test_inspect_json(minilm_qf, minilm):
     found = json.loads(run("inspect", minilm_qf, "--json").stdout)
-    assert found["format"] == {"major": 1, "minor": 0}
+    assert found["format"] == {"major": 1, "minor": 1}
     assert found["file_bytes"] == minilm_qf.stat().st_size
     assert found["assets"]["vocab.txt"] == (minilm / "vocab.txt").stat().st_size
     assert len(found["tensors"]) == 104
@@ -119,15 +123,20 @@ def gguf_errors(array: np.ndarray) -> np.ndarray:
     return (array - gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0)).astype(np.float64)
 
 
+NAIVE = "q4_0:search=naive"
+
+
 def test_quantize_stats_measures_what_gguf_s_blocks_cost(minilm, real, tmp_path):
-    output = run("quantize-stats", minilm, "--per-layer", "--json", tmp_path / "s.json").stdout.splitlines()
+    output = run(
+        "quantize-stats", minilm, "-t", NAIVE, "--per-layer", "--json", tmp_path / "s.json"
+    ).stdout.splitlines()
     found = json.loads((tmp_path / "s.json").read_text())
     assert len(output) == len(real) + 1
     assert {r["tensor"] for r in found["results"]} == set(real)
     for line, result in zip(output, found["results"], strict=False):
         array = real[result["tensor"]]
         error = np.abs(gguf_errors(array))
-        assert result["type"] == "q4_0"
+        assert result["type"] == NAIVE
         assert result["shape"] == list(array.shape)
         assert result["bpw"] == 4.5
         assert result["rmse"] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-9)
@@ -138,7 +147,7 @@ def test_quantize_stats_measures_what_gguf_s_blocks_cost(minilm, real, tmp_path)
             assert exact <= result[key] <= exact * (1 + 1 / 2000)
         assert len(result["histogram"]) == 16
         assert sum(result["histogram"]) == array.size
-        match = re.fullmatch(r"q4_0::(\S+) : rmse (\S+), maxerr (\S+), 95pct<(\S+), median<(\S+)", line)
+        match = re.fullmatch(NAIVE + r"::(\S+) : rmse (\S+), maxerr (\S+), 95pct<(\S+), median<(\S+)", line)
         assert match is not None
         assert match[1] == result["tensor"]
         assert match[2] == f"{result['rmse']:.8f}"
@@ -151,7 +160,7 @@ def test_quantize_stats_measures_what_gguf_s_blocks_cost(minilm, real, tmp_path)
     assert total["rmse"] == pytest.approx(np.sqrt(squares / params), rel=1e-9)
     every = np.concatenate([array.ravel() for array in real.values()])
     assert total["rel_rmse"] == pytest.approx(total["rmse"] / every.std(dtype=np.float64), rel=1e-7)
-    assert output[-1].startswith("q4_0::total : ")
+    assert output[-1].startswith(f"{NAIVE}::total : ")
 
 
 def test_quantize_stats_compares_types_and_selects_tensors(minilm):
@@ -345,3 +354,21 @@ def test_statistics_of_nothing_are_zero(tmp_path):
     found = json.loads(run("quantize-stats", tmp_path / "x.safetensors", "--json", "-").stdout)
     (total,) = found["totals"]
     assert (total["p95"], total["median"], total["rmse"], total["params"]) == (0.0, 0.0, 0.0, 0)
+
+
+def test_types_lists_every_type_that_can_be_asked_for():
+    found = json.loads(run("types", "--json").stdout)["types"]
+    assert [t["type"] for t in found] == sorted(t for t in codecs() if not re.fullmatch("bool|[ui][0-9]+|f8_.*", t))
+    assert next(t for t in found if t["type"] == "q4_0")["params"] == {"search": ["table", "naive", "exact"]}
+    for entry in found:
+        assert entry["about"]
+        for key, values in entry["params"].items():
+            for value in values:
+                if value in ("N", 256, "row", "percentile", "gauss"):  # these need another parameter, or a number
+                    continue
+                shown = str(value).lower() if isinstance(value, bool) else value
+                parse_type(f"{entry['type']}:{key}={shown}")
+    table = run("types").stdout
+    assert re.search(r"^q4_1 +5\.000 +search=als\|naive\|best$", table, re.MULTILINE)
+    assert "group=128|N|row" in table
+    assert "sym=true|false" in table

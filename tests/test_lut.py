@@ -294,7 +294,15 @@ def test_damaged_parts_are_refused():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"block": 128}, {"scope": "block"}, {"scope": "block", "block": 64}, {"size": 5}, {"block": "0"}, {"size": True}],
+    [
+        {"block": 256},
+        {"block": 0},
+        {"scope": "block"},
+        {"scope": "block", "block": 64},
+        {"size": 5},
+        {"block": "0"},
+        {"size": True},
+    ],
 )
 def test_impossible_records_are_refused(changes):
     codec = parse_type("lut")

@@ -307,7 +307,7 @@ def test_codec(block, optimize):
     assert (codec.unit, codec.block_bytes) == (block, 3 + block // 2)
     x = weights()[:5, :200]
     encoded = codec.encode(Elements(F32, x))
-    padded = np.pad(x, ((0, 0), (0, -200 % block)))
+    padded = np.pad(x, ((0, 0), (0, -200 % block)), "edge")
     mode = "rmse" if optimize == "rmse" else "maximum"
     expected = encode(padded, choose(mode, padded, block), block)[0]
     assert bytes(encoded.parts[0]) == expected.tobytes()

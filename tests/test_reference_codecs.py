@@ -11,7 +11,7 @@ import pytest
 
 ERROR = {"rmse": "0.000000000e+00", "max": "0.000000000e+00"}
 NLM, AFFINE = {"block": 64}, {"bits": 4, "group": 32, "sym": False, "scale": "bf16"}
-LUT = {"scope": "tensor", "block": 0, "size": 8, "scale": "row"}
+LUT = {"scope": "tensor", "block": 128, "size": 8, "scale": "row"}
 LUT_BLOCKS = {"scope": "block", "block": 128, "size": 4, "scale": "tensor"}
 
 # Elements 0 to 15 of a block have the codes 0 to 15, elements 16 to 31 the codes 15 to 0.
@@ -133,7 +133,15 @@ def test_nlm(reference: ModuleType) -> None:
         (
             "lut",
             LUT,
-            [{"scope": "row"}, {"block": 128}, {"block": False}, {"size": 32}, {"scale": "block"}, {"bits": 3}],
+            [
+                {"scope": "row"},
+                {"block": 256},
+                {"block": 0},
+                {"block": False},
+                {"size": 32},
+                {"scale": "block"},
+                {"bits": 3},
+            ],
         ),
         ("lut", LUT_BLOCKS, [{"scale": "row"}, {"block": 0}, {"block": 512}, {"size": "4"}]),
     ],
@@ -144,5 +152,5 @@ def test_params(reference: ModuleType, codec: str, params: dict[str, Any], wrong
     assert decode(reference, codec, (0,), params, segments).shape == (0,)
     missing = [{key: value for key, value in params.items() if key != name} for name in params]
     for bad in [*(params | change for change in wrong), *missing]:
-        with pytest.raises(reference.SpecError, match=r"params|is missing|is .* none of|is not a positive"):
+        with pytest.raises(reference.SpecError, match=r"params|is missing|is .* none of|is not a multiple"):
             decode(reference, codec, (0,), bad, segments)

@@ -18,6 +18,7 @@ _COMMANDS = {
     "convert": "Turn a checkpoint into one .qf file.",
     "inspect": "Show what is inside a .qf file.",
     "quantize-stats": "Measure what types would cost a checkpoint.",
+    "types": "List the types for weights and their parameters.",
     "verify": "Check .qf files and SHA256SUMS lists.",
     "checksum": "Print lines for a SHA256SUMS list.",
 }

@@ -75,8 +75,8 @@ def command(
     files that belong to the model (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md, config.json of folders) go into
     DST too. Nothing stands at DST before it is complete.
 
-    TYPE is f32, f16, bf16, f64, q4_0, q5_0 or q8_0, with parameters as in q4_0:search=naive. One-dimensional tensors stay as
-    they are unless --tensor-type names them; integers always do.
+    TYPE is f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, nlm, affine or lut, with parameters as in q4_0:search=exact; qformat
+    types lists them. One-dimensional tensors stay as they are unless --tensor-type names them; integers always do.
     """
     from qformat.converters.convert import convert
     from qformat.converters.detect import open_checkpoint

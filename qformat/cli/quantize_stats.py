@@ -45,7 +45,7 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
     default=["q4_0"],
     show_default=True,
     metavar="TYPE",
-    help="May be repeated.",
+    help="May be repeated; qformat types lists them.",
 )
 @click.option(
     "--include",

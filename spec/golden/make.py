@@ -1,6 +1,6 @@
 """Make the golden files of a format version, once: an existing folder is never touched.
 
-    python spec/golden/make.py 1.0
+    python spec/golden/make.py 1.1
 
 Each NAME.qf has a NAME.npz beside it with the arrays that went in (``source/...``) and the arrays that a reader has to give
 (``decoded/...``), decoded by the reference reader, and all are listed in SHA256SUMS.
@@ -24,8 +24,26 @@ Array = npt.NDArray[Any]
 
 TYPES = {
     "q4.*": "q4_0",
+    "q4_naive.*": "q4_0:search=naive",
+    "q4_exact.*": "q4_0:search=exact",
+    "q41.*": "q4_1",
+    "q41_naive.*": "q4_1:search=naive",
+    "q41_best.*": "q4_1:search=best",
     "q5.*": "q5_0",
+    "q51.*": "q5_1",
     "q8.*": "q8_0",
+    "nlm.*": "nlm",
+    "nlm64.*": "nlm:block=64",
+    "nlm128.*": "nlm:block=128,optimize=max",
+    "affine.*": "affine",
+    "affine2.*": "affine:bits=2,group=32,sym=false,scale=bf16",
+    "affine3.*": "affine:bits=3,group=64",
+    "affine8.*": "affine:bits=8,group=row,scale=f32",
+    "lut.*": "lut",
+    "lut_row.*": "lut:scale=row,size=8,fit=gauss",
+    "lut_percentile.*": "lut:size=4,fit=percentile",
+    "lut_block.*": "lut:scope=block",
+    "lut_block256.*": "lut:scope=block,block=256,size=8",
     "as_f16": "f16",
     "as_bf16": "bf16",
     "as_f32": "f32",
@@ -67,10 +85,11 @@ def sources() -> dict[str, dict[str, Array]]:
         "raw.scalar": np.array(3, np.int64),
         "raw.none": np.zeros((3, 0), np.uint8),
     }
-    for kind in ("q5", "q8"):
-        tensors |= {
-            f"{kind}.{case}": tensors[f"q4.{case}"] for case in ("two_blocks", "odd_width", "signed_zeros", "ties")
-        }
+    kinds = (pattern.removesuffix(".*") for pattern in TYPES if pattern.endswith(".*"))
+    for kind in kinds:
+        if kind != "q4":
+            cases = ("two_blocks", "odd_width", "conv", "vector", "none", "zeros", "ties")
+            tensors |= {f"{kind}.{case}": tensors[f"q4.{case}"] for case in cases}
     for name in ("bool", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"):
         tensors[f"raw.{name}"] = (np.arange(-3, 9).reshape(3, 4) > 0) if name == "bool" else np.arange(12).astype(name)
     for name in ("f2", "f4", "f8"):

@@ -1,0 +1,58 @@
+"""``qformat types``."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import Field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+
+from qformat.cli.common import echo_json, echo_table
+
+_SHAPE = (4096, 4096)  # bits per weight hardly depend on it
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(as_json: bool) -> None:
+    """List the types for weights, with their parameters, the default of each first.
+
+    A type is written as ID or ID:KEY=VALUE,KEY=VALUE. Bits per weight are those of a matrix of 4096 x 4096 with the defaults.
+    """
+    from qformat.codecs.registry import codecs
+    from qformat.dtypes import F32
+
+    types: list[dict[str, Any]] = []
+    for name, codec in sorted(codecs().items()):
+        if not codec().accepts(F32):
+            continue
+        hints = get_type_hints(codec)
+        bpw = codec().nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])
+        about = (inspect.getdoc(codec) or "").partition("\n")[0]
+        params = {f.name: _values(f, hints[f.name]) for f in fields(codec)}
+        types.append({"type": name, "bpw": bpw, "about": about, "params": params})
+    if as_json:
+        echo_json({"types": types})
+        return
+    rows = []
+    for entry in types:
+        shown = [f"{key}={'|'.join(_shown(v) for v in values)}" for key, values in entry["params"].items()]
+        rows.append((entry["type"], f"{entry['bpw']:.3f}", shown[0] if shown else ""))
+        rows += [("", "", more) for more in shown[1:]]
+    echo_table(("type", "bits/weight", "parameters"), rows, left=3)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _values(field: Field[Any], kind: Any) -> list[Any]:
+    """Return what a parameter may be, the default first; a number of any size is N."""
+    if get_origin(kind) is Literal:
+        allowed: list[Any] = list(get_args(kind))
+    elif kind is bool:
+        allowed = [True, False]
+    else:
+        allowed = ["N", *(word for part in get_args(kind) for word in get_args(part))]
+    return [field.default, *(value for value in allowed if value != field.default)]
