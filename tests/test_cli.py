@@ -257,7 +257,7 @@ def test_the_command_is_installed(minilm_qf):
     program = Path(sys.executable).parent / "qformat"
     done = subprocess.run([program, "verify", minilm_qf], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{minilm_qf}: OK\n", "")
-    assert "0.1.0" in subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    assert "0.2.0" in subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_reader_that_goes_away_is_no_error(minilm_qf):
