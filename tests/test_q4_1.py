@@ -88,13 +88,6 @@ def test_the_compiled_kernels_are_the_ones_that_are_used():
         assert load(name) is JIT[name]
 
 
-def test_the_twins_have_the_same_tables():
-    for table in ("FEW", "MORE", "FEW_LEVELS", "MORE_LEVELS"):
-        one, two = (getattr(kind["q4_1_search"], table) for kind in KINDS)
-        assert one.dtype == two.dtype == np.float32
-        np.testing.assert_array_equal(one, two)
-
-
 @every_format
 @given(x=rows)
 def test_naive_blocks_equal_gguf_s_and_the_twin_s(name, x):

@@ -83,3 +83,34 @@ class BlockCodec(QuantizedCodec):
 
     def _row_bytes(self, cols: int) -> int:
         return -(-cols // self.unit) * self.block_bytes
+
+
+@dataclass(frozen=True)
+class SearchedBlockCodec(BlockCodec):
+    """A block codec whose scales may be chosen better than by the naive rule; subclasses have a field ``search``.
+
+    There is a second kernel module, ``ID_search``, with a function for each search but ``naive``: it takes the weights and fills in
+    an array of binary16 patterns for each of the block's `chosen` numbers. The ``encode`` of the first module makes blocks of them.
+    """
+
+    #: how many binary16 numbers of a block a search chooses
+    chosen: ClassVar[int] = 1
+
+    @property
+    def takes_bf16(self) -> bool:
+        """The searches do not."""
+        return self._search == "naive"
+
+    @property
+    def _search(self) -> str:
+        return str(self.encoder()["search"])
+
+    def _fill(
+        self, x: NDArray[Any], blocks: NDArray[np.uint8], lanes: NDArray[np.float64]
+    ) -> tuple[int, int, int, int]:
+        if self._search == "naive":
+            return super()._fill(x, blocks, lanes)
+        numbers = [np.empty(x.size // self.unit, np.uint16) for _ in range(self.chosen)]
+        getattr(load(f"{self.id}_search"), self._search)(x, *numbers)
+        measured: tuple[int, int, int, int] = self.kernels.encode(x, *numbers, blocks, lanes)
+        return measured

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import ClassVar, Literal
 
 from qformat.codecs.base import encoder_option
-from qformat.codecs.blocks import BlockCodec
+from qformat.codecs.blocks import SearchedBlockCodec
 from qformat.codecs.registry import register
-from qformat.kernels import load
 
 
 @register
 @dataclass(frozen=True)
-class Q4_0(BlockCodec):  # noqa: N801  the format's name
+class Q4_0(SearchedBlockCodec):  # noqa: N801  the format's name
     """Four bits and a sixteenth of a binary16 for each weight.
 
     Parameters
@@ -35,18 +31,3 @@ class Q4_0(BlockCodec):  # noqa: N801  the format's name
     def block_bytes(self) -> int:
         """Bytes of a block."""
         return 18
-
-    @property
-    def takes_bf16(self) -> bool:
-        """The naive kernel does."""
-        return self.search == "naive"
-
-    def _fill(
-        self, x: NDArray[Any], blocks: NDArray[np.uint8], lanes: NDArray[np.float64]
-    ) -> tuple[int, int, int, int]:
-        if self.search == "naive":
-            return super()._fill(x, blocks, lanes)
-        scales = np.empty(x.size // 32, np.uint16)
-        getattr(load("q4_0_search"), self.search)(x, scales)
-        measured: tuple[int, int, int, int] = self.kernels.encode(x, scales, blocks, lanes)
-        return measured

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import ClassVar, Literal
 
 from qformat.codecs.base import encoder_option
-from qformat.codecs.blocks import BlockCodec
+from qformat.codecs.blocks import SearchedBlockCodec
 from qformat.codecs.registry import register
-from qformat.kernels import load
 
 
 @register
 @dataclass(frozen=True)
-class Q4_1(BlockCodec):  # noqa: N801  the format's name
+class Q4_1(SearchedBlockCodec):  # noqa: N801  the format's name
     """Five bits for each weight.
 
     Parameters
@@ -29,6 +25,7 @@ class Q4_1(BlockCodec):  # noqa: N801  the format's name
     id: ClassVar[str] = "q4_1"
     keeps_zeros: ClassVar[bool] = False
     codes: ClassVar[int] = 16
+    chosen: ClassVar[int] = 2
 
     search: Literal["naive", "als", "best"] = encoder_option("als")
 
@@ -36,18 +33,3 @@ class Q4_1(BlockCodec):  # noqa: N801  the format's name
     def block_bytes(self) -> int:
         """Bytes of a block."""
         return 20
-
-    @property
-    def takes_bf16(self) -> bool:
-        """The searches do not."""
-        return self.search == "naive"
-
-    def _fill(
-        self, x: NDArray[Any], blocks: NDArray[np.uint8], lanes: NDArray[np.float64]
-    ) -> tuple[int, int, int, int]:
-        if self.search == "naive":
-            return super()._fill(x, blocks, lanes)
-        scales, minima = (np.empty(x.size // self.unit, np.uint16) for _ in range(2))
-        getattr(load("q4_1_search"), self.search)(x, scales, minima)
-        measured: tuple[int, int, int, int] = self.kernels.encode(x, scales, minima, blocks, lanes)
-        return measured

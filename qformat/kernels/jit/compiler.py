@@ -62,7 +62,8 @@ def cache_directory() -> Path | None:
 
 def _digest() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for file in [*sorted(here.glob("*.py")), here.parent / "tables.py"]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     versions = (numba.__version__, llvmlite.__version__, platform.python_version(), platform.machine())
     digest.update(repr(versions).encode())

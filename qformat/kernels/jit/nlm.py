@@ -27,17 +27,11 @@ from qformat.kernels.jit.simd import (
     to_u32,
     zeros_u32,
 )
+from qformat.kernels.tables import NLM_UPPER
 
-# The upper half of each mapping's integers T (spec/codecs.md, "nlm"); T[15 - q] is 16384 - T[q].
-UPPER = (
-    (8738, 9830, 10923, 12015, 13107, 14199, 15292, 16384),
-    (8647, 9564, 10503, 11481, 12520, 13650, 14913, 16384),
-    (8590, 9395, 10230, 11117, 12092, 13207, 14563, 16384),
-    (8526, 9205, 9914, 10683, 11554, 12604, 14009, 16384),
-)
 # All of these are exact: T / 16384; the upper levels, where the middle is 0 and the end 1; what lies halfway between them.
-STEPS = np.array([[16384 - t for t in upper[::-1]] + list(upper) for upper in UPPER], np.float32).ravel() / 16384
-LEVELS = np.array(UPPER, np.float32).ravel() / 8192 - 1
+STEPS = np.array([[16384 - t for t in upper[::-1]] + list(upper) for upper in NLM_UPPER], np.float32).ravel() / 16384
+LEVELS = np.array(NLM_UPPER, np.float32).ravel() / 8192 - 1
 MIDDLES = (LEVELS + np.append(LEVELS[1:], np.float32(1))) / 2  # the last of each eight has no use
 CODED = (LEVELS.view(np.uint32) | np.tile(np.arange(8, 16, dtype=np.uint32), 4)).view(
     np.float32

@@ -37,9 +37,8 @@ from qformat.kernels.jit.simd import (
     transpose_blocks,
     zeros_u32,
 )
+from qformat.kernels.tables import DIVISORS
 
-# |d| = largest magnitude / c for these c: what is left of a search over many, kept because together they lose least
-TABLE = np.array([8, 8.6, 7.2, 8.3, 7.7, 8.9, 6.9, 6.2], np.float32)
 # The exact search brackets the scale by |d| = largest magnitude / c. Before the first c all codes are 0. After the last one the
 # least-squares scale is above |d| whatever the weights are, and from there on v only falls.
 SHARED = (
@@ -170,7 +169,7 @@ def _table_16(x, start, t, scratch):  # noqa: ARG001
     inverse = np.float32(-1.0) / first
     best = bits(first) & 0
     most = first * ZERO - np.float32(np.inf)
-    for c in TABLE:
+    for c in DIVISORS:
         factor = inverse * c
         a = first * ZERO
         b = first * ZERO
@@ -191,7 +190,7 @@ def _table_16(x, start, t, scratch):  # noqa: ARG001
 
 @kernel(f"void({F32}, uint16[::1])")
 def table(x, scales):
-    """Choose for each block the best of the scales in `TABLE`, each refined by least squares.
+    """Choose for each block the best of the scales in `DIVISORS`, each refined by least squares.
 
     Parameters
     ----------

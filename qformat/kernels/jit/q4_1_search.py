@@ -29,6 +29,7 @@ from qformat.kernels.jit.simd import (
     to_u32,
     transpose_blocks,
 )
+from qformat.kernels.tables import FEW, FEW_LEVELS, MORE, MORE_LEVELS
 
 ZERO, HALF, ONE, TOP = (np.float32(value) for value in (0, 0.5, 1, 15))
 ROUND = np.float32(2.0**23)  # adding and subtracting it rounds to an integer
@@ -37,27 +38,6 @@ TINY = np.float32(2.0**-100)  # a range below vanishes in binary16
 FAR = np.float32(64)  # scales that a minimum may be away from 0 before binary16 is coarse for it
 FINE = np.float32(2.0**-16)  # a scale below is one for which binary16 is coarse
 INFINITY = np.float32(np.inf)
-
-# Inverse scales to try for a given minimum, times the distance of the largest weight from it.
-FEW_LEVELS = np.array((15, 14, 13, 12, 11, 10, 9, 8), np.float32)
-MORE_LEVELS = np.arange(7, 17, 0.25).astype(np.float32)
-
-# First lines to try, (slope, offset), for weights stretched to 0 to 15. They were picked one after the other from a fine grid: each
-# lowered the error of samples of many distributions most. (The last of FEW serves nine equally spaced values.)
-# fmt: off
-FEW = np.array((
-    (1.02, -0.025), (0.84, 2.7), (1.02, -0.4), (0.96, 0.8), (1.02, -0.15), (1.02, 0.225), (0.88, -0.1),
-    (1.02, -0.275), (1.02, 0.1), (1.02, -0.525), (0.94, -0.175), (0.6, 4), (0.9333, 0.125), (0.98, 0.15), (0.7333, 0),
-    (1.06, -0.45), (0.88, 0.65), (0.98, 0), (1.06, -0.575), (1.06, -0.2), (0.98, 0.3), (0.66, 4.05), (0.94, 0.7),
-    (0.9333, 1.25), (0.5333, 3),
-), np.float32)
-MORE = np.array((
-    (1.04, -0.675), (0.88, 1.15), (0.9333, 0), (0.54, 6.9), (1.06, -0.325), (1.04, 0.075), (0.98, 0.525),
-    (0.98, -0.1), (0.82, 0.975), (1.04, -0.55), (0.88, 1.8), (0.98, 0.15), (0.98, 0.4), (0.96, -0.075), (1.04, -0.3),
-    (0.9, 0.125), (1.06, -0.075), (1.04, -0.425), (1, -0.375), (1, 0.125), (0.98, 0.025), (0.78, 0.775), (1, 0.375),
-    (0.88, 0.65),
-), np.float32)
-# fmt: on
 
 
 @inline

@@ -7,20 +7,12 @@ from numpy.typing import NDArray
 
 from qformat.kernels.plain.blocks import F32, U8
 from qformat.kernels.plain.floats import add_rows, peak_f32
+from qformat.kernels.tables import NLM_UPPER
 
 U32 = NDArray[np.uint32]
 
-# The upper half of each mapping's integers T (spec/codecs.md, "nlm"); T[15 - q] is 16384 - T[q].
-UPPER = np.array(
-    [
-        [8738, 9830, 10923, 12015, 13107, 14199, 15292, 16384],
-        [8647, 9564, 10503, 11481, 12520, 13650, 14913, 16384],
-        [8590, 9395, 10230, 11117, 12092, 13207, 14563, 16384],
-        [8526, 9205, 9914, 10683, 11554, 12604, 14009, 16384],
-    ]
-)
-STEPS = (np.hstack([16384 - UPPER[:, ::-1], UPPER]) / 16384).astype(np.float32)
-LEVELS = (UPPER / 8192 - 1).astype(np.float32)
+STEPS = (np.hstack([16384 - NLM_UPPER[:, ::-1], NLM_UPPER]) / 16384).astype(np.float32)
+LEVELS = (NLM_UPPER / 8192 - 1).astype(np.float32)
 MIDDLES = (LEVELS[:, :-1] + LEVELS[:, 1:]) / np.float32(2)
 _CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.kernels.plain.blocks import F32, U16, first_largest
+from qformat.kernels.tables import DIVISORS
 
 U32 = NDArray[np.uint32]
 
-TABLE = (8, 8.6, 7.2, 8.3, 7.7, 8.9, 6.9, 6.2)
 SMALLEST = 0x33000000
 HALF_INFINITY = 0x7C00
 _TO_INTEGER = np.float32(1.5 * 2**23)
@@ -25,7 +25,7 @@ _CODES = np.arange(1, 9)
 
 @np.errstate(all="ignore")
 def table(x: F32, scales: U16) -> None:
-    """Choose for each block the best of the scales in `TABLE`, each refined by least squares."""
+    """Choose for each block the best of the scales in `DIVISORS`, each refined by least squares."""
     _search(x, scales, _table)
 
 
@@ -52,8 +52,8 @@ def _table(values: F32, first: F32) -> U32:
     inverse = np.float32(-1) / first
     best = np.zeros(len(values), np.uint32)
     most = np.full(len(values), -np.inf, np.float32)
-    for c in TABLE:
-        factor = inverse * np.float32(c)
+    for c in DIVISORS:
+        factor = inverse * c
         a, b = np.zeros_like(first), np.zeros_like(first)
         for column in values.T:
             scaled = column * factor

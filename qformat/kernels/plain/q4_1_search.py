@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qformat.kernels.plain.blocks import F32, U16, Bools
+from qformat.kernels.tables import FEW, FEW_LEVELS, MORE, MORE_LEVELS
 
 ZERO, HALF, ONE, TOP = (np.float32(value) for value in (0, 0.5, 1, 15))
 ROUND = np.float32(2.0**23)
@@ -18,27 +19,6 @@ TINY = np.float32(2.0**-100)
 FAR = np.float32(64)
 FINE = np.float32(2.0**-16)
 _CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
-
-# Inverse scales to try for a given minimum, times the distance of the largest weight from it.
-FEW_LEVELS = np.array((15, 14, 13, 12, 11, 10, 9, 8), np.float32)
-MORE_LEVELS = np.arange(7, 17, 0.25).astype(np.float32)
-
-# First lines to try, (slope, offset), for weights stretched to 0 to 15. They were picked one after the other from a fine grid: each
-# lowered the error of samples of many distributions most. (The last of FEW serves nine equally spaced values.)
-# fmt: off
-FEW = np.array((
-    (1.02, -0.025), (0.84, 2.7), (1.02, -0.4), (0.96, 0.8), (1.02, -0.15), (1.02, 0.225), (0.88, -0.1),
-    (1.02, -0.275), (1.02, 0.1), (1.02, -0.525), (0.94, -0.175), (0.6, 4), (0.9333, 0.125), (0.98, 0.15), (0.7333, 0),
-    (1.06, -0.45), (0.88, 0.65), (0.98, 0), (1.06, -0.575), (1.06, -0.2), (0.98, 0.3), (0.66, 4.05), (0.94, 0.7),
-    (0.9333, 1.25), (0.5333, 3),
-), np.float32)
-MORE = np.array((
-    (1.04, -0.675), (0.88, 1.15), (0.9333, 0), (0.54, 6.9), (1.06, -0.325), (1.04, 0.075), (0.98, 0.525),
-    (0.98, -0.1), (0.82, 0.975), (1.04, -0.55), (0.88, 1.8), (0.98, 0.15), (0.98, 0.4), (0.96, -0.075), (1.04, -0.3),
-    (0.9, 0.125), (1.06, -0.075), (1.04, -0.425), (1, -0.375), (1, 0.125), (0.98, 0.025), (0.78, 0.775), (1, 0.375),
-    (0.88, 0.65),
-), np.float32)
-# fmt: on
 
 
 class Line(NamedTuple):
