@@ -211,7 +211,8 @@ def fit_percentile(survey: Survey, size: int) -> Codebook:
     ranks = (2 * numbers + 1) * (reached[-1] / (2 * size + 2))
     bins = np.searchsorted(reached, ranks, side="right")
     share = (ranks - (reached - points.counts)[bins]) / points.counts[bins]
-    levels = points.low[bins] + share * (points.high - points.low)[bins]
+    with np.errstate(invalid="ignore"):  # the outermost bins end at infinity, beyond binary16 anyway
+        levels = points.low[bins] + share * (points.high - points.low)[bins]
     inner = np.where(points.low < 0, points.high, points.low)[
         bins
     ]  # where all values of a bin are if none has more digits
