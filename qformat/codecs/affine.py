@@ -37,7 +37,7 @@ _STEPS = {
 @register
 @dataclass(frozen=True)
 class Affine(PackedCodec):
-    """Unsigned integers, less a zero, times a scale; both are chosen for least squared error.
+    """Unsigned integers, less a zero, times a scale; both are chosen for nearly the least squared error.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class Affine(PackedCodec):
 
     def grain(self, matrix: Matrix) -> int:
         """Return the columns of a group, or whole rows if they are no longer."""
-        return self._columns(max(1, matrix.cols))
+        return self.filled(self._columns(max(1, matrix.cols)))
 
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
         """Return scales, zeros if there are any, and codes."""
@@ -114,6 +114,8 @@ class Affine(PackedCodec):
         lanes = np.zeros(load("blocks").LANES)
         peak, largest, vanished = load("affine").encode(x, cols, group, scales, zeros, codes, lanes, self.bits)
         overflowed = int((~np.isfinite(scales)).sum())
+        with np.errstate(all="ignore"):
+            vanished += int(((scales != 0) & np.isinf(1 / scales)).sum())  # no code can be found with these
         stored = Elements(F32, scales).cast(self._scale)
         parts = (stored.data.cast("B"), *(() if self.sym else (zeros.data,)), codes.data)
         return Quantized(parts, lanes, peak, largest, overflowed, vanished)

@@ -112,8 +112,8 @@ class Encoded:
     error
         None if the codec keeps the dtype bit for bit.
     overflowed, vanished
-        How many scales (or values) were too large for their float format; how many blocks (or pieces) that were not zero became
-        zero.
+        How many scales (or values, or squared errors) were too large for their float format; how many blocks (or pieces) that were
+        not zero became zero.
     """
 
     parts: tuple[Buffer, ...]

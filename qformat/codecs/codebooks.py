@@ -1,8 +1,8 @@
 """How one codebook for a whole tensor is found, from a histogram of its values.
 
 Values are counted by the upper 16 bits of their float32 patterns, 7 bits of mantissa, with their sum for each; so the mean of a
-cell of whole bins is exact. Nothing here depends on how numpy orders sums or on a library's logarithms and powers: the bytes of a
-file do not.
+cell of whole bins is exact. Nothing here depends on how numpy orders sums or on the last digits of a library's logarithms and
+powers: the bytes of a file do not.
 """
 
 from __future__ import annotations
@@ -211,7 +211,8 @@ def fit_percentile(survey: Survey, size: int) -> Codebook:
     ranks = (2 * numbers + 1) * (reached[-1] / (2 * size + 2))
     bins = np.searchsorted(reached, ranks, side="right")
     share = (ranks - (reached - points.counts)[bins]) / points.counts[bins]
-    levels = points.low[bins] + share * (points.high - points.low)[bins]
+    with np.errstate(invalid="ignore"):  # the outermost bins end at infinity, beyond binary16 anyway
+        levels = points.low[bins] + share * (points.high - points.low)[bins]
     inner = np.where(points.low < 0, points.high, points.low)[
         bins
     ]  # where all values of a bin are if none has more digits
@@ -223,7 +224,7 @@ def fit_gauss(sigma: float, size: int) -> Codebook:
 
     They are mapped to (0, 1) by their distribution function, which is cut into equal buckets; entries are the middles of these.
     """
-    quantile = NormalDist().inv_cdf
+    quantile = NormalDist().inv_cdf  # rounded below, because its last digits come from the C library's logarithm
     middles, borders = (
         np.array([round(quantile(share / (2 * size)), 12) for share in shares]) * sigma
         for shares in (range(1, 2 * size, 2), range(2, 2 * size, 2))

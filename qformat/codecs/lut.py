@@ -82,8 +82,8 @@ class Lut(PackedCodec):
     def grain(self, matrix: Matrix) -> int:
         """Return the columns of a block; whole rows if they are no longer, or have a scale."""
         if self.scale == "row":
-            return max(1, matrix.cols)
-        return min(self._columns, max(1, matrix.cols)) if self._columns else self.unit
+            return self.filled(max(1, matrix.cols))
+        return self.filled(min(self._columns, max(1, matrix.cols))) if self._columns else self.unit
 
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
         """Return codebooks, scales if there are any, and codes."""
@@ -153,13 +153,23 @@ class Lut(PackedCodec):
         codes = np.empty(self._code_bytes(x.size), np.uint8)
         lanes = np.zeros(load("blocks").LANES)
         numbers = (_widened(scales), book.thresholds, _widened(book.entries))
-        peak, largest, vanished = load("lut").encode(x, cols, self._columns, *numbers, codes, lanes, self.width)
+        peak, largest = load("lut").encode(x, cols, self._columns, *numbers, codes, lanes, self.width)
         overflowed = sum(int((~np.isfinite(halves)).sum()) for halves in (book.entries, scales))
+        vanished = self._vanished(book.entries, values[:, :cols])
         if self.scale == "row":
             vanished += int((values[scales == 0] != 0).any(axis=1).sum())
         arrays: list[NDArray[Any]] = [book.entries, *([scales] if self.scale == "row" else []), codes]
         parts = tuple(array.data.cast("B") for array in arrays)
         return Quantized(parts, lanes, peak, largest, overflowed, vanished)
+
+    def _vanished(self, entries: NDArray[np.float16], values: NDArray[np.float32]) -> int:
+        """Return how many codebooks of zeros there are for weights that are not."""
+        dead = ~entries.reshape(-1, self.size).any(axis=1)
+        if not dead.any():
+            return 0
+        starts = np.arange(0, values.shape[1], self._columns or values.shape[1])
+        alive = np.logical_or.reduceat(values != 0, starts, axis=1).reshape(-1)
+        return int((alive & dead).sum()) if self._columns else int(alive.any())
 
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
         rows, filled = out.shape

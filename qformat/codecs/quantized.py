@@ -1,7 +1,8 @@
-"""What the codecs that store codes share: rows of floats in, filled up with zeros; float32 out, cropped (codecs.md, "Rows")."""
+"""What the codecs that store codes share: rows of floats in, filled up; float32 out, cropped (codecs.md, "Rows")."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +86,10 @@ class QuantizedCodec(Codec):
             if finite:
                 lost = source.reshape(-1, 32).any(axis=1) & ~values.reshape(-1, 32).any(axis=1)
                 vanished += int(lost.sum())
-        return Encoded(parts, finite, ErrorSum.of(elements.data.size, lanes, largest), overflowed, vanished)
+        error = ErrorSum.of(elements.data.size, lanes, largest)
+        if finite and not math.isfinite(error.squares):  # binary32 cannot tell this error, nor can a record
+            overflowed += 1
+        return Encoded(parts, finite, error, overflowed, vanished)
 
     def _measured(
         self, values: NDArray[np.float32], parts: Sequence[Buffer], cols: int

@@ -150,7 +150,7 @@ class Trailer:
 
 
 def check_records(data: bytes, base: int) -> None:
-    """Walk the trailer records in `data`, which begin at file offset `base`; none is known to format 1.0.
+    """Walk the trailer records in `data`, which begin at file offset `base`; none is defined yet.
 
     Raises
     ------

@@ -11,8 +11,8 @@ DIVISORS = np.array([8, 8.6, 7.2, 8.3, 7.7, 8.9, 6.9, 6.2], np.float32)
 FEW_LEVELS = np.array((15, 14, 13, 12, 11, 10, 9, 8), np.float32)
 MORE_LEVELS = np.arange(7, 17, 0.25).astype(np.float32)
 
-# Q4_1: first lines to try, (slope, offset), for weights stretched to 0 to 15. They were picked one after the other from a fine grid:
-# each lowered the error of samples of many distributions most. (The last of FEW serves nine equally spaced values.)
+# Q4_1: first lines to try, (slope, offset), for weights stretched to 0 to 15. They were picked one by one from a fine grid: each
+# lowered the error of samples of many distributions most. (The last of FEW serves nine equally spaced values.)
 # fmt: off
 FEW = np.array((
     (1.02, -0.025), (0.84, 2.7), (1.02, -0.4), (0.96, 0.8), (1.02, -0.15), (1.02, 0.225), (0.88, -0.1),

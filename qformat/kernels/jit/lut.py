@@ -38,7 +38,7 @@ def row_squares(x, filled, lanes):
         store(lanes, LANES * row, total)
 
 
-@kernel(f"UniTuple(int64, 3)({F32}, int64, int64, {F32}, {F32}, {F32}, uint8[::1], float64[::1], int64)")
+@kernel(f"UniTuple(int64, 2)({F32}, int64, int64, {F32}, {F32}, {F32}, uint8[::1], float64[::1], int64)")
 def encode(x, cols, block, scales, thresholds, codebooks, codes, lanes, width):
     """Write the codes, and measure the error.
 
@@ -62,16 +62,13 @@ def encode(x, cols, block, scales, thresholds, codebooks, codes, lanes, width):
     Returns
     -------
     tuple of int
-        As of `affine.encode`, with blocks (or all of ``x``) instead of groups.
+        Bits of the largest magnitude of ``x`` and of the largest error.
     """
     filled = (cols + 31) // 32 * 32
     size = 1 << width
     total = load(lanes, 0, LANES)
     peaks = zeros_u32(32)
     worst = zeros_u32(32)
-    seen = zeros_u32(32)
-    made = zeros_u32(32)
-    vanished = np.int64(0)
     number = 0
     for row in range(x.size // filled):
         scale = spread_f32(scales[row], 32)
@@ -88,22 +85,13 @@ def encode(x, cols, block, scales, thresholds, codebooks, codes, lanes, width):
                 error = values - decoded
                 if col + 32 > cols:
                     error = crop(error, cols - col)
-                    decoded = crop(decoded, cols - col)
                 total = add_squares(total, error)
                 worst = keep_largest(worst, error)
-                seen = seen | bits(values)
-                made = made | bits(decoded)
                 peaks = keep_largest(peaks, values)
             if block:
-                if largest(made & 0x7FFFFFFF) == 0:
-                    vanished += largest(seen & 0x7FFFFFFF) != 0
-                seen = zeros_u32(32)
-                made = zeros_u32(32)
                 number += 1
-    if largest(made & 0x7FFFFFFF) == 0:
-        vanished += largest(seen & 0x7FFFFFFF) != 0
     store(lanes, 0, total)
-    return np.int64(largest(peaks)), np.int64(largest(worst)), vanished
+    return np.int64(largest(peaks)), np.int64(largest(worst))
 
 
 @kernel(f"void({F32}, {F32}, {U8}, float32[::1], int64, int64, int64)")

@@ -287,7 +287,7 @@ def _best_squares(y, place, block):
     """Return the headers of least squared error: the best of some lines, which are fitted again and rounded."""
     base, half, _, _, total, _ = place
     centre = total * (ONE / np.float32(block))
-    zero = centre * ZERO
+    zero = spread_f32(ZERO, 16)
     a, b = zero, zero + START
     mapping = second = zeros_u32(16)
     fit = (zero, zero, zero, zero - LOST)
@@ -313,7 +313,7 @@ def _best_squares(y, place, block):
 def _best_maximum(y, place, block):
     """Return the headers of least maximum: the best of some lines with neighbouring ranges, moved so that errors balance."""
     base, half, _, _, _, _ = place
-    zero = base * ZERO
+    zero = spread_f32(ZERO, 16)
     loss, a, b, mapping = zero + LOST, zero, zero + ONE, zeros_u32(16)
     for number in range(4):
         for start in range(FIRST.size):

@@ -48,7 +48,7 @@ def encode(
     codes: U8,
     lanes: NDArray[np.float64],
     width: int,
-) -> tuple[int, int, int]:
+) -> tuple[int, int]:
     """Write the codes, and measure the error."""
     filled = -(-cols // 32) * 32
     size = 1 << width
@@ -56,7 +56,6 @@ def encode(
     numbers = _books_of_runs(filled, block, scales.size)
     valid = valid_in_runs(filled, cols, scales.size)
     borders, books = thresholds.reshape(-1, size - 1), codebooks.reshape(-1, size)
-    seen, made = (np.zeros(len(books), bool) for _ in range(2))
     largest = 0
     for start in range(0, len(runs), _RUNS):
         here = slice(start, start + _RUNS)
@@ -70,9 +69,7 @@ def encode(
         decoded = books[number[:, None], chosen] * scale
         inside = np.arange(32) < valid[here, None]
         largest = max(largest, measure(np.where(inside, values - decoded, np.float32(0)), lanes))
-        seen[number[values.any(axis=1)]] = True
-        made[number[(inside & (decoded != 0)).any(axis=1)]] = True
-    return peak_f32(x), largest, int((seen & ~made).sum())
+    return peak_f32(x), largest
 
 
 @np.errstate(all="ignore")
