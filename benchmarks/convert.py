@@ -113,7 +113,7 @@ def run(context: Context) -> Section:
     )
     size = len(runs.data) / 1e6
     return Section(
-        f"Convert: {megabytes:,.0f} MB of bfloat16 in 2 shards to q4_0, hashed and synced",
+        f"Convert: {megabytes:,.0f} MB of bfloat16 in 2 shards to q4_0 (search=table), hashed and synced",
         rows,
         [
             f"Floor, alone and one after the other on one thread: {parts} ({size:.0f} MB of output).",

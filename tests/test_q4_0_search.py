@@ -11,20 +11,24 @@ from hypothesis.extra import numpy as hnp
 import qformat
 from qformat.kernels import load
 from qformat.kernels.jit import q4_0 as jit
-from qformat.kernels.jit import q4_0_search as jit_search
+from qformat.kernels.jit import q4_0_exact as jit_exact
+from qformat.kernels.jit import q4_0_table as jit_table
 from qformat.kernels.plain import q4_0 as plain
-from qformat.kernels.plain import q4_0_search as plain_search
+from qformat.kernels.plain import q4_0_exact as plain_exact
+from qformat.kernels.plain import q4_0_table as plain_table
 
 from .test_kernels import battery, rows
 
 SEARCHES = ["table", "exact"]
+JIT = {"table": jit_table, "exact": jit_exact}
+PLAIN = {"table": plain_table, "exact": plain_exact}
 EVERY_SCALE = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 EVERY_SCALE = EVERY_SCALE[np.isfinite(EVERY_SCALE) & (EVERY_SCALE != 0)]
 
 
-def search(module, name: str, x: np.ndarray) -> np.ndarray:
+def search(modules, name: str, x: np.ndarray) -> np.ndarray:
     scales = np.zeros(x.size // 32, np.uint16)
-    getattr(module, name)(np.ascontiguousarray(x, np.float32).reshape(-1), scales)
+    modules[name].choose(np.ascontiguousarray(x, np.float32).reshape(-1), scales)
     return scales
 
 
@@ -76,8 +80,8 @@ CASES = cases()
 def test_twins_choose_the_same_scales(case, name):
     # for "exact" this compares a branch and bound with going through all codes
     x = CASES[case]
-    scales = search(jit_search, name, x)
-    np.testing.assert_array_equal(scales, search(plain_search, name, x))
+    scales = search(JIT, name, x)
+    np.testing.assert_array_equal(scales, search(PLAIN, name, x))
     ours, theirs = encode(jit, x, scales), encode(plain, x, scales)
     np.testing.assert_array_equal(ours[0], theirs[0])
     assert ours[2] == theirs[2]
@@ -88,20 +92,20 @@ def test_twins_choose_the_same_scales(case, name):
 @given(rows)
 def test_twins_agree_on_any_floats(x):
     for name in SEARCHES:
-        np.testing.assert_array_equal(search(jit_search, name, x), search(plain_search, name, x))
+        np.testing.assert_array_equal(search(JIT, name, x), search(PLAIN, name, x))
 
 
 @given(hnp.arrays(np.int8, 32, elements=st.integers(-12, 12)), st.integers(-20, 10))
 def test_twins_agree_on_few_levels(levels, exponent):
     x = (levels * 0.7 * 2.0**exponent).astype(np.float32)
     for name in SEARCHES:
-        np.testing.assert_array_equal(search(jit_search, name, x), search(plain_search, name, x))
+        np.testing.assert_array_equal(search(JIT, name, x), search(PLAIN, name, x))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "overflow" not in case and case != "largest floats"])
 def test_exact_is_as_good_as_the_best_of_all_scales(case):
     x = CASES[case][:4]
-    found = errors(x, search(jit_search, "exact", x))
+    found = errors(x, search(JIT, "exact", x))
     for block, error in zip(x, found, strict=True):
         energy = np.square(block.astype(np.float64)).sum()
         assert error <= least_error(block) + 1e-12 * energy
@@ -112,7 +116,7 @@ def test_more_search_is_never_worse(x):
     lanes, blocks = np.zeros(16), np.zeros(x.size // 32 * 18, np.uint8)
     overflowed = jit.quantize(x, blocks, lanes)[2]
     naive = blocks.reshape(-1, 18)[:, :2].copy().view(np.uint16)[:, 0]
-    table, exact = (search(jit_search, name, x) for name in SEARCHES)
+    table, exact = (search(JIT, name, x) for name in SEARCHES)
     assert (np.isinf(table.view(np.float16)) == np.isinf(naive.view(np.float16))).all()
     assert (np.isinf(exact.view(np.float16)) == np.isinf(naive.view(np.float16))).all()
     if not overflowed:
@@ -143,7 +147,7 @@ def test_one_magnitude_is_met_exactly():
     x[:, ::3] = np.array([1, -1, 0.7, -0.7, 3e-7, 3e4, 1e-3, -2e-6], np.float32)[:, None]
     x[::2, 5] *= -1
     for name in SEARCHES:
-        relative = np.sqrt(errors(x, search(jit_search, name, x)) / np.square(x.astype(np.float64)).sum(axis=1))
+        relative = np.sqrt(errors(x, search(JIT, name, x)) / np.square(x.astype(np.float64)).sum(axis=1))
         assert (relative[[0, 1, 2, 3, 5, 6]] < 2.0**-11).all()
         assert relative[0] == relative[1] == 0
 
@@ -152,9 +156,9 @@ def test_one_magnitude_is_met_exactly():
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_value_that_is_not_finite_harms_no_other_block(name, bad):
     x = CASES["normal"].copy()
-    expected = search(jit_search, name, x)
+    expected = search(JIT, name, x)
     x[[3, 20], [4, 31]] = bad
-    scales = search(jit_search, name, x)
+    scales = search(JIT, name, x)
     others = np.setdiff1d(np.arange(len(x)), [3, 20])
     np.testing.assert_array_equal(scales[others], expected[others])
     assert encode(jit, x, scales)[2][0] >= 0x7F800000

@@ -18,7 +18,7 @@ from qformat.kernels import load
 from tests.test_kernels import battery, rows
 
 FORMATS = {"q4_1": (20, gguf.GGMLQuantizationType.Q4_1), "q5_1": (24, gguf.GGMLQuantizationType.Q5_1)}
-NAMES = [*FORMATS, "q4_1_search"]
+NAMES = [*FORMATS, "q4_1_als", "q4_1_best"]
 JIT, PLAIN = ({name: import_module(f"qformat.kernels.{kind}.{name}") for name in NAMES} for kind in ("jit", "plain"))
 KINDS = [JIT, PLAIN]
 SEARCHES = ["als", "best"]
@@ -63,7 +63,7 @@ def quantize(kernels: ModuleType, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def search(kind: dict[str, ModuleType], how: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scales, minima = np.zeros(x.size // 32, np.uint16), np.zeros(x.size // 32, np.uint16)
-    getattr(kind["q4_1_search"], how)(x.reshape(-1), scales, minima)
+    kind[f"q4_1_{how}"].choose(x.reshape(-1), scales, minima)
     return scales, minima
 
 

@@ -89,8 +89,8 @@ class BlockCodec(QuantizedCodec):
 class SearchedBlockCodec(BlockCodec):
     """A block codec whose scales may be chosen better than by the naive rule; subclasses have a field ``search``.
 
-    There is a second kernel module, ``ID_search``, with a function for each search but ``naive``: it takes the weights and fills in
-    an array of binary16 patterns for each of the block's `chosen` numbers. The ``encode`` of the first module makes blocks of them.
+    For each search but ``naive`` there is a kernel module ``ID_SEARCH`` with a function ``choose``: it takes the weights and fills
+    in an array of binary16 patterns for each of the block's `chosen` numbers. The codec's ``encode`` makes blocks of them.
     """
 
     #: how many binary16 numbers of a block a search chooses
@@ -111,6 +111,6 @@ class SearchedBlockCodec(BlockCodec):
         if self._search == "naive":
             return super()._fill(x, blocks, lanes)
         numbers = [np.empty(x.size // self.unit, np.uint16) for _ in range(self.chosen)]
-        getattr(load(f"{self.id}_search"), self._search)(x, *numbers)
+        load(f"{self.id}_{self._search}").choose(x, *numbers)
         measured: tuple[int, int, int, int] = self.kernels.encode(x, *numbers, blocks, lanes)
         return measured

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.compiler import F32, inline, kernel
+from qformat.kernels.jit.compiler import inline
 from qformat.kernels.jit.halves import floats_to_halves, halves_to_floats
 from qformat.kernels.jit.simd import (
     bits,
@@ -220,7 +220,8 @@ def _choose(x, y, thorough):
 
 
 @inline
-def _search(x, scales, minima, thorough):
+def search(x, scales, minima, thorough):
+    """Choose scales and minima for blocks of 32; see ``q4_1_als.py`` and ``q4_1_best.py``."""
     work, scratch, last = np.empty(512, np.float32), np.empty(512, np.float32), np.zeros(512, np.float32)
     chosen = np.empty((2, 16), np.uint16)
     whole = x.size // 512 * 16
@@ -237,15 +238,3 @@ def _search(x, scales, minima, thorough):
         store(chosen[0], 0, to_u16(scale))
         store(chosen[1], 0, to_u16(least))
         scales[whole:], minima[whole:] = chosen[0, :rest], chosen[1, :rest]
-
-
-@kernel(f"void({F32}, uint16[::1], uint16[::1])")
-def als(x, scales, minima):
-    """Choose scales and minima for blocks of 32, from a few starts."""
-    _search(x, scales, minima, False)
-
-
-@kernel(f"void({F32}, uint16[::1], uint16[::1])")
-def best(x, scales, minima):
-    """Choose scales and minima for blocks of 32: do as `als`, and go on with more starts and two turns from each."""
-    _search(x, scales, minima, True)

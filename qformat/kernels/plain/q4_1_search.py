@@ -174,19 +174,10 @@ def _choose(x: F32, thorough: bool) -> Choice:
 
 
 @np.errstate(all="ignore")
-def _search(x: F32, scales: U16, minima: U16, thorough: bool) -> None:
+def search(x: F32, scales: U16, minima: U16, *, thorough: bool) -> None:
+    """Choose scales and minima for blocks of 32."""
     for start in range(0, x.size, _CHUNK):
         columns = np.ascontiguousarray(x[start : start + _CHUNK].reshape(-1, 32).T)
         chosen = _choose(columns, thorough)
         here = slice(start // 32, start // 32 + columns.shape[1])
         scales[here], minima[here] = chosen.scale, chosen.low
-
-
-def als(x: F32, scales: U16, minima: U16) -> None:
-    """Choose scales and minima for blocks of 32, from a few starts."""
-    _search(x, scales, minima, thorough=False)
-
-
-def best(x: F32, scales: U16, minima: U16) -> None:
-    """Choose scales and minima for blocks of 32, from many starts."""
-    _search(x, scales, minima, thorough=True)

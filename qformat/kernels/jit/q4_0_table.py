@@ -1,0 +1,61 @@
+"""Good scales for Q4_0 blocks: the best of a few, refined by least squares; compiled. Twin of ``plain/q4_0_table.py``."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qformat.kernels.jit.compiler import F32, Step, kernel
+from qformat.kernels.jit.halves import floats_to_halves, halves_to_floats
+from qformat.kernels.jit.q4_0_search import ZERO, extreme, finish, for_one_magnitude, odd_ones, search, value_of
+from qformat.kernels.jit.simd import (
+    bits,
+    load,
+    maximum,
+    minimum,
+    or_lanes,
+    select_less,
+    select_nonzero,
+    zeros_u32,
+)
+from qformat.kernels.tables import DIVISORS
+
+TO_INTEGER = np.float32(1.5 * 2**23)  # added and taken away again, it rounds to an integer
+
+
+@Step
+def _table_16(x, start, t, scratch):  # noqa: ARG001
+    first = extreme(t)
+    inverse = np.float32(-1.0) / first
+    best = bits(first) & 0
+    most = first * ZERO - np.float32(np.inf)
+    for c in DIVISORS:
+        factor = inverse * c
+        a = first * ZERO
+        b = first * ZERO
+        for i in range(32):
+            value = load(t, 16 * i, 16)
+            k = (maximum(minimum(value * factor, np.float32(7)), np.float32(-8)) + TO_INTEGER) - TO_INTEGER
+            a = a + value * k
+            b = b + k * k
+        half = floats_to_halves(a / b)
+        value = value_of(a, b, halves_to_floats(half))
+        best = select_less(most, value, half, best)
+        most = maximum(value, most)
+    sizes, signs = odd_ones(t, first)
+    if or_lanes(select_nonzero(sizes, zeros_u32(16), 1)):
+        best = select_nonzero(sizes, best, for_one_magnitude(first, signs))
+    return finish(first, best)
+
+
+@kernel(f"void({F32}, uint16[::1])")
+def choose(x, scales):
+    """Choose for each block the best of the scales in `DIVISORS`, each refined by least squares.
+
+    Parameters
+    ----------
+    x
+        float32, a multiple of 32 elements.
+    scales
+        uint16, one for each block: the binary16 scales. The signs are such that the codes are those nearest to x / d in -8 to 7.
+    """
+    search(x, scales, _table_16, None)

@@ -1,0 +1,37 @@
+"""Good scales for Q4_0 blocks, in numpy. Twin of ``jit/q4_0_table.py``, with the same operations in the same order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qformat.kernels.plain.blocks import F32, U16
+from qformat.kernels.plain.q4_0_search import U32, from_half_bits, half_bits, search
+from qformat.kernels.tables import DIVISORS
+
+_TO_INTEGER = np.float32(1.5 * 2**23)
+
+
+def choose(x: F32, scales: U16) -> None:
+    """Choose for each block the best of the scales in `DIVISORS`, each refined by least squares."""
+    search(x, scales, _table)
+
+
+def _table(values: F32, first: F32) -> U32:
+    inverse = np.float32(-1) / first
+    best = np.zeros(len(values), np.uint32)
+    most = np.full(len(values), -np.inf, np.float32)
+    for c in DIVISORS:
+        factor = inverse * c
+        a, b = np.zeros_like(first), np.zeros_like(first)
+        for column in values.T:
+            scaled = column * factor
+            below = np.where(scaled < 7, scaled, np.float32(7))
+            k = (np.where(below > -8, below, np.float32(-8)) + _TO_INTEGER) - _TO_INTEGER
+            a = a + column * k
+            b = b + k * k
+        half = half_bits(a / b)
+        d = from_half_bits(half)
+        v = (d + d) * a - d * d * b
+        best = np.where(most < v, half, best)
+        most = np.where(v > most, v, most)
+    return best
