@@ -15,7 +15,7 @@ _CODES = np.arange(1, 9)
 
 def choose(x: F32, scales: U16) -> None:
     """Choose for each block the binary16 scale with the least squared error there is."""
-    search(x, scales, _exact)
+    search(x, scales, _exact, 1 << 9)
 
 
 def _exact(values: F32, first: F32) -> U32:

@@ -13,22 +13,22 @@ U32 = NDArray[np.uint32]
 
 SMALLEST = 0x33000000
 HALF_INFINITY = 0x7C00
-_CHUNK = 1 << 9  # blocks at a time
 
 
 @np.errstate(all="ignore")
-def search(x: F32, scales: U16, choose: Callable[[F32, F32], U32]) -> None:
-    """Let `choose` choose scales for blocks and their first largest weights; mend those of one magnitude and out of range."""
+def search(x: F32, scales: U16, choose: Callable[[F32, F32], U32], chunk: int) -> None:
+    """Let `choose` choose scales for blocks, `chunk` at a time, and their first largest weights; mend what is special."""
     blocks = x.reshape(-1, 32)
-    for start in range(0, len(blocks), _CHUNK):
-        values = blocks[start : start + _CHUNK]
+    for start in range(0, len(blocks), chunk):
+        values = blocks[start : start + chunk]
         first = first_largest(values)[:, 0]
         best = choose(values, first)
         alone, one_sign = _one_magnitude(values, first)
-        best[alone] = _for_one_magnitude(first, one_sign)[alone]
+        if alone.any():
+            best[alone] = _for_one_magnitude(first, one_sign)[alone]
         naive = half_bits(first * np.float32(-0.125)) & 0x7FFF
         best = np.where(naive >= HALF_INFINITY, naive, best)
-        scales[start : start + _CHUNK] = np.where(np.abs(first).view(np.uint32) > SMALLEST, best, 0)
+        scales[start : start + chunk] = np.where(np.abs(first).view(np.uint32) > SMALLEST, best, 0)
 
 
 def _one_magnitude(values: F32, first: F32) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

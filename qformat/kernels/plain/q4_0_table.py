@@ -13,22 +13,23 @@ _TO_INTEGER = np.float32(1.5 * 2**23)
 
 def choose(x: F32, scales: U16) -> None:
     """Choose for each block the best of the scales in `DIVISORS`, each refined by least squares."""
-    search(x, scales, _table)
+    search(x, scales, _table, 1 << 12)
 
 
 def _table(values: F32, first: F32) -> U32:
+    columns = np.ascontiguousarray(values.T)
     inverse = np.float32(-1) / first
     best = np.zeros(len(values), np.uint32)
     most = np.full(len(values), -np.inf, np.float32)
     for c in DIVISORS:
         factor = inverse * c
         a, b = np.zeros_like(first), np.zeros_like(first)
-        for column in values.T:
-            scaled = column * factor
-            below = np.where(scaled < 7, scaled, np.float32(7))
-            k = (np.where(below > -8, below, np.float32(-8)) + _TO_INTEGER) - _TO_INTEGER
-            a = a + column * k
-            b = b + k * k
+        for column in columns:
+            k = np.maximum(np.minimum(column * factor, np.float32(7)), np.float32(-8))
+            k += _TO_INTEGER
+            k -= _TO_INTEGER
+            a += column * k
+            b += np.square(k)
         half = half_bits(a / b)
         d = from_half_bits(half)
         v = (d + d) * a - d * d * b
