@@ -196,7 +196,7 @@ def test_it_beats_formats_of_as_many_bits():
 def test_a_normal_distribution():
     x = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float32)
     headers = choose("rmse", x, 32)
-    assert np.sqrt((errors(x, headers, 32) ** 2).mean()) < 0.064
+    assert np.sqrt((errors(x, headers, 32) ** 2).mean()) < 0.0645
     shares = np.bincount(headers >> 22, minlength=4) / headers.size
     np.testing.assert_allclose(shares, [0.21, 0.34, 0.29, 0.16], atol=0.02)
 

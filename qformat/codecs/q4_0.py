@@ -18,8 +18,8 @@ class Q4_0(SearchedBlockCodec):  # noqa: N801  the format's name
     Parameters
     ----------
     search
-        How the scale is chosen: ``naive`` takes the largest weight over -8, as GGUF does; ``table`` the best of eight divisors,
-        refined by least squares; ``exact`` the best scale there is.
+        How the scale is chosen: ``naive`` takes the largest weight over -8, as GGUF does; ``table`` the best of a few
+        divisors, refined by least squares; ``exact`` the best scale there is.
     """
 
     id: ClassVar[str] = "q4_0"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.blocks import LANES, add_squares, keep_largest, reciprocal
+from qformat.kernels.jit.blocks import LANES, add_squares, keep_largest, prefetch_block, reciprocal
 from qformat.kernels.jit.compiler import F32, U8, inline, kernel
 from qformat.kernels.jit.packing import pack_32, unpack_32
 from qformat.kernels.jit.simd import (
@@ -100,4 +100,5 @@ def dequantize(scales, zeros, codes, x, filled, group, width):
             number += 1
             for col in range(start, min(start + group, filled), 32):
                 at = row * filled + col
+                prefetch_block(x, at // 32)
                 store(x, at, to_f32(to_i32(unpack_32(codes, at // 32, width)) - zero) * scale)

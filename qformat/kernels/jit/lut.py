@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.jit.affine import crop
-from qformat.kernels.jit.blocks import LANES, add_squares, keep_largest
+from qformat.kernels.jit.blocks import LANES, add_squares, keep_largest, prefetch_block
 from qformat.kernels.jit.compiler import F32, U8, kernel
 from qformat.kernels.jit.packing import pack_32, unpack_32
 from qformat.kernels.jit.simd import bits, largest, load, select_less, spread_f32, store, take, zeros_u32
@@ -104,6 +104,7 @@ def dequantize(codebooks, scales, codes, x, filled, block, width):
         for start in range(0, filled, block or filled):
             for col in range(start, min(start + (block or filled), filled), 32):
                 at = row * filled + col
+                prefetch_block(x, at // 32)
                 store(x, at, take(codebooks, unpack_32(codes, at // 32, width) + number * size) * scale)
             if block:
                 number += 1

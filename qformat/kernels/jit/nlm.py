@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import int64, uint8, uint16, uint32
 
-from qformat.kernels.jit.blocks import LANES, ONE, ZERO, add_squares, keep_largest, too_large
+from qformat.kernels.jit.blocks import LANES, ONE, ZERO, add_squares, keep_largest, prefetch_block, too_large
 from qformat.kernels.jit.compiler import F32, U8, inline, kernel
 from qformat.kernels.jit.halves import half_to_float
 from qformat.kernels.jit.simd import (
@@ -119,6 +119,7 @@ def dequantize(blocks, x, block):
         least = half_to_float(uint16(((header >> 10) & 4095) << 4))
         row = 16 * (header >> 22)
         for i in range(0, block // 2, 16):
+            prefetch_block(x, number * block // 32 + i // 16)
             packed = load(blocks, at + 3 + i, 16)
             low = take(STEPS, to_u32(packed & 15) + row)
             high = take(STEPS, to_u32(packed >> 4) + row)

@@ -300,7 +300,7 @@ def _best_squares(y, place, block):
         mapping = select_less(fit[3], new[3], other, mapping)
         fit = _better(fit, new)
     first = mapping
-    for number in range(4):
+    for number in range(3):  # one more turn for the second costs more time than it brings
         other = first if number < 2 else second
         new = _fit(y, total, other, zero + (SHIFT if number & 1 else -SHIFT), b, block)
         mapping = select_less(fit[3], new[3], other, mapping)
