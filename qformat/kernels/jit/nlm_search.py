@@ -289,22 +289,15 @@ def _best_squares(y, place, block):
     centre = total * (ONE / np.float32(block))
     zero = spread_f32(ZERO, 16)
     a, b = zero, zero + START
-    mapping = second = zeros_u32(16)
+    mapping = zeros_u32(16)
     fit = (zero, zero, zero, zero - LOST)
-    next_gain = zero - LOST
     for number in range(4):
         other = zeros_u32(16) + number
         new = _fit(y, total, other, a, b, block)
-        second = select_less(fit[3], new[3], mapping, select_less(next_gain, new[3], other, second))
-        next_gain = select_less(fit[3], new[3], fit[3], select_less(next_gain, new[3], new[3], next_gain))
         mapping = select_less(fit[3], new[3], other, mapping)
         fit = _better(fit, new)
-    first = mapping
-    for number in range(3):  # one more turn for the second costs more time than it brings
-        other = first if number < 2 else second
-        new = _fit(y, total, other, zero + (SHIFT if number & 1 else -SHIFT), b, block)
-        mapping = select_less(fit[3], new[3], other, mapping)
-        fit = _better(fit, new)
+    for number in range(2):
+        fit = _better(fit, _fit(y, total, mapping, zero + (SHIFT if number else -SHIFT), b, block))
     header, loss = _round_fit(fit, centre, mapping, base, half, block)
     return _anchored(y, place, header, loss, True, block)
 

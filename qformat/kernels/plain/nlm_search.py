@@ -201,23 +201,15 @@ def _better(fit: _Fit, new: _Fit) -> _Fit:
 def _best_squares(y: F32, place: _Place, block: int) -> U32:
     centre = place.total * (ONE / np.float32(block))
     zero = np.zeros_like(centre)
-    mapping = second = zero.astype(np.uint32)
+    mapping = zero.astype(np.uint32)
     fit = _Fit(zero, zero, zero, zero - LOST)
-    next_gain = zero - LOST
     for number in range(4):
         other = np.full_like(mapping, number)
         new = _fit(y, place.total, other, zero, zero + START)
-        more = fit.gain < new.gain
-        second = np.where(more, mapping, np.where(next_gain < new.gain, other, second))
-        next_gain = np.where(more, fit.gain, np.where(next_gain < new.gain, new.gain, next_gain))
-        mapping = np.where(more, other, mapping)
-        fit = _better(fit, new)
-    first = mapping
-    for number in range(3):  # one more turn for the second costs more time than it brings
-        other = first if number < 2 else second
-        new = _fit(y, place.total, other, zero + (SHIFT if number & 1 else -SHIFT), zero + START)
         mapping = np.where(fit.gain < new.gain, other, mapping)
         fit = _better(fit, new)
+    for shift in (-SHIFT, SHIFT):
+        fit = _better(fit, _fit(y, place.total, mapping, zero + shift, zero + START))
     header, loss = _round_fit(fit, centre, mapping, place, block)
     return _anchored(y, place, header, loss, True)
 
