@@ -369,6 +369,6 @@ def test_types_lists_every_type_that_can_be_asked_for():
                 shown = str(value).lower() if isinstance(value, bool) else value
                 parse_type(f"{entry['type']}:{key}={shown}")
     table = run("types").stdout
-    assert re.search(r"^q4_1 +5\.000 +search=als\|naive\|best$", table, re.MULTILINE)
+    assert re.search(r"^q4_1 +5\.000 +Five bits for each weight\.\n +search=als\|naive\|best$", table, re.MULTILINE)
     assert "group=128|N|row" in table
     assert "sym=true|false" in table

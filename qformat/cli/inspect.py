@@ -92,10 +92,11 @@ def _echo(file: Path, summary: dict[str, Any]) -> None:
             f"{tensor['bpw']:.3f}",
             f"{tensor['rmse']:.3e}" if tensor["rmse"] else "0",
             f"{tensor['maxerr']:.3e}" if tensor["maxerr"] else "0",
+            ",".join(f"{key}={value}" for key, value in sorted(tensor["encoder"].items())),
         )
         for tensor in summary["tensors"]
     ]
-    echo_table(("tensor", "shape", "dtype", "type", "size", "bpw", "rmse", "maxerr"), rows, left=4)
+    echo_table(("tensor", "shape", "dtype", "type", "size", "bpw", "rmse", "maxerr", "encoder"), rows, left=4)
     total = summary["total"]
     size = human_bytes(total["bytes"])
     click.echo(f"{len(rows)} tensors, {human_count(total['params'])} weights, {size}, {total['bpw']:.3f} bits/weight")

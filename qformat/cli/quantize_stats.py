@@ -56,7 +56,11 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
 )
 @click.option("--exclude", multiple=True, callback=_regexes, metavar="REGEX", help="Leave out tensors likewise.")
 @click.option("--per-layer", is_flag=True, help="Print a line for each tensor.")
-@click.option("--histogram", is_flag=True, help="Print how often each code is used.")
+@click.option(
+    "--histogram",
+    is_flag=True,
+    help="Print how often each code is used, and each of nlm's mappings, the linear one first.",
+)
 @click.option(
     "--json",
     "json_file",
@@ -121,7 +125,7 @@ def command(
 
 def _histograms(stats: ErrorStats) -> Iterator[str]:
     if not stats.histograms:
-        yield f"hist: {stats.type} has no codes"
+        yield f"hist: not counted for {stats.type}"
     for name, counts in stats.histograms.items():
         label = "hist" if name == "histogram" else name
         yield f"{label}: " + " ".join(f"{share:.3f}" for share in counts / max(1, counts.sum()))

@@ -37,10 +37,10 @@ def command(as_json: bool) -> None:
         return
     rows = []
     for entry in types:
-        shown = [f"{key}={'|'.join(_shown(v) for v in values)}" for key, values in entry["params"].items()]
-        rows.append((entry["type"], f"{entry['bpw']:.3f}", shown[0] if shown else ""))
-        rows += [("", "", more) for more in shown[1:]]
-    echo_table(("type", "bits/weight", "parameters"), rows, left=3)
+        shown = [entry["about"], *(f"{key}={'|'.join(map(_shown, v))}" for key, v in entry["params"].items())]
+        rows.append((entry["type"], f"{entry['bpw']:.3f}", shown[0]))
+        rows += [("", "", f"  {more}") for more in shown[1:]]
+    echo_table(("type", "bits/weight", "about, parameters"), rows, left=3)
 
 
 def _shown(value: Any) -> str:

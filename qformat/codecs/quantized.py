@@ -16,6 +16,7 @@ from qformat.dtypes import BF16, F32, F64, DType, Elements
 from qformat.kernels import load
 
 INFINITY_BITS = 0x7F800000
+_LEAST, _MOST = 2.0**-40, 2.0**60  # largest errors whose squares binary32 holds well
 
 
 class Quantized(NamedTuple):
@@ -76,8 +77,8 @@ class QuantizedCodec(Codec):
         values = source if narrow else Elements(elements.dtype, source).to_f32()
         cols = elements.data.shape[1]
         parts, lanes, peak, largest, overflowed, vanished = self._quantize(values, cols, fitted)
+        exact = Elements(elements.dtype, source).to_f32() if narrow else values
         if source.shape[1] != cols and not self.keeps_zeros:
-            exact = Elements(elements.dtype, source).to_f32() if narrow else values
             lanes, largest = self._measured(exact, parts, cols)
         finite = peak < INFINITY_BITS
         if elements.dtype is F64:  # it may exceed float32 itself
@@ -87,8 +88,9 @@ class QuantizedCodec(Codec):
                 lost = source.reshape(-1, 32).any(axis=1) & ~values.reshape(-1, 32).any(axis=1)
                 vanished += int(lost.sum())
         error = ErrorSum.of(elements.data.size, lanes, largest)
-        if finite and not math.isfinite(error.squares):  # binary32 cannot tell this error, nor can a record
-            overflowed += 1
+        if finite and error.maximum and not _LEAST <= error.maximum <= _MOST:
+            error = self._measured_wide(exact, parts, cols)
+            overflowed += not math.isfinite(error.squares)  # weights that decode to infinity
         return Encoded(parts, finite, error, overflowed, vanished)
 
     def _measured(
@@ -100,6 +102,16 @@ class QuantizedCodec(Codec):
         values = np.hstack([values[:, :cols], decoded[:, cols:]])
         lanes = np.zeros(load("blocks").LANES)
         return lanes, int(load("blocks").measure(values.reshape(-1), decoded.reshape(-1), lanes))
+
+    def _measured_wide(self, values: NDArray[np.float32], parts: Sequence[Buffer], cols: int) -> ErrorSum:
+        """Return the error with squares in binary64."""
+        decoded = np.empty(values.shape, np.float32)
+        self._dequantize(parts, decoded)
+        floats = load("floats")
+        lanes = np.zeros(floats.LANES)
+        rows = (np.ascontiguousarray(array[:, :cols]).reshape(-1) for array in (values, decoded))
+        largest = floats.difference(*rows, lanes)
+        return ErrorSum.of(len(values) * cols, lanes, largest)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode the rows of a piece."""

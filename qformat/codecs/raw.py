@@ -18,7 +18,7 @@ from qformat.kernels import load
 
 @dataclass(frozen=True)
 class Raw(Codec):
-    """Elements one after the other; the id is the name of the dtype."""
+    """Floats as they are, or rounded to this dtype; the id is its name."""
 
     decoded: ClassVar[DType]
 

@@ -86,6 +86,7 @@ def _parse_value(text: str, key: str, value: str, kind: Any) -> Any:
         if value not in allowed:
             raise TypeSpecError(f"type {text!r}: {key} may be {' or '.join(allowed)}, not {value!r}")
         return allowed[value]
+    words: Any = None
     if get_origin(kind) is Union:  # a number or a word
         words, kind = next(choice for choice in get_args(kind) if get_origin(choice) is Literal), int
         if value in get_args(words):
@@ -95,7 +96,8 @@ def _parse_value(text: str, key: str, value: str, kind: Any) -> Any:
             return {"true": True, "false": False}[value]
         return kind(value)
     except (KeyError, ValueError):
-        raise TypeSpecError(f"type {text!r}: {value!r} is not a value for {key} ({kind.__name__})") from None
+        choices = "true or false" if kind is bool else " or ".join(["a number", *get_args(words)])
+        raise TypeSpecError(f"type {text!r}: {key} may be {choices}, not {value!r}") from None
 
 
 def codec_of(record: TensorRecord) -> Codec:
