@@ -38,6 +38,11 @@ class BlockCodec(QuantizedCodec):
         return 32
 
     @property
+    def takes_bf16(self) -> bool:
+        """Whether ``quantize`` does, as that of all block formats but `nlm` does."""
+        return True
+
+    @property
     def kernels(self) -> ModuleType:
         """The kernel module."""
         return load(self.id)

@@ -43,6 +43,11 @@ class Nlm(BlockCodec):
         return self.block
 
     @property
+    def takes_bf16(self) -> bool:
+        """Its searches do not."""
+        return False
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of a block."""
         return 3 + self.block // 2

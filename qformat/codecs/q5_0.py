@@ -21,8 +21,3 @@ class Q5_0(BlockCodec):  # noqa: N801  the format's name
     def block_bytes(self) -> int:
         """Bytes of a block."""
         return 22
-
-    @property
-    def takes_bf16(self) -> bool:
-        """Its kernel does."""
-        return True

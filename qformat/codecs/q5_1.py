@@ -22,8 +22,3 @@ class Q5_1(BlockCodec):  # noqa: N801  the format's name
     def block_bytes(self) -> int:
         """Bytes of a block."""
         return 24
-
-    @property
-    def takes_bf16(self) -> bool:
-        """Its kernel does."""
-        return True

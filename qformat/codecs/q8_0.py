@@ -20,8 +20,3 @@ class Q8_0(BlockCodec):  # noqa: N801  the format's name
     def block_bytes(self) -> int:
         """Bytes of a block."""
         return 34
-
-    @property
-    def takes_bf16(self) -> bool:
-        """Its kernel does."""
-        return True

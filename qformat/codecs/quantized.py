@@ -77,9 +77,8 @@ class QuantizedCodec(Codec):
         values = source if narrow else Elements(elements.dtype, source).to_f32()
         cols = elements.data.shape[1]
         parts, lanes, peak, largest, overflowed, vanished = self._quantize(values, cols, fitted)
-        exact = Elements(elements.dtype, source).to_f32() if narrow else values
         if source.shape[1] != cols and not self.keeps_zeros:
-            lanes, largest = self._measured(exact, parts, cols)
+            lanes, largest = self._measured(*self._again(elements, parts))
         finite = peak < INFINITY_BITS
         if elements.dtype is F64:  # it may exceed float32 itself
             finite = elements.all_finite()
@@ -89,29 +88,29 @@ class QuantizedCodec(Codec):
                 vanished += int(lost.sum())
         error = ErrorSum.of(elements.data.size, lanes, largest)
         if finite and error.maximum and not _LEAST <= error.maximum <= _MOST:
-            error = self._measured_wide(exact, parts, cols)
+            error = self._measured_wide(*self._again(elements, parts))
             overflowed += not math.isfinite(error.squares)  # weights that decode to infinity
         return Encoded(parts, finite, error, overflowed, vanished)
 
-    def _measured(
-        self, values: NDArray[np.float32], parts: Sequence[Buffer], cols: int
-    ) -> tuple[NDArray[np.float64], int]:
-        """Return the error as in `Quantized`, with none for what rows are filled up with."""
-        decoded = np.empty(values.shape, np.float32)
-        self._dequantize(parts, decoded)
-        values = np.hstack([values[:, :cols], decoded[:, cols:]])
-        lanes = np.zeros(load("blocks").LANES)
-        return lanes, int(load("blocks").measure(values.reshape(-1), decoded.reshape(-1), lanes))
+    def _again(self, elements: Elements, parts: Sequence[Buffer]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the rows of a piece and what they decode to, without what fills them up, to measure the error again."""
+        decoded = np.empty(elements.data.shape, np.float32)
+        self.decode(parts, decoded)
+        return elements.to_f32(), decoded
 
-    def _measured_wide(self, values: NDArray[np.float32], parts: Sequence[Buffer], cols: int) -> ErrorSum:
+    def _measured(self, values: NDArray[np.float32], decoded: NDArray[np.float32]) -> tuple[NDArray[np.float64], int]:
+        """Return the error as in `Quantized`."""
+        missing = self.filled(values.shape[1]) - values.shape[1]
+        rows = (np.pad(array, ((0, 0), (0, missing))).reshape(-1) for array in (values, decoded))
+        lanes = np.zeros(load("blocks").LANES)
+        return lanes, int(load("blocks").measure(*rows, lanes))
+
+    def _measured_wide(self, values: NDArray[np.float32], decoded: NDArray[np.float32]) -> ErrorSum:
         """Return the error with squares in binary64."""
-        decoded = np.empty(values.shape, np.float32)
-        self._dequantize(parts, decoded)
         floats = load("floats")
         lanes = np.zeros(floats.LANES)
-        rows = (np.ascontiguousarray(array[:, :cols]).reshape(-1) for array in (values, decoded))
-        largest = floats.difference(*rows, lanes)
-        return ErrorSum.of(len(values) * cols, lanes, largest)
+        largest = floats.difference(np.ascontiguousarray(values).reshape(-1), decoded.reshape(-1), lanes)
+        return ErrorSum.of(values.size, lanes, largest)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode the rows of a piece."""

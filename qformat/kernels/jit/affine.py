@@ -9,15 +9,13 @@ import numpy as np
 
 from qformat.kernels.jit.blocks import LANES, add_squares, keep_largest, prefetch_block, reciprocal
 from qformat.kernels.jit.compiler import F32, U8, inline, kernel
-from qformat.kernels.jit.packing import pack_32, unpack_32
+from qformat.kernels.jit.packing import crop, pack_32, unpack_32
 from qformat.kernels.jit.simd import (
     bits,
-    count_up,
     largest,
     load,
     maximum,
     minimum,
-    select_less,
     store,
     to_f32,
     to_i32,
@@ -35,12 +33,6 @@ ROUND = np.float32(
 def nearest(values, inverse, low, high):
     """Return ``values * inverse`` as the nearest integers from ``low`` to ``high``, in floats; ``low`` for a NaN."""
     return (minimum(maximum(values * inverse, low), high) + ROUND) - ROUND
-
-
-@inline
-def crop(values, count):
-    """Return the first ``count`` of 32 floats, and zeros."""
-    return select_less(count_up(32), count, values, ZERO)
 
 
 @kernel(f"UniTuple(int64, 3)({F32}, int64, int64, {F32}, {U8}, uint8[::1], float64[::1], int64)")

@@ -12,10 +12,11 @@ import math
 import numpy as np
 from numba import uint16, uint32
 
-from qformat.kernels.jit.affine import ZERO, crop, nearest
+from qformat.kernels.jit.affine import ZERO, nearest
 from qformat.kernels.jit.blocks import reciprocal
 from qformat.kernels.jit.compiler import F32, inline, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
+from qformat.kernels.jit.packing import crop
 from qformat.kernels.jit.simd import (
     bits,
     count_up,

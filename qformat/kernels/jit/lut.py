@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.affine import crop
 from qformat.kernels.jit.blocks import LANES, add_squares, keep_largest, prefetch_block
 from qformat.kernels.jit.compiler import F32, U8, kernel
-from qformat.kernels.jit.packing import pack_32, unpack_32
+from qformat.kernels.jit.packing import crop, pack_32, unpack_32
 from qformat.kernels.jit.simd import bits, largest, load, select_less, spread_f32, store, take, zeros_u32
 
 

@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits in a string of bits (spec/codecs.md, "Packed codes"), compiled. Twin of ``plain/packing.py``.
+"""Codes of 2, 3, 4 or 8 bits in a string of bits, and rows in runs of 32; compiled. Twin of ``plain/packing.py``.
 
 Kernels call `unpack_32` and `pack_32`; the number of bits is the same throughout a loop, so that choosing costs next to nothing.
 """
@@ -16,6 +16,7 @@ from qformat.kernels.jit.simd import (
     load,
     load_as,
     odd_lanes,
+    select_less,
     store,
     store_as,
     to_u8,
@@ -126,3 +127,9 @@ def pack(codes, packed, width):
     """Do the opposite of `unpack`; codes have no more than ``width`` bits."""
     for number in range(codes.size // 32):
         pack_32(to_u32(load(codes, 32 * number, 32)), packed, number, width)
+
+
+@inline
+def crop(values, count):
+    """Return the first ``count`` of 32 floats, and zeros."""
+    return select_less(count_up(32), count, values, np.float32(0.0))

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.plain.blocks import F32, U8
-from qformat.kernels.plain.floats import add_rows, peak_f32
-from qformat.kernels.plain.packing import pack, unpack
+from qformat.kernels.plain.blocks import F32, U8, add_error
+from qformat.kernels.plain.floats import peak_f32
+from qformat.kernels.plain.packing import groups_of_runs, pack, unpack, valid_in_runs
 
 ROUND = np.float32(3 << 22)
 _RUNS = 1 << 10  # at a time, so that temporary arrays stay in cache
@@ -27,18 +27,6 @@ def reciprocal(scale: F32) -> F32:
     """Return 1 / scale, or 0 for a scale of 0."""
     inverse: F32 = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
     return inverse
-
-
-def groups_of_runs(filled: int, group: int, rows: int) -> NDArray[np.int64]:
-    """Return the number of the group that each run of 32 elements belongs to."""
-    in_row = np.arange(0, filled, 32) // group
-    count = -(-filled // group)
-    return (np.arange(rows)[:, None] * count + in_row).ravel()
-
-
-def valid_in_runs(filled: int, cols: int, rows: int) -> NDArray[np.int64]:
-    """Return how many elements of each run of 32 are not there to fill up a row."""
-    return np.tile(np.minimum(cols - np.arange(0, filled, 32), 32), rows)
 
 
 @np.errstate(all="ignore")
@@ -64,17 +52,10 @@ def encode(
         pack(stored.ravel(), codes[4 * width * start : 4 * width * (start + len(values))], width)
         decoded = levels * scale
         error = np.where(np.arange(32) < valid[here, None], values - decoded, np.float32(0))
-        largest = max(largest, measure(error, lanes))
+        largest = max(largest, add_error(error, lanes))
         seen[number[values.any(axis=1)]] = True
         made[number[decoded.any(axis=1)]] = True
     return peak_f32(x), largest, int((seen & ~made).sum())
-
-
-def measure(error: F32, lanes: NDArray[np.float64]) -> int:
-    """Add the squared errors of runs to the lanes; return the bits of the largest error."""
-    squares = error * error
-    add_rows((squares[:, :16] + squares[:, 16:]).astype(np.float64), lanes)
-    return peak_f32(error.reshape(-1))
 
 
 @np.errstate(all="ignore")

@@ -39,10 +39,8 @@ def quantize(
         here = slice(start // 32, start // 32 + len(values))
         decoded, too_large, too_small = encode(values, packed[here], *(array[here] for array in chosen))
         error = values - decoded
-        squares = error * error
-        add_rows((squares[:, :16] + squares[:, 16:]).astype(np.float64), lanes)
         peak = max(peak, peak_f32(source))
-        largest = max(largest, peak_f32(error.reshape(-1)))
+        largest = max(largest, add_error(error, lanes))
         overflowed += int(too_large.sum())
         vanished += int((too_small.reshape(-1) & values.any(axis=1)).sum())
     return peak, largest, overflowed, vanished
@@ -51,10 +49,14 @@ def quantize(
 @np.errstate(all="ignore")
 def measure(x: F32, decoded: F32, lanes: NDArray[np.float64]) -> int:
     """Add the squared errors of whole blocks to ``lanes``; return the bits of the largest error."""
-    error = x - decoded
+    return add_error(x - decoded, lanes)
+
+
+def add_error(error: F32, lanes: NDArray[np.float64]) -> int:
+    """Add the squares of errors, taken 32 by 32, to ``lanes``; return the bits of the largest."""
     squares = (error * error).reshape(-1, 32)
     add_rows((squares[:, :16] + squares[:, 16:]).astype(np.float64), lanes)
-    return peak_f32(error)
+    return peak_f32(error.reshape(-1))
 
 
 def reciprocal(values: F32, scale: F32) -> tuple[F32, NDArray[np.bool_]]:

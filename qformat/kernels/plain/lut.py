@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.plain.affine import groups_of_runs, measure, valid_in_runs
-from qformat.kernels.plain.blocks import F32, LANES, U8
+from qformat.kernels.plain.blocks import F32, LANES, U8, add_error
 from qformat.kernels.plain.floats import add_rows, peak_f32
-from qformat.kernels.plain.packing import pack, unpack
+from qformat.kernels.plain.packing import groups_of_runs, pack, unpack, valid_in_runs
 
 _RUNS = 1 << 10  # at a time, so that temporary arrays stay in cache
 
@@ -68,7 +67,7 @@ def encode(
         pack(chosen.ravel(), codes[4 * width * start : 4 * width * (start + len(values))], width)
         decoded = books[number[:, None], chosen] * scale
         inside = np.arange(32) < valid[here, None]
-        largest = max(largest, measure(np.where(inside, values - decoded, np.float32(0)), lanes))
+        largest = max(largest, add_error(np.where(inside, values - decoded, np.float32(0)), lanes))
     return peak_f32(x), largest
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.plain.blocks import F32, U8
-from qformat.kernels.plain.floats import add_rows, peak_f32
+from qformat.kernels.plain.blocks import F32, U8, add_error
+from qformat.kernels.plain.floats import peak_f32
 from qformat.kernels.tables import NLM_UPPER
 
 U32 = NDArray[np.uint32]
@@ -50,11 +50,8 @@ def encode(x: F32, headers: U32, blocks: U8, lanes: NDArray[np.float64], block: 
         packed[here, :3] = headers[here].astype("<u4").view(np.uint8).reshape(-1, 4)[:, :3]
         packed[here, 3:] = codes[:, : block // 2] | (codes[:, block // 2 :] << 4)
         decoded = STEPS[mapping[:, None], codes] * width[:, None] + least[:, None]
-        error = values - decoded
-        squares = (error * error).reshape(-1, 32)
-        add_rows((squares[:, :16] + squares[:, 16:]).astype(np.float64), lanes)
         peak = max(peak, peak_f32(values.reshape(-1)))
-        largest = max(largest, peak_f32(error.reshape(-1)))
+        largest = max(largest, add_error(values - decoded, lanes))
         overflowed += int((~(np.isfinite(width) & np.isfinite(least))).sum())
         vanished += int((values.any(axis=1) & ~decoded.any(axis=1)).sum())
     return peak, largest, overflowed, vanished

@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits in a string of bits, in numpy. Twin of ``jit/packing.py``, which documents the functions."""
+"""Codes of 2, 3, 4 or 8 bits in a string of bits, and rows in runs of 32; in numpy. Twin of ``jit/packing.py``, which documents them."""
 
 from __future__ import annotations
 
@@ -32,3 +32,15 @@ def pack(codes: U8, packed: U8, width: int) -> None:
         part = codes[start : start + _CHUNK]
         digits = np.unpackbits(part[:, None], axis=1, count=width, bitorder="little")
         packed[start * width // 8 : (start + _CHUNK) * width // 8] = np.packbits(digits.reshape(-1), bitorder="little")
+
+
+def groups_of_runs(filled: int, group: int, rows: int) -> NDArray[np.int64]:
+    """Return the number of the group that each run of 32 elements belongs to."""
+    in_row = np.arange(0, filled, 32) // group
+    count = -(-filled // group)
+    return (np.arange(rows)[:, None] * count + in_row).ravel()
+
+
+def valid_in_runs(filled: int, cols: int, rows: int) -> NDArray[np.int64]:
+    """Return how many elements of each run of 32 are not there to fill up a row."""
+    return np.tile(np.minimum(cols - np.arange(0, filled, 32), 32), rows)
