@@ -8,14 +8,21 @@ from qformat.kernels.jit.compiler import F32, inline, kernel
 from qformat.kernels.jit.simd import (
     bits,
     high_half,
+    join,
     largest,
     load,
+    load_as,
     load_f32,
     low_half,
     maximum,
+    pack_bits,
     prefetch,
     store,
+    store_as,
     to_f64,
+    to_u8,
+    to_u32,
+    unpack_bits,
     zeros_u32,
 )
 
@@ -76,6 +83,54 @@ def prefetch_block(x, block):
     """Ask for the cache lines of a block that will be read or written soon; the hardware's own prefetcher stops at each page."""
     prefetch(x, 32 * block + AHEAD)
     prefetch(x, 32 * block + AHEAD + 16)
+
+
+@inline
+def store_codes(blocks, at, codes):
+    """Put 32 codes of 4 bits at byte ``at``: i in the lower half of byte i, i + 16 in the upper one."""
+    packed = to_u8(codes)
+    store(blocks, at, low_half(packed) | (high_half(packed) << 4))
+
+
+@inline
+def load_codes(blocks, at):
+    """Return 32 codes of 4 bits as unsigned bytes."""
+    packed = load(blocks, at, 16)
+    return join(packed & 15, packed >> 4)
+
+
+@inline
+def store_codes_5(blocks, at, codes):
+    """Put 32 codes of 5 bits: their highest bits in 4 bytes, then the others as `store_codes` does."""
+    store_as(blocks, at, pack_bits(codes & 16))
+    store_codes(blocks, at + 4, codes & 15)
+
+
+@inline
+def load_codes_5(blocks, at):
+    """Return 32 codes of 5 bits as uint32."""
+    fifth = unpack_bits(load_as(blocks, at, np.uint32(0))) << 4
+    return to_u32(load_codes(blocks, at + 4)) | fifth
+
+
+@inline
+def count_codes(blocks, size, at, counts):
+    """Add to ``counts`` how often each code of 4 bits occurs; codes begin at byte ``at`` of each block of ``size`` bytes."""
+    for block in range(blocks.size // size):
+        for i in range(size * block + at, size * block + at + 16):
+            counts[blocks[i] & 15] += 1
+            counts[blocks[i] >> 4] += 1
+
+
+@inline
+def count_codes_5(blocks, size, at, counts):
+    """Do as `count_codes` for codes of 5 bits."""
+    for block in range(blocks.size // size):
+        fifth = load_as(blocks, size * block + at, np.uint32(0))
+        for i in range(16):
+            both = blocks[size * block + at + 4 + i]
+            counts[(both & 15) | ((fifth >> i) & 1) << 4] += 1
+            counts[(both >> 4) | ((fifth >> (i + 16)) & 1) << 4] += 1
 
 
 @inline

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.blocks import prefetch_block, quantize_blocks, reciprocal, too_large, too_small, usable
+from qformat.kernels.jit.blocks import (
+    count_codes,
+    load_codes,
+    prefetch_block,
+    quantize_blocks,
+    reciprocal,
+    store_codes,
+    too_large,
+    too_small,
+    usable,
+)
 from qformat.kernels.jit.compiler import F32, U8, U16, Step, inline, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.simd import (
     bits,
     first_equal,
     float_at,
-    high_half,
-    join,
     largest,
-    load,
     load_as,
-    low_half,
     maximum,
     minimum,
     store,
     store_as,
     to_f32,
     to_i32,
-    to_u8,
 )
 
 EIGHTH = np.float32(-0.125)
@@ -42,8 +47,7 @@ def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
 @inline
 def _pack(block, half, codes, blocks):
     store_as(blocks, 18 * block, half)
-    packed = to_u8(codes)
-    store(blocks, 18 * block + 2, low_half(packed) | (high_half(packed) << 4))
+    store_codes(blocks, 18 * block + 2, codes)
     return to_f32(codes - 8) * half_to_float(half), too_large(half), too_small(half)
 
 
@@ -76,15 +80,11 @@ def dequantize(blocks, x):
     for block in range(x.size // 32):
         prefetch_block(x, block)
         scale = half_to_float(load_as(blocks, 18 * block, np.uint16(0)))
-        packed = load(blocks, 18 * block + 2, 16)
-        codes = join(packed & 15, packed >> 4)
+        codes = load_codes(blocks, 18 * block + 2)
         store(x, 32 * block, to_f32(to_i32(codes) - 8) * scale)
 
 
 @kernel(f"void({U8}, int64[::1])")
 def code_histogram(blocks, counts):
     """Add to ``counts`` how often each of the 16 codes occurs."""
-    for block in range(blocks.size // 18):
-        for i in range(18 * block + 2, 18 * block + 18):
-            counts[blocks[i] & 15] += 1
-            counts[blocks[i] >> 4] += 1
+    count_codes(blocks, 18, 2, counts)

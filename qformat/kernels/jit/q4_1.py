@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.blocks import prefetch_block, quantize_blocks, reciprocal, too_large, too_small
+from qformat.kernels.jit.blocks import (
+    count_codes,
+    load_codes,
+    prefetch_block,
+    quantize_blocks,
+    reciprocal,
+    store_codes,
+    too_large,
+    too_small,
+)
 from qformat.kernels.jit.compiler import F32, U8, U16, Step, inline, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.minima import HALF, extremes, naive_codes
 from qformat.kernels.jit.simd import (
-    high_half,
-    join,
-    load,
     load_as,
-    low_half,
     maximum,
     minimum,
     store,
     store_as,
     to_f32,
     to_i32,
-    to_u8,
 )
 
 TOP = np.float32(15.0)
@@ -37,8 +41,7 @@ def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
 def _pack(block, scale, low, codes, blocks):
     store_as(blocks, 20 * block, scale)
     store_as(blocks, 20 * block + 2, low)
-    packed = to_u8(codes)
-    store(blocks, 20 * block + 4, low_half(packed) | (high_half(packed) << 4))
+    store_codes(blocks, 20 * block + 4, codes)
     decoded = to_f32(codes) * half_to_float(scale) + half_to_float(low)
     return decoded, too_large(scale) or too_large(low), too_small(scale) and too_small(low)
 
@@ -74,15 +77,11 @@ def dequantize(blocks, x):
         prefetch_block(x, block)
         scale = half_to_float(load_as(blocks, 20 * block, np.uint16(0)))
         low = half_to_float(load_as(blocks, 20 * block + 2, np.uint16(0)))
-        packed = load(blocks, 20 * block + 4, 16)
-        codes = join(packed & 15, packed >> 4)
+        codes = load_codes(blocks, 20 * block + 4)
         store(x, 32 * block, to_f32(to_i32(codes)) * scale + low)
 
 
 @kernel(f"void({U8}, int64[::1])")
 def code_histogram(blocks, counts):
     """Add to ``counts`` how often each of the 16 codes occurs."""
-    for block in range(blocks.size // 20):
-        for i in range(20 * block + 4, 20 * block + 20):
-            counts[blocks[i] & 15] += 1
-            counts[blocks[i] >> 4] += 1
+    count_codes(blocks, 20, 4, counts)

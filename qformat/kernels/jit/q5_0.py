@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.blocks import prefetch_block, quantize_blocks, reciprocal, too_large, too_small, usable
+from qformat.kernels.jit.blocks import (
+    count_codes_5,
+    load_codes_5,
+    prefetch_block,
+    quantize_blocks,
+    reciprocal,
+    store_codes_5,
+    too_large,
+    too_small,
+    usable,
+)
 from qformat.kernels.jit.compiler import F32, U8, U16, Step, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.simd import (
     bits,
     first_equal,
     float_at,
-    high_half,
-    join,
     largest,
-    load,
     load_as,
-    low_half,
     minimum,
-    pack_bits,
     store,
     store_as,
     to_f32,
     to_i32,
-    to_u8,
-    to_u32,
-    unpack_bits,
 )
 
 SIXTEENTH = np.float32(-0.0625)
@@ -39,9 +41,7 @@ def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
     half = float_to_half(scale)
     codes = minimum(to_i32(values * inverse + 16.5), 31) & usable(inverse, 31)
     store_as(blocks, 22 * block, half)
-    store_as(blocks, 22 * block + 2, pack_bits(codes & 16))
-    packed = to_u8(codes & 15)
-    store(blocks, 22 * block + 6, low_half(packed) | (high_half(packed) << 4))
+    store_codes_5(blocks, 22 * block + 2, codes)
     return to_f32(codes - 16) * half_to_float(half), too_large(half), too_small(half)
 
 
@@ -60,18 +60,11 @@ def dequantize(blocks, x):
     for block in range(x.size // 32):
         prefetch_block(x, block)
         scale = half_to_float(load_as(blocks, 22 * block, np.uint16(0)))
-        packed = load(blocks, 22 * block + 6, 16)
-        fifth = unpack_bits(load_as(blocks, 22 * block + 2, np.uint32(0))) << 4
-        codes = to_u32(join(packed & 15, packed >> 4)) | fifth
+        codes = load_codes_5(blocks, 22 * block + 2)
         store(x, 32 * block, to_f32(to_i32(codes) - 16) * scale)
 
 
 @kernel(f"void({U8}, int64[::1])")
 def code_histogram(blocks, counts):
     """Add to ``counts`` how often each of the 32 codes occurs."""
-    for block in range(blocks.size // 22):
-        fifth = load_as(blocks, 22 * block + 2, np.uint32(0))
-        for i in range(16):
-            both = blocks[22 * block + 6 + i]
-            counts[(both & 15) | ((fifth >> i) & 1) << 4] += 1
-            counts[(both >> 4) | ((fifth >> (i + 16)) & 1) << 4] += 1
+    count_codes_5(blocks, 22, 2, counts)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.blocks import prefetch_block, quantize_blocks, too_large, too_small
+from qformat.kernels.jit.blocks import (
+    count_codes_5,
+    load_codes_5,
+    prefetch_block,
+    quantize_blocks,
+    store_codes_5,
+    too_large,
+    too_small,
+)
 from qformat.kernels.jit.compiler import F32, U8, U16, Step, kernel
 from qformat.kernels.jit.halves import float_to_half, half_to_float
 from qformat.kernels.jit.minima import extremes, naive_codes
 from qformat.kernels.jit.simd import (
-    high_half,
-    join,
-    load,
     load_as,
-    low_half,
-    pack_bits,
     store,
     store_as,
     to_f32,
     to_i32,
-    to_u8,
-    to_u32,
-    unpack_bits,
 )
 
 TOP = np.float32(31.0)
@@ -35,9 +35,7 @@ def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
     scale, least = float_to_half(wide), float_to_half(low)
     store_as(blocks, 24 * block, scale)
     store_as(blocks, 24 * block + 2, least)
-    store_as(blocks, 24 * block + 4, pack_bits(codes & 16))
-    packed = to_u8(codes & 15)
-    store(blocks, 24 * block + 8, low_half(packed) | (high_half(packed) << 4))
+    store_codes_5(blocks, 24 * block + 4, codes)
     decoded = to_f32(codes) * half_to_float(scale) + half_to_float(least)
     return decoded, too_large(scale) or too_large(least), too_small(scale) and too_small(least)
 
@@ -58,18 +56,11 @@ def dequantize(blocks, x):
         prefetch_block(x, block)
         scale = half_to_float(load_as(blocks, 24 * block, np.uint16(0)))
         low = half_to_float(load_as(blocks, 24 * block + 2, np.uint16(0)))
-        packed = load(blocks, 24 * block + 8, 16)
-        fifth = unpack_bits(load_as(blocks, 24 * block + 4, np.uint32(0))) << 4
-        codes = to_u32(join(packed & 15, packed >> 4)) | fifth
+        codes = load_codes_5(blocks, 24 * block + 4)
         store(x, 32 * block, to_f32(to_i32(codes)) * scale + low)
 
 
 @kernel(f"void({U8}, int64[::1])")
 def code_histogram(blocks, counts):
     """Add to ``counts`` how often each of the 32 codes occurs."""
-    for block in range(blocks.size // 24):
-        fifth = load_as(blocks, 24 * block + 4, np.uint32(0))
-        for i in range(16):
-            both = blocks[24 * block + 8 + i]
-            counts[(both & 15) | ((fifth >> i) & 1) << 4] += 1
-            counts[(both >> 4) | ((fifth >> (i + 16)) & 1) << 4] += 1
+    count_codes_5(blocks, 24, 4, counts)
