@@ -11,6 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 from qformat.converters.convert import convert
+from qformat.converters.prune import Pruning
 
 from qformat.container.index import check_asset_name
 from qformat.dtypes import DType, Elements, from_array
@@ -47,6 +48,7 @@ def save_file(
     path: str | os.PathLike[str],
     types: str | Mapping[str, str] | None = None,
     *,
+    prune: float | Mapping[str, float] = 0.0,
     metadata: Mapping[str, str] | None = None,
     assets: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
@@ -65,6 +67,10 @@ def save_file(
     types
         A type string (``"q4_0"``) for floating arrays of two or more dimensions; or a mapping from shell patterns to type
         strings, of which the last match wins; None stores everything as it is.
+    prune
+        The share of weights, the smallest ones, that become zero first: for floating arrays of two or more dimensions but
+        embeddings and output heads (`qformat.converters.prune.NOT_PRUNED`); or a mapping from shell patterns to shares, of which
+        the last match wins. Errors in the file are then those against the pruned weights.
     metadata
         Strings to store along.
     assets
@@ -88,11 +94,12 @@ def save_file(
     SourceError
         If an array cannot be stored (its dtype, NaN or infinity, values that the type cannot hold).
     TypeSpecError
-        If a type string is malformed, or a pattern matches no array.
+        If a type string or a share is malformed, or a pattern matches no array.
     TargetError
         If the file cannot be written; nothing is left at `path` then.
     """
     recipe = Recipe.parse(types) if isinstance(types, str) or types is None else Recipe.parse(None, types)
+    pruning = Pruning.parse(0.0, prune) if isinstance(prune, Mapping) else Pruning.parse(prune)
     sources = []
     for name, array in tensors.items():
         try:
@@ -106,7 +113,7 @@ def save_file(
             raise SourceError(error.cause) from None
     readers = {name: partial(bytes, memoryview(data)) for name, data in (assets or {}).items()}
     result = convert(
-        Checkpoint(sources, readers),
+        pruning.apply(Checkpoint(sources, readers)),
         Path(path),
         recipe,
         metadata=metadata,

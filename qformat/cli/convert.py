@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import math
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,7 @@ from qformat.cli.common import (
 
 if TYPE_CHECKING:
     from qformat.converters.convert import Conversion
+    from qformat.converters.prune import Pruned
 
 
 @click.command()
@@ -44,6 +48,20 @@ if TYPE_CHECKING:
     metavar="GLOB=TYPE",
     help="For floating tensors of any shape whose name matches; may be repeated, the last match wins.",
 )
+@click.option(
+    "--prune",
+    type=float,
+    default=0.0,
+    metavar="SPARSITY",
+    help="First set this share of the weights of each tensor of two or more dimensions, the smallest ones, to zero.",
+)
+@click.option(
+    "--prune-tensor",
+    "prune_overrides",
+    multiple=True,
+    metavar="GLOB=SPARSITY",
+    help="The same for tensors whose name matches, 0 for none; may be repeated, the last match wins.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Keep tensors that hold NaN or infinity raw.")
 @click.option("--allow-zeroed", is_flag=True, help="Let blocks too small for the type's scale become zero.")
 @click.option("-f", "--force", is_flag=True, help="Replace DST if it exists.")
@@ -61,6 +79,8 @@ def command(
     dst: Path,
     type_: str,
     overrides: tuple[str, ...],
+    prune: float,
+    prune_overrides: tuple[str, ...],
     allow_nonfinite: bool,
     allow_zeroed: bool,
     force: bool,
@@ -77,13 +97,20 @@ def command(
 
     TYPE is f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, nlm, affine or lut, with parameters as in q4_0:search=exact; qformat
     types lists them. One-dimensional tensors stay as they are unless --tensor-type names them; integers always do.
+
+    --prune 0.5 makes zeros of the half of each tensor that is nearest to zero, and of what is as large as the last of it. It leaves
+    out embeddings and output heads, which it knows by names such as *embed*, *wte.weight, *lm_head*, head.weight and *classifier*;
+    --prune-tensor '*lm_head*=0.3' does not. Errors are then measured and recorded against the pruned weights. q4_1, q5_1, nlm and
+    some codebooks of lut have no level at zero, and give small weights back instead.
     """
     from qformat.converters.convert import convert
     from qformat.converters.detect import open_checkpoint
+    from qformat.converters.prune import Pruned, Pruning
     from qformat.recipe import Recipe
 
     recipe = Recipe.parse(type_, overrides)
-    checkpoint = open_checkpoint(src)
+    pruning = Pruning.parse(prune, prune_overrides)
+    checkpoint = pruning.apply(open_checkpoint(src))
     for warning in checkpoint.warnings:
         warn(warning)
     total = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors)
@@ -102,11 +129,14 @@ def command(
     for plan in result.plans:
         if plan.note:
             warn(plan.note)
+    pruned = {plan.source.name: plan.source for plan in result.plans if isinstance(plan.source, Pruned)}
+    zeros = None if dry_run else sum(tensor.zeros or 0 for tensor in pruned.values())
+    _warn_of_nothing_left(pruned.values())
     if as_json:
-        echo_json(result.to_json() | {"dry_run": dry_run})
+        echo_json(result.to_json() | {"dry_run": dry_run, "pruned_tensors": len(pruned), "pruned_weights": zeros})
         return
     if verbose:
-        _echo_tensors(result)
+        _echo_tensors(result, pruned)
     _warn_of_growth(result)
     click.echo(f"{dst} {'would have' if dry_run else 'has'} {human_bytes(result.nbytes)} ({result.nbytes} bytes)")
     click.echo(
@@ -114,6 +144,13 @@ def command(
         f"{result.bpw:.3f} bits/weight; {len(result.assets)} other files"
         + ("" if dry_run else f"; in {result.seconds:.1f} s")
     )
+    if pruned:
+        total = sum(tensor.elements for tensor in pruned.values())
+        least = sum(tensor.rank for tensor in pruned.values())
+        count = f"at least {human_count(least)}" if zeros is None else human_count(zeros)
+        click.echo(
+            f"{count} of {human_count(total)} weights in {len(pruned)} tensors {'would be' if dry_run else 'are'} pruned"
+        )
     if result.root:
         click.echo(f"root sha256 {result.root}")
 
@@ -129,7 +166,17 @@ def _warn_of_growth(result: Conversion) -> None:
         warn(f"tensor {grown[0]!r}{more} will be larger than before")
 
 
-def _echo_tensors(result: Conversion) -> None:
+def _warn_of_nothing_left(pruned: Iterable[Pruned]) -> None:
+    empty = [tensor.name for tensor in pruned if tensor.zeros == tensor.elements]
+    if empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        keep = shlex.quote(f"{glob.escape(empty[0])}=0")
+        warn(
+            f"tensor {empty[0]!r}{more} is all zero now: too many of its weights have one magnitude; keep it with --prune-tensor {keep}"
+        )
+
+
+def _echo_tensors(result: Conversion, pruned: Mapping[str, Pruned]) -> None:
     errors = {record.name: record.error for record in result.records}
     rows = []
     for plan in sorted(result.plans, key=lambda plan: natural_key(plan.source.name)):
@@ -142,8 +189,17 @@ def _echo_tensors(result: Conversion) -> None:
                 human_bytes(plan.matrix.elements * plan.source.dtype.size),
                 human_bytes(plan.codec.nbytes(plan.source.shape)),
                 f"{error.rmse:.3e}" if error else "",
+                *([_share(pruned.get(plan.source.name))] if pruned else []),
             )
         )
-    echo_table(("tensor", "shape", "type", "before", "after", "rmse"), rows, left=3)
+    head = ("tensor", "shape", "type", "before", "after", "rmse", *(["pruned"] if pruned else []))
+    echo_table(head, rows, left=3)
     for name, size in result.assets.items():
         click.echo(f"file {printable(name)} ({human_bytes(size)})")
+
+
+def _share(tensor: Pruned | None) -> str:
+    """Return the share of zeros, or that which was asked for as long as the values were not read."""
+    if tensor is None:
+        return ""
+    return f"{(tensor.rank if tensor.zeros is None else tensor.zeros) / tensor.elements:.1%}"
