@@ -171,9 +171,7 @@ def _warn_of_nothing_left(pruned: Iterable[Pruned]) -> None:
     if empty:
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         keep = shlex.quote(f"{glob.escape(empty[0])}=0")
-        warn(
-            f"tensor {empty[0]!r}{more} is all zero now: too many of its weights have one magnitude; keep it with --prune-tensor {keep}"
-        )
+        warn(f"tensor {empty[0]!r}{more} is all zero now, as its weights tie; keep it with --prune-tensor {keep}")
 
 
 def _echo_tensors(result: Conversion, pruned: Mapping[str, Pruned]) -> None:
