@@ -1,0 +1,1 @@
+"""Entropy coding of bytes: streams of letters (spec/codecs.md, "Streams")."""

@@ -1,0 +1,140 @@
+"""How often letters occur: as integers of a fixed sum that encoder and decoder share, and what that costs.
+
+All in integers, because the choices that depend on it decide the bytes of a file.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+I64 = NDArray[np.int64]
+U32 = NDArray[np.uint32]
+
+LETTERS = 256
+_PRODUCT_BITS = 30
+#: costs are in units of 2^-16 bits
+COST_BITS = 16
+_TABLE_BITS = 15
+
+
+@cache
+def symbols_each(base: int) -> int:
+    """Return how many symbols below `base` a letter stands for: as many as a byte can."""
+    each = 1
+    while base ** (each + 1) <= LETTERS:
+        each += 1
+    return each
+
+
+@cache
+def digits(base: int) -> NDArray[np.uint8]:
+    """Return the symbols of each letter, up to 8 of them, as an array of shape (256, 8); zeros for what is no letter."""
+    table = np.zeros((LETTERS, 8), np.uint8)
+    letters = np.arange(base ** symbols_each(base))
+    for i in range(symbols_each(base)):
+        table[letters, i] = letters // base**i % base
+    table.flags.writeable = False
+    return table
+
+
+def normalized(counts: I64, precision: int) -> U32:
+    """Return frequencies of the sum 2^precision, about in proportion to the counts; letters that occur have at least 1.
+
+    Parameters
+    ----------
+    counts
+        How often each letter occurs; no more than 2^precision of them are not 0.
+    precision
+        At most 15.
+    """
+    total = int(counts.sum())
+    scaled = np.maximum(((counts << (precision + 1)) + total) // (2 * total), counts > 0)
+    missing = (1 << precision) - int(scaled.sum())
+    largest = scaled.argmax()
+    scaled[largest] += missing
+    while scaled[largest] < 1:  # many rare letters were rounded up; the others give, one by one
+        scaled[scaled.argmax()] -= 1
+        scaled[largest] += 1
+    frequencies: U32 = scaled.astype(np.uint32)
+    return frequencies
+
+
+def of_letters(symbols: U32, base: int, precision: int) -> U32 | None:
+    """Return the frequencies of letters whose symbols are independent; None if they do not add up (spec/codecs.md, "Streams").
+
+    Parameters
+    ----------
+    symbols
+        The frequencies of symbols, of the sum 2^precision.
+    base
+        How many symbols there are.
+    precision
+        At most 15.
+    """
+    each = symbols_each(base)
+    size = base**each
+    chosen = symbols.astype(np.int64)[digits(base)[:size, :each]]
+    product = np.full(size, 1 << _PRODUCT_BITS, np.int64)
+    for i in range(each):
+        product = product * chosen[:, i] >> precision
+    scaled = product >> (_PRODUCT_BITS - precision)
+    scaled[(scaled == 0) & chosen.all(axis=1)] = 1
+    largest = scaled.argmax()
+    scaled[largest] += (1 << precision) - int(scaled.sum())
+    if scaled[largest] < 1:
+        return None
+    frequencies = np.zeros(LETTERS, np.uint32)
+    frequencies[:size] = scaled
+    return frequencies
+
+
+def of_symbols(counts: I64, base: int) -> I64:
+    """Return how often each symbol occurs, from how often each letter does."""
+    each = symbols_each(base)
+    table = digits(base)[: base**each, :each]
+    return sum(
+        (
+            np.bincount(table[:, i], weights=counts[: len(table)], minlength=LETTERS).astype(np.int64)
+            for i in range(each)
+        ),
+        start=np.zeros(LETTERS, np.int64),
+    )
+
+
+@cache
+def _logarithms() -> I64:
+    """Return the logarithms of 0 to 2^15, rounded down to 16 bits after the point; that of 0 is given as 0."""
+    numbers = np.maximum(np.arange((1 << _TABLE_BITS) + 1), 1)
+    result = _bit_lengths(numbers) - 1
+    mantissa = numbers.astype(np.uint64) << (31 - result).astype(np.uint64)  # from 1 to 2, with 31 bits after the point
+    for _ in range(COST_BITS):
+        mantissa = mantissa * mantissa >> np.uint64(31)
+        over = mantissa >> np.uint64(32)
+        mantissa >>= over
+        result = 2 * result + over.astype(np.int64)
+    return result
+
+
+def _bit_lengths(numbers: I64) -> I64:
+    return np.frexp(numbers.astype(np.float64))[1].astype(np.int64)
+
+
+def log2(numbers: I64) -> I64:
+    """Return logarithms of numbers up to 2^53 in units of 2^-16, at most 7 too small; that of 0 is given as 0."""
+    shifts = np.maximum(0, _bit_lengths(numbers) - _TABLE_BITS)
+    logarithms: I64 = _logarithms()[numbers >> shifts] + (shifts << COST_BITS)
+    return logarithms
+
+
+def cost(counts: I64, frequencies: U32, precision: int) -> int:
+    """Return the size of letters coded with some frequencies, in units of 2^-16 bits."""
+    return int((counts * ((precision << COST_BITS) - _logarithms()[frequencies])).sum())
+
+
+def entropy(counts: I64) -> float:
+    """Return the bits that an ideal coder needs for all letters, knowing how often each occurs."""
+    occurring = counts[counts > 0]
+    return float((occurring * np.log2(occurring.sum() / occurring)).sum())

@@ -1,0 +1,193 @@
+"""Streams of letters: bytes stored raw, as a constant, or coded with static frequencies (spec/codecs.md, "Streams")."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.entropy.frequencies import (
+    COST_BITS,
+    LETTERS,
+    cost,
+    entropy,
+    normalized,
+    of_letters,
+    of_symbols,
+    symbols_each,
+)
+from qformat.kernels import load
+
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+I64 = NDArray[np.int64]
+
+RAW, CONSTANT, CODED, CODED_BY_SYMBOLS = range(4)
+_LEAST_PRECISION, _MOST_PRECISION = 8, 15
+#: coding has to save this share, for raw letters are decoded much faster
+_WORTH = 256
+
+
+def letter_count(symbols: int, base: int) -> int:
+    """Return how many letters hold some symbols below `base`."""
+    return -(-symbols // symbols_each(base))
+
+
+def _lanes(count: int) -> int:
+    if count < 1 << 12:
+        return 4
+    return 16 if count < 1 << 17 else 32
+
+
+@dataclass
+class StreamWriter:
+    """Collects streams and other bytes.
+
+    Attributes
+    ----------
+    parts
+        The bytes so far.
+    entropy
+        What ideal coders of the streams would need in bits: the sum of their order-0 entropies.
+    """
+
+    parts: list[bytes] = field(default_factory=list)
+    entropy: float = 0.0
+
+    def add(self, data: bytes) -> None:
+        """Append bytes as they are."""
+        self.parts.append(data)
+
+    def stream(self, letters: U8, base: int = LETTERS) -> None:
+        """Append a stream.
+
+        Parameters
+        ----------
+        letters
+            Each below the largest power of `base` that is at most 256, its exponent being the number of symbols of a letter.
+        base
+            How many different symbols there are.
+        """
+        if not letters.size:
+            self.parts.append(struct.pack("<I", 0))
+            return
+        counts = np.zeros(LETTERS, np.int64)
+        load("rans").histogram(letters, counts)
+        self.entropy += entropy(counts)
+        body = _packed(letters, counts, base)
+        self.parts.append(struct.pack("<I", len(body)) + body)
+
+    def chunk(self, elements: int) -> bytes:
+        """Return everything, filled up to the length that a chunk of so many elements has at least."""
+        content = b"".join(self.parts)
+        return content + bytes(max(0, -(-elements // 1024) - len(content)))
+
+
+def _packed(letters: U8, counts: I64, base: int) -> bytes:
+    """Return a stream without its length, in the way that takes the fewest bytes by estimate."""
+    if counts[letters[0]] == letters.size:
+        return bytes([CONSTANT, letters[0]])
+    precision = min(_MOST_PRECISION, max(_LEAST_PRECISION, letters.size.bit_length() - 2))
+    lanes = _lanes(letters.size)
+    head, chosen = bytes([RAW]), None
+    least = letters.size * 8 * (_WORTH - 1) // _WORTH
+    for mode in (CODED_BY_SYMBOLS, CODED) if symbols_each(base) > 1 else (CODED,):
+        table, frequencies = _coded_table(counts, base, precision, by_symbols=mode == CODED_BY_SYMBOLS)
+        if frequencies is None or not frequencies[counts > 0].all():
+            continue
+        bits = 8 * len(table) + 32 * lanes + (cost(counts, frequencies, precision) >> COST_BITS)
+        if bits < least:
+            head, chosen, least = bytes([mode, precision]) + table, frequencies, bits
+    if chosen is None:
+        return head + letters.tobytes()
+    coded = np.empty(2 * letters.size + 4 * lanes, np.uint8)
+    start = load("rans").encode(letters, chosen, precision, lanes, coded)
+    return head + coded[start:].tobytes()
+
+
+def _coded_table(counts: I64, base: int, precision: int, *, by_symbols: bool) -> tuple[bytes, U32 | None]:
+    """Return a table as it is stored, and the frequencies of letters that it means."""
+    entries = base if by_symbols else base ** symbols_each(base)
+    stored = normalized(of_symbols(counts, base) if by_symbols else counts, precision)
+    table = np.zeros(4 * LETTERS, np.uint8)
+    length = load("frequencies").write_table(stored, entries, precision, table)
+    return table[:length].tobytes(), of_letters(stored, base, precision) if by_symbols else stored
+
+
+class StreamReader:
+    """Reads what a `StreamWriter` collected.
+
+    Every method raises ``ValueError`` if the bytes are none that an encoder can have written.
+    """
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = np.frombuffer(data, np.uint8)
+        self._at = 0
+
+    def take(self, count: int) -> U8:
+        """Return bytes as they are."""
+        if count > self._data.size - self._at:
+            raise ValueError("a chunk is too short")
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def number(self, size: int) -> int:
+        """Return an unsigned integer of so many bytes."""
+        return int.from_bytes(self.take(size).tobytes(), "little")
+
+    def stream(self, count: int, base: int = LETTERS) -> U8:
+        """Return the letters of a stream.
+
+        Parameters
+        ----------
+        count
+            How many letters there are.
+        base
+            How many symbols there are.
+        """
+        body = self.take(self.number(4))
+        if not count and not body.size:
+            return body
+        if not count or body.size < 2:
+            raise ValueError("a stream has another length than its letters need")
+        size = base ** symbols_each(base)
+        mode, rest = int(body[0]), body[1:]
+        if mode == RAW:
+            if rest.size != count:
+                raise ValueError("a stream has another length than its letters need")
+            if size < LETTERS and rest.max() >= size:
+                raise ValueError("a stream holds a letter that there is not")
+            return rest
+        if mode == CONSTANT:
+            if rest.size != 1 or rest[0] >= size:
+                raise ValueError("a stream holds a letter that there is not")
+            return np.full(count, rest[0], np.uint8)
+        if mode > CODED_BY_SYMBOLS or (mode == CODED_BY_SYMBOLS and symbols_each(base) == 1):
+            raise ValueError(f"a stream is stored in an unknown way, {mode}")
+        precision = int(rest[0])
+        if not _LEAST_PRECISION <= precision <= _MOST_PRECISION:
+            raise ValueError(f"a stream has the precision {precision}")
+        return _decoded(rest[1:], count, base, precision, by_symbols=mode == CODED_BY_SYMBOLS)
+
+    def end(self, elements: int) -> None:
+        """Check that nothing is left but what fills up the chunk of so many elements."""
+        content, least = self._at, -(-elements // 1024)
+        if self._data.size != max(content, least) or self._data[content:].any():
+            raise ValueError("a chunk holds more than its elements need")
+
+
+def _decoded(coded: U8, count: int, base: int, precision: int, *, by_symbols: bool) -> U8:
+    stored = np.zeros(LETTERS, np.uint32)
+    entries = base if by_symbols else base ** symbols_each(base)
+    start = load("frequencies").read_table(coded, entries, precision, stored)
+    frequencies = of_letters(stored, base, precision) if start >= 0 and by_symbols else stored
+    if start < 0 or frequencies is None:
+        raise ValueError("a stream has an impossible table of frequencies")
+    lanes = _lanes(count)
+    coded = np.ascontiguousarray(coded[start:])
+    letters = np.empty(count, np.uint8)
+    if coded.size < 4 * lanes or load("rans").decode(coded, frequencies, precision, lanes, letters):
+        raise ValueError("a stream does not end where it has to")
+    return letters

@@ -1,0 +1,11 @@
+"""Tables of frequencies as strings of bits: ``plain/frequencies.py``, compiled."""
+
+from __future__ import annotations
+
+from qformat.kernels.jit.compiler import U8, kernel
+from qformat.kernels.plain import frequencies
+
+FREQUENCIES = "Array(uint32, 1, 'C', readonly=True)"
+
+write_table = kernel(f"int64({FREQUENCIES}, int64, int64, uint8[::1])")(frequencies.write_table)
+read_table = kernel(f"int64({U8}, int64, int64, uint32[::1])")(frequencies.read_table)

@@ -1,0 +1,58 @@
+"""Tables of frequencies as strings of bits (spec/codecs.md, "Streams"); ``jit/frequencies.py`` compiles the same code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def write_table(frequencies: Any, entries: int, precision: int, table: Any) -> int:
+    """Write a table to an array of zero bytes, long enough; return how many bytes it takes."""
+    position, before, total = 0, 0, 0
+    for entry in range(entries):
+        frequency = int(frequencies[entry])
+        length = 0
+        while frequency >> length:
+            length += 1
+        step = length - before
+        before = length
+        for _ in range(2 * step - 1 if step > 0 else -2 * step):
+            table[position // 8] |= 1 << position % 8
+            position += 1
+        position += 1
+        for i in range(length - 1):
+            table[position // 8] |= (frequency >> i & 1) << position % 8
+            position += 1
+        total += frequency
+        if total == 1 << precision:
+            break
+    return (position + 7) // 8
+
+
+def read_table(coded: Any, entries: int, precision: int, frequencies: Any) -> int:
+    """Read a table from the first bytes of an array into zeros; return how many bytes it takes, or -1 if it is not valid."""
+    position, length, total = 0, 0, 0
+    size = 8 * len(coded)
+    for entry in range(entries):
+        ones = 0
+        while position < size and coded[position // 8] >> position % 8 & 1:
+            ones += 1
+            position += 1
+        position += 1
+        length += (ones + 1) // 2 if ones % 2 else -(ones // 2)
+        if length < 0 or length > precision + 1 or position + max(0, length - 1) > size:
+            return -1
+        frequency = 1 << length >> 1
+        for i in range(length - 1):
+            frequency |= int(coded[position // 8] >> position % 8 & 1) << i
+            position += 1
+        frequencies[entry] = frequency
+        total += frequency
+        if total >= 1 << precision:
+            break
+    if total != 1 << precision:
+        return -1
+    while position % 8:  # what fills up the last byte
+        if coded[position // 8] >> position % 8 & 1:
+            return -1
+        position += 1
+    return position // 8
