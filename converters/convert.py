@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Conversion:
     plans
         What became of each tensor.
     records
-        What the file says of each tensor, in the same order; empty after a dry run.
+        What the file says of each tensor, in the same order; after a dry run without errors, unless all values were read.
     assets
         Length of each file that was taken along, by its name.
     nbytes
@@ -55,7 +55,7 @@ class Conversion:
     @property
     def bpw(self) -> float:
         """Bits of all tensors together for each weight."""
-        stored = sum(plan.codec.nbytes(plan.source.shape) for plan in self.plans)
+        stored = sum(record.nbytes for record in self.records)
         return stored * 8 / self.params if self.params else 0.0
 
     @property
@@ -106,7 +106,7 @@ def convert(
     metadata
         Strings to store along.
     dry_run
-        Write nothing; predict the length of the file, exactly.
+        Write nothing; predict the length of the file, exactly. If it depends on values, this takes as long as writing.
     jobs, allow_nonfinite, allow_vanished, progress
         As in `qformat.encode.write_tensors`.
 
@@ -131,10 +131,12 @@ def convert(
             sizes[name] = len(data)
             yield name, data
 
-    if dry_run:
-        size = predict_size(assets(), [plan.record for plan in plans], metadata)
-        return Conversion(output, plans, [], sizes, size, None, time.perf_counter() - start)
-    with ContainerWriter(output, overwrite=overwrite, metadata=metadata) as writer:
+    if dry_run and not any(plan.codec.chunked for plan in plans):
+        records = [plan.record for plan in plans]
+        size = predict_size(assets(), records, metadata)
+        unmeasured = [replace(record, error=None) for record in records]
+        return Conversion(output, plans, unmeasured, sizes, size, None, time.perf_counter() - start)
+    with ContainerWriter(None if dry_run else output, overwrite=overwrite, metadata=metadata) as writer:
         for name, data in assets():
             writer.asset(name, data)
         write_tensors(
@@ -146,7 +148,8 @@ def convert(
             allow_vanished=allow_vanished,
         )
     seconds = time.perf_counter() - start
-    return Conversion(output, plans, writer.records, sizes, writer.file_size, writer.root, seconds)
+    root = None if dry_run else writer.root
+    return Conversion(output, plans, writer.records, sizes, writer.file_size, root, seconds)
 
 
 def _check_not_source(checkpoint: Checkpoint, output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -59,7 +60,9 @@ class Plan:
             codec=self.codec.id,
             params=self.codec.params(),
             encoder=self.codec.encoder(),
-            segments=tuple(Segment(name, 0, length, "0" * 64) for name, length in self.codec.layout(self.matrix)),
+            segments=tuple(
+                Segment(name, 0, length or 0, "0" * 64) for name, length in self.codec.segments(self.matrix)
+            ),
             error=None if lossless else MeasuredError(0.0, 0.0),
         )
 
@@ -176,16 +179,19 @@ def write_tensors(
         window = 3 * jobs + 1
         waiting = _ahead(pool, _tasks(plans, pool, window), window)
         for plan in plans:
-            tensor = writer.tensor(plan.record)
+            chunked = plan.codec.chunked
+            tensor = writer.tensor(plan.record, open_ended=chunked)
             errors: list[ErrorSum] = []
-            written = [0] * len(plan.record.segments)
+            written = [0] * len(plan.codec.layout(plan.matrix))
             for piece in plan.pieces():
                 encoded = next(waiting).result()
                 _check(plan, encoded, allow_nonfinite=allow_nonfinite, allow_vanished=allow_vanished)
+                chunk, parts = (encoded.parts[:1], encoded.parts[1:]) if chunked else ((), encoded.parts)
                 spans = plan.codec.spans(plan.matrix, piece)
                 # a part that all pieces share was written with the first
                 fresh = [span.stop > end for span, end in zip(spans, written, strict=True)]
-                tensor.write([part if new else b"" for part, new in zip(encoded.parts, fresh, strict=True)])
+                own = [part if new else b"" for part, new in zip(parts, fresh, strict=True)]
+                tensor.write([*chunk, *(struct.pack("<I", len(part)) for part in chunk), *own])
                 written = [span.stop for span in spans]
                 if encoded.error is not None:
                     errors.append(encoded.error)

@@ -39,6 +39,8 @@ class ErrorStats:
         The tensor's shape; empty for a sum.
     nbytes
         Bytes that the type needs.
+    entropy
+        Bits that ideal coders of the same streams need, knowing how often each letter occurs; None if there are no streams.
     histograms
         How often each code occurs as ``histogram``, and what else the type counts by name.
     params
@@ -60,6 +62,7 @@ class ErrorStats:
     type: str
     shape: tuple[int, ...] = ()
     nbytes: int = 0
+    entropy: float | None = None
     histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     params: int = 0
     vanished: int = 0
@@ -74,6 +77,8 @@ class ErrorStats:
     def add(self, other: ErrorStats) -> None:
         """Take in the errors of other elements."""
         self.nbytes += other.nbytes
+        if other.entropy is not None:
+            self.entropy = (self.entropy or 0.0) + other.entropy
         self.params += other.params
         self.vanished += other.vanished
         self.largest = max(self.largest, other.largest)
@@ -94,6 +99,11 @@ class ErrorStats:
     def bpw(self) -> float:
         """Bits for each weight."""
         return self.nbytes * 8 / self.params if self.params else 0.0
+
+    @property
+    def entropy_bpw(self) -> float | None:
+        """The entropy for each weight."""
+        return None if self.entropy is None else self.entropy / max(1, self.params)
 
     @property
     def rmse(self) -> float:
@@ -131,9 +141,10 @@ class ErrorStats:
 
     def line(self) -> str:
         """Return the classic line of quantize-stats."""
+        size = "" if self.entropy_bpw is None else f", {self.bpw:.4f} bits of {self.entropy_bpw:.4f}"
         return (
             f"{self.type}::{self.tensor} : rmse {self.rmse:.8f}, maxerr {self.largest:.8f}, "
-            f"95pct<{_above(self.p95)}, median<{_above(self.median)}"
+            f"95pct<{_above(self.p95)}, median<{_above(self.median)}{size}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +152,7 @@ class ErrorStats:
         return {
             "type": self.type,
             "bpw": self.bpw,
+            "entropy": self.entropy_bpw,
             "rmse": self.rmse,
             "rel_rmse": self.rel_rmse if math.isfinite(self.rel_rmse) else None,
             "maxerr": self.largest,
@@ -225,12 +237,15 @@ def _measure(
         values = np.ascontiguousarray(elements.to_f32()).reshape(-1)
         if not Elements(F32, values).all_finite():
             raise SourceError(f"tensor {plan.source.name!r} holds values beyond float32; leave it out with --exclude")
-        decoded = _decode(plan.codec, encoded.parts, piece)
+        decoded = _decode(plan, encoded.parts, piece)
         lanes = np.zeros(floats.LANES)
         largest = floats.difference(values, decoded, lanes)
         error = ErrorSum.of(values.size, lanes, largest)
         floats.error_histogram(values, decoded, stats.errors)
-        stats.add_histograms(plan.codec.histograms(encoded.parts))
+        stats.add_histograms(plan.codec.histograms(encoded.parts, piece))
+        if plan.codec.chunked:
+            stats.nbytes += len(encoded.parts[0])
+            stats.entropy = (stats.entropy or 0.0) + encoded.entropy
         stats.params += error.count
         stats.vanished += encoded.vanished
         stats.largest = max(stats.largest, error.maximum)
@@ -242,10 +257,11 @@ def _measure(
     return stats
 
 
-def _decode(codec: Codec, parts: tuple[Any, ...], piece: Piece) -> NDArray[np.float32]:
-    out = np.empty((piece.rows, piece.cols), codec.decoded.storage)
-    codec.decode(parts, out)
-    return np.ascontiguousarray(Elements(codec.decoded, out).to_f32()).reshape(-1)
+def _decode(plan: Plan, parts: tuple[Any, ...], piece: Piece) -> NDArray[np.float32]:
+    decoded = plan.codec.decoded_from(plan.source.dtype)
+    out = np.empty((piece.rows, piece.cols), decoded.storage)
+    plan.codec.decode(parts, out)
+    return np.ascontiguousarray(Elements(decoded, out).to_f32()).reshape(-1)
 
 
 def collect(results: Iterable[ErrorStats]) -> tuple[list[ErrorStats], list[ErrorStats]]:

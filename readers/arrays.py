@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from qformat.readers.decoding import SegmentChecker, TensorDecoder, runs
+from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
@@ -112,7 +112,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         decoder = self._decoder(name)
         target = _target(decoder, dtype)
         shape = decoder.record.shape
-        if not copy and target is decoder.codec.decoded:
+        if not copy and target is decoder.decoded:
             view = decoder.view()
             if view is not None:
                 return view.reshape(shape)
@@ -156,12 +156,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         if len(shape) < 2:
             raise IndexError(f"tensor {name!r} of shape {shape} has no rows")
         chosen, lead = _choose(rows, shape[0])
-        cols = decoder.matrix.cols
-        result = np.empty((len(chosen), cols), target.storage)
-        if cols:
-            for start, piece in runs(np.asarray(chosen, np.intp), cols, decoder.codec.grain(decoder.matrix)):
-                result[start : start + piece.rows] = decoder.decode(piece).cast(target)
-        return result.reshape(lead + shape[1:])
+        return decoder.rows(np.asarray(chosen, np.intp), target).reshape(lead + shape[1:])
 
     def _decoder(self, name: str) -> TensorDecoder:
         record = self._container.tensor(name)
@@ -187,10 +182,10 @@ def _target(decoder: TensorDecoder, dtype: DTypeLike | None) -> DType:
         return decoder.natural
     name = np.dtype(dtype).name
     for known in DTYPES.values():
-        fits = known is decoder.codec.decoded or (known.floating and decoder.codec.decoded.floating)
+        fits = known is decoder.decoded or (known.floating and decoder.decoded.floating)
         if known.native and known.storage == name and fits:
             return known
-    raise TypeError(f"tensor {decoder.record.name!r} holds {decoder.codec.decoded.name} and cannot be given as {name}")
+    raise TypeError(f"tensor {decoder.record.name!r} holds {decoder.decoded.name} and cannot be given as {name}")
 
 
 def _choose(rows: Any, count: int) -> tuple[range | NDArray[np.intp], tuple[int, ...]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qformat.codecs.base import PIECE, Matrix, Piece, pieces
+from qformat.codecs.base import CHUNK_DENSITY, PIECE, Matrix, Piece, piece_number, pieces
 from qformat.codecs.registry import codec_of
 from qformat.container.reader import ContainerReader
-from qformat.dtypes import F32, DType, Elements
+from qformat.dtypes import DTYPES, F32, DType, Elements
 from qformat.errors import FormatError
 from qformat.records import Segment, TensorRecord
 
@@ -41,20 +42,22 @@ class TensorDecoder:
         except FormatError as error:
             raise FormatError(error.cause, path=container.path) from None
         self.matrix = Matrix.of(record.shape)
+        self.decoded = self.codec.decoded_from(DTYPES[record.dtype])
+        self._grain = self.codec.grain(self.matrix)
         self._segments = [container.segment(segment) for segment in record.segments]
 
     @property
     def natural(self) -> DType:
         """What numpy gets if it asks for nothing else: the stored dtype, or float32 where numpy has none or codes were stored."""
-        return self.codec.decoded if self.codec.decoded.native else F32
+        return self.decoded if self.decoded.native else F32
 
     def pieces(self) -> list[Piece]:
         """Return the pieces of the tensor."""
-        return list(pieces(self.matrix, self.codec.grain(self.matrix)))
+        return list(pieces(self.matrix, self._grain))
 
     def view(self) -> NDArray[Any] | None:
         """Return the stored elements, flat and read-only, without a copy, if that is what the codec stores."""
-        stored = self.codec.decoded
+        stored = self.decoded
         unchecked = stored.name == "bool"  # of which not all bytes are valid
         if self.record.codec != stored.name or not stored.native or unchecked:
             return None
@@ -62,9 +65,9 @@ class TensorDecoder:
 
     def decode(self, piece: Piece) -> Elements:
         """Return the values of one piece, two-dimensional."""
-        out = np.empty((piece.rows, piece.cols), self.codec.decoded.storage)
+        out = np.empty((piece.rows, piece.cols), self.decoded.storage)
         self._decode(piece, out)
-        return Elements(self.codec.decoded, out)
+        return Elements(self.decoded, out)
 
     def decode_into(self, flat: NDArray[Any], dtype: DType, piece: Piece) -> None:
         """Put the values of one piece where they belong in the whole tensor.
@@ -84,18 +87,59 @@ class TensorDecoder:
             If the tensor's values cannot be given as `dtype`.
         """
         target = flat[piece.elements(self.matrix)].reshape(piece.rows, piece.cols)
-        if dtype is self.codec.decoded:
+        if dtype is self.decoded:
             self._decode(piece, target)
         else:
             target[:] = self.decode(piece).cast(dtype)
 
+    def rows(self, indices: NDArray[np.intp], dtype: DType) -> NDArray[Any]:
+        """Return the values of some rows, two-dimensional, decoding no more than the pieces that they need.
+
+        Raises
+        ------
+        TypeError
+            If the tensor's values cannot be given as `dtype`.
+        """
+        result = np.empty((len(indices), self.matrix.cols), dtype.storage)
+        if not result.size:
+            return result
+        if not self.codec.chunked:
+            for start, piece in runs(indices, self.matrix.cols, self._grain):
+                result[start : start + piece.rows] = self.decode(piece).cast(dtype)
+            return result
+        for piece in self.pieces():
+            wanted = np.flatnonzero((indices >= piece.row) & (indices < piece.row + piece.rows))
+            if wanted.size:
+                values = self.decode(piece).cast(dtype)
+                result[wanted, piece.col : piece.col + piece.cols] = values[indices[wanted] - piece.row]
+        return result
+
     def _decode(self, piece: Piece, out: NDArray[Any]) -> None:
         spans = self.codec.spans(self.matrix, piece)
-        parts = [segment[span] for segment, span in zip(self._segments, spans, strict=True)]
         try:
+            own = self._segments[2:] if self.codec.chunked else self._segments
+            parts = [segment[span] for segment, span in zip(own, spans, strict=True)]
+            if self.codec.chunked:
+                parts.insert(0, self._chunk(piece))
             self.codec.decode(parts, out)
         except ValueError as error:
             raise FormatError(f"tensor {self.record.name!r} is damaged: {error}", path=self._path) from None
+
+    @cached_property
+    def _chunk_stops(self) -> NDArray[np.int64]:
+        """Where each chunk ends in the segment ``chunks``."""
+        stops = np.cumsum(np.frombuffer(self._segments[1], "<u4"), dtype=np.int64)
+        if int(stops[-1]) != len(self._segments[0]):
+            raise ValueError("the lengths of its chunks do not add up")
+        return stops
+
+    def _chunk(self, piece: Piece) -> memoryview:
+        number = piece_number(self.matrix, self._grain, piece)
+        stop = int(self._chunk_stops[number])
+        start = int(self._chunk_stops[number - 1]) if number else 0
+        if (stop - start) * CHUNK_DENSITY < piece.rows * piece.cols:
+            raise ValueError("a chunk is too short")
+        return self._segments[0][start:stop]
 
 
 class SegmentChecker:

@@ -203,8 +203,7 @@ def _decode(
 
 def _fill(decoder: TensorDecoder, target: DType, jobs: int) -> torch.Tensor:
     tensor = torch.empty(decoder.matrix.elements, dtype=TORCH_DTYPES[target.name])
-    decoded = decoder.codec.decoded
-    if target is decoded or target.size > 1:
+    if target is decoder.decoded or target.size > 1:
         flat = tensor.view(torch.uint8).numpy().view(target.storage) if tensor.numel() else np.empty(0, target.storage)
         work: Callable[[Piece], Any] = lambda piece: decoder.decode_into(flat, target, piece)  # noqa: E731
     else:  # a float8 source that was stored as something else: torch rounds it

@@ -69,7 +69,8 @@ if TYPE_CHECKING:
     "-n",
     "--dry-run",
     is_flag=True,
-    help="Write nothing, and read no values unless --allow-nonfinite is given; say what would be written, and its exact size.",
+    help="Write nothing; say what would be written, and its exact size. Reads values only if --allow-nonfinite is given or a type "
+    "is entropy-coded, so that its size depends on them.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -95,8 +96,9 @@ def command(
     files that belong to the model (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md, config.json of folders) go into
     DST too. Nothing stands at DST before it is complete.
 
-    TYPE is f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, nlm, affine or lut, with parameters as in q4_0:search=exact; qformat
-    types lists them. One-dimensional tensors stay as they are unless --tensor-type names them; integers always do.
+    TYPE is f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, nlm, affine, lut, ternary, levels or lossless, with parameters as in
+    q4_0:search=exact; qformat types lists them. One-dimensional tensors stay as they are unless --tensor-type names them; integers
+    always do.
 
     --prune 0.5 makes zeros of the half of each tensor that is nearest to zero, and of what is as large as the last of it. It leaves
     out embeddings and output heads, which it knows by names such as *embed*, *wte.weight, *lm_head*, head.weight and *classifier*;
@@ -158,8 +160,8 @@ def command(
 def _warn_of_growth(result: Conversion) -> None:
     grown = [
         plan.source.name
-        for plan in result.plans
-        if plan.codec.nbytes(plan.source.shape) > plan.matrix.elements * plan.source.dtype.size
+        for plan, record in zip(result.plans, result.records, strict=True)
+        if record.nbytes > plan.matrix.elements * plan.source.dtype.size
     ]
     if grown:
         more = f" and {len(grown) - 1} more" if len(grown) > 1 else ""
@@ -175,18 +177,18 @@ def _warn_of_nothing_left(pruned: Iterable[Pruned]) -> None:
 
 
 def _echo_tensors(result: Conversion, pruned: Mapping[str, Pruned]) -> None:
-    errors = {record.name: record.error for record in result.records}
+    records = {record.name: record for record in result.records}
     rows = []
     for plan in sorted(result.plans, key=lambda plan: natural_key(plan.source.name)):
-        error = errors.get(plan.source.name)
+        record = records[plan.source.name]
         rows.append(
             (
                 plan.source.name,
                 "x".join(map(str, plan.source.shape)) or "scalar",
                 f"{plan.source.dtype.name} -> {plan.codec}",
                 human_bytes(plan.matrix.elements * plan.source.dtype.size),
-                human_bytes(plan.codec.nbytes(plan.source.shape)),
-                f"{error.rmse:.3e}" if error else "",
+                human_bytes(record.nbytes),
+                f"{record.error.rmse:.3e}" if record.error else "",
                 *([_share(pruned.get(plan.source.name))] if pruned else []),
             )
         )

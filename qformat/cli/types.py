@@ -18,7 +18,8 @@ _SHAPE = (4096, 4096)  # bits per weight hardly depend on it
 def command(as_json: bool) -> None:
     """List the types for weights, with their parameters, the default of each first.
 
-    A type is written as ID or ID:KEY=VALUE,KEY=VALUE. Bits per weight are those of a matrix of 4096 x 4096 with the defaults.
+    A type is written as ID or ID:KEY=VALUE,KEY=VALUE. Bits per weight are those of a matrix of 4096 x 4096 with the defaults; they
+    vary where codes are entropy-coded: quantize-stats measures them.
     """
     from qformat.codecs.registry import codecs
     from qformat.dtypes import F32
@@ -28,7 +29,7 @@ def command(as_json: bool) -> None:
         if not codec().accepts(F32):
             continue
         hints = get_type_hints(codec)
-        bpw = codec().nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])
+        bpw = None if codec().chunked else codec().nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])
         about = (inspect.getdoc(codec) or "").partition("\n")[0]
         params = {f.name: _values(f, hints[f.name]) for f in fields(codec)}
         types.append({"type": name, "bpw": bpw, "about": about, "params": params})
@@ -38,7 +39,7 @@ def command(as_json: bool) -> None:
     rows = []
     for entry in types:
         shown = [entry["about"], *(f"{key}={'|'.join(map(_shown, v))}" for key, v in entry["params"].items())]
-        rows.append((entry["type"], f"{entry['bpw']:.3f}", shown[0]))
+        rows.append((entry["type"], "varies" if entry["bpw"] is None else f"{entry['bpw']:.3f}", shown[0]))
         rows += [("", "", f"  {more}") for more in shown[1:]]
     echo_table(("type", "bits/weight", "about, parameters"), rows, left=3)
 

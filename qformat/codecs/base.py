@@ -22,6 +22,9 @@ Buffer = bytes | memoryview
 # decide in which order errors are summed, so another number needs a new minor version.
 PIECE = 1 << 19
 
+# A chunk has at least a byte for so many elements, so that a small file cannot ask for much memory (spec/codecs.md, "Chunks").
+CHUNK_DENSITY = 1024
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -65,16 +68,32 @@ def pieces(matrix: Matrix, block: int) -> Iterator[Piece]:
     """
     if matrix.elements == 0:
         return
+    rows, cols = _steps(matrix, block)
+    for row in range(0, matrix.rows, rows):
+        for col in range(0, matrix.cols, cols):
+            yield Piece(row, min(rows, matrix.rows - row), col, min(cols, matrix.cols - col))
+
+
+def piece_count(matrix: Matrix, block: int) -> int:
+    """Return how many pieces there are, without going through them."""
+    if matrix.elements == 0:
+        return 0
+    rows, cols = _steps(matrix, block)
+    return -(-matrix.rows // rows) * -(-matrix.cols // cols)
+
+
+def piece_number(matrix: Matrix, block: int, piece: Piece) -> int:
+    """Return how many pieces come before one of them."""
+    rows, cols = _steps(matrix, block)
+    return piece.row // rows * -(-matrix.cols // cols) + piece.col // cols
+
+
+def _steps(matrix: Matrix, block: int) -> tuple[int, int]:
+    """Return the rows and columns of a piece: whole rows, or a part of one."""
     filled = -(-matrix.cols // block) * block
     if filled <= max(PIECE, block):
-        step = max(1, PIECE // filled)
-        for row in range(0, matrix.rows, step):
-            yield Piece(row, min(step, matrix.rows - row), 0, matrix.cols)
-        return
-    step = max(1, PIECE // block) * block
-    for row in range(matrix.rows):
-        for col in range(0, matrix.cols, step):
-            yield Piece(row, 1, col, min(step, matrix.cols - col))
+        return max(1, PIECE // filled), matrix.cols
+    return 1, max(1, PIECE // block) * block
 
 
 @dataclass(frozen=True)
@@ -106,7 +125,8 @@ class Encoded:
     Attributes
     ----------
     parts
-        For each segment the bytes of this piece, as `Codec.spans` says where they stand.
+        For each segment of `Codec.layout` the bytes of this piece, as `Codec.spans` says where they stand; the chunk comes first if
+        the codec is chunked.
     finite
         Whether the source held neither NaN nor infinity; if not, the rest is meaningless.
     error
@@ -114,6 +134,8 @@ class Encoded:
     overflowed, vanished
         How many scales (or values, or squared errors) were too large for their float format; how many blocks (or pieces) that were
         not zero became zero.
+    entropy
+        If the codec is chunked, the bits that ideal coders need for the chunk's streams, knowing how often each letter occurs.
     """
 
     parts: tuple[Buffer, ...]
@@ -121,11 +143,17 @@ class Encoded:
     error: ErrorSum | None = None
     overflowed: int = 0
     vanished: int = 0
+    entropy: float = 0.0
 
 
 def encoder_option(default: Any) -> Any:
     """Declare a parameter that steers the encoder and is of no use to the decoder."""
     return field(default=default, metadata={"encoder": True})
+
+
+def optional(default: Any) -> Any:
+    """Declare a parameter that a record holds only if it is not the default."""
+    return field(default=default, metadata={"optional": True})
 
 
 @dataclass(frozen=True)
@@ -144,6 +172,16 @@ class Codec(ABC):
         """Whether `encode` needs what `fitted_to` makes of the whole tensor."""
         return False
 
+    @property
+    def chunked(self) -> bool:
+        """Whether the encoder decides what a piece takes: segments ``chunks`` and ``lengths`` come before those of `layout`."""
+        return False
+
+    def decoded_from(self, dtype: DType) -> DType:
+        """Return what `decode` gives for tensors whose source has this dtype."""
+        del dtype
+        return self.decoded
+
     @abstractmethod
     def accepts(self, dtype: DType) -> bool:
         """Return whether tensors of this dtype can be stored."""
@@ -159,11 +197,11 @@ class Codec(ABC):
 
     @abstractmethod
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return (name, length in bytes) of each segment."""
+        """Return (name, length in bytes) of each segment whose length the shape decides."""
 
     @abstractmethod
     def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
-        """Return where in each segment the bytes of a piece stand.
+        """Return where in each segment of `layout` the bytes of a piece stand.
 
         Each begins where that of the piece before ends, or is the same for all pieces.
         """
@@ -200,9 +238,9 @@ class Codec(ABC):
         Parameters
         ----------
         parts
-            The bytes at `spans`.
+            The chunk if there is one, and the bytes at `spans`.
         out
-            Two-dimensional C-contiguous array of ``decoded.storage`` in the piece's shape: the result.
+            Two-dimensional C-contiguous array in the piece's shape, of the storage of `decoded_from`: the result.
 
         Raises
         ------
@@ -210,14 +248,18 @@ class Codec(ABC):
             If the bytes are none that an encoder can have written.
         """
 
-    def histograms(self, parts: Sequence[Buffer]) -> dict[str, NDArray[np.int64]]:
+    def histograms(self, parts: Sequence[Buffer], piece: Piece) -> dict[str, NDArray[np.int64]]:
         """Return how often each code occurs in a piece's bytes as ``histogram``, and other choices worth counting by name."""
-        del parts
+        del parts, piece
         return {}
 
     def params(self) -> Params:
         """Return the parameters that the decoder needs."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("encoder")}
+        kept = [f for f in fields(self) if not f.metadata.get("encoder")]
+        values = {f.name: getattr(self, f.name) for f in kept}
+        return {
+            f.name: values[f.name] for f in kept if not (f.metadata.get("optional") and values[f.name] == f.default)
+        }
 
     def encoder(self) -> Params:
         """Return the parameters that only the encoder needed."""
@@ -227,6 +269,13 @@ class Codec(ABC):
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return type_string(self.id, changed)
 
+    def segments(self, matrix: Matrix) -> tuple[tuple[str, int | None], ...]:
+        """Return (name, length in bytes) of each segment in the order of the file; None if the encoder decides it."""
+        if not self.chunked:
+            return self.layout(matrix)
+        count = piece_count(matrix, self.grain(matrix))
+        return (("chunks", None), ("lengths", 4 * count), *self.layout(matrix))
+
     def nbytes(self, shape: Sequence[int]) -> int:
-        """Return the bytes of all segments of a tensor, without padding."""
-        return sum(length for _, length in self.layout(Matrix.of(shape)))
+        """Return the bytes of all segments of a tensor whose length the shape decides, without padding."""
+        return sum(length or 0 for _, length in self.segments(Matrix.of(shape)))

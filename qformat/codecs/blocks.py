@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Matrix, Piece
+from qformat.codecs import coded_blocks
+from qformat.codecs.base import Buffer, Encoded, Matrix, Piece, optional
 from qformat.codecs.quantized import Quantized, QuantizedCodec, check_length
+from qformat.dtypes import Elements
 from qformat.kernels import load
 
 
@@ -20,12 +22,21 @@ from qformat.kernels import load
 class BlockCodec(QuantizedCodec):
     """A codec of blocks; subclasses give the layout's numbers and have a kernel module named like their id.
 
+    Parameters
+    ----------
+    coded
+        The blocks are stored entropy-coded (codecs.md, "Coded blocks").
+
     The kernel module has ``quantize(x, blocks, lanes)``, ``dequantize(blocks, x)`` and, if there are codes worth
     counting, ``code_histogram(blocks, counts)``; see ``kernels/jit/q4_0.py``.
     """
 
     #: number of different codes, or 0 if they are not counted
     codes: ClassVar[int] = 0
+    #: bytes of a block before its codes
+    header_bytes: ClassVar[int] = 2
+
+    coded: bool = optional(False)
 
     @property
     @abstractmethod
@@ -47,18 +58,27 @@ class BlockCodec(QuantizedCodec):
         """The kernel module."""
         return load(self.id)
 
+    @property
+    def chunked(self) -> bool:
+        """Whether the blocks are entropy-coded."""
+        return self.coded
+
     def grain(self, matrix: Matrix) -> int:
         """Return the elements of a block."""
         del matrix
         return self.unit
 
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return the one segment; each row is filled up to whole blocks."""
+        """Return the one segment, unless blocks are coded; each row is filled up to whole blocks."""
+        if self.coded:
+            return ()
         length = matrix.rows * self._row_bytes(matrix.cols) if matrix.elements else 0
         return (("blocks", length),)
 
     def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
         """Return the blocks of a piece."""
+        if self.coded:
+            return ()
         start = piece.row * self._row_bytes(matrix.cols) + piece.col // self.unit * self.block_bytes
         return (slice(start, start + piece.rows * self._row_bytes(piece.cols)),)
 
@@ -78,12 +98,37 @@ class BlockCodec(QuantizedCodec):
         check_length(parts[0], out.size // self.unit * self.block_bytes, "blocks")
         self.kernels.dequantize(np.frombuffer(parts[0], np.uint8), out.reshape(-1))
 
-    def histograms(self, parts: Sequence[Buffer]) -> dict[str, NDArray[np.int64]]:
-        """Return how often each code occurs, padding included."""
+    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
+        """Quantize the rows of a piece, and code the blocks if they shall be."""
+        encoded = super().encode(elements, fitted)
+        if not self.coded:
+            return encoded
+        blocks = np.frombuffer(encoded.parts[0], np.uint8).reshape(-1, self.block_bytes)
+        chunk, entropy = coded_blocks.pack(blocks, self.header_bytes, self.id, elements.data.size)
+        return replace(encoded, parts=(chunk,), entropy=entropy)
+
+    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode the rows of a piece."""
+        self._decode_rows(self._plain(parts, *out.shape), out)
+
+    def _plain(self, parts: Sequence[Buffer], rows: int, cols: int) -> Sequence[Buffer]:
+        """Return the parts with blocks that are not coded."""
+        if not self.coded:
+            return parts
+        blocks = np.empty((rows * self.filled(cols) // self.unit, self.block_bytes), np.uint8)
+        coded_blocks.unpack(parts[0], blocks, self.header_bytes, self.id, rows * cols)
+        return (blocks.reshape(-1).data,)
+
+    def histograms(self, parts: Sequence[Buffer], piece: Piece) -> dict[str, NDArray[np.int64]]:
+        """Return how often each code occurs, padding included, and what else the format chooses."""
+        blocks = self._plain(parts, piece.rows, piece.cols)[0]
+        return self._counts(np.frombuffer(blocks, np.uint8))
+
+    def _counts(self, blocks: NDArray[np.uint8]) -> dict[str, NDArray[np.int64]]:
         if not self.codes:
             return {}
         counts = np.zeros(self.codes, np.int64)
-        self.kernels.code_histogram(np.frombuffer(parts[0], np.uint8), counts)
+        self.kernels.code_histogram(blocks, counts)
         return {"histogram": counts}
 
     def _row_bytes(self, cols: int) -> int:

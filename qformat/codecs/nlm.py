@@ -33,6 +33,7 @@ class Nlm(BlockCodec):
     id: ClassVar[str] = "nlm"
     keeps_zeros: ClassVar[bool] = False
     codes: ClassVar[int] = 16
+    header_bytes: ClassVar[int] = 3
 
     block: Literal[32, 64, 128] = 32
     optimize: Literal["rmse", "max"] = encoder_option("rmse")
@@ -65,9 +66,7 @@ class Nlm(BlockCodec):
         check_length(parts[0], out.size // self.block * self.block_bytes, "blocks")
         self.kernels.dequantize(np.frombuffer(parts[0], np.uint8), out.reshape(-1), self.block)
 
-    def histograms(self, parts: Sequence[Buffer]) -> dict[str, NDArray[np.int64]]:
-        """Return how often each code occurs, padding included, and each mapping."""
-        blocks = np.frombuffer(parts[0], np.uint8)
+    def _counts(self, blocks: NDArray[np.uint8]) -> dict[str, NDArray[np.int64]]:
         counts = {"histogram": np.zeros(16, np.int64), "mappings": np.zeros(4, np.int64)}
         self.kernels.code_histogram(blocks, counts["histogram"], self.block)
         self.kernels.mapping_histogram(blocks, counts["mappings"], self.block)

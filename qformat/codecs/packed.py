@@ -42,8 +42,9 @@ class PackedCodec(QuantizedCodec):
         start = piece.row * self.filled(matrix.cols) + piece.col
         return slice(self._code_bytes(start), self._code_bytes(start + piece.rows * self.filled(piece.cols)))
 
-    def histograms(self, parts: Sequence[Buffer]) -> dict[str, NDArray[np.int64]]:
+    def histograms(self, parts: Sequence[Buffer], piece: Piece) -> dict[str, NDArray[np.int64]]:
         """Return how often each code of at most four bits occurs, those that fill up rows included."""
+        del piece
         if self.width > 4:
             return {}
         packed = np.frombuffer(parts[-1], np.uint8)

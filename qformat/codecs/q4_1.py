@@ -26,6 +26,7 @@ class Q4_1(SearchedBlockCodec):  # noqa: N801  the format's name
     keeps_zeros: ClassVar[bool] = False
     codes: ClassVar[int] = 16
     chosen: ClassVar[int] = 2
+    header_bytes: ClassVar[int] = 4
 
     search: Literal["naive", "als", "best"] = encoder_option("als")
 

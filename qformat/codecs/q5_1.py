@@ -17,6 +17,7 @@ class Q5_1(BlockCodec):  # noqa: N801  the format's name
     id: ClassVar[str] = "q5_1"
     keeps_zeros: ClassVar[bool] = False
     codes: ClassVar[int] = 32
+    header_bytes: ClassVar[int] = 4
 
     @property
     def block_bytes(self) -> int:

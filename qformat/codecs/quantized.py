@@ -95,7 +95,7 @@ class QuantizedCodec(Codec):
     def _again(self, elements: Elements, parts: Sequence[Buffer]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the rows of a piece and what they decode to, without what fills them up, to measure the error again."""
         decoded = np.empty(elements.data.shape, np.float32)
-        self.decode(parts, decoded)
+        self._decode_rows(parts, decoded)
         return elements.to_f32(), decoded
 
     def _measured(self, values: NDArray[np.float32], decoded: NDArray[np.float32]) -> tuple[NDArray[np.float64], int]:
@@ -114,6 +114,10 @@ class QuantizedCodec(Codec):
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode the rows of a piece."""
+        self._decode_rows(parts, out)
+
+    def _decode_rows(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode the parts that `_quantize` made."""
         rows, cols = out.shape
         filled = self.filled(cols)
         if filled == cols:

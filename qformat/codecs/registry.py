@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import qformat.codecs
-from qformat.codecs.base import Codec, Matrix
+from qformat.codecs.base import CHUNK_DENSITY, Codec, Matrix
 from qformat.dtypes import DTYPES, F32
 from qformat.errors import FormatError, TypeSpecError
 from qformat.records import TensorRecord
@@ -122,9 +122,15 @@ def codec_of(record: TensorRecord) -> Codec:
         raise FormatError(f"{where}: codec {codec.id} cannot hold {dtype.name}")
     if (record.error is None) != codec.keeps(dtype):
         raise FormatError(f"{where}: an error is recorded where none can be, or missing")
-    expected = codec.layout(Matrix.of(record.shape))
+    expected = codec.segments(Matrix.of(record.shape))
     found = tuple((segment.name, segment.length) for segment in record.segments)
-    if expected != found:
+    fits = len(expected) == len(found) and all(
+        name == other and length in (None, actual)
+        for (name, length), (other, actual) in zip(expected, found, strict=True)
+    )
+    if fits and codec.chunked:
+        fits = record.elements <= CHUNK_DENSITY * found[0][1] and (record.elements > 0 or found[0][1] == 0)
+    if not fits:
         raise FormatError(
             f"{where}: {codec.id} needs segments {expected} for this shape, found {len(found)}: {str(found)[:200]}"
         )
@@ -143,12 +149,14 @@ def _is_a(kind: Any, value: object) -> bool:
 def _from_params(codec: type[Codec], record: TensorRecord, where: str) -> Codec:
     known = {field.name: field for field in fields(codec) if not field.metadata.get("encoder")}
     hints = get_type_hints(codec)
-    if set(record.params) != set(known):
-        names = sorted(set(record.params) ^ set(known))
+    needed = {name for name, field in known.items() if not field.metadata.get("optional")}
+    if not needed <= set(record.params) <= set(known):
+        names = sorted(needed - set(record.params) | set(record.params) - set(known))
         raise FormatError(f"{where}: codec {codec.id}: parameter {names[0][:40]!r} is unknown or missing")
     for key, value in record.params.items():
         kind = hints[key]
-        if not _is_a(kind, value):
+        left_out = known[key].metadata.get("optional") and value == known[key].default
+        if not _is_a(kind, value) or left_out:
             raise FormatError(f"{where}: codec {codec.id}: parameter {key} has an impossible value")
     try:
         return codec(**record.params)

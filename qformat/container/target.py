@@ -35,6 +35,19 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise TargetError(f"{path}: the directory {path.parent} is not writable")
 
 
+class Nowhere:
+    """Stands in for a `Target` whose bytes nobody wants, but their number."""
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Do nothing."""
+
+    def commit(self) -> None:
+        """Do nothing."""
+
+    def discard(self) -> None:
+        """Do nothing."""
+
+
 class Target:
     """The partial file of one run.
 

@@ -20,7 +20,7 @@ from qformat.container.index import (
     check_tensor_name,
 )
 from qformat.container.layout import HEADER_SIZE, TRAILER_SIZE, Header, Trailer, align
-from qformat.container.target import Target
+from qformat.container.target import Nowhere, Target
 from qformat.errors import SourceError
 from qformat.records import AssetRecord, MeasuredError, Segment, TensorRecord
 
@@ -84,9 +84,12 @@ class TensorWriter:
     Made by `ContainerWriter.tensor`.
     """
 
-    def __init__(self, target: Target, record: TensorRecord) -> None:
-        self.record = record
+    def __init__(self, target: Target | Nowhere, record: TensorRecord, position: int, *, open_ended: bool) -> None:
+        self.record, _ = _place(record, position)
         self._target = target
+        self._open_ended = open_ended
+        # Of a tensor whose first segment may become as long as it likes, the others have no place before the end
+        self._waiting = [bytearray() for _ in record.segments[1:]] if open_ended else []
         self._hashes = [hashlib.sha256() for _ in record.segments]
         self._written = [0] * len(record.segments)
 
@@ -100,14 +103,23 @@ class TensorWriter:
         """
         for i, part in enumerate(parts):
             segment = self.record.segments[i]
-            if self._written[i] + len(part) > segment.length:
+            if self._written[i] + len(part) > segment.length and not (self._open_ended and i == 0):
                 raise ValueError(f"{self.record.name}: more bytes than announced for segment {segment.name}")
             self._hashes[i].update(part)
-            self._target.write(part, segment.offset + self._written[i])
+            if self._open_ended and i > 0:
+                self._waiting[i - 1] += part
+            else:
+                self._target.write(part, segment.offset + self._written[i])
             self._written[i] += len(part)
 
     def finish(self, error: MeasuredError | None) -> TensorRecord:
         """Return the completed record."""
+        if self._open_ended:
+            first = replace(self.record.segments[0], length=self._written[0])
+            record = replace(self.record, segments=(first, *self.record.segments[1:]))
+            self.record, _ = _place(record, first.offset)
+            for segment, content in zip(self.record.segments[1:], self._waiting, strict=True):
+                self._target.write(content, segment.offset)
         if any(written != segment.length for written, segment in zip(self._written, self.record.segments, strict=True)):
             raise ValueError(f"{self.record.name}: fewer bytes than announced")
         digests = [digest.hexdigest() for digest in self._hashes]
@@ -124,7 +136,7 @@ class ContainerWriter:
     Parameters
     ----------
     path
-        Where the file shall stand.
+        Where the file shall stand; None writes nothing, to know how long it would be.
     overwrite
         Whether a file that stands there may be replaced.
     metadata
@@ -145,7 +157,7 @@ class ContainerWriter:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         *,
         overwrite: bool = False,
         metadata: Mapping[str, str] | None = None,
@@ -155,7 +167,7 @@ class ContainerWriter:
         for item in texts:
             if not isinstance(item, str) or item != item.encode("utf-8", "replace").decode():
                 raise SourceError(f"metadata must be strings of valid Unicode, not {item!r}")
-        self._target = Target(Path(path), overwrite=overwrite)
+        self._target = Nowhere() if path is None else Target(Path(path), overwrite=overwrite)
         self._header = Header().pack()
         self._position = len(self._header)
         self._assets: list[AssetRecord] = []
@@ -189,24 +201,26 @@ class ContainerWriter:
         self._position = align(segment.stop)
         self._assets.append(AssetRecord(encoding, segment, len(data), hashlib.sha256(data).hexdigest()))
 
-    def tensor(self, record: TensorRecord) -> TensorWriter:
+    def tensor(self, record: TensorRecord, *, open_ended: bool = False) -> TensorWriter:
         """Begin a tensor; the one before must have been ended with `finish`.
 
         Parameters
         ----------
         record
             Everything but the offsets and digests of its segments and the error, which are filled in.
+        open_ended
+            The length of its first segment is what will have been written. The bytes of the others are kept in memory until then.
         """
         check_tensor_name(record.name)
         check_shape(record.shape, record.label)
         if self.records and self.records[-1].name >= record.name:
             raise ValueError(f"tensor {record.name!r} does not come in its order")
-        record, self._position = _place(record, self._position)
-        return TensorWriter(self._target, record)
+        return TensorWriter(self._target, record, self._position, open_ended=open_ended)
 
     def finish(self, record: TensorRecord) -> None:
         """Take the record that `TensorWriter.finish` returned into the index."""
         self.records.append(record)
+        self._position = align(record.segments[-1].stop)
 
     def _commit(self) -> None:
         check_folders(asset.name for asset in self._assets)

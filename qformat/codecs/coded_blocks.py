@@ -1,0 +1,63 @@
+"""Blocks as streams: what stands at the same place of each block together (spec/codecs.md, "Coded blocks")."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Buffer
+from qformat.entropy.streams import StreamReader, StreamWriter
+from qformat.kernels import load
+
+U8 = NDArray[np.uint8]
+
+#: bases of the codes; those of 5 bits are taken out of the blocks one by one, others stay in their bytes
+_BASES = {"q5_0": 32, "q5_1": 32, "q8_0": 256}
+
+
+def pack(blocks: U8, header: int, codec: str, elements: int) -> tuple[bytes, float]:
+    """Return the chunk of some blocks, and the entropy of its streams in bits.
+
+    Parameters
+    ----------
+    blocks
+        An array of shape (number of blocks, bytes of a block).
+    header
+        Bytes of a block before its codes.
+    codec
+        The id of the codec.
+    elements
+        How many elements the chunk is for, without those that fill up rows.
+    """
+    writer = StreamWriter()
+    for at in range(header):
+        writer.stream(np.ascontiguousarray(blocks[:, at]))
+    base = _BASES.get(codec, 16)
+    if base == 32:
+        codes = np.empty(32 * len(blocks), np.uint8)
+        load("codes_5").unpack(blocks.reshape(-1), blocks.shape[1], header, codes)
+    else:
+        codes = np.ascontiguousarray(blocks[:, header:]).reshape(-1)
+    writer.stream(codes, base)
+    return writer.chunk(elements), writer.entropy
+
+
+def unpack(chunk: Buffer, blocks: U8, header: int, codec: str, elements: int) -> None:
+    """Do the opposite of `pack`, into an array of the blocks' shape.
+
+    Raises
+    ------
+    ValueError
+        If the chunk is none that an encoder can have written.
+    """
+    reader = StreamReader(chunk)
+    for at in range(header):
+        blocks[:, at] = reader.stream(len(blocks))
+    base = _BASES.get(codec, 16)
+    if base == 32:
+        codes = reader.stream(32 * len(blocks), base)
+        load("codes_5").pack(codes, blocks.reshape(-1), blocks.shape[1], header)
+    else:
+        codes = reader.stream(len(blocks) * (blocks.shape[1] - header), base)
+        blocks[:, header:] = codes.reshape(len(blocks), -1)
+    reader.end(elements)
