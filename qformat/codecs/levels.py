@@ -1,0 +1,378 @@
+"""Few levels around zero, entropy-coded (spec/codecs.md, "`ternary` and `levels`")."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Buffer, Codec, Encoded, ErrorSum, Matrix, Piece, encoder_option
+from qformat.codecs.codebooks import Survey
+from qformat.codecs.level_fit import Levels, fit
+from qformat.codecs.packed import LONGEST, cuts
+from qformat.codecs.quantized import check_length
+from qformat.codecs.registry import register
+from qformat.dtypes import DTYPES, F32, DType, Elements
+from qformat.entropy.frequencies import digits, symbols_each
+from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
+from qformat.kernels import load
+
+U8 = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LevelCodec(Codec):
+    """Codes that name levels, of which the middle one is zero.
+
+    Parameters
+    ----------
+    scale
+        What has a scale: nothing (``tensor``), each ``row``, or each ``group`` of columns of a row.
+    group
+        Columns of a group; without meaning, and 128, with another scale.
+    dtype
+        Of the scales; without meaning, and f16, if there are none.
+    sparsity
+        Share of the weights that become zero at least, the smallest ones of the tensor, row or group that has a scale; 0 lets the
+        error decide.
+    bpw
+        Bits per weight that codes and scales take at most, or ``any``. (A file has some 100 bytes more for each tensor.) The fewer,
+        the more weights become zero.
+    """
+
+    decoded: ClassVar[DType] = F32
+
+    scale: Literal["row", "tensor", "group"] = "row"
+    group: int = 128
+    dtype: Literal["f16", "bf16", "f32"] = "f16"
+    sparsity: str = encoder_option("0")
+    bpw: str = encoder_option("any")
+
+    def __post_init__(self) -> None:
+        if self.scale != "group" and self.group != 128:
+            raise ValueError(f"group={self.group} needs scale=group")
+        if self.group < 32 or self.group > LONGEST or self.group % 32:
+            raise ValueError(f"group may be a multiple of 32 up to {LONGEST}, not {self.group}")
+        if self.scale == "tensor" and self.dtype != "f16":
+            raise ValueError(f"dtype={self.dtype} needs scale=row or scale=group")
+        if not 0 <= _number(self.sparsity) < 1:
+            raise ValueError(f"sparsity may be a number from 0 to below 1, not {self.sparsity!r}")
+        if self.bpw != "any" and not 0 < _number(self.bpw) < math.inf:
+            raise ValueError(f"bpw may be a number above 0 or any, not {self.bpw!r}")
+        if self.bpw != "any" and self._sparsity:
+            raise ValueError("sparsity and bpw exclude each other: both decide how many weights become zero")
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many levels there are."""
+
+    @property
+    def _sparsity(self) -> float:
+        return float(self.sparsity)
+
+    @property
+    def chunked(self) -> bool:
+        """Whether what a piece takes is up to the encoder: it is."""
+        return True
+
+    @property
+    def fits(self) -> bool:
+        """Whether the levels are those of the whole tensor: they are."""
+        return True
+
+    def accepts(self, dtype: DType) -> bool:
+        """Return whether these are floats."""
+        return dtype.floating
+
+    def keeps(self, dtype: DType) -> bool:
+        """Return False: levels are approximations."""
+        del dtype
+        return False
+
+    def _columns(self, cols: int) -> int:
+        """Return how many columns share a scale."""
+        return min(self.group, cols) if self.scale == "group" else cols
+
+    def grain(self, matrix: Matrix) -> int:
+        """Return the columns that share a scale, or 1 if there is none."""
+        return max(1, self._columns(matrix.cols)) if self.scale != "tensor" else 1
+
+    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
+        """Return the codebook and, if there are any, the scales."""
+        if not matrix.elements:
+            matrix = Matrix(0, 0)
+        codebook = self.size * F32.size if matrix.elements else 0
+        if self.scale == "tensor":
+            return (("codebook", codebook),)
+        groups = matrix.rows * cuts(matrix.cols, self._columns(matrix.cols)) if matrix.elements else 0
+        return (("codebook", codebook), ("scales", groups * DTYPES[self.dtype].size))
+
+    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
+        """Return where the codebook stands, the same for all pieces, and the scales of a piece."""
+        codebook = slice(0, self.size * F32.size)
+        if self.scale == "tensor":
+            return (codebook,)
+        columns = self._columns(matrix.cols)
+        start = piece.row * cuts(matrix.cols, columns) + piece.col // columns
+        size = DTYPES[self.dtype].size
+        return (codebook, slice(start * size, (start + piece.rows * cuts(piece.cols, columns)) * size))
+
+    def survey(self, elements: Elements) -> _Seen:
+        """Count the weights of a piece, over their scales if there are any."""
+        values = np.ascontiguousarray(elements.to_f32())
+        found = Survey.empty()
+        if self.scale == "tensor":
+            load("lut").survey(values.reshape(-1), found.counts, found.sums)
+            return _Seen(found, 0, values.size, set())
+        squares, magnitudes = self._measured(values)
+        scales = self._scales(values.shape, squares, magnitudes)
+        load("lut").survey(self._unscaled(values, scales).reshape(-1), found.counts, found.sums)
+        several = set(np.unique(magnitudes[squares > 0])[:2].tolist())
+        return _Seen(found, scales.size, values.size, several)
+
+    def fitted_to(self, surveys: Iterable[_Seen]) -> _Fitted:
+        """Return the levels for the whole tensor.
+
+        Raises
+        ------
+        ValueError
+            If the scales alone take the bits that there are.
+        """
+        survey, scales, weights, magnitudes = Survey.empty(), 0, 0, set[int]()
+        for seen in surveys:
+            survey = Survey.total([survey, seen.survey])
+            scales, weights = scales + seen.scales, weights + seen.weights
+            magnitudes |= seen.magnitudes
+        if self.bpw == "any" and self._sparsity == 0 and len(magnitudes) == 1 and magnitudes != {0}:
+            return _Fitted(_of_magnitude(magnitudes.pop(), self.size), scaled=False)
+        if self.bpw == "any":
+            # of a row or group, what shall become zero is so already
+            return _Fitted(fit(survey, self.size, sparsity=self._sparsity if self.scale == "tensor" else 0.0))
+        taken = 8 * DTYPES[self.dtype].size * scales / max(1, weights)
+        if taken >= float(self.bpw):
+            raise ValueError(
+                f"its scales alone take {taken:.3g} bits per weight, so that none are left of bpw={self.bpw}"
+            )
+        return _Fitted(fit(survey, self.size, bits=float(self.bpw) - taken))
+
+    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
+        """Choose codes and scales for the rows of a piece."""
+        values = np.ascontiguousarray(elements.to_f32())
+        if not elements.all_finite():
+            return Encoded((), finite=False)
+        kernels, cols = load("levels"), values.shape[1]
+        levels: Levels = fitted.levels
+        scaled = self.scale != "tensor" and fitted.scaled
+        scales = np.ones(len(values) * cuts(cols, self._columns(cols)), np.float32)
+        if scaled:
+            scales = self._scales(values.shape, *self._measured(values))
+        unscaled = self._unscaled(values, scales) if scaled else values
+        letters = np.empty(letter_count(values.size, self.size), np.uint8)
+        codes = np.full(letters.size * symbols_each(self.size), self.size // 2, np.uint8)
+        kernels.classify(unscaled.reshape(-1), levels.thresholds, codes[: values.size])
+        load("letters").join(codes, self.size, symbols_each(self.size), letters)
+        if scaled:
+            scales = self._refined(values, codes[: values.size], levels.entries, scales)
+        decoded = np.empty(values.size, np.float32)
+        self._give(letters, levels.entries, scales, cols, decoded)
+        writer = StreamWriter()
+        writer.stream(letters, self.size)
+        parts: list[Buffer] = [writer.chunk(values.size), levels.entries.tobytes()]
+        if self.scale == "tensor":
+            vanished = int(values.any() and not decoded.any())
+        else:
+            vanished = int(self._nonzero(values)[scales == 0].sum())
+            parts.append(self._stored(scales).tobytes())
+        floats = load("floats")
+        lanes = np.zeros(floats.LANES)
+        error = ErrorSum.of(values.size, lanes, floats.difference(values.reshape(-1), decoded, lanes))
+        return Encoded(tuple(parts), True, error, int(not math.isfinite(error.squares)), vanished, writer.entropy)
+
+    def _measured(self, values: Floats) -> tuple[NDArray[np.float64], NDArray[np.uint32]]:
+        """Return the sum of squares of each group, and the bits of its magnitude if all but zeros has the same, else 0."""
+        rows, cols = values.shape
+        squares = np.empty(rows * cuts(cols, self._columns(cols)))
+        magnitudes = np.empty(squares.size, np.uint32)
+        load("levels").measure(values.reshape(-1), cols, self._columns(cols), squares, magnitudes)
+        return squares, magnitudes
+
+    def _scales(self, shape: tuple[int, ...], squares: NDArray[np.float64], magnitudes: NDArray[np.uint32]) -> Floats:
+        """Return the scale of each group, rounded to its dtype: its root mean square, or the magnitude that all but zeros have."""
+        rows, cols = shape
+        columns = self._columns(cols)
+        sizes = np.tile(np.diff(np.append(np.arange(0, cols, columns), cols)), rows)
+        with np.errstate(all="ignore"):
+            scales = np.where(magnitudes > 0, magnitudes.view(np.float32), np.sqrt(squares / sizes).astype(np.float32))
+        return self._rounded(scales)
+
+    def _stored(self, scales: Floats) -> NDArray[Any]:
+        return Elements(F32, scales).cast(DTYPES[self.dtype])
+
+    def _rounded(self, scales: Floats) -> Floats:
+        return Elements(DTYPES[self.dtype], self._stored(scales)).to_f32()
+
+    def _unscaled(self, values: Floats, scales: Floats) -> Floats:
+        """Return the weights over their scales, without those that sparsity makes zero."""
+        cols = values.shape[1]
+        least = np.zeros(scales.size, np.float32)
+        if self._sparsity:
+            each = cuts(cols, self._columns(cols))
+            for number, start in enumerate(range(0, cols, self._columns(cols))):
+                least[number::each] = _least(values[:, start : start + self._columns(cols)], self._sparsity)
+        unscaled = np.empty_like(values)
+        divisors = np.where(scales == 0, np.float32(1), scales)
+        flat = values.reshape(-1)
+        load("levels").unscale(flat, cols, self._columns(cols), divisors, least, unscaled.reshape(-1))
+        return unscaled
+
+    def _refined(self, values: Floats, codes: U8, entries: Floats, scales: Floats) -> Floats:
+        """Return the scales of least squared error for some codes, rounded to their dtype."""
+        common, squares = np.empty(scales.size), np.empty(scales.size)
+        cols = values.shape[1]
+        load("levels").products(values.reshape(-1), codes, entries, cols, self._columns(cols), common, squares)
+        with np.errstate(all="ignore"):
+            best = np.where(squares > 0, common / np.where(squares > 0, squares, 1), scales).astype(np.float32)
+        return self._rounded(best)
+
+    def _nonzero(self, values: Floats) -> NDArray[np.bool_]:
+        """Return which groups have weights that are not zero."""
+        starts = np.arange(0, values.shape[1], self._columns(values.shape[1]))
+        return np.logical_or.reduceat(values != 0, starts, axis=1).reshape(-1)
+
+    def _give(self, letters: U8, entries: Floats, scales: Floats, cols: int, out: Floats) -> None:
+        """Put the values of letters into a flat array of rows."""
+        table = entries[digits(self.size)].reshape(-1)
+        load("letters").values(letters, table, symbols_each(self.size), out)
+        if self.scale != "tensor":
+            load("levels").rescale(out, cols, self._columns(cols), scales)
+
+    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode the rows of a piece."""
+        rows, cols = out.shape
+        check_length(parts[1], self.size * F32.size, "codebook")
+        entries = np.frombuffer(parts[1], np.float32)
+        scales = np.ones(1, np.float32)
+        if self.scale != "tensor":
+            dtype = DTYPES[self.dtype]
+            check_length(parts[2], rows * cuts(cols, self._columns(cols)) * dtype.size, "scales")
+            scales = Elements(dtype, np.frombuffer(parts[2], dtype.storage)).to_f32()
+        if entries[self.size // 2] != 0 or not (np.isfinite(entries).all() and np.isfinite(scales).all()):
+            raise ValueError("its codebook or scales are impossible")
+        self._give(self._letters(parts[0], out.size), entries, scales, cols, out.reshape(-1))
+
+    def decode_codes(self, parts: Sequence[Buffer], out: NDArray[np.int8]) -> None:
+        """Give the codes of a piece, from -(n - 1) / 2 to (n - 1) / 2.
+
+        Parameters
+        ----------
+        parts
+            As for `decode`.
+        out
+            Array of int8 in the piece's shape.
+
+        Raises
+        ------
+        ValueError
+            If the bytes are none that an encoder can have written.
+        """
+        table = (digits(self.size) - np.uint8(self.size // 2)).reshape(-1)
+        letters = self._letters(parts[0], out.size)
+        load("letters").split(letters, table, symbols_each(self.size), out.reshape(-1).view(np.uint8))
+
+    def _letters(self, chunk: Buffer, count: int) -> U8:
+        reader = StreamReader(chunk)
+        letters = reader.stream(letter_count(count, self.size), self.size)
+        reader.end(count)
+        return letters
+
+    def histograms(self, parts: Sequence[Buffer], piece: Piece) -> dict[str, NDArray[np.int64]]:
+        """Return how often each code occurs, from the most negative one on."""
+        codes = np.empty(piece.rows * piece.cols, np.int8)
+        self.decode_codes(parts, codes)
+        return {"histogram": np.bincount(codes + self.size // 2, minlength=self.size)}
+
+
+class _Seen(NamedTuple):
+    """What a survey found: weights by their bins, how many scales and weights there are, and up to two magnitudes of groups.
+
+    The magnitude of a group is 0 if it has several.
+    """
+
+    survey: Survey
+    scales: int
+    weights: int
+    magnitudes: set[int]
+
+
+class _Fitted(NamedTuple):
+    """The levels, and whether they are for weights over the scale of their group, or for weights as they are."""
+
+    levels: Levels
+    scaled: bool = True
+
+
+def _of_magnitude(magnitude: int, size: int) -> Levels:
+    """Return the levels for weights that are ternary already."""
+    entries, thresholds = np.zeros(size, np.float32), np.full(size - 1, np.inf, np.float32)
+    half = size // 2
+    level = np.array([magnitude], np.uint32).view(np.float32)[0]
+    entries[[half - 1, half + 1]] = -level, level
+    thresholds[: half - 1] = -np.inf
+    thresholds[[half - 1, half]] = np.array([-0.5, 0.5], np.float32) * level
+    return Levels(entries, thresholds)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _least(values: Floats, share: float) -> Floats:
+    """Return for each row the least magnitude that is not among the smallest ones, so many that they are a share of it at least."""
+    count = math.ceil(share * values.shape[1] * (1 - 1e-12))
+    smallest = np.partition(np.abs(values), count - 1, axis=1)[:, count - 1]
+    above: Floats = np.nextafter(smallest, np.float32(np.inf))
+    return above
+
+
+@register
+@dataclass(frozen=True)
+class Ternary(LevelCodec):
+    """Zero and two levels, entropy-coded: at most 1.6 bits for each weight, and few if most are zero."""
+
+    id: ClassVar[str] = "ternary"
+
+    @property
+    def size(self) -> int:
+        """How many levels there are."""
+        return 3
+
+
+@register
+@dataclass(frozen=True)
+class FewLevels(LevelCodec):
+    """An odd number of levels around zero, entropy-coded.
+
+    Parameters
+    ----------
+    n
+        How many levels.
+    """
+
+    id: ClassVar[str] = "levels"
+
+    n: Literal[3, 5, 7, 9, 11, 13, 15] = 5
+
+    @property
+    def size(self) -> int:
+        """How many levels there are."""
+        return self.n

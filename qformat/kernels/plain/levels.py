@@ -1,0 +1,77 @@
+"""Few levels, with a scale for each group of columns of a row or none; in numpy. Twin of ``jit/levels.py``, which documents it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+
+def _groups(x: NDArray[Any], cols: int, group: int) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Yield the number of each group, counted from column to column, and its elements in all rows."""
+    rows = x.reshape(-1, cols)
+    each = -(-cols // group)
+    for number, start in enumerate(range(0, cols, group)):
+        yield slice(number, None, each), rows[:, start : start + group]
+
+
+def _sums(terms: F64) -> F64:
+    """Return the sum of each row."""
+    lanes = np.pad(terms, ((0, 0), (0, -terms.shape[1] % 32))).reshape(len(terms), -1, 32)
+    total = np.zeros((len(terms), 32))
+    for i in range(lanes.shape[1]):
+        total = total + lanes[:, i]
+    while total.shape[1] > 1:
+        half = total.shape[1] // 2
+        total = total[:, :half] + total[:, half:]
+    return total[:, 0]
+
+
+@np.errstate(all="ignore")
+def measure(x: F32, cols: int, group: int, squares: F64, magnitudes: NDArray[np.uint32]) -> None:
+    """Give the sum of squares of each group, and the bits of its magnitude if all that is not 0 has the same, else 0."""
+    for here, values in _groups(x, cols, group):
+        squares[here] = _sums(np.square(values.astype(np.float64)))
+        patterns = np.ascontiguousarray(values).view(np.uint32) & 0x7FFFFFFF
+        top = patterns.max(axis=1)
+        same = ((patterns == 0) | (patterns == top[:, None])).all(axis=1)
+        magnitudes[here] = np.where(same, top, 0)
+
+
+@np.errstate(all="ignore")
+def unscale(x: F32, cols: int, group: int, scales: F32, least: F32, y: F32) -> None:
+    """Divide by the scale of the group; what is smaller than the least magnitude of its group becomes 0."""
+    limits = least.view(np.uint32)
+    outs = _groups(y, cols, group)
+    for (here, values), (_, out) in zip(_groups(x, cols, group), outs, strict=True):
+        patterns = np.ascontiguousarray(values).view(np.uint32) & 0x7FFFFFFF
+        out[:] = np.where(patterns < limits[here, None], np.float32(0), values) / scales[here, None]
+
+
+def classify(y: F32, thresholds: F32, codes: U8) -> None:
+    """Give the number of thresholds strictly below each value."""
+    codes[:] = 0
+    for threshold in thresholds:
+        codes += threshold < y
+
+
+@np.errstate(all="ignore")
+def products(x: F32, codes: U8, entries: F32, cols: int, group: int, common: F64, squares: F64) -> None:
+    """Give for each group the sum of values times the entries of their codes, and of the squares of these entries."""
+    chosen = _groups(entries.astype(np.float64)[codes], cols, group)
+    for (here, values), (_, entry) in zip(_groups(x, cols, group), chosen, strict=True):
+        common[here] = _sums(values.astype(np.float64) * entry)
+        squares[here] = _sums(np.square(entry))
+
+
+@np.errstate(all="ignore")
+def rescale(values: F32, cols: int, group: int, scales: F32) -> None:
+    """Multiply by the scale of the group."""
+    for here, part in _groups(values, cols, group):
+        np.multiply(part, scales[here, None], out=part)
