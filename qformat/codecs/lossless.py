@@ -1,0 +1,200 @@
+"""Floats bit for bit, entropy-coded (spec/codecs.md, "`lossless`")."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Buffer, Codec, Encoded, Matrix, Piece
+from qformat.codecs.registry import register
+from qformat.codecs.row_groups import VALUES, group_rows
+from qformat.dtypes import F32, DType, Elements
+from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
+from qformat.kernels import load
+
+U8 = NDArray[np.uint8]
+U16 = NDArray[np.uint16]
+I64 = NDArray[np.int64]
+Patterns = NDArray[Any]
+
+_MOST_GROUPS = 16
+_SPARSE = 64  # a group is sparse if at least one of so many elements is zero
+_ELSEWHERE = 255
+
+
+@register
+@dataclass(frozen=True)
+class Lossless(Codec):
+    """Floats bit for bit, in fewer bytes: exponents are entropy-coded, and all else that does not look random."""
+
+    id: ClassVar[str] = "lossless"
+    decoded: ClassVar[DType] = F32  # the dtype of the source, in truth
+
+    @property
+    def chunked(self) -> bool:
+        """Whether what a piece takes is up to the encoder: it is."""
+        return True
+
+    def decoded_from(self, dtype: DType) -> DType:
+        """Return the dtype of the source."""
+        return dtype
+
+    def accepts(self, dtype: DType) -> bool:
+        """Return whether these are floats."""
+        return dtype.floating
+
+    def keeps(self, dtype: DType) -> bool:
+        """Return whether these are floats, which are kept bit for bit."""
+        return dtype.floating
+
+    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
+        """Return that there are no other segments."""
+        del matrix
+        return ()
+
+    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
+        """Return that there are no other segments."""
+        del matrix, piece
+        return ()
+
+    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
+        """Encode the rows of a piece."""
+        del fitted
+        patterns = np.ascontiguousarray(elements.data).view(_unsigned(elements.data.dtype))
+        groups, counts = group_rows(patterns, elements.dtype.exponent)
+        writer = StreamWriter()
+        writer.add(bytes([len(counts)]))
+        if len(counts) > 1:
+            writer.stream(groups)
+        for number in range(len(counts)):
+            rows = patterns if len(counts) == 1 else patterns[groups == number]
+            _write_group(writer, rows.reshape(-1), counts[number], elements.dtype.exponent)
+        return Encoded((writer.chunk(patterns.size),), elements.all_finite(), entropy=writer.entropy)
+
+    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode the rows of a piece."""
+        reader = StreamReader(parts[0])
+        patterns = out.view(_unsigned(out.dtype))
+        exponent = 8 if out.dtype in (np.float32, np.uint16) else 0  # bfloat16 is held as uint16, binary16 is not
+        count = reader.number(1)
+        if not 1 <= count <= _MOST_GROUPS:
+            raise ValueError(f"a chunk has {count} groups of rows")
+        if count == 1:
+            _read_group(reader, patterns.reshape(-1), exponent)
+        else:
+            groups = reader.stream(len(out))
+            if groups.max() >= count:
+                raise ValueError("a row is in a group that there is not")
+            for number in range(count):
+                rows = np.flatnonzero(groups == number)
+                values = np.empty((rows.size, out.shape[1]), patterns.dtype)
+                _read_group(reader, values.reshape(-1), exponent)
+                patterns[rows] = values
+        reader.end(out.size)
+
+
+def _unsigned(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(f"u{dtype.itemsize}")
+
+
+def _write_group(writer: StreamWriter, patterns: Patterns, counts: I64, exponent: int) -> None:
+    zeros = patterns.size - int(np.count_nonzero(patterns))
+    sparse = zeros * _SPARSE >= patterns.size
+    writer.add(bytes([sparse]))
+    if sparse:
+        used = patterns != 0
+        writer.stream(np.packbits(used, bitorder="little"))
+        patterns = patterns[used]
+        counts[0] -= zeros
+    if not patterns.size:
+        return
+    if exponent == 8:
+        _write_headed(writer, patterns, counts)
+        return
+    for part in _bytes(patterns):
+        writer.stream(part)
+
+
+def _read_group(reader: StreamReader, patterns: Patterns, exponent: int) -> None:
+    if not patterns.size:
+        return
+    sparse = reader.number(1)
+    if sparse > 1:
+        raise ValueError(f"a group of rows is marked with {sparse}")
+    if not sparse:
+        _read_parts(reader, patterns, exponent)
+        return
+    bits = np.unpackbits(reader.stream(-(-patterns.size // 8)), bitorder="little")
+    if bits[patterns.size :].any():
+        raise ValueError("elements are marked that there are not")
+    used = bits[: patterns.size].view(bool)
+    values = np.empty(int(np.count_nonzero(used)), patterns.dtype)
+    if values.size:
+        _read_parts(reader, values, exponent)
+    if not values.all():
+        raise ValueError("an element is zero that is marked not to be")
+    patterns[:] = 0
+    patterns[used] = values
+
+
+def _read_parts(reader: StreamReader, patterns: Patterns, exponent: int) -> None:
+    if exponent == 8:
+        _read_headed(reader, patterns)
+    elif patterns.itemsize == 2:
+        load("float_parts").join_16(*(reader.stream(patterns.size) for _ in range(2)), patterns)
+    else:
+        by_bytes = patterns.view(np.uint8).reshape(-1, patterns.itemsize)
+        for place in range(patterns.itemsize - 1, -1, -1):
+            by_bytes[:, place] = reader.stream(patterns.size)
+
+
+def _bytes(patterns: Patterns) -> list[U8]:
+    """Return the bytes of elements by their place, the highest first."""
+    if patterns.itemsize == 2:
+        second, first = (np.empty(patterns.size, np.uint8) for _ in range(2))
+        load("float_parts").split_16(patterns, second, first)
+        return [second, first]
+    by_bytes = patterns.view(np.uint8).reshape(-1, patterns.itemsize)
+    return [np.ascontiguousarray(by_bytes[:, place]) for place in range(patterns.itemsize - 1, -1, -1)]
+
+
+def _write_headed(writer: StreamWriter, patterns: Patterns, counts: I64) -> None:
+    """Write bfloat16 or binary32."""
+    kernels, size = load("float_parts"), patterns.size
+    upper: U16 = patterns
+    rest: list[U8] = []
+    if patterns.itemsize == 4:
+        upper, rest = np.empty(size, np.uint16), [np.empty(size, np.uint8) for _ in range(2)]
+        kernels.split_32(patterns, upper, *rest)
+    reached = np.concatenate([[0], np.cumsum(np.concatenate([counts, counts[: _ELSEWHERE - 1]]))])
+    base = int((reached[_ELSEWHERE:] - reached[:-_ELSEWHERE]).argmax())  # so that most heads fit
+    heads, low, high = (np.zeros(letter_count(size, symbols), np.uint8) for symbols in (256, 16, 4))
+    elsewhere = kernels.split_upper(upper, base, heads, low, high)
+    writer.add(struct.pack("<H", base))
+    writer.stream(heads)
+    if elsewhere:
+        writer.add((upper[heads == _ELSEWHERE] >> 5 & (VALUES - 1)).astype("<u2").tobytes())
+    writer.stream(low, 16)
+    writer.stream(high, 4)
+    for part in rest:
+        writer.stream(part)
+
+
+def _read_headed(reader: StreamReader, patterns: Patterns) -> None:
+    """Read bfloat16 or binary32."""
+    kernels, size = load("float_parts"), patterns.size
+    base = reader.number(2)
+    heads = reader.stream(size)
+    elsewhere = np.frombuffer(reader.take(2 * int(np.count_nonzero(heads == _ELSEWHERE))).tobytes(), "<u2")
+    if max(base, elsewhere.max(initial=0)) >= VALUES:
+        raise ValueError("an exponent is impossible")
+    low, high = (reader.stream(letter_count(size, symbols), symbols) for symbols in (16, 4))
+    upper: U16 = patterns if patterns.itemsize == 2 else np.empty(size, np.uint16)
+    kernels.join_upper(heads, low, high, base, elsewhere, upper)
+    if patterns.itemsize == 4:
+        kernels.join_32(upper, reader.stream(size), reader.stream(size), patterns)

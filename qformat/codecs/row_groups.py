@@ -1,0 +1,94 @@
+"""Rows of floats that are alike, put together so that each group has frequencies of its own (spec/codecs.md, "`lossless`")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.entropy.frequencies import COST_BITS, log2
+from qformat.kernels import load
+
+U8 = NDArray[np.uint8]
+I64 = NDArray[np.int64]
+
+#: values of exponent and leading bits of the mantissa
+VALUES = 1024
+_FINEST = 8  # groups of about the same magnitude
+_SHORT = 2  # groups of fewer bits of mantissa
+_OVERHEAD = 250  # bytes that a group takes besides its letters, about
+
+
+def group_rows(patterns: NDArray[Any], exponent: int) -> tuple[U8, I64]:
+    """Find groups of rows whose floats have about the same magnitude, or as few bits of mantissa.
+
+    Parameters
+    ----------
+    patterns
+        The floats as unsigned integers, two-dimensional.
+    exponent
+        Bits of the exponent: 8 for bfloat16 and binary32.
+
+    Returns
+    -------
+    tuple of (array, array)
+        The number of the group of each row, and for each group how often each magnitude occurs, in `VALUES` steps: the exponent and
+        two bits of mantissa if the exponent has 8 bits.
+    """
+    rows, cols = patterns.shape
+    if patterns.itemsize == 8:
+        return np.zeros(rows, np.uint8), np.zeros((1, VALUES), np.int64)
+    upper = patterns.astype(np.uint16)
+    if patterns.itemsize == 4:
+        upper = np.ascontiguousarray(patterns.view("<u2")[:, 1::2])
+    shift, mask = (5, VALUES - 1) if exponent == 8 else (8 * (patterns.itemsize - 1), 127)
+    flat, kernels = upper.reshape(-1), load("float_parts")
+    sums = np.empty(rows, np.int64)
+    kernels.row_sums(flat, cols, shift, mask, sums)
+    classes = _classes(sums, _mantissas(patterns))
+    counts = np.zeros((_FINEST + _SHORT) * VALUES, np.int64)
+    kernels.count_rows(flat, cols, classes, shift, mask, counts)
+    fine = counts.reshape(-1, VALUES)
+    choices = [_merged(fine, number) for number in (1, 2, 4, 8)]
+    merged, groups = min(choices, key=lambda choice: _cost(choice[0], rows))
+    return groups[classes], merged
+
+
+def _mantissas(patterns: NDArray[Any]) -> U8:
+    """Return for each row of binary32 how many of its two lowest bytes are 0 throughout; zeros if that is the same for all."""
+    if patterns.itemsize != 4:
+        return np.zeros(len(patterns), np.uint8)
+    used = np.empty(len(patterns), np.uint32)
+    load("float_parts").row_bits(patterns.reshape(-1), patterns.shape[1], used)
+    unused: U8 = (used & 0xFFFF == 0).astype(np.uint8) + (used & 0xFF == 0)
+    return unused if unused.max() != unused.min() else np.zeros_like(unused)
+
+
+def _classes(sums: I64, mantissas: U8) -> U8:
+    """Return the finest class of each row: those of full mantissas by magnitude, evenly, then the others."""
+    classes = (mantissas + np.uint8(_FINEST - 1)).astype(np.uint8)
+    full = np.flatnonzero(mantissas == 0)
+    order = full[np.argsort(sums[full], kind="stable")]
+    classes[order] = np.arange(full.size) * _FINEST // max(1, full.size)
+    return classes
+
+
+def _merged(fine: I64, number: int) -> tuple[I64, U8]:
+    """Return the counts of groups if classes by magnitude make this number of them, and the group of each class."""
+    target = np.append(np.arange(_FINEST) * number // _FINEST, number + np.arange(_SHORT))
+    present = np.flatnonzero(fine.any(axis=1))
+    used = np.unique(target[present])
+    groups = np.searchsorted(used, target)
+    merged = np.zeros((used.size, VALUES), np.int64)
+    for class_ in present:
+        merged[groups[class_]] += fine[class_]
+    return merged, groups.astype(np.uint8)
+
+
+def _cost(counts: I64, rows: int) -> int:
+    """Return what magnitudes and groups take, in units of 2^-16 bits, about."""
+    totals = counts.sum(axis=1)
+    occurring = counts[counts > 0]
+    letters = int((totals * log2(totals)).sum() - (occurring * log2(occurring)).sum())
+    return letters + (8 * _OVERHEAD * len(counts) << COST_BITS) + rows * int(log2(np.array([len(counts)]))[0])
