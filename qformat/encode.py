@@ -131,7 +131,10 @@ def fit(plan: Plan, pool: Executor, window: int) -> Plan:
         return plan
     tasks = (partial(_survey, plan, piece) for piece in plan.pieces())
     surveys = (future.result() for future in _ahead(pool, tasks, window))
-    return replace(plan, fitted=plan.codec.fitted_to(surveys))
+    try:
+        return replace(plan, fitted=plan.codec.fitted_to(surveys))
+    except ValueError as error:
+        raise SourceError(f"tensor {plan.source.name!r}: {error}; keep it with {_keep(plan)}") from None
 
 
 def _survey(plan: Plan, piece: Piece) -> Any:

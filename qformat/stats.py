@@ -141,7 +141,7 @@ class ErrorStats:
 
     def line(self) -> str:
         """Return the classic line of quantize-stats."""
-        size = "" if self.entropy_bpw is None else f", {self.bpw:.4f} bits of {self.entropy_bpw:.4f}"
+        size = "" if self.entropy_bpw is None else f", {self.bpw:.4f} bits/weight, entropy {self.entropy_bpw:.4f}"
         return (
             f"{self.type}::{self.tensor} : rmse {self.rmse:.8f}, maxerr {self.largest:.8f}, "
             f"95pct<{_above(self.p95)}, median<{_above(self.median)}{size}"

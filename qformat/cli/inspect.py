@@ -26,7 +26,7 @@ def command(file: Path, pattern: str, as_json: bool) -> None:
     with ContainerReader(file) as container:
         if container.outdated:
             warn(
-                f"{file} was made by an older writer (1.{container.trailer.minor}, now 1.{MINOR}): convert again for better weights"
+                f"{file} was made by an older writer (1.{container.trailer.minor}, now 1.{MINOR}): convert again for better types"
             )
         tensors = [tensor for tensor in container.index.tensors if fnmatchcase(tensor.name, pattern)]
         tensors.sort(key=lambda tensor: natural_key(tensor.name))

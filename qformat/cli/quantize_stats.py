@@ -82,7 +82,8 @@ def command(
     """Measure what storing the checkpoint SRC in each TYPE would cost; nothing is written.
 
     Takes the floating tensors of two or more dimensions. Errors are against the tensors of SRC; 95pct and median are bounds that
-    95 % and half of the absolute errors stay below; rel_rmse is the rmse over the standard deviation of the weights.
+    95 % and half of the absolute errors stay below; rel_rmse is the rmse over the standard deviation of the weights. For types that are
+    entropy-coded, entropy is what an ideal coder would need in bits for each weight, scales aside.
     """
     from qformat.codecs.registry import parse_type
     from qformat.converters.detect import open_checkpoint
@@ -119,8 +120,23 @@ def command(
                 for line in _histograms(stats):
                     click.echo(line)
         if len(sums) > 1:
-            rows = [(t.type, f"{t.bpw:.3f}", f"{t.rel_rmse:.3e}", f"{t.rmse:.3e}", f"{t.largest:.3e}") for t in sums]
-            echo_table(("type", "bits/weight", "rel_rmse", "rmse", "maxerr"), rows, left=1)
+            _echo_sums(sums)
+
+
+def _echo_sums(sums: list[ErrorStats]) -> None:
+    coded = any(total.entropy_bpw is not None for total in sums)
+    rows = [
+        (
+            total.type,
+            f"{total.bpw:.3f}",
+            *(["" if total.entropy_bpw is None else f"{total.entropy_bpw:.3f}"] if coded else []),
+            f"{total.rel_rmse:.3e}",
+            f"{total.rmse:.3e}",
+            f"{total.largest:.3e}",
+        )
+        for total in sums
+    ]
+    echo_table(("type", "bits/weight", *(["entropy"] if coded else []), "rel_rmse", "rmse", "maxerr"), rows, left=1)
 
 
 def _histograms(stats: ErrorStats) -> Iterator[str]:

@@ -41,7 +41,7 @@ def _echo(report: FileReport) -> None:
     for damage in report.errors:
         click.echo(f"  {_place(damage)}{damage.what}")
     if report.outdated:
-        warn(f"{report.path} was made by an older writer: convert again for better weights")
+        warn(f"{report.path} was made by an older writer: convert again for better types")
 
 
 def _place(damage: Damage) -> str:

@@ -13,6 +13,7 @@ U8 = NDArray[np.uint8]
 
 #: bases of the codes; those of 5 bits are taken out of the blocks one by one, others stay in their bytes
 _BASES = {"q5_0": 32, "q5_1": 32, "q8_0": 256}
+_SCALE_AND_MINIMUM = 4  # bytes before the codes
 
 
 def pack(blocks: U8, header: int, codec: str, elements: int) -> tuple[bytes, float]:
@@ -30,8 +31,11 @@ def pack(blocks: U8, header: int, codec: str, elements: int) -> tuple[bytes, flo
         How many elements the chunk is for, without those that fill up rows.
     """
     writer = StreamWriter()
+    numbers = np.ascontiguousarray(blocks[:, :header])
+    if header == _SCALE_AND_MINIMUM:  # which is about -8 times the scale: the difference of their patterns varies little
+        numbers.view("<u2")[:, 1] -= numbers.view("<u2")[:, 0]
     for at in range(header):
-        writer.stream(np.ascontiguousarray(blocks[:, at]))
+        writer.stream(np.ascontiguousarray(numbers[:, at]))
     base = _BASES.get(codec, 16)
     if base == 32:
         codes = np.empty(32 * len(blocks), np.uint8)
@@ -51,8 +55,12 @@ def unpack(chunk: Buffer, blocks: U8, header: int, codec: str, elements: int) ->
         If the chunk is none that an encoder can have written.
     """
     reader = StreamReader(chunk)
+    numbers = np.empty((len(blocks), header), np.uint8)
     for at in range(header):
-        blocks[:, at] = reader.stream(len(blocks))
+        numbers[:, at] = reader.stream(len(blocks))
+    if header == _SCALE_AND_MINIMUM:
+        numbers.view("<u2")[:, 1] += numbers.view("<u2")[:, 0]
+    blocks[:, :header] = numbers
     base = _BASES.get(codec, 16)
     if base == 32:
         codes = reader.stream(32 * len(blocks), base)

@@ -105,7 +105,7 @@ class ContainerReader:
 
     @property
     def outdated(self) -> bool:
-        """Whether an older writer made the file, so that making it again would give better weights."""
+        """Whether an older writer made the file, so that making it again may give a better one."""
         return self.trailer.minor < MINOR
 
     def tensor(self, name: str) -> TensorRecord:
