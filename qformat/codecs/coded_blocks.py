@@ -32,7 +32,9 @@ def pack(blocks: U8, header: int, codec: str, elements: int) -> tuple[bytes, flo
     """
     writer = StreamWriter()
     numbers = np.ascontiguousarray(blocks[:, :header])
-    if header == _SCALE_AND_MINIMUM:  # which is about -8 times the scale: the difference of their patterns varies little
+    if (
+        header == _SCALE_AND_MINIMUM
+    ):  # which is about -8 times the scale: the difference of their patterns varies little
         numbers.view("<u2")[:, 1] -= numbers.view("<u2")[:, 0]
     for at in range(header):
         writer.stream(np.ascontiguousarray(numbers[:, at]))

@@ -36,9 +36,12 @@ def letter_count(symbols: int, base: int) -> int:
 
 
 def _lanes(count: int) -> int:
+    """Return how many states take turns: the more, the faster, and 2 bytes each are lost."""
     if count < 1 << 12:
         return 4
-    return 16 if count < 1 << 17 else 32
+    if count < 1 << 16:
+        return 16
+    return 32 if count < 1 << 17 else 64
 
 
 @dataclass
