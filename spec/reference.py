@@ -1,4 +1,4 @@
-"""Reference reader of qformat 1.1 in plain numpy, written from `container.md` and `codecs.md` alone.
+"""Reference reader of qformat 1.2 in plain numpy, written from `container.md` and `codecs.md` alone.
 
 It reads the whole file, checks every rule of the two texts and prefers clarity to speed; `reference_codecs` decodes
 the tensors. "container 3" and "codecs" in the comments name the text, and the section of it, in which a rule stands.
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 # This file is also loaded by its path, without the folder that it shares with the codecs' part.
 sys.path.append(str(Path(__file__).parent))
 
-from reference_codecs import SpecError, fail, get, quantize_q4_0
 from reference_codecs import decode as decode_values
+from reference_codecs import get, quantize_q4_0
+from reference_streams import SpecError, fail
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from reference_streams import DENSITY, Cursor, SpecError, borders, chunks, fail, letters, symbols, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -43,26 +44,6 @@ DTYPES = {
     "f32": "<f4",
     "f64": "<f8",
 }
-
-
-class SpecError(ValueError):
-    """The bytes break a rule of the specification, or need something that this reader does not know."""
-
-
-def fail(where: str, what: str) -> NoReturn:
-    """Raise `SpecError`.
-
-    Parameters
-    ----------
-    where, what : str
-        The two halves of the message.
-
-    Raises
-    ------
-    SpecError
-        Always.
-    """
-    raise SpecError(f"{where}: {what}")
 
 
 def get(record: Mapping[str, object], key: str, kind: type[T], where: str) -> T:
@@ -126,7 +107,7 @@ def decode(
         If the codec or the dtype is unknown, or something does not fit the codec.
     """
     # container 3: an unknown codec or dtype makes this tensor unreadable and no other.
-    if codec not in DTYPES and codec not in MATRIX_CODECS:
+    if codec not in DTYPES and codec not in MATRIX_CODECS and codec != "lossless":
         fail(where, f"unknown codec {codec!r}")
     if dtype not in DTYPES:
         fail(where, f"unknown dtype {dtype!r}")
@@ -136,6 +117,8 @@ def decode(
     values: npt.NDArray[Any]
     if codec in DTYPES:
         values = _decode_raw(codec, math.prod(shape), params, segments, where)
+    elif codec == "lossless":
+        values = _decode_lossless(dtype, *_rows_cols(shape), params, segments, where)
     else:
         values = MATRIX_CODECS[codec](*_rows_cols(shape), params, segments, where)
     try:
@@ -154,6 +137,8 @@ def _check_dtype(codec: str, dtype: str, where: str) -> bool:
         return True
     if dtype not in FLOATING or (codec in DTYPES and codec not in ("f16", "bf16", "f32", "f64")):
         fail(where, f"dtype {dtype} cannot be stored as {codec}")
+    if codec == "lossless":
+        return True
     return codec in DTYPES and all(a <= b for a, b in zip(FLOATING[dtype], FLOATING[codec], strict=True))
 
 
@@ -233,7 +218,10 @@ def _decode_raw(codec: str, n: int, params: Params, segments: Segments, where: s
     _check_keys(params, (), where)
     dtype = np.dtype(DTYPES[codec])
     (data,) = _take(segments, [("data", n * dtype.itemsize)], n, where)
-    values: npt.NDArray[Any] = np.frombuffer(data, dtype).copy()
+    return _raw_values(codec, np.frombuffer(data, dtype).copy(), where)
+
+
+def _raw_values(codec: str, values: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
     if codec == "bf16":
         values = (values.astype(np.uint32) << 16).view(np.float32)
     elif codec in F8_TABLES:
@@ -258,10 +246,10 @@ BLOCK_FIELDS: dict[str, tuple[list[tuple[str, str, int]], int]] = {
 
 
 def _decode_blocks(codec: str, rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
-    _check_keys(params, (), where)
+    _check_keys(params, ("coded",), where)
     fields, z = BLOCK_FIELDS[codec]
     layout = np.dtype([(name, kind, (count,)) for name, kind, count in fields])
-    (data,) = _take(segments, [("blocks", rows * -(-cols // 32) * layout.itemsize)], rows * cols, where)
+    data = _take_blocks(codec, rows, cols, 32, layout.itemsize, params, segments, where)
     if not data:
         return np.empty(0, np.float32)
     blocks = np.frombuffer(data, layout)
@@ -272,6 +260,46 @@ def _decode_blocks(codec: str, rows: int, cols: int, params: Params, segments: S
     if codec in ("q4_1", "q5_1"):
         values += _widen(blocks["minimum"], "minimum of block", where)
     return values.reshape(rows, -1)[:, :cols].reshape(-1)
+
+
+def _take_blocks(
+    codec: str, rows: int, cols: int, block: int, size: int, params: Params, segments: Segments, where: str
+) -> bytes:
+    """Take the blocks of `block` elements and `size` bytes, which may be coded (Coded blocks)."""
+    if "coded" not in params:
+        (data,) = _take(segments, [("blocks", rows * -(-cols // block) * size)], rows * cols, where)
+        return data
+    if params["coded"] is not True:
+        fail(where, "'coded' is there, but not true")
+    places = borders(rows, cols, block)
+    content, lengths = _take_chunked(segments, len(places), [], rows * cols, where)
+    every = np.empty((rows, -(-cols // block), size), np.uint8)
+    before = {"nlm": 3, "q4_1": 4, "q5_1": 4}.get(codec, 2)
+    for row, col, cursor in chunks(content, lengths, places, where):
+        part = every[row, col.start // block : -(-col.stop // block)]
+        blocks = np.empty((part.shape[0] * part.shape[1], size), np.uint8)
+        for i in range(before):
+            blocks[:, i] = letters(cursor, len(blocks))
+        if before == 4:  # what stands for m is its difference to d
+            d, m = (blocks[:, i].astype(np.uint16) + 256 * blocks[:, i + 1].astype(np.uint16) for i in (0, 2))
+            blocks[:, 2:4] = (m + d).astype("<u2")[:, None].view(np.uint8)
+        if codec in ("q5_0", "q5_1"):
+            q = symbols(cursor, 32 * len(blocks), 32).reshape(-1, 32)
+            blocks[:, before : before + 4] = np.packbits(q >> 4, axis=1, bitorder="little")
+            blocks[:, before + 4 :] = q[:, :16] & 15 | (q[:, 16:] & 15) << 4
+        else:
+            count = len(blocks) * (size - before)
+            blocks[:, before:] = letters(cursor, count, 256 if codec == "q8_0" else 16).reshape(len(blocks), -1)
+        part[:] = blocks.reshape(part.shape)
+    return every.tobytes()
+
+
+def _take_chunked(segments: Segments, count: int, layout: list[tuple[str, int]], n: int, where: str) -> list[bytes]:
+    """Take the segments of a chunked tensor of n elements in so many chunks, the others as `layout` says (Chunks)."""
+    content = segments[0][1] if segments else b""
+    if n > DENSITY * len(content):  # before the result is allocated
+        fail(where, f"{len(content)} bytes of chunks are too few for {n} elements")
+    return _take(segments, [("chunks", len(content)), ("lengths", 4 * count), *layout], n, where)
 
 
 # ---- nlm
@@ -285,10 +313,9 @@ NLM_LEVELS = (
 
 
 def _decode_nlm(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
-    _check_keys(params, ("block",), where)
+    _check_keys(params, ("block", "coded"), where)
     block = _choice(params, "block", (32, 64, 128), where)
-    length = rows * -(-cols // block) * (3 + block // 2)
-    (data,) = _take(segments, [("blocks", length)], rows * cols, where)
+    data = _take_blocks("nlm", rows, cols, block, 3 + block // 2, params, segments, where)
     if not data:
         return np.empty(0, np.float32)
     blocks = np.frombuffer(data, np.uint8).reshape(-1, 3 + block // 2)
@@ -364,12 +391,116 @@ def _decode_lut(rows: int, cols: int, params: Params, segments: Segments, where:
     return values.reshape(-1)
 
 
+# ---- ternary and levels
+
+
+def _decode_levels(codec: str, rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
+    _check_keys(params, ("scale", "group", "dtype", *(["n"] if codec == "levels" else [])), where)
+    n = _choice(params, "n", (3, 5, 7, 9, 11, 13, 15), where) if codec == "levels" else 3
+    scale = _choice(params, "scale", ("tensor", "row", "group"), where)
+    group = get(params, "group", int, where)
+    if not 32 <= group <= 2**20 or group % 32 or (scale != "group" and group != 128):
+        fail(where, f"'group' {group} is not possible")
+    dtype = _choice(params, "dtype", ("f16",) if scale == "tensor" else ("f16", "bf16", "f32"), where)
+    width = min(group, cols) if scale == "group" else cols  # columns that share a scale
+    groups = -(-cols // width) if cols else 0
+    layout = [("codebook", 4 * n)]
+    if scale != "tensor":
+        layout.append(("scales", rows * groups * np.dtype(DTYPES[dtype]).itemsize))
+    places = borders(rows, cols, 1 if scale == "tensor" else max(1, width))
+    content, lengths, codebook, *scales = _take_chunked(segments, len(places), layout, rows * cols, where)
+    if not rows * cols:
+        return np.empty(0, np.float32)
+    entries = _widen(np.frombuffer(codebook, "<f4"), "codebook entry", where)
+    if entries[n // 2] != 0:
+        fail(where, f"the middle entry of the codebook is {entries[n // 2]}")
+    values = np.empty((rows, cols), np.float32)
+    for row, col, cursor in chunks(content, lengths, places, where):
+        part = values[row, col]
+        part[:] = entries[symbols(cursor, part.size, n)].reshape(part.shape)
+    if scales:
+        d = _widen(np.frombuffer(scales[0], DTYPES[dtype]), "scale", where).reshape(rows, groups)
+        with np.errstate(over="ignore"):  # a product beyond binary32 rounds to an infinity
+            values *= d[:, np.arange(cols) // width]
+    return values.reshape(-1)
+
+
+# ---- lossless
+
+
+def _decode_lossless(
+    dtype: str, rows: int, cols: int, params: Params, segments: Segments, where: str
+) -> npt.NDArray[Any]:
+    _check_keys(params, (), where)
+    places = borders(rows, cols, 1)
+    content, lengths = _take_chunked(segments, len(places), [], rows * cols, where)
+    size = np.dtype(DTYPES[dtype]).itemsize
+    patterns = np.empty((rows, cols), np.uint64)
+    for row, col, cursor in chunks(content, lengths, places, where):
+        part = patterns[row, col]
+        count = cursor.number(1)
+        if not 1 <= count <= 16:
+            fail(cursor.where, f"{count} groups of rows")
+        group = letters(cursor, len(part)) if count > 1 else np.zeros(len(part), np.uint8)
+        if group.max() >= count:
+            fail(cursor.where, f"group {group.max()} is none of {count}")
+        for number in range(count):
+            members = np.flatnonzero(group == number)
+            elements = _group(cursor, len(members) * part.shape[1], dtype, size)
+            part[members] = elements.reshape(len(members), part.shape[1])
+    stored = patterns.astype(f"<u{size}").view(DTYPES[dtype])
+    return _raw_values(dtype, stored.reshape(-1), where)
+
+
+def _group(cursor: Cursor, count: int, dtype: str, size: int) -> npt.NDArray[Any]:
+    """Take the elements of a group of rows, as unsigned integers."""
+    if not count:
+        return np.empty(0, np.uint64)
+    sparse = cursor.number(1)
+    if sparse > 1:
+        fail(cursor.where, f"a group is marked with {sparse}")
+    used = np.ones(count, np.bool_)
+    if sparse:
+        bits = np.unpackbits(letters(cursor, -(-count // 8)), bitorder="little")
+        if np.any(bits[count:]):
+            fail(cursor.where, "elements are marked that there are not")
+        used = bits[:count] == 1
+    elements = np.zeros(count, np.uint64)
+    stored = _parts(cursor, int(used.sum()), dtype, size)
+    if sparse and not np.all(stored):
+        fail(cursor.where, "an element is 0 that is marked not to be")
+    elements[used] = stored
+    return elements
+
+
+def _parts(cursor: Cursor, count: int, dtype: str, size: int) -> npt.NDArray[Any]:
+    """Take the parts of so many elements."""
+    if not count:
+        return np.empty(0, np.uint64)
+    if dtype not in ("bf16", "f32"):
+        return widened([letters(cursor, count) for _ in range(size)])
+    base = cursor.number(2)
+    v = letters(cursor, count).astype(np.uint64)
+    elsewhere = v == 255
+    v = (v + np.uint64(base)) % np.uint64(1024)
+    v[elsewhere] = np.frombuffer(cursor.take(2 * int(elsewhere.sum())), "<u2")
+    if base >= 1024 or v.max() >= 1024:
+        fail(cursor.where, "an exponent is not below 1024")
+    low = symbols(cursor, count, 16)
+    high = symbols(cursor, count, 4).astype(np.uint64)
+    h = (high >> np.uint64(1) << np.uint64(15)) + (v << np.uint64(5)) + ((high & np.uint64(1)) << np.uint64(4)) + low
+    rest = widened([letters(cursor, count) for _ in range(size - 2)]) if size > 2 else np.uint64(0)
+    upper: npt.NDArray[Any] = (h << np.uint64(8 * size - 16)) + rest
+    return upper
+
+
 # The codecs that see a tensor as a matrix (Rows).
 MATRIX_CODECS: dict[str, Callable[[int, int, Params, Segments, str], Float32]] = {
     **{codec: partial(_decode_blocks, codec) for codec in BLOCK_FIELDS},
     "nlm": _decode_nlm,
     "affine": _decode_affine,
     "lut": _decode_lut,
+    **{codec: partial(_decode_levels, codec) for codec in ("ternary", "levels")},
 }
 
 

@@ -82,8 +82,8 @@ def command(
     """Measure what storing the checkpoint SRC in each TYPE would cost; nothing is written.
 
     Takes the floating tensors of two or more dimensions. Errors are against the tensors of SRC; 95pct and median are bounds that
-    95 % and half of the absolute errors stay below; rel_rmse is the rmse over the standard deviation of the weights. For types that are
-    entropy-coded, entropy is what an ideal coder would need in bits for each weight, scales aside.
+    95 % and half of the absolute errors stay below; rel_rmse is the rmse over the standard deviation of the weights. For types that
+    are entropy-coded, entropy is what an ideal coder would need in bits for each weight, scales aside.
     """
     from qformat.codecs.registry import parse_type
     from qformat.converters.detect import open_checkpoint
