@@ -22,6 +22,7 @@ _COARSE = 256  # groups of points in the first, exact search
 _ROUNDS = 100
 _GAIN = 1e-8  # of the cost; what improves less has converged
 _HALVINGS = 24
+_DEAREST = 64  # of the largest square, for a bit
 #: what coding takes for each bit of entropy
 _OVERHEAD = 1.005
 _LN_2 = 0.6931471805599453
@@ -176,7 +177,6 @@ def _constrained(problem: _Problem, borders: I64, bits: float) -> I64:
     """Return the cells of least error for which coding takes no more than some bits."""
     if _bits(problem, borders) <= bits:
         return borders
-    top = float(np.square(problem.points.means).max())
 
     def from_best(price: float) -> I64:
         return _lloyd(problem, borders, price)
@@ -190,17 +190,19 @@ def _constrained(problem: _Problem, borders: I64, bits: float) -> I64:
         start[borders.size // 2 :] = np.maximum(start[borders.size // 2 :], problem.last)
         return _lloyd(problem, start, price)
 
-    candidates = [_cheapest(problem, at_price, top, bits) for at_price in (from_best, from_uniform)]
-    return min(candidates, key=lambda found: _error(problem, found))
+    candidates = [_cheapest(problem, at_price, bits) for at_price in (from_best, from_uniform)]
+    return min((found for found in candidates if found is not None), key=lambda found: _error(problem, found))
 
 
-def _cheapest(problem: _Problem, at_price: Callable[[float], I64], top: float, bits: float) -> I64:
-    """Return the cells for the lowest price at which coding takes no more than some bits."""
-    low, high = 0.0, top
+def _cheapest(problem: _Problem, at_price: Callable[[float], I64], bits: float) -> I64 | None:
+    """Return the cells for the lowest price at which coding takes no more than some bits.
+
+    From uniform cells there always is one: in the end all values are in the middle. Turns from others may be stuck.
+    """
+    low, high = 0.0, _DEAREST * float(np.square(problem.points.means).max())
     found = at_price(high)
-    while _bits(problem, found) > bits:  # ends, for in the end a single level is used
-        high *= 4
-        found = at_price(high)
+    if _bits(problem, found) > bits:
+        return None
     for _ in range(_HALVINGS):
         price = (low + high) / (2 if low > high / 8 else 8)
         tried = at_price(price)

@@ -44,6 +44,19 @@ TYPES = {
     "lut_percentile.*": "lut:size=4,fit=percentile",
     "lut_block.*": "lut:scope=block",
     "lut_block256.*": "lut:scope=block,block=256,size=8",
+    "coded40.*": "q4_0:coded=true",
+    "coded41.*": "q4_1:coded=true",
+    "coded50.*": "q5_0:coded=true",
+    "coded51.*": "q5_1:coded=true",
+    "coded80.*": "q8_0:coded=true",
+    "coded_nlm.*": "nlm:coded=true,block=64",
+    "ternary.*": "ternary",
+    "ternary_sparse.*": "ternary:scale=tensor,sparsity=0.5",
+    "ternary_group.*": "ternary:scale=group,group=64,dtype=bf16",
+    "levels.*": "levels:scale=tensor",
+    "levels_rate.*": "levels:n=15,dtype=f32,bpw=40",
+    "levels_low.*": "levels:n=7,scale=tensor,bpw=1.75",
+    "lossless.*": "lossless",
     "as_f16": "f16",
     "as_bf16": "bf16",
     "as_f32": "f32",
@@ -94,6 +107,14 @@ def sources() -> dict[str, dict[str, Array]]:
         tensors[f"raw.{name}"] = (np.arange(-3, 9).reshape(3, 4) > 0) if name == "bool" else np.arange(12).astype(name)
     for name in ("f2", "f4", "f8"):
         tensors[f"raw.{name}"] = weights(9, 3, seed=8).astype(name)
+        spread = np.ldexp(weights(24, 90, seed=9), np.arange(24)[:, None] % 5 - 10)  # rows of different magnitudes
+        tensors[f"lossless.{name}"] = np.where(weights(24, 90, seed=10) > 1, 0, spread).astype(name)
+    tensors["lossless.short"] = np.vstack([tensors["lossless.f2"].astype(np.float32), tensors["lossless.f4"]])
+    thousandth = np.arange(600_001) % 1000 == 0  # a row of two chunks
+    for kind in ("ternary", "lossless", "coded40"):
+        tensors[f"{kind}.long"] = np.where(thousandth, weights(601, seed=11).repeat(1000)[:600_001], 0).astype(np.float32)
+    # five values, and many letters of them
+    tensors["levels.many"] = (np.round(weights(100, 300, seed=12) * 1.5) / 2).astype(np.float32)
     return {"tensors": tensors, "empty": {}}
 
 
