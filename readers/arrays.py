@@ -5,16 +5,36 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
+from qformat.codecs.levels import LevelCodec
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
 from qformat.parallel import default_jobs, for_each
 from qformat.records import TensorRecord
+
+
+class Codes(NamedTuple):
+    """A tensor of few levels: its weights are ``levels[codes + len(levels) // 2]``, times the scale of their row or group.
+
+    Attributes
+    ----------
+    codes
+        int8 in the tensor's shape, from -(n - 1) / 2 to (n - 1) / 2; 0 means that the weight is 0.
+    levels
+        float32: the n levels.
+    scales
+        float32 of shape (rows, groups): of each row, the first dimension (a vector is one row), the scale of each group of columns,
+        which are all others; of shape (1, 1), and 1, if there are no scales.
+    """
+
+    codes: NDArray[np.int8]
+    levels: NDArray[np.float32]
+    scales: NDArray[np.float32]
 
 
 class safe_open:  # noqa: N801  named after the function of safetensors that it stands in for
@@ -157,6 +177,30 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
             raise IndexError(f"tensor {name!r} of shape {shape} has no rows")
         chosen, lead = _choose(rows, shape[0])
         return decoder.rows(np.asarray(chosen, np.intp), target).reshape(lead + shape[1:])
+
+    def get_codes(self, name: str) -> Codes:
+        """Return a tensor of type ``ternary`` or ``levels`` as it is stored, for code that computes with codes.
+
+        Parameters
+        ----------
+        name
+            Its name.
+
+        Raises
+        ------
+        KeyError
+            If there is none of this name.
+        FormatError
+            If it is damaged, or needs a newer version.
+        TypeError
+            If it is of another type.
+        """
+        decoder = self._decoder(name)
+        if not isinstance(decoder.codec, LevelCodec):
+            raise TypeError(f"tensor {name!r} of type {decoder.codec.id} has no codes that name levels")
+        codec, flat = decoder.codec, np.empty(decoder.matrix.elements, np.int8)
+        for_each(lambda piece: decoder.decode_codes(codec, flat, piece), decoder.pieces(), self._jobs)
+        return Codes(flat.reshape(decoder.record.shape), *decoder.levels(codec))
 
     def _decoder(self, name: str) -> TensorDecoder:
         record = self._container.tensor(name)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qformat.codecs.base import CHUNK_DENSITY, PIECE, Matrix, Piece, piece_number, pieces
+from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import codec_of
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, F32, DType, Elements
@@ -114,14 +117,32 @@ class TensorDecoder:
                 result[wanted, piece.col : piece.col + piece.cols] = values[indices[wanted] - piece.row]
         return result
 
+    def decode_codes(self, codec: LevelCodec, flat: NDArray[np.int8], piece: Piece) -> None:
+        """Put the codes of one piece where they belong in the whole tensor; `codec` is the decoder's own."""
+        target = flat[piece.elements(self.matrix)].reshape(piece.rows, piece.cols)
+        self._apply(codec.decode_codes, piece, target)
+
+    def levels(self, codec: LevelCodec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the levels and the scales as `LevelCodec.numbers` does; `codec` is the decoder's own."""
+        with self._naming_damage():
+            return codec.numbers(self._segments[2:], self.matrix)
+
     def _decode(self, piece: Piece, out: NDArray[Any]) -> None:
+        self._apply(self.codec.decode, piece, out)
+
+    def _apply(self, decode: Callable[[Sequence[Any], NDArray[Any]], None], piece: Piece, out: NDArray[Any]) -> None:
         spans = self.codec.spans(self.matrix, piece)
-        try:
+        with self._naming_damage():
             own = self._segments[2:] if self.codec.chunked else self._segments
             parts = [segment[span] for segment, span in zip(own, spans, strict=True)]
             if self.codec.chunked:
                 parts.insert(0, self._chunk(piece))
-            self.codec.decode(parts, out)
+            decode(parts, out)
+
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        try:
+            yield
         except ValueError as error:
             raise FormatError(f"tensor {self.record.name!r} is damaged: {error}", path=self._path) from None
 

@@ -256,16 +256,36 @@ class LevelCodec(Codec):
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode the rows of a piece."""
         rows, cols = out.shape
-        check_length(parts[1], self.size * F32.size, "codebook")
-        entries = np.frombuffer(parts[1], np.float32)
-        scales = np.ones(1, np.float32)
+        entries, scales = self.numbers(parts[1:], Matrix(rows, cols))
+        self._give(self._letters(parts[0], out.size), entries, scales.reshape(-1), cols, out.reshape(-1))
+
+    def numbers(self, parts: Sequence[Buffer], matrix: Matrix) -> tuple[Floats, Floats]:
+        """Return the levels, and the scales of the groups of each row: two-dimensional, a single 1 if there are none.
+
+        Parameters
+        ----------
+        parts
+            Bytes of the segments ``codebook`` and, if there are any, ``scales``.
+        matrix
+            The rows and columns that they are for.
+
+        Raises
+        ------
+        ValueError
+            If the bytes are none that an encoder can have written.
+        """
+        if not matrix.elements:
+            return np.zeros(self.size, np.float32), np.ones((1, 1), np.float32)
+        check_length(parts[0], self.size * F32.size, "codebook")
+        entries, scales = np.frombuffer(parts[0], np.float32), np.ones((1, 1), np.float32)
         if self.scale != "tensor":
-            dtype = DTYPES[self.dtype]
-            check_length(parts[2], rows * cuts(cols, self._columns(cols)) * dtype.size, "scales")
-            scales = Elements(dtype, np.frombuffer(parts[2], dtype.storage)).to_f32()
+            dtype, groups = DTYPES[self.dtype], cuts(matrix.cols, self._columns(matrix.cols))
+            check_length(parts[1], matrix.rows * groups * dtype.size, "scales")
+            stored = np.frombuffer(parts[1], dtype.storage).reshape(matrix.rows, groups)
+            scales = Elements(dtype, stored).to_f32()
         if entries[self.size // 2] != 0 or not (np.isfinite(entries).all() and np.isfinite(scales).all()):
             raise ValueError("its codebook or scales are impossible")
-        self._give(self._letters(parts[0], out.size), entries, scales, cols, out.reshape(-1))
+        return entries, scales
 
     def decode_codes(self, parts: Sequence[Buffer], out: NDArray[np.int8]) -> None:
         """Give the codes of a piece, from -(n - 1) / 2 to (n - 1) / 2.
