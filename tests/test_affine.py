@@ -326,6 +326,6 @@ def test_impossible_records_are_refused(changes):
 def test_code_histogram():
     codec = parse_type("affine:bits=3")
     packed = np.random.default_rng(6).integers(0, 256, 48).astype(np.uint8)
-    counts = codec.histograms([b"", packed.tobytes()])["histogram"]
+    counts = codec.histograms([b"", packed.tobytes()], Piece(0, 1, 0, 128))["histogram"]
     np.testing.assert_array_equal(counts, np.bincount(codes_in(packed, 3), minlength=8))
-    assert parse_type("affine:bits=8").histograms([b"", b""]) == {}
+    assert parse_type("affine:bits=8").histograms([b"", b""], Piece(0, 1, 0, 0)) == {}

@@ -86,7 +86,7 @@ def test_convert_prints_a_summary_and_with_verbose_each_tensor(minilm, tmp_path)
 
 def test_inspect(minilm_qf):
     output = run("inspect", minilm_qf).stdout
-    assert "qformat 1.1, 13.2 MB" in output
+    assert "qformat 1.2, 13.2 MB" in output
     assert re.search(
         r"embeddings\.word_embeddings\.weight +30522x384 +f32 +q4_0 +6\.6 MB +4\.500 +4\.\d{3}e-03", output
     )
@@ -95,7 +95,7 @@ def test_inspect(minilm_qf):
 
 def test_inspect_json(minilm_qf, minilm):
     found = json.loads(run("inspect", minilm_qf, "--json").stdout)
-    assert found["format"] == {"major": 1, "minor": 1}
+    assert found["format"] == {"major": 1, "minor": 2}
     assert found["file_bytes"] == minilm_qf.stat().st_size
     assert found["assets"]["vocab.txt"] == (minilm / "vocab.txt").stat().st_size
     assert len(found["tensors"]) == 104
@@ -359,7 +359,10 @@ def test_statistics_of_nothing_are_zero(tmp_path):
 def test_types_lists_every_type_that_can_be_asked_for():
     found = json.loads(run("types", "--json").stdout)["types"]
     assert [t["type"] for t in found] == sorted(t for t in codecs() if not re.fullmatch("bool|[ui][0-9]+|f8_.*", t))
-    assert next(t for t in found if t["type"] == "q4_0")["params"] == {"search": ["table", "naive", "exact"]}
+    assert next(t for t in found if t["type"] == "q4_0")["params"] == {
+        "coded": [False, True],
+        "search": ["table", "naive", "exact"],
+    }
     for entry in found:
         assert entry["about"]
         for key, values in entry["params"].items():
@@ -369,6 +372,11 @@ def test_types_lists_every_type_that_can_be_asked_for():
                 shown = str(value).lower() if isinstance(value, bool) else value
                 parse_type(f"{entry['type']}:{key}={shown}")
     table = run("types").stdout
-    assert re.search(r"^q4_1 +5\.000 +Five bits for each weight\.\n +search=als\|naive\|best$", table, re.MULTILINE)
+    assert re.search(
+        r"^q4_1 +5\.000 +Five bits for each weight\.\n +coded=false\|true\n +search=als\|naive\|best$",
+        table,
+        re.MULTILINE,
+    )
+    assert re.search(r"^ternary +varies +", table, re.MULTILINE)
     assert "group=128|N|row" in table
     assert "sym=true|false" in table

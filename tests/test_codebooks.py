@@ -6,6 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from qformat.codecs.base import Piece
 from qformat.codecs.codebooks import Points, Survey, deviation, fit_gauss, fit_lloyd, fit_percentile, lloyd
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import from_array
@@ -104,7 +105,7 @@ def test_gauss_uses_every_code_evenly(size):
     codec = parse_type(f"lut:size={size},fit=gauss")
     elements = from_array(x.astype(np.float32).reshape(400, 1000))
     encoded = codec.encode(elements, codec.fitted_to([codec.survey(elements)]))
-    counts = codec.histograms(encoded.parts)["histogram"]
+    counts = codec.histograms(encoded.parts, Piece(0, 400, 0, 1000))["histogram"]
     counts[size // 2 - 1] -= 400 * 24  # zeros that fill up the rows, at a threshold
     np.testing.assert_allclose(counts / 400_000, 1 / size, rtol=0.06)
     middles = [0.03 * NormalDist().inv_cdf((2 * i + 1) / (2 * size)) for i in range(size)]

@@ -17,6 +17,8 @@ from qformat.dtypes import DTYPES, F32, Elements
 from qformat.errors import FormatError, TypeSpecError
 from qformat.records import Segment, TensorRecord
 
+ENTROPY_CODED = ("ternary", "levels", "lossless")
+
 
 def round_trip(tmp_path, array, types, **options):
     path = tmp_path / "x.qf"
@@ -26,7 +28,7 @@ def round_trip(tmp_path, array, types, **options):
 
 
 def test_ids_are_those_of_the_specification():
-    assert set(codecs()) == {*DTYPES, "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "affine", "lut", "nlm"}
+    assert set(codecs()) == {*DTYPES, "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "affine", "lut", "nlm", *ENTROPY_CODED}
 
 
 def test_an_id_cannot_be_taken_twice():
@@ -39,11 +41,11 @@ def test_an_id_cannot_be_taken_twice():
     [
         (
             "q4_00",
-            "there is no codec 'q4_00'; the types for weights are affine, bf16, f16, f32, f64, lut, nlm, q4_0, q4_1",
+            "there is no codec 'q4_00'; the types for weights are affine, bf16, f16, f32, f64, levels, lossless, lut, nlm, q4_0",
         ),
         ("", "there is no codec ''"),
         ("q4_0:", "no parameter ''"),
-        ("q4_0:depth=3", "q4_0 has no parameter 'depth'; it knows search"),
+        ("q4_0:depth=3", "q4_0 has no parameter 'depth'; it knows coded, search"),
         ("f32:x=1", "f32 has no parameter 'x'; it has none"),
         ("q4_0:search=best", "search may be naive or table or exact, not 'best'"),
         ("q4_0:search", "give search once"),

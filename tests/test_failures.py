@@ -839,7 +839,7 @@ def test_writers_at_the_same_time(force: bool, source: Path, tmp_path: Path) -> 
         (["-t", "q4_9"], "q4_9"),
         (
             ["-t", "q4_o"],
-            "the types for weights are affine, bf16, f16, f32, f64, lut, nlm, q4_0, q4_1, q5_0, q5_1, q8_0",
+            "the types for weights are affine, bf16, f16, f32, f64, levels, lossless, lut, nlm, q4_0, q4_1, q5_0, q5_1, q8_0",
         ),
         (["-t", ""], "type"),
         (["-t", "q4_0:"], "q4_0:"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
+from qformat.codecs.base import Piece
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, F64, Elements
 from qformat.kernels import load
@@ -349,7 +350,7 @@ def test_histograms(block, kind, monkeypatch):
     x = weights()[:16]
     headers = choose("rmse", x, block)
     blocks = encode(x, headers, block)[0]
-    counts = parse_type(f"nlm:block={block}").histograms((blocks.tobytes(),))
+    counts = parse_type(f"nlm:block={block}").histograms((blocks.tobytes(),), Piece(0, 1, 0, x.size))
     codes = blocks.reshape(-1, 3 + block // 2)[:, 3:]
     expected = np.bincount(np.concatenate([codes & 15, codes >> 4]).ravel(), minlength=16)
     np.testing.assert_array_equal(counts["histogram"], expected)
