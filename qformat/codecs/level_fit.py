@@ -23,8 +23,9 @@ _ROUNDS = 100
 _GAIN = 1e-8  # of the cost; what improves less has converged
 _HALVINGS = 24
 _DEAREST = 64  # of the largest square, for a bit
-#: what coding takes for each bit of entropy
-_OVERHEAD = 1.005
+#: what coding takes for each bit of entropy, and for each value
+_OVERHEAD, _LOSS = 1.004, 0.002
+_TINY = 1e-300
 _LN_2 = 0.6931471805599453
 
 
@@ -140,7 +141,7 @@ def _lloyd(problem: _Problem, borders: I64, price: float) -> I64:
         used[half] = True
         alive = np.flatnonzero(used)
         low, high = levels[alive[:-1]], levels[alive[1:]]
-        shift = price * np.diff(lengths[alive]) / (2 * (high - low))
+        shift = price * np.diff(lengths[alive]) / np.maximum(2 * (high - low), _TINY)  # tiny means next to huge ones may be 0
         moved = borders.copy()
         moved[: alive[0] + 1], moved[alive[-1] + 1 :] = 0, points.counts.size
         for cell, following, border in zip(
@@ -170,7 +171,7 @@ def _lengths(counts: F64) -> F64:
 def _bits(problem: _Problem, borders: I64) -> float:
     """Return what coding takes for each value."""
     counts = np.diff(_running(problem.points.counts)[borders])
-    return float(_running(counts * _lengths(counts))[-1] / counts.sum()) * _OVERHEAD
+    return float(_running(counts * _lengths(counts))[-1] / counts.sum()) * _OVERHEAD + _LOSS
 
 
 def _constrained(problem: _Problem, borders: I64, bits: float) -> I64:

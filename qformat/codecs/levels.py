@@ -186,7 +186,7 @@ class LevelCodec(Codec):
         writer.stream(letters, self.size)
         parts: list[Buffer] = [writer.chunk(values.size), levels.entries.tobytes()]
         if self.scale == "tensor":
-            vanished = int(values.any() and not decoded.any())
+            vanished = int(values.any() and not levels.entries.any())
         else:
             vanished = int(self._nonzero(values)[scales == 0].sum())
             parts.append(self._stored(scales).tobytes())
