@@ -456,9 +456,10 @@ def _group(cursor: Cursor, count: int, dtype: str, size: int) -> npt.NDArray[Any
     """Take the elements of a group of rows, as unsigned integers."""
     if not count:
         return np.empty(0, np.uint64)
-    sparse = cursor.number(1)
-    if sparse > 1:
-        fail(cursor.where, f"a group is marked with {sparse}")
+    mark = cursor.number(1)
+    if mark > (3 if dtype in ("bf16", "f32") else 1):
+        fail(cursor.where, f"a group is marked with {mark}")
+    sparse, plain = mark % 2 == 1, mark >= 2
     used = np.ones(count, np.bool_)
     if sparse:
         bits = np.unpackbits(letters(cursor, -(-count // 8)), bitorder="little")
@@ -466,18 +467,18 @@ def _group(cursor: Cursor, count: int, dtype: str, size: int) -> npt.NDArray[Any
             fail(cursor.where, "elements are marked that there are not")
         used = bits[:count] == 1
     elements = np.zeros(count, np.uint64)
-    stored = _parts(cursor, int(used.sum()), dtype, size)
+    stored = _parts(cursor, int(used.sum()), plain or dtype not in ("bf16", "f32"), size)
     if sparse and not np.all(stored):
         fail(cursor.where, "an element is 0 that is marked not to be")
     elements[used] = stored
     return elements
 
 
-def _parts(cursor: Cursor, count: int, dtype: str, size: int) -> npt.NDArray[Any]:
+def _parts(cursor: Cursor, count: int, plain: bool, size: int) -> npt.NDArray[Any]:
     """Take the parts of so many elements."""
     if not count:
         return np.empty(0, np.uint64)
-    if dtype not in ("bf16", "f32"):
+    if plain:
         return widened([letters(cursor, count) for _ in range(size)])
     base = cursor.number(2)
     v = letters(cursor, count).astype(np.uint64)

@@ -270,18 +270,17 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path):
         (np.where(x > 2, np.nan, x), "levels:scale=tensor", "NaN or infinity"),
         (x * np.float32(1e6), "ternary", "too large"),
         (x.astype(np.float64) * 1e39, "ternary:scale=tensor", "too large"),
-        (x * np.float32(1e-12), "ternary", "would become zero"),
+        (np.vstack([x, x * np.float32(1e-12)]), "ternary", "would become zero"),
     ]
     for array, type_, message in cases:
         with pytest.raises(SourceError, match=rf"tensor 'x' .*{message}") as caught:
             saved(tmp_path, array, type_)
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
-    found = saved(tmp_path, x * np.float32(1e-12), "ternary", allow_vanished=True)[0]
-    assert not found.any()
-    np.testing.assert_array_equal(
-        saved(tmp_path, x * np.float32(1e-12), "ternary:dtype=bf16")[0] != 0, np.abs(found) >= 0
-    )
+    mixed = np.vstack([x, x * np.float32(1e-12)])
+    assert not saved(tmp_path, mixed, "ternary", allow_vanished=True)[0][8:].any()
+    assert relative(saved(tmp_path, mixed, "ternary:dtype=bf16")[0][8:], mixed[8:]) < 0.5
+    assert relative(saved(tmp_path, mixed[8:], "ternary")[0], mixed[8:]) < 0.5  # where all are small, the levels are
 
 
 # ---- kernels

@@ -141,7 +141,9 @@ def _lloyd(problem: _Problem, borders: I64, price: float) -> I64:
         used[half] = True
         alive = np.flatnonzero(used)
         low, high = levels[alive[:-1]], levels[alive[1:]]
-        shift = price * np.diff(lengths[alive]) / np.maximum(2 * (high - low), _TINY)  # tiny means next to huge ones may be 0
+        shift = (
+            price * np.diff(lengths[alive]) / np.maximum(2 * (high - low), _TINY)
+        )  # tiny means next to huge ones may be 0
         moved = borders.copy()
         moved[: alive[0] + 1], moved[alive[-1] + 1 :] = 0, points.counts.size
         for cell, following, border in zip(

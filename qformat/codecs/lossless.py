@@ -24,6 +24,8 @@ Patterns = NDArray[Any]
 
 _MOST_GROUPS = 16
 _SPARSE = 64  # a group is sparse if at least one of so many elements is zero
+_PLAIN = 2  # added to the mark of a group whose elements are stored by their bytes
+_SCATTERED = 16  # so they are if the heads of more than one of so many elements do not fit
 _ELSEWHERE = 255
 
 
@@ -105,28 +107,40 @@ def _unsigned(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def _write_group(writer: StreamWriter, patterns: Patterns, counts: I64, exponent: int) -> None:
     zeros = patterns.size - int(np.count_nonzero(patterns))
     sparse = zeros * _SPARSE >= patterns.size
-    writer.add(bytes([sparse]))
+    if sparse:
+        counts[0] -= zeros
+    base, elsewhere = _base(counts)
+    plain = exponent == 8 and elsewhere * _SCATTERED > patterns.size
+    writer.add(bytes([sparse + _PLAIN * plain]))
     if sparse:
         used = patterns != 0
         writer.stream(np.packbits(used, bitorder="little"))
         patterns = patterns[used]
-        counts[0] -= zeros
     if not patterns.size:
         return
-    if exponent == 8:
-        _write_headed(writer, patterns, counts)
+    if exponent == 8 and not plain:
+        _write_headed(writer, patterns, base)
         return
     for part in _bytes(patterns):
         writer.stream(part)
 
 
+def _base(counts: I64) -> tuple[int, int]:
+    """Return the base that most heads fit, and how many do not."""
+    reached = np.concatenate([[0], np.cumsum(np.concatenate([counts, counts[: _ELSEWHERE - 1]]))])
+    fitting = reached[_ELSEWHERE:] - reached[:-_ELSEWHERE]
+    return int(fitting.argmax()), int(reached[VALUES] - fitting.max())
+
+
 def _read_group(reader: StreamReader, patterns: Patterns, exponent: int) -> None:
     if not patterns.size:
         return
-    sparse = reader.number(1)
-    if sparse > 1:
-        raise ValueError(f"a group of rows is marked with {sparse}")
-    if not sparse:
+    mark = reader.number(1)
+    if mark > (1 + _PLAIN if exponent == 8 else 1):
+        raise ValueError(f"a group of rows is marked with {mark}")
+    if mark & _PLAIN:
+        exponent = 0
+    if not mark & 1:
         _read_parts(reader, patterns, exponent)
         return
     bits = np.unpackbits(reader.stream(-(-patterns.size // 8)), bitorder="little")
@@ -163,7 +177,7 @@ def _bytes(patterns: Patterns) -> list[U8]:
     return [np.ascontiguousarray(by_bytes[:, place]) for place in range(patterns.itemsize - 1, -1, -1)]
 
 
-def _write_headed(writer: StreamWriter, patterns: Patterns, counts: I64) -> None:
+def _write_headed(writer: StreamWriter, patterns: Patterns, base: int) -> None:
     """Write bfloat16 or binary32."""
     kernels, size = load("float_parts"), patterns.size
     upper: U16 = patterns
@@ -171,8 +185,6 @@ def _write_headed(writer: StreamWriter, patterns: Patterns, counts: I64) -> None
     if patterns.itemsize == 4:
         upper, rest = np.empty(size, np.uint16), [np.empty(size, np.uint8) for _ in range(2)]
         kernels.split_32(patterns, upper, *rest)
-    reached = np.concatenate([[0], np.cumsum(np.concatenate([counts, counts[: _ELSEWHERE - 1]]))])
-    base = int((reached[_ELSEWHERE:] - reached[:-_ELSEWHERE]).argmax())  # so that most heads fit
     heads, low, high = (np.zeros(letter_count(size, symbols), np.uint8) for symbols in (256, 16, 4))
     elsewhere = kernels.split_upper(upper, base, heads, low, high)
     writer.add(struct.pack("<H", base))

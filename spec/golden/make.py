@@ -112,7 +112,9 @@ def sources() -> dict[str, dict[str, Array]]:
     tensors["lossless.short"] = np.vstack([tensors["lossless.f2"].astype(np.float32), tensors["lossless.f4"]])
     thousandth = np.arange(600_001) % 1000 == 0  # a row of two chunks
     for kind in ("ternary", "lossless", "coded40"):
-        tensors[f"{kind}.long"] = np.where(thousandth, weights(601, seed=11).repeat(1000)[:600_001], 0).astype(np.float32)
+        tensors[f"{kind}.long"] = np.where(thousandth, weights(601, seed=11).repeat(1000)[:600_001], 0).astype(
+            np.float32
+        )
     # five values, and many letters of them
     tensors["levels.many"] = (np.round(weights(100, 300, seed=12) * 1.5) / 2).astype(np.float32)
     return {"tensors": tensors, "empty": {}}
