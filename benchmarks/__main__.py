@@ -19,6 +19,8 @@ BENCHMARKS = {
     "optimum": "optimum",
     "kernels": "kernels",
     "speed": "speed",
+    "entropy": "entropy",
+    "lossless": "lossless",
     "convert": "convert",
     "identical": "identical",
     "startup": "startup",

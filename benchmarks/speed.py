@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +14,9 @@ from benchmarks.context import Context
 from benchmarks.ggml import BLOCKS, NONE, SEARCHING, Library
 from benchmarks.inputs import minilm_matrices, normal
 from benchmarks.models import Here, Model
-from benchmarks.report import Row, Section, figure
-from benchmarks.timing import interleaved
-from benchmarks.yardsticks import REFERENCE_GGUF, REFERENCE_MEMCPY, gguf_quantizer, memcpy
+from benchmarks.report import Row, Section
+from benchmarks.timing import interleaved, processor_seconds
+from benchmarks.yardsticks import Scales, Yardsticks
 from qformat.codecs.base import PIECE, Codec
 from qformat.encode import Plan, encode_piece, fit
 
@@ -46,23 +45,12 @@ class _Task:
     weights: int
 
 
-def _processor_seconds(run: Timed) -> Callable[[], float]:
-    """Return a function that runs another one and returns its seconds of processor, which what else is running adds less to."""
-
-    def measured() -> float:
-        start = time.thread_time()
-        run()
-        return time.thread_time() - start
-
-    return measured
-
-
 def _sized(make: Callable[[int], _Task], most: int) -> _Task:
     """Return a task of so many weights, at most `most`, that it takes about `_SECONDS`."""
     few = min(PIECE, most)
     trial = make(few)
     trial.run()
-    rate = trial.weights / _processor_seconds(trial.run)()
+    rate = trial.weights / processor_seconds(trial.run)()
     pieces = int(rate * _SECONDS) // PIECE
     return make(min(most, pieces * PIECE)) if pieces > 1 and most > few else trial
 
@@ -176,26 +164,7 @@ def _tasks(context: Context, out: np.ndarray) -> dict[tuple[str, str, str], _Tas
     return tasks
 
 
-@dataclass(frozen=True)
-class _Scales:
-    """What this machine does of what the reference machine does, by two yardsticks."""
-
-    gguf: float
-    memcpy: float
-
-    def judge(self, name: str, rate: float, wanted: float | None) -> Row:
-        """Return a row; gguf's scale counts, because codecs compute more than they copy, and the other one stands beside it."""
-        if wanted is None:
-            return Row(name, figure(rate, "Mw/s"))
-        by = {"gguf": wanted * self.gguf, "memcpy": wanted * self.memcpy}
-        verdicts = ", ".join(f"{limit:.0f} by {who} ({'yes' if rate >= limit else 'NO'})" for who, limit in by.items())
-        limit = by["gguf"]
-        return Row(
-            name, figure(rate, "Mw/s"), f"scaled: {verdicts}", rate / limit, f">= {wanted:g} scaled", rate >= limit
-        )
-
-
-def _rows(rates: dict[tuple[str, str, str], float], scales: _Scales) -> Iterator[Row]:
+def _rows(rates: dict[tuple[str, str, str], float], scales: Scales) -> Iterator[Row]:
     for (who, what, data), rate in rates.items():
         wanted = _ENCODERS.get((who, data)) if what == "encode" else _DECODERS.get(who)
         yield scales.judge(f"{who}: {what}, {data}", rate, wanted)
@@ -205,18 +174,13 @@ def run(context: Context) -> Iterator[Section]:
     """Measure them, all in turn."""
     out = np.zeros((context.weights // 4096, 4096), np.float32)
     tasks = _tasks(context, out)
-    yard = normal(context.weights // 8)
-    source = normal(context.weights)
-    functions = {key: task.run for key, task in tasks.items()}
-    functions |= {"gguf": gguf_quantizer(yard), "memcpy": memcpy(source)}
-    seconds = interleaved({key: _processor_seconds(run) for key, run in functions.items()}, context.rounds(5))
-    gguf = yard.size / seconds["gguf"] / 1e6 / REFERENCE_GGUF
-    scales = _Scales(gguf, source.nbytes / seconds["memcpy"] / 1e9 / REFERENCE_MEMCPY)
+    yardsticks = Yardsticks(context)
+    functions = {key: task.run for key, task in tasks.items()} | yardsticks.functions
+    seconds = interleaved({key: processor_seconds(run) for key, run in functions.items()}, context.rounds(5))
+    scales = yardsticks.scales(seconds)
     rates = {key: task.weights / seconds[key] / 1e6 for key, task in tasks.items()}
     notes = [
-        f"This machine does {scales.gguf:.2f} (gguf) and {scales.memcpy:.2f} (memcpy) of what the reference does.",
-        "Targets hold for the reference machine, scaled by gguf's quantizer; both verdicts are given.",
-        "Seconds are those of the processor, user and system.",
+        *scales.notes(),
         "qformat's encoders also sum the squared errors and find the largest; codebooks of whole tensors are part of their time.",
         *available(EVERY)[1],
         *([] if context.ggml else [NONE]),

@@ -43,6 +43,17 @@ def interleaved(functions: Mapping[str, Callable[[], float | None]], rounds: int
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
+def processor_seconds(run: Callable[[], object]) -> Callable[[], float]:
+    """Return a function that runs another one and returns its seconds of processor, which what else is running adds less to."""
+
+    def measured() -> float:
+        start = time.thread_time()
+        run()
+        return time.thread_time() - start
+
+    return measured
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a process took: seconds of wall clock, seconds of processor (user and system), peak resident bytes."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,52 @@ def write_file(path: Path, data: memoryview, *, sync: bool) -> float:
         if sync:
             os.fsync(file.fileno())
     return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What this machine does of what the reference machine does, by two yardsticks."""
+
+    gguf: float
+    memcpy: float
+
+    def judge(self, name: str, rate: float, wanted: float | None, unit: str = "Mw/s") -> Row:
+        """Return a row; gguf's scale counts, because codecs compute more than they copy, and the other one stands beside it."""
+        if wanted is None:
+            return Row(name, figure(rate, unit))
+        by = {"gguf": wanted * self.gguf, "memcpy": wanted * self.memcpy}
+        verdicts = ", ".join(f"{limit:.0f} by {who} ({'yes' if rate >= limit else 'NO'})" for who, limit in by.items())
+        limit = by["gguf"]
+        return Row(
+            name, figure(rate, unit), f"scaled: {verdicts}", rate / limit, f">= {wanted:g} scaled", rate >= limit
+        )
+
+    def notes(self) -> list[str]:
+        """Return what a reader of the rows has to know."""
+        return [
+            f"This machine does {self.gguf:.2f} (gguf) and {self.memcpy:.2f} (memcpy) of what the reference does.",
+            "Targets hold for the reference machine, scaled by gguf's quantizer; both verdicts are given.",
+            "Seconds are those of the processor, user and system.",
+        ]
+
+
+class Yardsticks:
+    """The two yardsticks, to be measured among other functions.
+
+    Attributes
+    ----------
+    functions
+        What to measure, by name.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._weights, self._bytes = normal(context.weights // 8), normal(context.weights)
+        self.functions = {"gguf": gguf_quantizer(self._weights), "memcpy": memcpy(self._bytes)}
+
+    def scales(self, seconds: Mapping[str, float]) -> Scales:
+        """Return what this machine does, from the seconds of `functions`."""
+        gguf = self._weights.size / seconds["gguf"] / 1e6 / REFERENCE_GGUF
+        return Scales(gguf, self._bytes.nbytes / seconds["memcpy"] / 1e9 / REFERENCE_MEMCPY)
 
 
 def run(context: Context) -> Section:

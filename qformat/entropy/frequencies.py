@@ -10,11 +10,12 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.kernels import load
+
 I64 = NDArray[np.int64]
 U32 = NDArray[np.uint32]
 
 LETTERS = 256
-_PRODUCT_BITS = 30
 #: costs are in units of 2^-16 bits
 COST_BITS = 16
 _TABLE_BITS = 15
@@ -74,21 +75,9 @@ def of_letters(symbols: U32, base: int, precision: int) -> U32 | None:
     precision
         At most 15.
     """
-    each = symbols_each(base)
-    size = base**each
-    chosen = symbols.astype(np.int64)[digits(base)[:size, :each]]
-    product = np.full(size, 1 << _PRODUCT_BITS, np.int64)
-    for i in range(each):
-        product = product * chosen[:, i] >> precision
-    scaled = product >> (_PRODUCT_BITS - precision)
-    scaled[(scaled == 0) & chosen.all(axis=1)] = 1
-    largest = scaled.argmax()
-    scaled[largest] += (1 << precision) - int(scaled.sum())
-    if scaled[largest] < 1:
-        return None
     frequencies = np.zeros(LETTERS, np.uint32)
-    frequencies[:size] = scaled
-    return frequencies
+    fit = load("frequencies").letter_frequencies(symbols, base, symbols_each(base), precision, frequencies)
+    return frequencies if fit else None
 
 
 def of_symbols(counts: I64, base: int) -> I64:

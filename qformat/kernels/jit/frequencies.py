@@ -1,4 +1,4 @@
-"""Tables of frequencies as strings of bits: ``plain/frequencies.py``, compiled."""
+"""Tables of frequencies: ``plain/frequencies.py``, compiled."""
 
 from __future__ import annotations
 
@@ -9,3 +9,4 @@ FREQUENCIES = "Array(uint32, 1, 'C', readonly=True)"
 
 write_table = kernel(f"int64({FREQUENCIES}, int64, int64, uint8[::1])")(frequencies.write_table)
 read_table = kernel(f"int64({U8}, int64, int64, uint32[::1])")(frequencies.read_table)
+letter_frequencies = kernel(f"boolean({FREQUENCIES}, int64, int64, int64, uint32[::1])")(frequencies.letter_frequencies)

@@ -1,0 +1,312 @@
+"""The entropy coder: bits and speed on codes of known distributions, against other coders; ternary's error; coded blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import constriction
+import numpy as np
+import zstandard
+from gguf import GGMLQuantizationType, quants
+
+from benchmarks.context import Context
+from benchmarks.inputs import minilm_matrices, normal, whisper
+from benchmarks.report import Row, Section, at_least
+from benchmarks.timing import interleaved, processor_seconds
+from benchmarks.yardsticks import Yardsticks
+from qformat.codecs.base import Buffer, Matrix, Piece, pieces
+from qformat.codecs.levels import LevelCodec
+from qformat.codecs.registry import parse_type
+from qformat.dtypes import BF16, F32, Elements
+from qformat.entropy.frequencies import symbols_each
+from qformat.entropy.streams import StreamWriter, letter_count
+from qformat.kernels import load
+from qformat.stats import ErrorStats, collect, measure
+
+_TENSOR_SCALE = "levels:n={},scale=tensor"
+_SLOWER = 15.0  # than this project's decoder, at least: constriction's
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Shares of the codes, most bits for each; rates of the reference machine in million codes or weights a second."""
+
+    name: str
+    shares: tuple[float, ...]
+    bits: float
+    to_codes: float
+    to_weights: float
+
+
+_TARGETS = (
+    _Target("uniform ternary", (1 / 3, 1 / 3, 1 / 3), 1.593, 2500, 1500),
+    _Target("5/90/5", (0.05, 0.9, 0.05), 0.573, 2500, 1500),
+    _Target("2/8/80/8/2", (0.02, 0.08, 0.8, 0.08, 0.02), 1.072, 1200, 800),
+)
+_ENCODE = 500.0
+
+
+@dataclass
+class _Coded:
+    """A tensor of codes as this project stores it, and what reads it."""
+
+    codec: LevelCodec
+    codes: np.ndarray
+    pieces: list[Piece]
+    matrix: Matrix
+    parts: list[tuple[Buffer, ...]]
+
+    @classmethod
+    def of(cls, target: _Target, count: int) -> _Coded:
+        """Draw codes and encode them as weights."""
+        codec = parse_type(_TENSOR_SCALE.format(len(target.shares)))
+        assert isinstance(codec, LevelCodec)
+        codes = np.random.default_rng(0).choice(len(target.shares), count, p=target.shares).astype(np.uint8)
+        matrix = Matrix(count // 4096, 4096)
+        cut = list(pieces(matrix, codec.grain(matrix)))
+        coded = cls(codec, codes, cut, matrix, [])
+        fitted = codec.fitted_to(codec.survey(elements) for elements in coded.elements())
+        coded.parts = [codec.encode(elements, fitted).parts for elements in coded.elements()]
+        return coded
+
+    def elements(self) -> Iterator[Elements]:
+        """Yield the weights of each piece."""
+        weights = (self.codes.astype(np.float32) - self.codec.size // 2) * np.float32(0.25)
+        for piece in self.pieces:
+            yield Elements(F32, weights[piece.elements(self.matrix)].reshape(piece.rows, piece.cols))
+
+    @property
+    def bits(self) -> float:
+        """Bits of all segments for each code."""
+        return 8 * (sum(len(parts[0]) + 4 for parts in self.parts) + 4 * self.codec.size) / self.codes.size
+
+    def to_codes(self, out: np.ndarray) -> None:
+        """Decode to int8."""
+        for piece, parts in zip(self.pieces, self.parts, strict=True):
+            self.codec.decode_codes(parts, out[piece.elements(self.matrix)].reshape(piece.rows, piece.cols))
+
+    def to_f32(self, out: np.ndarray) -> None:
+        """Decode to float32."""
+        for piece, parts in zip(self.pieces, self.parts, strict=True):
+            self.codec.decode(parts, out[piece.elements(self.matrix)].reshape(piece.rows, piece.cols))
+
+    def to_bf16(self, out: np.ndarray) -> None:
+        """Decode to bfloat16 as the readers do: float32, a piece at a time, then rounded."""
+        for piece, parts in zip(self.pieces, self.parts, strict=True):
+            values = np.empty((piece.rows, piece.cols), np.float32)
+            self.codec.decode(parts, values)
+            out[piece.elements(self.matrix)] = Elements(F32, values).cast(BF16).reshape(-1)
+
+    def encoder(self) -> Callable[[], None]:
+        """Return a function that chooses codes and codes them, errors measured."""
+        every = list(self.elements())
+        fitted = self.codec.fitted_to(self.codec.survey(elements) for elements in every)
+
+        def encode() -> None:
+            for elements in every:
+                self.codec.encode(elements, fitted)
+
+        return encode
+
+    def coder(self) -> Callable[[], None]:
+        """Return a function that codes the codes alone."""
+        size, each = self.codec.size, symbols_each(self.codec.size)
+
+        def code() -> None:
+            for piece in self.pieces:
+                codes = self.codes[piece.elements(self.matrix)]
+                letters = np.empty(letter_count(codes.size, size), np.uint8)
+                load("letters").join(np.pad(codes, (0, letters.size * each - codes.size)), size, each, letters)
+                writer = StreamWriter()
+                writer.stream(letters, size)
+                writer.chunk(codes.size)
+
+        return code
+
+
+def _entropy(codes: np.ndarray) -> float:
+    shares = np.bincount(codes) / codes.size
+    return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
+
+
+def _constriction(codes: np.ndarray, few: int) -> tuple[float, Callable[[], None]]:
+    """Return bits for each code, and a function that decodes some of them."""
+    shares = np.bincount(codes) / codes.size
+    model = constriction.stream.model.Categorical(shares, perfect=False)
+    symbols = codes.astype(np.int32)
+    sizes = []
+    for part in (symbols, symbols[:few]):
+        coder = constriction.stream.stack.AnsCoder()
+        coder.encode_reverse(part, model)
+        compressed = coder.get_compressed()
+        sizes.append(32 * compressed.size / part.size)
+
+    def decode() -> None:
+        constriction.stream.stack.AnsCoder(compressed.copy()).decode(model, few)
+
+    return sizes[0], decode
+
+
+def _torchac(codes: np.ndarray) -> float | None:
+    """Return bits for each code, or None where torchac cannot be had (it compiles itself when it is imported)."""
+    try:
+        import torch
+        import torchac
+    except (ImportError, RuntimeError):
+        return None
+    shares = np.bincount(codes) / codes.size
+    cdf = torch.tensor(np.minimum(np.concatenate([[0], np.cumsum(shares)]), 1), dtype=torch.float32)
+    stream = torchac.encode_float_cdf(cdf.expand(codes.size, cdf.numel()), torch.from_numpy(codes.astype(np.int16)))
+    return 8 * len(stream) / codes.size
+
+
+def _zstd(codes: np.ndarray) -> float:
+    """Return bits for each code of zstd -19, of four codes to a byte or two."""
+    width = 4 if codes.max() > 3 else 2
+    each = 8 // width
+    whole = codes[: codes.size // each * each].reshape(-1, each).astype(np.uint8)
+    packed = (whole << (width * np.arange(each, dtype=np.uint8))).sum(axis=1).astype(np.uint8)
+    return 8 * len(zstandard.ZstdCompressor(19).compress(packed.tobytes())) / codes.size
+
+
+def _rates(context: Context) -> Iterator[Section]:
+    count = 1 << (20 if context.quick else 22)
+    coded = {target.name: _Coded.of(target, count) for target in _TARGETS}
+    few = min(count, 1 << 20)
+    peers = {name: _constriction(one.codes, few) for name, one in coded.items()}
+    rows = []
+    for target in _TARGETS:
+        one = coded[target.name]
+        entropy = _entropy(one.codes)
+        others = {"constriction": peers[target.name][0], "torchac": _torchac(one.codes), "zstd -19": _zstd(one.codes)}
+        shown = ", ".join(f"{name} {bits:.4f}" for name, bits in others.items() if bits is not None)
+        met = one.bits <= target.bits and one.bits <= 1.005 * entropy
+        wanted = f"<= {target.bits} and 1.005 x entropy"
+        ratio = one.bits / entropy
+        rows.append(Row(target.name, f"{one.bits:.4f} bits", f"entropy {entropy:.4f}; {shown}", ratio, wanted, met, 4))
+    yield Section(f"Entropy: bits for each of {count:,} codes, everything that the tensor takes", rows)
+    yield _speeds(context, coded, {name: peer for name, (_, peer) in peers.items()}, few)
+
+
+def _speeds(context: Context, coded: dict[str, _Coded], peers: dict[str, Callable[[], None]], few: int) -> Section:
+    yardsticks = Yardsticks(context)
+    functions: dict[tuple[str, str] | str, Callable[[], object]] = dict(yardsticks.functions)
+    for name, one in coded.items():
+        outs = [np.zeros(one.codes.size, kind) for kind in (np.int8, np.float32, np.uint16)]
+        for what, run, out in zip(
+            ("to int8 codes", "to float32", "to bfloat16"), (one.to_codes, one.to_f32, one.to_bf16), outs, strict=True
+        ):
+            functions[name, what] = lambda run=run, out=out: run(out)  # type: ignore[misc]
+        functions[name, "encode float32"] = one.encoder()
+        functions[name, "encode codes"] = one.coder()
+        functions[name, "constriction"] = peers[name]
+    seconds = interleaved({key: processor_seconds(run) for key, run in functions.items()}, context.rounds(9))
+    scales = yardsticks.scales({name: seconds[name] for name in yardsticks.functions})
+    rows = []
+    for target in _TARGETS:
+        count = coded[target.name].codes.size
+        rates = {
+            what: count / seconds[target.name, what] / 1e6
+            for name, what in functions.keys() - yardsticks.functions.keys()
+            if name == target.name
+        }
+        peer = few / seconds[target.name, "constriction"] / 1e6
+        wanted = {
+            "to int8 codes": target.to_codes,
+            "to float32": target.to_weights,
+            "to bfloat16": target.to_weights,
+            "encode codes": _ENCODE,
+            "encode float32": _ENCODE,
+        }
+        rows += [scales.judge(f"{target.name}: {what}", rates[what], limit, "M/s") for what, limit in wanted.items()]
+        rows.append(
+            at_least(f"{target.name}: decoding", rates["to int8 codes"], peer, "M/s", "constriction", target=_SLOWER)
+        )
+    return Section("Entropy: speed, one thread", rows, scales.notes())
+
+
+def _measured(tensors: dict[str, np.ndarray], types: list[str]) -> dict[str, ErrorStats]:
+    from benchmarks.models import Model
+
+    codecs = {str(parse_type(text)): text for text in types}
+    sources = Model("", list(tensors.items())).sources
+    _, sums = collect(measure(sources, [parse_type(text) for text in types]))
+    return {codecs[total.type]: total for total in sums}
+
+
+def _tq1_0(tensors: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Return rel_rmse and bits of llama.cpp's TQ1_0, rows cut or joined to multiples of 256."""
+    squares = weights = 0.0
+    every = []
+    for array in tensors.values():
+        flat = array.astype(np.float32).reshape(-1)
+        rows = flat[: flat.size // 256 * 256].reshape(-1, 256)
+        kind = GGMLQuantizationType.TQ1_0
+        error = (rows - quants.dequantize(quants.quantize(rows, kind), kind)).astype(np.float64)
+        squares += float(np.sum(error**2))
+        weights += rows.size
+        every.append(flat)
+    return math.sqrt(squares / weights) / float(np.concatenate(every).std(dtype=np.float64)), 54 * 8 / 256
+
+
+def _quality(context: Context) -> Section:
+    gauss = {"x": normal(1 << (20 if context.quick else 22), sd=1.0)}
+    real = minilm_matrices()
+    tq, tq_bits = _tq1_0(real)
+    options = ["ternary", "ternary:scale=tensor", "ternary:scale=group", "ternary:bpw=1.1,scale=tensor"]
+    options += ["ternary:sparsity=0.9,scale=tensor", "ternary:sparsity=0.9", "levels", "levels:n=7", "levels:n=15"]
+    options += [f"levels:n=15,scale=tensor,bpw={bpw}" for bpw in (1, 2, 3)]
+    rows = []
+    for name, tensors in (("N(0, 1)", gauss), ("MiniLM", real)):
+        for text, total in _measured(tensors, options).items():
+            measured = f"{total.rel_rmse:.4f} at {total.bpw:.3f} bits"
+            label = f"{name}, {text}"
+            if text == "ternary" and name == "N(0, 1)":
+                rows.append(Row(label, measured, target="<= 0.437", met=total.rel_rmse <= 0.437))
+            elif text == "ternary":
+                met = total.rel_rmse <= 0.55 * tq and total.bpw < tq_bits
+                wanted = "<= 0.55 x, fewer bits"
+                rows.append(
+                    Row(label, measured, f"TQ1_0 {tq:.4f} at {tq_bits:.4f}", total.rel_rmse / tq, wanted, met, 3)
+                )
+            else:
+                rows.append(Row(label, measured))
+    return Section("Entropy: error of few levels, rel_rmse", rows)
+
+
+def _blocks() -> Section:
+    wanted = {"q4_0:search=naive": 4.12, "q4_1:search=naive": 4.5, "q8_0": 8.0}
+    models = {"MiniLM": minilm_matrices(), "Whisper": {k: v.astype(np.float32) for k, v in whisper().items()}}
+    rows = []
+    for name, tensors in models.items():
+        kinds = [*wanted, "q4_0", "q4_1", "q5_0", "q5_1"]
+        coded = [f"{kind}{',' if ':' in kind else ':'}coded=true" for kind in kinds]
+        totals = _measured(tensors, [*kinds, *coded])
+        for kind, text in zip(kinds, coded, strict=True):
+            plain, small = totals[kind], totals[text]
+            target = wanted.get(kind) if name == "MiniLM" else None
+            measured = f"{small.bpw:.3f} bits"
+            against = f"plain {plain.bpw:.3f}, entropy {(small.entropy_bpw or 0):.3f}"
+            met = None if target is None else small.bpw < target + 0.02
+            rows.append(
+                Row(
+                    f"{name}, {text}",
+                    measured,
+                    against,
+                    small.bpw / plain.bpw,
+                    f"about {target}" if target else "",
+                    met,
+                )
+            )
+            if small.squares != plain.squares:
+                raise RuntimeError(f"{text} does not decode to what {kind} does")
+    return Section("Entropy: the same blocks, coded", rows, ["All decode to the same weights as without coded=true."])
+
+
+def run(context: Context) -> Iterator[Section]:
+    """Measure all of it."""
+    yield from _rates(context)
+    yield _quality(context)
+    yield _blocks()
