@@ -17,6 +17,7 @@ I64 = NDArray[np.int64]
 VALUES = 1024
 _FINEST = 8  # groups of about the same magnitude
 _SHORT = 2  # groups of fewer bits of mantissa
+_WORTH = 1 << 15  # elements, for which more than one group by magnitude may pay
 _OVERHEAD = 250  # bytes that a group takes besides its letters, about
 
 
@@ -39,9 +40,10 @@ def group_rows(patterns: NDArray[Any], exponent: int) -> tuple[U8, I64]:
     rows, cols = patterns.shape
     if patterns.itemsize == 8:
         return np.zeros(rows, np.uint8), np.zeros((1, VALUES), np.int64)
-    upper = patterns.astype(np.uint16)
     if patterns.itemsize == 4:
         upper = np.ascontiguousarray(patterns.view("<u2")[:, 1::2])
+    else:
+        upper = patterns.astype(np.uint16, copy=False)
     shift, mask = (5, VALUES - 1) if exponent == 8 else (8 * (patterns.itemsize - 1), 127)
     flat, kernels = upper.reshape(-1), load("float_parts")
     sums = np.empty(rows, np.int64)
@@ -50,9 +52,8 @@ def group_rows(patterns: NDArray[Any], exponent: int) -> tuple[U8, I64]:
     counts = np.zeros((_FINEST + _SHORT) * VALUES, np.int64)
     kernels.count_rows(flat, cols, classes, shift, mask, counts)
     fine = counts.reshape(-1, VALUES)
-    choices = [_merged(fine, number) for number in (1, 2, 4, 8)]
-    merged, groups = min(choices, key=lambda choice: _cost(choice[0], rows))
-    return groups[classes], merged
+    groups = _best(fine, rows) if rows * cols >= _WORTH else _joined(fine, 1)
+    return groups[classes], _merged(fine, groups)
 
 
 def _mantissas(patterns: NDArray[Any]) -> U8:
@@ -74,16 +75,26 @@ def _classes(sums: I64, mantissas: U8) -> U8:
     return classes
 
 
-def _merged(fine: I64, number: int) -> tuple[I64, U8]:
-    """Return the counts of groups if classes by magnitude make this number of them, and the group of each class."""
+def _joined(fine: I64, number: int) -> U8:
+    """Return the group of each class if the classes by magnitude make this number of groups; groups without rows are left out."""
     target = np.append(np.arange(_FINEST) * number // _FINEST, number + np.arange(_SHORT))
-    present = np.flatnonzero(fine.any(axis=1))
-    used = np.unique(target[present])
-    groups = np.searchsorted(used, target)
-    merged = np.zeros((used.size, VALUES), np.int64)
-    for class_ in present:
+    used = np.unique(target[fine.any(axis=1)])
+    return np.searchsorted(used, target).clip(0, used.size - 1).astype(np.uint8)
+
+
+def _merged(fine: I64, groups: U8) -> I64:
+    """Return the counts of groups from those of classes."""
+    merged = np.zeros((int(groups.max()) + 1, fine.shape[1]), np.int64)
+    for class_ in np.flatnonzero(fine.any(axis=1)):
         merged[groups[class_]] += fine[class_]
-    return merged, groups.astype(np.uint8)
+    return merged
+
+
+def _best(fine: I64, rows: int) -> U8:
+    """Return the groups that take the fewest bits, by estimate."""
+    occurring = fine[:, fine.any(axis=0)]
+    choices = [_joined(fine, number) for number in (1, 2, 4, 8)]
+    return min(choices, key=lambda groups: _cost(_merged(occurring, groups), rows))
 
 
 def _cost(counts: I64, rows: int) -> int:
