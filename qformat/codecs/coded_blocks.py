@@ -34,7 +34,7 @@ def pack(blocks: U8, header: int, codec: str, elements: int) -> tuple[bytes, flo
     numbers = np.ascontiguousarray(blocks[:, :header])
     if (
         header == _SCALE_AND_MINIMUM
-    ):  # which is about -8 times the scale: the difference of their patterns varies little
+    ):  # the minimum is about -8 scales, so the difference of their patterns varies little
         numbers.view("<u2")[:, 1] -= numbers.view("<u2")[:, 0]
     for at in range(header):
         writer.stream(np.ascontiguousarray(numbers[:, at]))

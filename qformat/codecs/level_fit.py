@@ -141,20 +141,16 @@ def _lloyd(problem: _Problem, borders: I64, price: float) -> I64:
         used[half] = True
         alive = np.flatnonzero(used)
         low, high = levels[alive[:-1]], levels[alive[1:]]
-        shift = (
-            price * np.diff(lengths[alive]) / np.maximum(2 * (high - low), _TINY)
-        )  # tiny means next to huge ones may be 0
+        apart = np.maximum(high - low, _TINY)  # tiny means next to huge ones may come out as 0
+        between = (low + high) / 2 + price * np.diff(lengths[alive]) / (2 * apart)
         moved = borders.copy()
         moved[: alive[0] + 1], moved[alive[-1] + 1 :] = 0, points.counts.size
-        for cell, following, border in zip(
-            alive, alive[1:], np.searchsorted(points.means, (low + high) / 2 + shift), strict=False
-        ):
+        for cell, following, border in zip(alive, alive[1:], np.searchsorted(points.means, between), strict=False):
             moved[cell + 1 : following + 1] = border
         moved[: half + 1] = np.minimum(moved[: half + 1], problem.first)
         moved[half + 1 :] = np.maximum(moved[half + 1 :], problem.last)
         if problem.fixed:
             moved[half], moved[half + 1] = problem.first, problem.last
-            moved[: half + 1] = np.minimum(moved[: half + 1], problem.first)
         moved = np.maximum.accumulate(moved)
         if np.array_equal(moved, borders):
             break

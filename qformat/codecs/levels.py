@@ -106,13 +106,11 @@ class LevelCodec(Codec):
 
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
         """Return the codebook and, if there are any, the scales."""
-        if not matrix.elements:
-            matrix = Matrix(0, 0)
-        codebook = self.size * F32.size if matrix.elements else 0
-        if self.scale == "tensor":
-            return (("codebook", codebook),)
-        groups = matrix.rows * cuts(matrix.cols, self._columns(matrix.cols)) if matrix.elements else 0
-        return (("codebook", codebook), ("scales", groups * DTYPES[self.dtype].size))
+        codebook, scales = 0, 0
+        if matrix.elements:
+            codebook = self.size * F32.size
+            scales = matrix.rows * cuts(matrix.cols, self._columns(matrix.cols)) * DTYPES[self.dtype].size
+        return (("codebook", codebook),) if self.scale == "tensor" else (("codebook", codebook), ("scales", scales))
 
     def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
         """Return where the codebook stands, the same for all pieces, and the scales of a piece."""
