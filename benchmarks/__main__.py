@@ -20,6 +20,7 @@ BENCHMARKS = {
     "kernels": "kernels",
     "speed": "speed",
     "entropy": "entropy",
+    "coded": "coded",
     "lossless": "lossless",
     "convert": "convert",
     "identical": "identical",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -12,8 +12,10 @@ from gguf import GGMLQuantizationType, quants
 from benchmarks.ggml import BLOCKS, Library
 from benchmarks.models import Model, Score
 from qformat.codecs.base import Codec
+from qformat.codecs.registry import parse_type
 from qformat.encode import Plan, encode_piece, fit
 from qformat.parallel import default_jobs
+from qformat.stats import ErrorStats, collect, measure
 
 #: takes float32 rows, returns the weights that come back
 RoundTrip = Callable[[np.ndarray], np.ndarray]
@@ -49,7 +51,7 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
         decoded = np.empty(part.rows.shape, codec.decoded.storage)
         codec.decode(encoded.parts, decoded)
         same = not expected or _as_gguf(expected, part.rows, b"".join(map(bytes, encoded.parts)), decoded)
-        return _squares(part.rows, decoded), same, codec.histograms(encoded.parts)
+        return _squares(part.rows, decoded), same, codec.histograms(encoded.parts, part.piece)
 
     with ThreadPoolExecutor(default_jobs()) as pool:
         plans = [fit(Plan(source, codec), pool, 3 * default_jobs()) for source in model.sources]
@@ -59,6 +61,13 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
     choices = {name: sum(found[name] for found in histograms) for name in names}
     nbytes = sum(codec.nbytes(source.shape) for source in model.sources)
     return Score(np.array(squares), nbytes * 8 / model.weights, np.array(same if expected else (), bool), choices)
+
+
+def totals(tensors: Mapping[str, np.ndarray], types: Iterable[str]) -> dict[str, ErrorStats]:
+    """Return what each type makes of all tensors together, as ``quantize-stats`` measures it, by type string."""
+    texts = {str(parse_type(text)): text for text in types}
+    _, sums = collect(measure(Model("", list(tensors.items())).sources, [parse_type(text) for text in texts.values()]))
+    return {texts[total.type]: total for total in sums}
 
 
 def score_peer(

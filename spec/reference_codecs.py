@@ -271,8 +271,7 @@ def _take_blocks(
         return data
     if params["coded"] is not True:
         fail(where, "'coded' is there, but not true")
-    places = borders(rows, cols, block)
-    content, lengths = _take_chunked(segments, len(places), [], rows * cols, where)
+    places, (content, lengths) = _take_chunked(segments, rows, cols, block, [], where)
     every = np.empty((rows, -(-cols // block), size), np.uint8)
     before = {"nlm": 3, "q4_1": 4, "q5_1": 4}.get(codec, 2)
     for row, col, cursor in chunks(content, lengths, places, where):
@@ -294,12 +293,15 @@ def _take_blocks(
     return every.tobytes()
 
 
-def _take_chunked(segments: Segments, count: int, layout: list[tuple[str, int]], n: int, where: str) -> list[bytes]:
-    """Take the segments of a chunked tensor of n elements in so many chunks, the others as `layout` says (Chunks)."""
-    content = segments[0][1] if segments else b""
-    if n > DENSITY * len(content):  # before the result is allocated
+def _take_chunked(
+    segments: Segments, rows: int, cols: int, unit: int, layout: list[tuple[str, int]], where: str
+) -> tuple[list[tuple[slice, slice]], list[bytes]]:
+    """Take the borders and the segments of a chunked tensor, those after `lengths` as `layout` says (Chunks)."""
+    content, n = segments[0][1] if segments else b"", rows * cols
+    if n > DENSITY * len(content):  # before the result is allocated, or a list of chunks that are not there
         fail(where, f"{len(content)} bytes of chunks are too few for {n} elements")
-    return _take(segments, [("chunks", len(content)), ("lengths", 4 * count), *layout], n, where)
+    places = borders(rows, cols, unit)
+    return places, _take(segments, [("chunks", len(content)), ("lengths", 4 * len(places)), *layout], n, where)
 
 
 # ---- nlm
@@ -407,8 +409,8 @@ def _decode_levels(codec: str, rows: int, cols: int, params: Params, segments: S
     layout = [("codebook", 4 * n)]
     if scale != "tensor":
         layout.append(("scales", rows * groups * np.dtype(DTYPES[dtype]).itemsize))
-    places = borders(rows, cols, 1 if scale == "tensor" else max(1, width))
-    content, lengths, codebook, *scales = _take_chunked(segments, len(places), layout, rows * cols, where)
+    unit = 1 if scale == "tensor" else width
+    places, (content, lengths, codebook, *scales) = _take_chunked(segments, rows, cols, unit, layout, where)
     if not rows * cols:
         return np.empty(0, np.float32)
     entries = _widen(np.frombuffer(codebook, "<f4"), "codebook entry", where)
@@ -432,8 +434,7 @@ def _decode_lossless(
     dtype: str, rows: int, cols: int, params: Params, segments: Segments, where: str
 ) -> npt.NDArray[Any]:
     _check_keys(params, (), where)
-    places = borders(rows, cols, 1)
-    content, lengths = _take_chunked(segments, len(places), [], rows * cols, where)
+    places, (content, lengths) = _take_chunked(segments, rows, cols, 1, [], where)
     size = np.dtype(DTYPES[dtype]).itemsize
     patterns = np.empty((rows, cols), np.uint64)
     for row, col, cursor in chunks(content, lengths, places, where):
