@@ -30,6 +30,15 @@ AFFINE = (
     "affine:bits=3,group=64,sym=false",
     "affine:bits=2,group=64,sym=false",
 )
+#: entropy-coded
+CODED = (
+    "ternary",
+    "ternary:scale=group,bpw=1.3",
+    "levels:n=7,scale=tensor",
+    "levels:sparsity=0.5",
+    "lossless",
+    *(f"{kind}:coded=true" for kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "nlm")),
+)
 EVERY = (*Q4_0, *Q4_1, "q5_0", "q5_1", "q8_0", *NLM.values(), *NLM_MAX.values(), *LUT, *AFFINE)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from benchmarks.catalogue import EVERY, available
+from benchmarks.catalogue import CODED, EVERY, available
 from benchmarks.context import Context
 from benchmarks.inputs import Stored, minilm, minilm_matrices, write_shards
 from benchmarks.report import Row, Section
@@ -106,7 +106,7 @@ def _minilm(folder: Path, ways: Mapping[str, tuple[list[str], dict[str, str]]]) 
 
 def _every_type(folder: Path, ways: Mapping[str, tuple[list[str], dict[str, str]]], context: Context) -> Iterator[Row]:
     """Convert a checkpoint that has tensors of every type in several ways."""
-    every = _Every(folder, list(available(EVERY)[0]))
+    every = _Every(folder, list(available((*EVERY, *CODED))[0]))
     rows = _SMALL if context.quick else _LARGE
     small = every.written("small", _SMALL)
     plain, shards = every.written("plain", rows), every.written("shards", rows, 3)

@@ -7,12 +7,20 @@ from typing import Any
 import llvmlite.binding
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from qformat.kernels.jit.simd import Vector
 
-AVAILABLE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
+
+def _available() -> bool:
+    """Return whether what numba compiles for has it: the machine's processor, unless its variables name another one."""
+    if config.CPU_FEATURES is not None:
+        return "+avx512f" in config.CPU_FEATURES
+    return config.CPU_NAME is None and bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
+
+
+AVAILABLE = _available()
 
 _VECTOR = Vector(types.uint32, 16)
 _INT = ir.IntType(32)
