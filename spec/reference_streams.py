@@ -244,7 +244,7 @@ def _table(body: Cursor, entries: int, precision: int) -> list[int]:
         if len(table) == entries:
             fail(body.where, f"frequencies have the sum {sum(table)}")
         z = 0
-        while bits.next():
+        while z <= 2 * precision + 2 and bits.next():  # more are never valid, and might be many
             z += 1
         length += (z + 1) // 2 if z % 2 else -z // 2
         if not 0 <= length <= precision + 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -180,21 +181,6 @@ def _put(draft: Draft, record: dict, content: bytes) -> None:
     record["sha256"] = hashlib.sha256(content).hexdigest()
 
 
-@pytest.mark.parametrize("type_", CHUNKED)
-@given(data=st.data())
-def test_changed_chunks_are_refused_or_read_alike(type_, files, data, tmp_path_factory):
-    draft = Draft.of(files[type_])
-    name = data.draw(st.sampled_from(["a", "odd", "two"]))
-    record = next(tensor for tensor in draft.index["tensors"] if tensor["name"] == name)
-    place = record["segments"][data.draw(st.integers(0, len(record["segments"]) - 1))]
-    start = place["offset"] - len(draft.header)
-    content = bytearray(draft.body[start : start + place["length"]])
-    for _ in range(data.draw(st.integers(1, 2))):
-        content[data.draw(st.integers(0, min(len(content), 400) - 1))] ^= data.draw(st.integers(1, 255))
-    _put(draft, place, bytes(content))
-    compare_readers(tmp_path_factory.getbasetemp() / "changed.qf", draft.pack())
-
-
 # ---- conversion
 
 
@@ -214,23 +200,47 @@ def test_a_dry_run_knows_the_size(type_, tmp_path):
     assert runner.invoke(cli, ["verify", str(tmp_path / "x.qf")]).exit_code == 0
 
 
-@every_chunked
-def test_the_bytes_depend_on_nothing_but_the_weights(type_, tmp_path):
-    script = (
-        "import sys; from tests.test_coded_blocks import tensors; import qformat;"
-        "qformat.save_file({k: v for k, v in tensors().items() if k != 'long'}, sys.argv[1], {'*': sys.argv[2]})"
-    )
-    contents = []
+def test_the_bytes_depend_on_nothing_but_the_weights(tmp_path):
+    types = [*CHUNKED, *(coded(type_) for type_ in ("q4_1:search=naive", "q5_0", "q8_0", "nlm"))]
+    script = """
+import sys
+from tests.test_coded_blocks import tensors
+import qformat
+some = {name: array for name, array in tensors().items() if name != "long"}
+for number, type_ in enumerate(sys.argv[2:]):
+    qformat.save_file(some, f"{sys.argv[1]}{number}.qf", {"*": type_})
+"""
     for kernels in ("numba", "numpy"):
-        path = tmp_path / f"{kernels}.qf"
         environment = os.environ | {"QFORMAT_KERNELS": kernels}
-        subprocess.run([sys.executable, "-c", script, path, type_], check=True, env=environment)
-        contents.append(path.read_bytes())
-    assert contents[0] == contents[1]
-    for jobs in (1, 3):
-        qformat.save_file(tensors(), tmp_path / f"{jobs}.qf", {"*": type_}, jobs=jobs)
-        contents.append((tmp_path / f"{jobs}.qf").read_bytes())
-    assert contents[2] == contents[3]
+        command = [sys.executable, "-W", "error", "-c", script, tmp_path / kernels, *types]
+        subprocess.run(command, check=True, env=environment)
+    for number, type_ in enumerate(types):
+        contents = [(tmp_path / f"{kernels}{number}.qf").read_bytes() for kernels in ("numba", "numpy")]
+        assert contents[0] == contents[1], type_
+        for jobs in (1, 4):
+            qformat.save_file(tensors(), tmp_path / f"{jobs}.qf", {"*": type_}, jobs=jobs, overwrite=True)
+        assert (tmp_path / "1.qf").read_bytes() == (tmp_path / "4.qf").read_bytes(), type_
+
+
+@pytest.mark.parametrize(("size", "header"), [(22, 2), (24, 4)])
+@pytest.mark.parametrize("kind", ["jit", "plain"])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_codes_of_5_bits_are_taken_out_and_put_back(kind, size, header, seed):
+    kernels = importlib.import_module(f"qformat.kernels.{kind}.codes_5")
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (int(rng.integers(1, 20)), size)).astype(np.uint8)
+    guarded = np.full(32 * len(blocks) + 64, 77, np.uint8)
+    kernels.unpack(blocks.reshape(-1), size, header, guarded[:-64])
+    assert (guarded[-64:] == 77).all()
+    fifth = np.unpackbits(blocks[:, header : header + 4], axis=1, bitorder="little")
+    nibbles = blocks[:, header + 4 :]
+    expected = np.hstack([nibbles & 15, nibbles >> 4]) + 16 * fifth
+    np.testing.assert_array_equal(guarded[:-64].reshape(-1, 32), expected)
+    again = np.zeros((len(blocks) + 1, size), np.uint8)
+    again[:-1, :header] = blocks[:, :header]
+    kernels.pack(guarded[:-64], again[:-1].reshape(-1), size, header)
+    np.testing.assert_array_equal(again[:-1], blocks)
+    assert not again[-1].any()
 
 
 @every_chunked

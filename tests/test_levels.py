@@ -117,7 +117,7 @@ def test_levels_fit_any_values(seed, size):
 @every_scale
 def test_the_smallest_weights_become_zero(scale, sparsity, tmp_path):
     x = normal(90, 640, seed=3)
-    found, _, _, _ = saved(tmp_path, x, f"levels:n=5,{scale},sparsity={sparsity}")
+    found, _, _, _ = saved(tmp_path, x, f"levels:n=5,{scale},sparsity={sparsity}", allow_vanished=True)
     groups = {"scale=tensor": x.reshape(1, -1), "scale=row": x}.get(scale, x.reshape(-1, 64))
     zeros = found.reshape(groups.shape) == 0
     assert (zeros.mean(axis=1) >= sparsity).all()
@@ -250,7 +250,7 @@ def test_codes_levels_and_scales_give_the_weights(tmp_path):
 @pytest.mark.parametrize("shape", [(0, 7), (7, 0), (1,), (50,), (3, 1), (1, 600_000), (3, 524_289), (2, 3, 5), ()])
 def test_shapes_of_every_kind(type_, shape, tmp_path):
     x = np.asarray(normal(*shape) if shape else np.float32(1.5), np.float32)
-    found, codes, record, _ = saved(tmp_path, x, type_)
+    found, codes, record, _ = saved(tmp_path, x, type_, allow_vanished=True)
     assert found.shape == codes.codes.shape == shape
     codec = parse_type(type_)
     count = len(list(pieces(Matrix.of(shape), codec.grain(Matrix.of(shape)))))
@@ -281,6 +281,96 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path):
     assert not saved(tmp_path, mixed, "ternary", allow_vanished=True)[0][8:].any()
     assert relative(saved(tmp_path, mixed, "ternary:dtype=bf16")[0][8:], mixed[8:]) < 0.5
     assert relative(saved(tmp_path, mixed[8:], "ternary")[0], mixed[8:]) < 0.5  # where all are small, the levels are
+
+
+def test_weights_that_float32_cannot_hold_are_refused(tmp_path):
+    tiny = np.full((2, 64), 1e-50)
+    for type_ in ("ternary", "ternary:scale=tensor", "levels:scale=group", "ternary:dtype=f32"):
+        with pytest.raises(SourceError, match=r"tensor 'x' .*would become zero"):
+            saved(tmp_path, tiny, type_)
+        assert not saved(tmp_path, tiny, type_, allow_vanished=True)[0].any()
+
+
+@pytest.mark.parametrize("type_", ["ternary:sparsity=0.5", "levels:scale=group,sparsity=0.9", "ternary:bpw=0.9"])
+def test_a_tensor_does_not_become_zero_unasked(type_, tmp_path):
+    signs = np.sign(normal(64, 256))  # all as small as the others
+    with pytest.raises(SourceError, match=r"tensor 'x' .*would become zero"):
+        saved(tmp_path, signs, type_)
+    assert not saved(tmp_path, signs, type_, allow_vanished=True)[0].any()
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-149, 3 * 2.0**-149, 2.0**-126, 1.0, 3.4028234663852886e38])
+@every_scale
+def test_zeros_stay_zeros(scale, magnitude, tmp_path):
+    x = (np.random.default_rng(8).integers(-1, 2, (5, 96)) * magnitude).astype(np.float32)
+    found = saved(tmp_path, x, f"ternary:{scale}", allow_vanished=True)[0]
+    assert not found[x == 0].any()
+    if not (scale == "scale=tensor" and magnitude < 2.0**-126):  # in the bin of zero
+        np.testing.assert_array_equal(found, x)
+
+
+def test_few_values_far_apart_stay_exact(tmp_path):
+    x = np.array([[-2.7027508e23, -5.5042636e13, 0, 2.7627678e-9, 1.5]], np.float32)
+    np.testing.assert_array_equal(saved(tmp_path, x, "levels:n=13,scale=tensor")[0], x)
+
+
+@pytest.mark.parametrize("sparsity", ["1e-9", "0.5", "0.999"])
+@every_scale
+def test_the_largest_floats_can_be_pruned(scale, sparsity, tmp_path):
+    largest = np.sign(normal(3, 341)) * np.finfo(np.float32).max
+    x = largest.astype(np.float32)
+    x[:, 1::2] *= np.float32(0.5)
+    dtype = "" if scale == "scale=tensor" else ",dtype=f32"
+    found = saved(tmp_path, x, f"levels:{scale}{dtype},sparsity={sparsity}", allow_vanished=True)[0]
+    assert np.isfinite(found).all()  # warnings are errors
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.01, 0.3, 2.0]))
+def test_rates_of_values_that_are_far_apart(seed, bits):
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(40) * 10.0 ** rng.integers(-45, 38, 40)
+    for size in (3, 7, 15):
+        levels = fit(survey_of(values), size, bits=bits)  # warnings are errors
+        assert np.isfinite(levels.entries).all()
+        assert levels.entries[size // 2] == 0
+
+
+@pytest.mark.parametrize("type_", ["ternary", "ternary:dtype=bf16", "levels:n=7,scale=group,group=64,dtype=f32"])
+def test_no_neighbouring_scale_is_better(type_, tmp_path):
+    x = normal(30, 160, seed=9) * np.exp(normal(30, 1, seed=10))
+    found, codes, record, _ = saved(tmp_path, x, type_)
+    chosen = codes.levels[codes.codes.astype(int) + codes.levels.size // 2].astype(np.float64)
+    width = 64 if "group" in type_ else 160
+    spread = codes.scales.astype(np.float64)[:, np.arange(160) // width]
+    least = np.sum((x - chosen * spread) ** 2)
+    assert np.sum((x - found.astype(np.float64)) ** 2) == pytest.approx(least, rel=1e-6)
+    for step in (-2, -1, 1, 2):
+        if record.params["dtype"] == "f16":
+            other = (
+                (codes.scales.astype(np.float16).view(np.uint16).astype(np.int64) + step)
+                .astype(np.uint16)
+                .view(np.float16)
+            )
+        else:
+            by = step << (16 if record.params["dtype"] == "bf16" else 0)
+            other = (codes.scales.view(np.uint32).astype(np.int64) + by).astype(np.uint32).view(np.float32)
+        for number, start in enumerate(range(0, 160, width)):
+            part = slice(start, start + width)
+            errors = [
+                np.sum((x[:, part] - chosen[:, part] * scales[:, number, None].astype(np.float64)) ** 2, axis=1)
+                for scales in (codes.scales, other)
+            ]
+            assert (errors[0] <= errors[1] * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("type_", ["ternary", "levels:n=11,scale=tensor", "levels:scale=group,sparsity=0.7"])
+def test_histograms_are_those_of_the_codes(type_, tmp_path):
+    x = normal(37, 211, seed=11)
+    _, codes, _, _ = saved(tmp_path, x, type_)
+    codec, elements = parse_type(type_), from_array(x)
+    encoded = codec.encode(elements, codec.fitted_to([codec.survey(elements)]))
+    expected = np.bincount((codes.codes.astype(int) + codes.levels.size // 2).ravel(), minlength=codes.levels.size)
+    np.testing.assert_array_equal(codec.histograms(encoded.parts, Piece(0, 37, 0, 211))["histogram"], expected)
 
 
 # ---- kernels

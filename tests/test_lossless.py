@@ -18,6 +18,7 @@ import qformat
 from qformat.codecs.base import Matrix, pieces
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import DTYPES, Elements
+from qformat.errors import SourceError
 from qformat.recipe import Recipe
 from qformat.source import Checkpoint
 
@@ -164,6 +165,30 @@ def test_other_dtypes_can_be_asked_for(tmp_path):
         np.testing.assert_array_equal(f.get_tensor("x", np.float64), x)
         assert f.get_rows("x", 3, np.float32).dtype == np.float32
     assert load_file(tmp_path / "x.qf", dtype=torch.bfloat16)["x"].dtype == torch.bfloat16
+
+
+def test_what_is_not_finite_has_to_be_asked_for(tmp_path):
+    x = natural("f32", 5, 40).data
+    for pattern in (0x7FC12345, 0xFF800001, 0x7F800000, 0xFF800000):  # NaNs of two kinds, infinities
+        x.view(np.uint32)[3, 7] = pattern
+        with pytest.raises(SourceError, match=r"tensor 'x' .*NaN or infinity") as caught:
+            qformat.save_file({"x": x}, tmp_path / "x.qf", "lossless")
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())
+        qformat.save_file({"x": x}, tmp_path / "x.qf", "lossless", allow_nonfinite=True)
+        with qformat.safe_open(tmp_path / "x.qf") as f:
+            assert f.get_tensor("x").tobytes() == x.tobytes()
+        assert load_file(tmp_path / "x.qf")["x"].numpy().tobytes() == x.tobytes()
+        (tmp_path / "x.qf").unlink()
+
+
+@every_float
+@pytest.mark.parametrize("shape", [(1, 100_000), (300, 300), (50_000, 2)])
+def test_random_bits_do_not_grow(name, shape):
+    source = elements(name, noise(name, *shape, seed=3))
+    chunk, found = back(source)
+    assert same(source, found)
+    assert len(chunk) <= 1.01 * source.data.nbytes
 
 
 # ---- sizes

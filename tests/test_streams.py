@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
+import mmap
 import struct
+import sys
 from types import ModuleType
 
 import constriction
@@ -102,6 +105,20 @@ def test_sizes_are_those_of_the_entropy(shares, most):
     assert bits <= 1.005 * 32 * coder.get_compressed().size / symbols.size
 
 
+@pytest.mark.parametrize("spread", [0.02, 1.0, 12.0])
+def test_sizes_of_letters_are_those_of_the_entropy(spread):
+    shares = np.exp(-np.arange(256) / spread)
+    shares /= shares.sum()
+    letters = drawn(shares.tolist(), 600_000) if spread > 0.1 else drawn([0.99, 0.01], 600_000)
+    size = len(packed(letters))
+    counts = np.bincount(letters, minlength=256)
+    assert 8 * size <= 1.005 * fr.entropy(counts) + 8 * 4 * 64
+    model = constriction.stream.model.Categorical(np.maximum(counts, 1e-9) / counts.sum(), perfect=False)
+    coder = constriction.stream.stack.AnsCoder()
+    coder.encode_reverse(letters.astype(np.int32), model)
+    assert size <= 1.005 * 4 * coder.get_compressed().size + 4 * 64
+
+
 def test_the_entropy_of_streams_is_kept():
     writer = StreamWriter()
     writer.stream(np.repeat(np.arange(4, dtype=np.uint8), 100))
@@ -161,6 +178,29 @@ def test_any_bytes_are_refused_or_give_letters(content, count, base, precision):
         except ValueError:
             continue
         assert found.size == count
+
+
+@pytest.mark.parametrize("base", [256, 16, 3])
+@pytest.mark.parametrize("count", [3, 200])
+def test_every_change_is_refused_or_read_alike(base, count, streams):
+    size = base ** fr.symbols_each(base)
+    letters = np.random.default_rng(count).binomial(size - 1, 0.02, count).astype(np.uint8)
+    good = packed(letters, base)
+    bad = [good[:at] + good[at + 1 :] for at in range(len(good))] + [good[:at] for at in range(len(good))]
+    bad += [good[:at] + bytes([good[at] ^ mask]) + good[at + 1 :] for at in range(len(good)) for mask in (1, 128, 255)]
+    bad += [good[:at] + good[at + 1 : at + 2] + good[at : at + 1] + good[at + 2 :] for at in range(len(good) - 1)]
+    bad += [struct.pack("<I", len(good) - 4 + more) + good[4:] + b"\x01" * more for more in (1, 2, 4)]
+    for stream in (bad_one for bad_one in bad if bad_one != good):
+        results = []
+        for read in (
+            lambda stream=stream: StreamReader(stream).stream(count, base),
+            lambda stream=stream: streams.letters(streams.Cursor(stream, "here"), count, base),
+        ):
+            try:
+                results.append(read().tolist())
+            except ValueError:
+                results.append(None)
+        assert results[0] == results[1], stream
 
 
 def test_refusals_name_the_rule():
@@ -262,6 +302,26 @@ def test_any_table_is_refused_or_valid_and_both_kinds_agree(content, entries, pr
     assert results[0] == results[1]
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from(BASES), st.integers(8, 15))
+def test_both_kinds_agree_on_products(seed, base, precision):
+    rng = np.random.default_rng(seed)
+    symbols = rng.integers(0, 1 << precision, base).astype(np.uint32)
+    if rng.random() < 0.7:
+        counts = np.zeros(256, np.int64)
+        counts[:base] = rng.integers(0, 1 + 10 ** rng.integers(0, 5), base)
+        counts[rng.integers(base)] += 1
+        symbols = fr.normalized(counts, precision)[:base].copy()
+    each = fr.symbols_each(base)
+    results = []
+    for kernels in (JIT, PLAIN):
+        guarded = np.zeros(base**each + GUARD, np.uint32)
+        fits = kernels["frequencies"].letter_frequencies(symbols, base, each, precision, guarded[: base**each])
+        assert not guarded[base**each :].any()
+        assert not fits or symbols.sum() != 1 << precision or guarded.sum() == 1 << precision
+        results.append((bool(fits), guarded.tolist()))
+    assert results[0] == results[1]
+
+
 # ---- kernels
 
 
@@ -344,3 +404,57 @@ def test_letters_are_counted(kernels):
     counts = np.ones(256, np.int64)
     kernels["rans"].histogram(letters, counts)
     np.testing.assert_array_equal(counts - 1, np.bincount(letters, minlength=256))
+
+
+class FencedRooms:
+    """Memory that ends where none may be touched, so that a kernel that reads or writes beyond crashes."""
+
+    def __init__(self, count: int) -> None:
+        self._size = 64 * mmap.PAGESIZE
+        self._rooms = [mmap.mmap(-1, self._size + mmap.PAGESIZE) for _ in range(count)]
+        for room in self._rooms:
+            place = ctypes.addressof(ctypes.c_char.from_buffer(room)) + self._size
+            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(place), mmap.PAGESIZE, 0) == 0
+
+    def put(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        found = []
+        for room, array in zip(self._rooms, arrays, strict=False):
+            view = np.frombuffer(room, np.uint8)[self._size - array.nbytes : self._size].view(array.dtype)
+            view[:] = array
+            found.append(view)
+        return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems protect memory in other ways")
+def test_compiled_kernels_stay_within_their_arrays():
+    rooms = FencedRooms(4)
+    for seed in range(1500):
+        rng = np.random.default_rng(seed)
+        precision, lanes = int(rng.integers(8, 16)), int(rng.choice([4, 16, 32, 64]))
+        count = int(rng.choice([1, 63, 64, 65, 127, 1000, 5000]))
+        counts = np.zeros(256, np.int64)
+        counts[: rng.integers(1, 257)] = 1 + rng.integers(10 ** rng.integers(0, 5))
+        counts[0] += 3
+        frequencies = fr.normalized(counts, precision)
+        shares = frequencies / frequencies.sum()
+        letters = rng.choice(256, count, p=shares).astype(np.uint8)
+        room, source, table = rooms.put(np.zeros(2 * count + 4 * lanes, np.uint8), letters, frequencies)
+        coded = room[JIT["rans"].encode(source, table, precision, lanes, room) :].copy()
+        if rng.random() < 0.7:
+            coded[int(rng.integers(coded.size)) :] = rng.integers(256)
+        coded = coded[: max(4 * lanes, coded.size - int(rng.integers(0, 40)))]
+        JIT["rans"].decode(*rooms.put(coded, frequencies), precision, lanes, rooms.put(coded, frequencies, letters)[2])
+        noise = rng.integers(0, 256, int(rng.integers(0, 60))).astype(np.uint8)
+        noise[: rng.integers(0, noise.size + 1)] = 255
+        entries = int(rng.integers(1, 257))
+        content, found = rooms.put(noise, np.zeros(entries, np.uint32))
+        JIT["frequencies"].read_table(content, entries, precision, found)
+        base = int(rng.choice(BASES))
+        each = fr.symbols_each(base)
+        symbols = np.zeros(int(rng.integers(1, 300)), np.uint8)
+        some = rng.integers(0, 256, letter_count(symbols.size, base)).astype(np.uint8)
+        digits = fr.digits(base).reshape(-1)
+        few, numbers, out = rooms.put(some, digits, symbols)
+        JIT["letters"].split(few, numbers, each, out)
+        few, floats, out = rooms.put(some, digits.astype(np.float32), symbols.astype(np.float32))
+        JIT["letters"].values(few, floats, each, out)

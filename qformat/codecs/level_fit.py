@@ -25,7 +25,7 @@ _HALVINGS = 24
 _DEAREST = 64  # of the largest square, for a bit
 #: what coding takes for each bit of entropy, and for each value
 _OVERHEAD, _LOSS = 1.004, 0.002
-_TINY = 1e-300
+_TINY = 1e-150
 _LN_2 = 0.6931471805599453
 
 
@@ -45,6 +45,11 @@ class _Problem:
     first: int
     last: int
     fixed: bool
+
+    def running(self, values: F64) -> F64:
+        """Return the sums of values before each point, from the middle outwards, so that small ones do not drown in large ones."""
+        below, above = np.cumsum(values[: self.first][::-1]), np.cumsum(values[self.first :])
+        return np.concatenate([-below[::-1], [0.0], above])
 
     def side(self, *, negative: bool) -> tuple[F64, F64]:
         """Return the counts and sums of the points on one side, outwards."""
@@ -78,7 +83,7 @@ def fit(survey: Survey, size: int, *, sparsity: float = 0.0, bits: float | None 
     borders = _lloyd(problem, _best(problem, size // 2), 0.0)
     if bits is not None:
         borders = _constrained(problem, borders, bits)
-    return _levels(points, borders)
+    return _levels(problem, borders)
 
 
 def _smallest(points: Points, share: float) -> float:
@@ -103,6 +108,8 @@ def _best(problem: _Problem, half: int) -> I64:
 
 def _outwards(counts: F64, sums: F64, cells: int, *, pinned: bool) -> I64:
     """Return where the best cells begin, and the end. If pinned, points before the first cell are at the level 0."""
+    if counts.size <= cells:  # each has a level of its own
+        return np.minimum(np.arange(cells + 1), counts.size)
     starts = np.unique(np.arange(_COARSE + 1) * counts.size // _COARSE)
     before, sum_before = _running(counts)[starts], _running(sums)[starts]
     with np.errstate(all="ignore"):
@@ -126,7 +133,7 @@ def _outwards(counts: F64, sums: F64, cells: int, *, pinned: bool) -> I64:
 def _lloyd(problem: _Problem, borders: I64, price: float) -> I64:
     """Improve cells by turns, for the squared error plus the price times the bits; cells may become empty."""
     points, half = problem.points, borders.size // 2 - 1
-    before, sum_before = _running(points.counts), _running(points.sums)
+    before, sum_before = problem.running(points.counts), problem.running(points.sums)
     last_cost = np.inf
     for _ in range(_ROUNDS):
         counts, sums = np.diff(before[borders]), np.diff(sum_before[borders])
@@ -168,7 +175,7 @@ def _lengths(counts: F64) -> F64:
 
 def _bits(problem: _Problem, borders: I64) -> float:
     """Return what coding takes for each value."""
-    counts = np.diff(_running(problem.points.counts)[borders])
+    counts = np.diff(problem.running(problem.points.counts)[borders])
     return float(_running(counts * _lengths(counts))[-1] / counts.sum()) * _OVERHEAD + _LOSS
 
 
@@ -214,14 +221,15 @@ def _cheapest(problem: _Problem, at_price: Callable[[float], I64], bits: float) 
 
 def _error(problem: _Problem, borders: I64) -> float:
     """Return the squared error, less that of zeros alone."""
-    counts, sums = (np.diff(_running(of)[borders]) for of in (problem.points.counts, problem.points.sums))
+    counts, sums = (np.diff(problem.running(of)[borders]) for of in (problem.points.counts, problem.points.sums))
     gains = np.square(sums) / np.maximum(counts, 1)
     gains[gains.size // 2] = 0.0
     return -float(_running(gains)[-1])
 
 
-def _levels(points: Points, borders: I64) -> Levels:
-    counts, sums = np.diff(_running(points.counts)[borders]), np.diff(_running(points.sums)[borders])
+def _levels(problem: _Problem, borders: I64) -> Levels:
+    points = problem.points
+    counts, sums = (np.diff(problem.running(of)[borders]) for of in (points.counts, points.sums))
     levels = np.where(counts > 0, sums, 0.0) / np.where(counts > 0, counts, 1.0)
     levels[levels.size // 2] = 0.0
     inner = borders[1:-1]

@@ -17,7 +17,7 @@ from qformat.codecs.level_fit import Levels, fit
 from qformat.codecs.packed import LONGEST, cuts
 from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
-from qformat.dtypes import DTYPES, F32, DType, Elements
+from qformat.dtypes import DTYPES, F32, F64, DType, Elements
 from qformat.entropy.frequencies import digits, symbols_each
 from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
 from qformat.kernels import load
@@ -183,11 +183,12 @@ class LevelCodec(Codec):
         writer = StreamWriter()
         writer.stream(letters, self.size)
         parts: list[Buffer] = [writer.chunk(values.size), levels.entries.tobytes()]
-        if self.scale == "tensor":
-            vanished = int(values.any() and not levels.entries.any())
-        else:
-            vanished = int(self._nonzero(values)[scales == 0].sum())
+        vanished = int(bool(elements.data.any()) and not levels.entries.any())
+        if self.scale != "tensor":
+            vanished += int(self._nonzero(values)[scales == 0].sum())
             parts.append(self._stored(scales).tobytes())
+        if elements.dtype is F64:  # it may be too small for float32 itself
+            vanished += int((self._nonzero(elements.data) & ~self._nonzero(values)).sum())
         floats = load("floats")
         lanes = np.zeros(floats.LANES)
         error = ErrorSum.of(values.size, lanes, floats.difference(values.reshape(-1), decoded, lanes))
@@ -239,7 +240,7 @@ class LevelCodec(Codec):
             best = np.where(squares > 0, common / np.where(squares > 0, squares, 1), scales).astype(np.float32)
         return self._rounded(best)
 
-    def _nonzero(self, values: Floats) -> NDArray[np.bool_]:
+    def _nonzero(self, values: NDArray[Any]) -> NDArray[np.bool_]:
         """Return which groups have weights that are not zero."""
         starts = np.arange(0, values.shape[1], self._columns(values.shape[1]))
         return np.logical_or.reduceat(values != 0, starts, axis=1).reshape(-1)
@@ -343,7 +344,7 @@ def _of_magnitude(magnitude: int, size: int) -> Levels:
     level = np.array([magnitude], np.uint32).view(np.float32)[0]
     entries[[half - 1, half + 1]] = -level, level
     thresholds[: half - 1] = -np.inf
-    thresholds[[half - 1, half]] = np.array([-0.5, 0.5], np.float32) * level
+    thresholds[[half - 1, half]] = -level, 0
     return Levels(entries, thresholds)
 
 
@@ -358,7 +359,8 @@ def _least(values: Floats, share: float) -> Floats:
     """Return for each row the least magnitude that is not among the smallest ones, so many that they are a share of it at least."""
     count = math.ceil(share * values.shape[1] * (1 - 1e-12))
     smallest = np.partition(np.abs(values), count - 1, axis=1)[:, count - 1]
-    above: Floats = np.nextafter(smallest, np.float32(np.inf))
+    with np.errstate(over="ignore"):
+        above: Floats = np.nextafter(smallest, np.float32(np.inf))
     return above
 
 
