@@ -39,8 +39,8 @@ class LevelCodec(Codec):
     dtype
         Of the scales; without meaning, and f16, if there are none.
     sparsity
-        Share of the weights that become zero at least, the smallest ones of the tensor, row or group that has a scale; 0 lets the
-        error decide.
+        Share of the weights that become zero, the smallest ones: of the tensor, if it has no scales, as many as a histogram tells;
+        of each row or group at least so many, and those that tie with the last. 0 lets the error decide.
     bpw
         Bits per weight that codes and scales take at most, or ``any``. (A file has some 100 bytes more for each tensor.) The fewer,
         the more weights become zero.
