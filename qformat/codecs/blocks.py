@@ -22,13 +22,13 @@ from qformat.kernels import load
 class BlockCodec(QuantizedCodec):
     """A codec of blocks; subclasses give the layout's numbers and have a kernel module named like their id.
 
+    The kernel module has ``quantize(x, blocks, lanes)``, ``dequantize(blocks, x)`` and, if there are codes worth
+    counting, ``code_histogram(blocks, counts)``; see ``kernels/jit/q4_0.py``.
+
     Parameters
     ----------
     coded
         The blocks are stored entropy-coded (codecs.md, "Coded blocks").
-
-    The kernel module has ``quantize(x, blocks, lanes)``, ``dequantize(blocks, x)`` and, if there are codes worth
-    counting, ``code_histogram(blocks, counts)``; see ``kernels/jit/q4_0.py``.
     """
 
     #: number of different codes, or 0 if they are not counted
