@@ -308,7 +308,7 @@ def _speeds(context: Context, coded: dict[str, _Coded], peers: dict[str, dict[st
         coders: dict[str, _Coded | _Peer] = {"": one, **peers[name]}
         for who, coder in coders.items():
             tasks |= {(name, who, "decode"): coder.decode, (name, who, "encode"): coder.encode}
-    timed = {key: _all_threads(run) for key, run in tasks.items()}
+    timed = {key: processor_seconds(run, time.process_time) for key, run in tasks.items()}
     seconds = interleaved({**functions, **timed}, context.rounds(5))
     scales = yardsticks.scales({name: seconds[name] for name in functions})
     rows = []
@@ -324,14 +324,3 @@ def _speeds(context: Context, coded: dict[str, _Coded], peers: dict[str, dict[st
         "lmzip reads and writes files, in the page cache. zstd's compression is timed once, as it takes so long.",
     ]
     return Section("Lossless: speed in bytes of the weights, one core", rows, notes)
-
-
-def _all_threads(run: Callable[[], object]) -> Callable[[], float]:
-    """Return a function that gives the processor seconds of all threads, for peers that may start some."""
-
-    def measured() -> float:
-        start = time.process_time()
-        own = run()
-        return own if isinstance(own, float) else time.process_time() - start
-
-    return measured

@@ -16,6 +16,7 @@ from qformat.converters import prune as prune_module
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.detect import open_checkpoint
 from qformat.converters.prune import Pruned, Pruning, find_cut
+from qformat.readers.torch import TORCH_DTYPES
 from safetensors.numpy import load_file, save_file
 from torch.nn.utils.prune import l1_unstructured
 
@@ -25,14 +26,7 @@ from qformat.dtypes import DTYPES, Elements, from_array
 from qformat.errors import SourceError, TypeSpecError
 from qformat.source import Checkpoint
 
-TORCH = {
-    "f8_e4m3": torch.float8_e4m3fn,
-    "f8_e5m2": torch.float8_e5m2,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f32": torch.float32,
-    "f64": torch.float64,
-}
+TORCH = {name: TORCH_DTYPES[name] for name in ("f8_e4m3", "f8_e5m2", "f16", "bf16", "f32", "f64")}
 
 
 def run(*args: object, code: int = 0) -> Result:

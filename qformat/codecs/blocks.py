@@ -31,7 +31,7 @@ class BlockCodec(QuantizedCodec):
         The blocks are stored entropy-coded (codecs.md, "Coded blocks").
     """
 
-    #: number of different codes, or 0 if they are not counted
+    #: number of different codes, or 0 if they are whole bytes, which are not counted
     codes: ClassVar[int] = 0
     #: bytes of a block before its codes
     header_bytes: ClassVar[int] = 2
@@ -104,7 +104,7 @@ class BlockCodec(QuantizedCodec):
         if not self.coded:
             return encoded
         blocks = np.frombuffer(encoded.parts[0], np.uint8).reshape(-1, self.block_bytes)
-        chunk, entropy = coded_blocks.pack(blocks, self.header_bytes, self.id, elements.data.size)
+        chunk, entropy = coded_blocks.pack(blocks, self.header_bytes, self.codes or 256, elements.data.size)
         return replace(encoded, parts=(chunk,), entropy=entropy)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
@@ -116,7 +116,7 @@ class BlockCodec(QuantizedCodec):
         if not self.coded:
             return parts
         blocks = np.empty((rows * self.filled(cols) // self.unit, self.block_bytes), np.uint8)
-        coded_blocks.unpack(parts[0], blocks, self.header_bytes, self.id, rows * cols)
+        coded_blocks.unpack(parts[0], blocks, self.header_bytes, self.codes or 256, rows * cols)
         return (blocks.reshape(-1).data,)
 
     def histograms(self, parts: Sequence[Buffer], piece: Piece) -> dict[str, NDArray[np.int64]]:

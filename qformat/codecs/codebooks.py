@@ -38,13 +38,17 @@ class Survey(NamedTuple):
         """Return one of no values."""
         return cls(np.zeros(BINS, np.int64), np.zeros(BINS))
 
+    def add(self, other: Survey) -> None:
+        """Take in other values."""
+        self.counts[:] += other.counts
+        self.sums[:] += other.sums
+
     @classmethod
     def total(cls, parts: Iterable[Survey]) -> Survey:
         """Return all together, added in order."""
         whole = cls.empty()
         for part in parts:
-            whole.counts[:] += part.counts
-            whole.sums[:] += part.sums
+            whole.add(part)
         return whole
 
 
@@ -106,14 +110,15 @@ class Points(NamedTuple):
         return Points(means - half, means + half, counts, counts * means, means)
 
 
-def _running(values: F64) -> F64:
+def running(values: F64) -> F64:
+    """Return the sum of all values before each, and of all."""
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
 def _exact_borders(counts: F64, sums: F64, cells: int) -> I64:
     """Return where the best cells of a few points begin, and the end; there have to be more points than cells."""
     size = counts.size
-    before, sum_before = _running(counts), _running(sums)
+    before, sum_before = running(counts), running(sums)
     sum_before = sum_before - before * (sum_before[-1] / before[-1])  # about the mean, for accuracy
     with np.errstate(all="ignore"):
         gains = np.square(sum_before[None] - sum_before[:, None]) / (before[None] - before[:, None])
@@ -155,16 +160,16 @@ def lloyd(points: Points, borders: I64) -> tuple[F64, list[float]]:
     tuple of (array, list of float)
         The levels, and the squared error after each round, without that within the bins; it never rises.
     """
-    before, sum_before = _running(points.counts), _running(points.sums)
+    before, sum_before = running(points.counts), running(points.sums)
     shifted = points.means - sum_before[-1] / before[-1]
-    squares = float(_running(points.counts * np.square(shifted))[-1])
+    squares = float(running(points.counts * np.square(shifted))[-1])
     centred = sum_before - before * (sum_before[-1] / before[-1])
     history: list[float] = []
     cells = borders.size - 1
     for _ in range(_ROUNDS):
         counts = np.diff(before[borders])
         levels = np.diff(sum_before[borders]) / counts
-        history.append(squares - float(_running(np.square(np.diff(centred[borders])) / counts)[-1]))
+        history.append(squares - float(running(np.square(np.diff(centred[borders])) / counts)[-1]))
         moved = np.searchsorted(points.means, (levels[1:] + levels[:-1]) * 0.5, side="right")
         # a cell that would be empty takes a point from a neighbour, which lessens the error, too
         moved = np.maximum.accumulate(np.maximum(moved, 1) - np.arange(cells - 1)) + np.arange(cells - 1)
@@ -192,7 +197,7 @@ def fit_lloyd(survey: Survey, size: int) -> tuple[Codebook, list[float]]:
     if groups.size - 1 <= size:
         groups = np.arange(points.counts.size + 1)[:: max(1, points.counts.size // _COARSE)]
         groups = np.append(groups[groups < points.counts.size], points.counts.size)
-    before, sum_before = _running(points.counts)[groups], _running(points.sums)[groups]
+    before, sum_before = running(points.counts)[groups], running(points.sums)[groups]
     borders = groups[_exact_borders(np.diff(before), np.diff(sum_before), size)]
     levels, history = lloyd(points, borders)
     return Codebook.nearest(levels), history
@@ -238,5 +243,5 @@ def deviation(survey: Survey) -> float:
     points = Points.of(survey)
     if not points.counts.size:
         return 0.0
-    squares: Any = _running(points.sums * points.means)[-1]
-    return float(np.sqrt(squares / _running(points.counts)[-1]))
+    squares: Any = running(points.sums * points.means)[-1]
+    return float(np.sqrt(squares / running(points.counts)[-1]))

@@ -11,12 +11,10 @@ from qformat.kernels import load
 
 U8 = NDArray[np.uint8]
 
-#: bases of the codes; those of 5 bits are taken out of the blocks one by one, others stay in their bytes
-_BASES = {"q5_0": 32, "q5_1": 32, "q8_0": 256}
 _SCALE_AND_MINIMUM = 4  # bytes before the codes
 
 
-def pack(blocks: U8, header: int, codec: str, elements: int) -> tuple[bytes, float]:
+def pack(blocks: U8, header: int, base: int, elements: int) -> tuple[bytes, float]:
     """Return the chunk of some blocks, and the entropy of its streams in bits.
 
     Parameters
@@ -25,8 +23,8 @@ def pack(blocks: U8, header: int, codec: str, elements: int) -> tuple[bytes, flo
         An array of shape (number of blocks, bytes of a block).
     header
         Bytes of a block before its codes.
-    codec
-        The id of the codec.
+    base
+        How many different codes there are. Those of 5 bits are taken out of the blocks one by one, others stay in their bytes.
     elements
         How many elements the chunk is for, without those that fill up rows.
     """
@@ -38,7 +36,6 @@ def pack(blocks: U8, header: int, codec: str, elements: int) -> tuple[bytes, flo
         numbers.view("<u2")[:, 1] -= numbers.view("<u2")[:, 0]
     for at in range(header):
         writer.stream(np.ascontiguousarray(numbers[:, at]))
-    base = _BASES.get(codec, 16)
     if base == 32:
         codes = np.empty(32 * len(blocks), np.uint8)
         load("codes_5").unpack(blocks.reshape(-1), blocks.shape[1], header, codes)
@@ -48,7 +45,7 @@ def pack(blocks: U8, header: int, codec: str, elements: int) -> tuple[bytes, flo
     return writer.chunk(elements), writer.entropy
 
 
-def unpack(chunk: Buffer, blocks: U8, header: int, codec: str, elements: int) -> None:
+def unpack(chunk: Buffer, blocks: U8, header: int, base: int, elements: int) -> None:
     """Do the opposite of `pack`, into an array of the blocks' shape.
 
     Raises
@@ -63,7 +60,6 @@ def unpack(chunk: Buffer, blocks: U8, header: int, codec: str, elements: int) ->
     if header == _SCALE_AND_MINIMUM:
         numbers.view("<u2")[:, 1] += numbers.view("<u2")[:, 0]
     blocks[:, :header] = numbers
-    base = _BASES.get(codec, 16)
     if base == 32:
         codes = reader.stream(32 * len(blocks), base)
         load("codes_5").pack(codes, blocks.reshape(-1), blocks.shape[1], header)

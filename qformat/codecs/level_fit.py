@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.codebooks import F64, I64, Points, Survey
+from qformat.codecs.codebooks import F64, I64, Points, Survey, running
 from qformat.entropy.frequencies import COST_BITS, log2
 
 F32 = NDArray[np.float32]
@@ -90,13 +90,9 @@ def _smallest(points: Points, share: float) -> float:
     """Return a magnitude below which this share of the values lies, as few more as bins allow."""
     outer = np.maximum(-points.low, points.high)
     order = np.argsort(outer, kind="stable")
-    reached = _running(points.counts[order])[1:]
+    reached = running(points.counts[order])[1:]
     needed = np.searchsorted(reached, share * reached[-1] * (1 - 1e-12))
     return float(outer[order[min(int(needed), order.size - 1)]])
-
-
-def _running(values: F64) -> F64:
-    return np.concatenate([[0.0], np.cumsum(values)])
 
 
 def _best(problem: _Problem, half: int) -> I64:
@@ -111,7 +107,7 @@ def _outwards(counts: F64, sums: F64, cells: int, *, pinned: bool) -> I64:
     if counts.size <= cells:  # each has a level of its own
         return np.minimum(np.arange(cells + 1), counts.size)
     starts = np.unique(np.arange(_COARSE + 1) * counts.size // _COARSE)
-    before, sum_before = _running(counts)[starts], _running(sums)[starts]
+    before, sum_before = running(counts)[starts], running(sums)[starts]
     with np.errstate(all="ignore"):
         gains = np.square(sum_before[None] - sum_before[:, None]) / (before[None] - before[:, None])
     gains[np.tri(starts.size, k=-1, dtype=bool)] = -np.inf  # [i, j]: a cell of the groups i to j - 1
@@ -141,7 +137,7 @@ def _lloyd(problem: _Problem, borders: I64, price: float) -> I64:
         levels = np.where(used, sums, 0.0) / np.where(used, counts, 1.0)
         levels[half] = 0.0
         lengths = _lengths(counts)
-        cost = float(_running(counts * (price * lengths - np.square(levels)))[-1])
+        cost = float(running(counts * (price * lengths - np.square(levels)))[-1])
         if last_cost - cost <= _GAIN * abs(cost):
             break
         last_cost = cost
@@ -176,7 +172,7 @@ def _lengths(counts: F64) -> F64:
 def _bits(problem: _Problem, borders: I64) -> float:
     """Return what coding takes for each value."""
     counts = np.diff(problem.running(problem.points.counts)[borders])
-    return float(_running(counts * _lengths(counts))[-1] / counts.sum()) * _OVERHEAD + _LOSS
+    return float(running(counts * _lengths(counts))[-1] / counts.sum()) * _OVERHEAD + _LOSS
 
 
 def _constrained(problem: _Problem, borders: I64, bits: float) -> I64:
@@ -224,7 +220,7 @@ def _error(problem: _Problem, borders: I64) -> float:
     counts, sums = (np.diff(problem.running(of)[borders]) for of in (problem.points.counts, problem.points.sums))
     gains = np.square(sums) / np.maximum(counts, 1)
     gains[gains.size // 2] = 0.0
-    return -float(_running(gains)[-1])
+    return -float(running(gains)[-1])
 
 
 def _levels(problem: _Problem, borders: I64) -> Levels:

@@ -145,7 +145,7 @@ class LevelCodec(Codec):
         """
         survey, scales, weights, magnitudes = Survey.empty(), 0, 0, set[int]()
         for seen in surveys:
-            survey = Survey.total([survey, seen.survey])
+            survey.add(seen.survey)
             scales, weights = scales + seen.scales, weights + seen.weights
             magnitudes |= seen.magnitudes
         if self.bpw == "any" and self._sparsity == 0 and len(magnitudes) == 1 and magnitudes != {0}:

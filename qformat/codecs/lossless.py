@@ -107,18 +107,20 @@ def _unsigned(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def _write_group(writer: StreamWriter, patterns: Patterns, counts: I64, exponent: int) -> None:
     zeros = patterns.size - int(np.count_nonzero(patterns))
     sparse = zeros * _SPARSE >= patterns.size
-    if sparse:
-        counts[0] -= zeros
-    base, elsewhere = _base(counts)
-    plain = exponent == 8 and elsewhere * _SCATTERED > patterns.size
-    writer.add(bytes([sparse + _PLAIN * plain]))
+    headed = exponent == 8
+    if headed:
+        if sparse:
+            counts[0] -= zeros
+        base, elsewhere = _base(counts)
+        headed = elsewhere * _SCATTERED <= patterns.size
+    writer.add(bytes([sparse + _PLAIN * (exponent == 8 and not headed)]))
     if sparse:
         used = patterns != 0
         writer.stream(np.packbits(used, bitorder="little"))
         patterns = patterns[used]
     if not patterns.size:
         return
-    if exponent == 8 and not plain:
+    if headed:
         _write_headed(writer, patterns, base)
         return
     for part in _bytes(patterns):

@@ -7,10 +7,10 @@ from typing import Any
 import llvmlite.binding
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, config
+from numba.core import config
 from numba.extending import intrinsic
 
-from qformat.kernels.jit.simd import Vector
+from qformat.kernels.jit.simd import Vector, call_llvm, pointer_to
 
 
 def _available() -> bool:
@@ -28,15 +28,6 @@ _INTS = ir.VectorType(_INT, 16)
 _MASK = ir.VectorType(ir.IntType(1), 16)
 
 
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[Any]) -> Any:
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
-    return builder.call(function, args)
-
-
-def _address(context: Any, builder: ir.IRBuilder, kind: Any, array: Any) -> Any:
-    return builder.bitcast(context.make_array(kind)(context, builder, array).data, ir.IntType(8).as_pointer())
-
-
 @intrinsic
 def gather(typing: Any, table: Any, indices: Any) -> Any:  # noqa: ARG001
     """Return the uint32 that begins at each index of a table of uint8 or uint32; no bounds check.
@@ -46,10 +37,11 @@ def gather(typing: Any, table: Any, indices: Any) -> Any:  # noqa: ARG001
     scale = table.dtype.bitwidth // 8
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        base = _address(context, builder, signature.args[0], args[0])
+        first = ir.Constant(ir.IntType(64), 0)
+        base = pointer_to(context, builder, signature.args[0], args[0], first, ir.IntType(8))
         zeros, every = ir.Constant(_INTS, None), ir.Constant(_MASK, [1] * 16)
         parts = [zeros, base, args[1], every, ir.Constant(_INT, scale)]
-        return _call(builder, "llvm.x86.avx512.mask.gather.dpi.512", _INTS, parts)
+        return call_llvm(builder, "llvm.x86.avx512.mask.gather.dpi.512", _INTS, parts)
 
     return _VECTOR(table, indices), generate
 
@@ -67,14 +59,12 @@ def refill(typing: Any, states: Any, array: Any, index: Any) -> Any:  # noqa: AR
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         halves = ir.VectorType(ir.IntType(16), 16)
-        data = context.make_array(signature.args[1])(context, builder, args[1]).data
-        source = builder.bitcast(builder.gep(data, [args[2]]), halves.as_pointer())
-        loaded = builder.load(source)
+        loaded = builder.load(pointer_to(context, builder, signature.args[1], args[1], args[2], halves))
         loaded.align = 1
         words = builder.zext(loaded, _INTS)
         short = builder.icmp_unsigned("<", args[0], ir.Constant(_INTS, [1 << 16] * 16))
         shifted = builder.shl(args[0], ir.Constant(_INTS, [16] * 16))
-        given = _call(builder, "llvm.x86.avx512.mask.expand.v16i32", _INTS, [words, words, short])
+        given = call_llvm(builder, "llvm.x86.avx512.mask.expand.v16i32", _INTS, [words, words, short])
         states = builder.select(short, builder.or_(shifted, given), args[0])
         bits = builder.bitcast(short, ir.IntType(16))
         count = builder.zext(builder.ctpop(bits), ir.IntType(64))

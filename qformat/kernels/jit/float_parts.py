@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.compiler import U8, U16, kernel
+from qformat.kernels.jit.compiler import U8, U16, U32, kernel
 from qformat.kernels.jit.packing import pack_32, unpack_32
 from qformat.kernels.jit.simd import load, minimum, or_lanes, store, sum_lanes, to_u8, to_u16, to_u32, zeros_u32
 
-U32 = "Array(uint32, 1, 'C', readonly=True)"
 ELSEWHERE = 255
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from qformat.kernels.jit.compiler import U8, kernel
+from qformat.kernels.jit.compiler import U8, U32, kernel
 from qformat.kernels.plain import frequencies
 
-FREQUENCIES = "Array(uint32, 1, 'C', readonly=True)"
-
-write_table = kernel(f"int64({FREQUENCIES}, int64, int64, uint8[::1])")(frequencies.write_table)
+write_table = kernel(f"int64({U32}, int64, int64, uint8[::1])")(frequencies.write_table)
 read_table = kernel(f"int64({U8}, int64, int64, uint32[::1])")(frequencies.read_table)
-letter_frequencies = kernel(f"boolean({FREQUENCIES}, int64, int64, int64, uint32[::1])")(frequencies.letter_frequencies)
+letter_frequencies = kernel(f"boolean({U32}, int64, int64, int64, uint32[::1])")(frequencies.letter_frequencies)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.jit.compiler import F32, U8, kernel
+from qformat.kernels.jit.compiler import F32, U8, inline, kernel
 from qformat.kernels.jit.simd import load, load_as, store, store_as
 
-EIGHT = np.uint64(0)
+EIGHT = np.uint64(0)  # bytes
+
+
+@inline
+def _letter(symbols, at, base, each):
+    letter = np.uint32(0)
+    for i in range(each - 1, -1, -1):
+        letter = letter * np.uint32(base) + symbols[at + np.uint64(i)]
+    return letter
 
 
 @kernel(f"void({U8}, int64, int64, uint8[::1])")
@@ -15,17 +23,12 @@ def join(symbols, base, each, letters):
     """Make letters of ``each`` symbols below ``base``, the first counting least; there are as many as the letters need."""
     for j in range(letters.size):
         at = np.uint64(each * j)
-        letter = np.uint32(0)
-        if each == 5:
-            for i in range(4, -1, -1):
-                letter = letter * np.uint32(base) + symbols[at + np.uint64(i)]
+        if each == 5:  # a number that the compiler knows makes this several times as fast
+            letters[j] = _letter(symbols, at, base, 5)
         elif each == 3:
-            for i in range(2, -1, -1):
-                letter = letter * np.uint32(base) + symbols[at + np.uint64(i)]
+            letters[j] = _letter(symbols, at, base, 3)
         else:
-            for i in range(each - 1, -1, -1):
-                letter = letter * np.uint32(base) + symbols[at + np.uint64(i)]
-        letters[j] = letter
+            letters[j] = _letter(symbols, at, base, each)
 
 
 @kernel(f"void({U8}, {U8}, int64, uint8[::1])")

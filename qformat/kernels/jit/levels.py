@@ -31,6 +31,16 @@ MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 @inline
+def _group(number, cols, group):
+    """Return where a group begins, where its last whole run of 32 elements ends, and where the group does."""
+    each = (cols + group - 1) // group
+    row = number // each * cols
+    start = row + number % each * group
+    stop = min(start + group, row + cols)
+    return start, start + (stop - start) // 32 * 32, stop
+
+
+@inline
 def _fold(lanes):
     return sum_halves(load(lanes, 0, 32))
 
@@ -39,51 +49,43 @@ def _fold(lanes):
 def measure(x, cols, group, squares, magnitudes):
     """Give the sum of squares of each group, and the bits of its magnitude if all that is not 0 has the same, else 0."""
     lanes = np.empty(32)
-    number = 0
-    for row in range(0, x.size, cols):
-        for start in range(row, row + cols, group):
-            stop = min(start + group, row + cols)
-            whole = start + (stop - start) // 32 * 32
-            lanes[:] = 0.0
-            total = load(lanes, 0, 32)
-            most = zeros_u32(32)
-            rest = zeros_u32(32)  # the largest of 2^31 - 1 - magnitude, without zeros
-            for at in range(start, whole, 32):
-                values = load(x, at, 32)
-                wide = to_f64(values)
-                total = total + wide * wide
-                magnitude = bits(values) & MAGNITUDE
-                most = maximum(most, magnitude)
-                rest = maximum(rest, select_less(zeros_u32(32), magnitude, MAGNITUDE - magnitude, np.uint32(0)))
-            store(lanes, 0, total)
-            top, low = largest(most), largest(rest)
-            for at in range(whole, stop):
-                lanes[at - whole] += np.float64(x[at]) * np.float64(x[at])
-                one = np.uint32(bits(x[at]) & MAGNITUDE)
-                top = max(top, one)
-                if one:
-                    low = max(low, np.uint32(MAGNITUDE - one))
-            squares[number] = _fold(lanes)
-            magnitudes[number] = top if top and top == MAGNITUDE - low else np.uint32(0)
-            number += 1
+    for number in range(squares.size):
+        start, whole, stop = _group(number, cols, group)
+        lanes[:] = 0.0
+        total = load(lanes, 0, 32)
+        most = zeros_u32(32)
+        rest = zeros_u32(32)  # the largest of 2^31 - 1 - magnitude, without zeros
+        for at in range(start, whole, 32):
+            values = load(x, at, 32)
+            wide = to_f64(values)
+            total = total + wide * wide
+            magnitude = bits(values) & MAGNITUDE
+            most = maximum(most, magnitude)
+            rest = maximum(rest, select_less(zeros_u32(32), magnitude, MAGNITUDE - magnitude, np.uint32(0)))
+        store(lanes, 0, total)
+        top, low = largest(most), largest(rest)
+        for at in range(whole, stop):
+            lanes[at - whole] += np.float64(x[at]) * np.float64(x[at])
+            one = np.uint32(bits(x[at]) & MAGNITUDE)
+            top = max(top, one)
+            if one:
+                low = max(low, np.uint32(MAGNITUDE - one))
+        squares[number] = _fold(lanes)
+        magnitudes[number] = top if top and top == MAGNITUDE - low else np.uint32(0)
 
 
 @kernel(f"void({F32}, int64, int64, {F32}, {F32}, float32[::1])")
 def unscale(x, cols, group, scales, least, y):
     """Divide by the scale of the group; what is smaller than the least magnitude of its group becomes 0."""
-    number = 0
-    for row in range(0, x.size, cols):
-        for start in range(row, row + cols, group):
-            stop = min(start + group, row + cols)
-            whole = start + (stop - start) // 32 * 32
-            scale, limit = scales[number], bits(least[number])
-            for at in range(start, whole, 32):
-                values = load(x, at, 32)
-                kept = select_less(bits(values) & MAGNITUDE, limit, zeros_u32(32), bits(values))
-                store(y, at, from_bits(kept) / scale)
-            for at in range(whole, stop):
-                y[at] = x[at] / scale if np.uint32(bits(x[at]) & MAGNITUDE) >= limit else np.float32(0.0)
-            number += 1
+    for number in range(scales.size):
+        start, whole, stop = _group(number, cols, group)
+        scale, limit = scales[number], bits(least[number])
+        for at in range(start, whole, 32):
+            values = load(x, at, 32)
+            kept = select_less(bits(values) & MAGNITUDE, limit, zeros_u32(32), bits(values))
+            store(y, at, from_bits(kept) / scale)
+        for at in range(whole, stop):
+            y[at] = x[at] / scale if np.uint32(bits(x[at]) & MAGNITUDE) >= limit else np.float32(0.0)
 
 
 @kernel(f"void({F32}, {F32}, uint8[::1])")
@@ -106,39 +108,31 @@ def classify(y, thresholds, codes):
 def products(x, codes, entries, cols, group, common, squares):
     """Give for each group the sum of values times the entries of their codes, and of the squares of these entries."""
     upper, lower = np.empty(32), np.empty(32)
-    number = 0
-    for row in range(0, x.size, cols):
-        for start in range(row, row + cols, group):
-            stop = min(start + group, row + cols)
-            whole = start + (stop - start) // 32 * 32
-            upper[:] = 0.0
-            lower[:] = 0.0
-            above, below = load(upper, 0, 32), load(lower, 0, 32)
-            for at in range(start, whole, 32):
-                entry = to_f64(take(entries, to_u32(load(codes, at, 32))))
-                above = above + to_f64(load(x, at, 32)) * entry
-                below = below + entry * entry
-            store(upper, 0, above)
-            store(lower, 0, below)
-            for at in range(whole, stop):
-                entry = np.float64(entries[codes[at]])
-                upper[at - whole] += np.float64(x[at]) * entry
-                lower[at - whole] += entry * entry
-            common[number], squares[number] = _fold(upper), _fold(lower)
-            number += 1
+    for number in range(common.size):
+        start, whole, stop = _group(number, cols, group)
+        upper[:] = 0.0
+        lower[:] = 0.0
+        above, below = load(upper, 0, 32), load(lower, 0, 32)
+        for at in range(start, whole, 32):
+            entry = to_f64(take(entries, to_u32(load(codes, at, 32))))
+            above = above + to_f64(load(x, at, 32)) * entry
+            below = below + entry * entry
+        store(upper, 0, above)
+        store(lower, 0, below)
+        for at in range(whole, stop):
+            entry = np.float64(entries[codes[at]])
+            upper[at - whole] += np.float64(x[at]) * entry
+            lower[at - whole] += entry * entry
+        common[number], squares[number] = _fold(upper), _fold(lower)
 
 
 @kernel(f"void(float32[::1], int64, int64, {F32})")
 def rescale(values, cols, group, scales):
     """Multiply by the scale of the group."""
-    number = 0
-    for row in range(0, values.size, cols):
-        for start in range(row, row + cols, group):
-            stop = min(start + group, row + cols)
-            whole = start + (stop - start) // 32 * 32
-            scale = scales[number]
-            for at in range(start, whole, 32):
-                store(values, at, load(values, at, 32) * scale)
-            for at in range(whole, stop):
-                values[at] *= scale
-            number += 1
+    for number in range(scales.size):
+        start, whole, stop = _group(number, cols, group)
+        scale = scales[number]
+        for at in range(start, whole, 32):
+            store(values, at, load(values, at, 32) * scale)
+        for at in range(whole, stop):
+            values[at] *= scale

@@ -6,7 +6,7 @@ import numpy as np
 from numba import int64, uint8, uint16, uint32
 
 from qformat.kernels.jit.blocks import LANES, ONE, ZERO, add_squares, keep_largest, prefetch_block, too_large
-from qformat.kernels.jit.compiler import F32, U8, inline, kernel
+from qformat.kernels.jit.compiler import F32, U8, U32, inline, kernel
 from qformat.kernels.jit.halves import half_to_float
 from qformat.kernels.jit.simd import (
     bits,
@@ -40,7 +40,6 @@ CODED = (LEVELS.view(np.uint32) | np.tile(np.arange(8, 16, dtype=np.uint32), 4))
 HALF = np.float32(0.5)
 TWO = np.float32(2.0)
 SIGN = 0x80000000
-HEADER = "Array(uint32, 1, 'C', readonly=True)"
 
 
 @inline
@@ -68,7 +67,7 @@ def _pack(blocks, at, run, runs, codes):
         store(blocks, place, load(blocks, place, 32) | (packed << 4))
 
 
-@kernel(f"UniTuple(int64, 4)({F32}, {HEADER}, uint8[::1], float64[::1], int64)")
+@kernel(f"UniTuple(int64, 4)({F32}, {U32}, uint8[::1], float64[::1], int64)")
 def encode(x, headers, blocks, lanes, block):
     """Write blocks with headers of 24 bits that a search has chosen, and the nearest codes.
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.jit import avx512
-from qformat.kernels.jit.compiler import U8, inline, kernel
+from qformat.kernels.jit.compiler import U8, U32, inline, kernel
 from qformat.kernels.jit.simd import load, load_as, store, store_as, to_u8
 
 WORD = np.uint16(0)
 STATE = np.uint32(0)
 LOW, SIXTEEN = np.uint32(0xFFFF), np.uint32(16)
 ZERO, ONE, TWO = np.uint64(0), np.uint64(1), np.uint64(2)
-FREQUENCIES = "Array(uint32, 1, 'C', readonly=True)"
 
 
 @kernel(f"void({U8}, int64[::1])")
@@ -32,7 +31,7 @@ def histogram(letters, counts):
         counts[letter] += parts[0, letter] + parts[1, letter] + parts[2, letter] + parts[3, letter]
 
 
-@kernel(f"int64({U8}, {FREQUENCIES}, int64, int64, uint8[::1])")
+@kernel(f"int64({U8}, {U32}, int64, int64, uint8[::1])")
 def encode(letters, frequencies, precision, lanes, coded):
     """Write states and words to the end of ``coded``; return where they begin.
 
@@ -153,7 +152,7 @@ def _rounds_avx512(coded, at, letters, i, states, slots, entries, precision):
 _whole_rounds = _rounds_avx512 if avx512.AVAILABLE else _rounds
 
 
-@kernel(f"int64({U8}, {FREQUENCIES}, int64, int64, uint8[::1])")
+@kernel(f"int64({U8}, {U32}, int64, int64, uint8[::1])")
 def decode(coded, frequencies, precision, lanes, letters):
     """Read states and words, and fill ``letters``; return 0, or 1 if the bytes are none that an encoder can have written.
 

@@ -50,7 +50,8 @@ def _spread(context: Any, builder: ir.IRBuilder, value: Any, source: types.Type,
     return builder.shuffle_vector(one, ir.Constant(single, ir.Undefined), zeros)
 
 
-def _pointer(context: Any, builder: ir.IRBuilder, array_type: Any, array: Any, index: Any, to: ir.Type) -> Any:
+def pointer_to(context: Any, builder: ir.IRBuilder, array_type: Any, array: Any, index: Any, to: ir.Type) -> Any:
+    """Return the address of an array's element, as that of another type; for intrinsics."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), to.as_pointer())
 
@@ -61,7 +62,7 @@ def load(typing: Any, array: Any, index: Any, lanes: Any) -> Any:  # noqa: ARG00
     vector = Vector(array.dtype, lanes.literal_value)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        source = _pointer(context, builder, signature.args[0], args[0], args[1], _llvm(context, vector))
+        source = pointer_to(context, builder, signature.args[0], args[0], args[1], _llvm(context, vector))
         value = builder.load(source)
         value.align = array.dtype.bitwidth // 8
         return value
@@ -86,7 +87,7 @@ def load_f32(typing: Any, array: Any, index: Any, lanes: Any) -> Any:  # noqa: A
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         stored = ir.VectorType(context.get_value_type(array.dtype), vector.lanes)
-        value = builder.load(_pointer(context, builder, signature.args[0], args[0], args[1], stored))
+        value = builder.load(pointer_to(context, builder, signature.args[0], args[0], args[1], stored))
         value.align = array.dtype.bitwidth // 8
         return value if array.dtype == types.float32 else _widen(builder, value)
 
@@ -109,9 +110,9 @@ def prefetch(typing: Any, array: Any, index: Any) -> Any:  # noqa: ARG001
     """Ask for the cache line of an element that will be read soon; harmless past the end."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        address = _pointer(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
+        address = pointer_to(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
         flags = [ir.Constant(ir.IntType(32), value) for value in (0, 3, 1)]  # to read, to keep, data
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, *flags])
+        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [address, *flags])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
@@ -125,7 +126,7 @@ def float_at(typing: Any, array: Any, index: Any) -> Any:  # noqa: ARG001
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         stored = context.get_value_type(array.dtype)
-        value = builder.load(_pointer(context, builder, signature.args[0], args[0], args[1], stored))
+        value = builder.load(pointer_to(context, builder, signature.args[0], args[0], args[1], stored))
         if array.dtype == types.float32:
             return value
         shifted = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
@@ -139,7 +140,7 @@ def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:  # noqa: ARG
     """Put a vector at ``index`` of a contiguous one-dimensional array of its element type; no bounds check."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        target = _pointer(context, builder, signature.args[0], args[0], args[1], _llvm(context, vector))
+        target = pointer_to(context, builder, signature.args[0], args[0], args[1], _llvm(context, vector))
         instruction = builder.store(args[2], target)
         instruction.align = array.dtype.bitwidth // 8
         return context.get_dummy_value()
@@ -152,7 +153,7 @@ def load_as(typing: Any, array: Any, index: Any, like: Any) -> Any:  # noqa: ARG
     """Return one scalar of the type of ``like``, from the bytes at ``index`` of a uint8 array, of any alignment."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        source = _pointer(context, builder, signature.args[0], args[0], args[1], context.get_value_type(like))
+        source = pointer_to(context, builder, signature.args[0], args[0], args[1], context.get_value_type(like))
         value = builder.load(source)
         value.align = 1
         return value
@@ -165,7 +166,7 @@ def store_as(typing: Any, array: Any, index: Any, value: Any) -> Any:  # noqa: A
     """Put the bytes of a scalar at ``index`` of a uint8 array, of any alignment."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        target = _pointer(context, builder, signature.args[0], args[0], args[1], context.get_value_type(value))
+        target = pointer_to(context, builder, signature.args[0], args[0], args[1], context.get_value_type(value))
         instruction = builder.store(args[2], target)
         instruction.align = 1
         return context.get_dummy_value()
@@ -216,7 +217,8 @@ _operator(operator.lshift, _binary(None, "shl"))
 _operator(operator.rshift, _binary(None, "ashr", "lshr"))
 
 
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[Any]) -> Any:
+def call_llvm(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[Any]) -> Any:
+    """Call an intrinsic of LLVM's by its name."""
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
     return builder.call(function, args)
 
@@ -236,7 +238,7 @@ def _extremum(signed: str, unsigned: str, ordered: str) -> Any:
             if isinstance(a.element, types.Float):
                 return builder.select(builder.fcmp_ordered(ordered, args[0], other), args[0], other)
             name = f"llvm.{signed if a.element.signed else unsigned}.{_suffix(a)}"
-            return _call(builder, name, args[0].type, [args[0], other])
+            return call_llvm(builder, name, args[0].type, [args[0], other])
 
         return a(a, b), generate
 
@@ -255,7 +257,7 @@ def largest(typing: Any, vector: Any) -> Any:  # noqa: ARG001
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         scalar = context.get_value_type(signature.return_type)
-        return _call(builder, f"llvm.vector.reduce.umax.{_suffix(vector)}", scalar, [args[0]])
+        return call_llvm(builder, f"llvm.vector.reduce.umax.{_suffix(vector)}", scalar, [args[0]])
 
     return vector.element(vector), generate
 
@@ -376,7 +378,7 @@ def _reduction(name: str) -> Any:
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             scalar = context.get_value_type(signature.return_type)
-            return _call(builder, f"llvm.vector.reduce.{name}.{_suffix(vector)}", scalar, [args[0]])
+            return call_llvm(builder, f"llvm.vector.reduce.{name}.{_suffix(vector)}", scalar, [args[0]])
 
         return vector.element(vector), generate
 
@@ -425,7 +427,7 @@ def take(typing: Any, table: Any, indices: Any) -> Any:  # noqa: ARG001
         align = ir.Constant(ir.IntType(32), table.dtype.bitwidth // 8)
         result = _llvm(context, vector)
         name = f"llvm.masked.gather.{_suffix(vector)}.v{vector.lanes}p0"
-        return _call(builder, name, result, [pointers, align, every, ir.Constant(result, ir.Undefined)])
+        return call_llvm(builder, name, result, [pointers, align, every, ir.Constant(result, ir.Undefined)])
 
     return vector(table, indices), generate
 
@@ -460,7 +462,7 @@ def transpose_blocks(typing: Any, array: Any, index: Any, target: Any) -> Any:  
                         rows[b] = builder.shuffle_vector(first, second, low)
                         rows[b + step] = builder.shuffle_vector(first, second, high)
             for i, row in enumerate(rows):
-                place = _pointer(
+                place = pointer_to(
                     context, builder, signature.args[2], args[2], ir.Constant(word, 16 * (half + i)), floats
                 )
                 builder.store(row, place).align = 4
@@ -468,7 +470,7 @@ def transpose_blocks(typing: Any, array: Any, index: Any, target: Any) -> Any:  
 
     def _load_floats(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, index: Any) -> Any:
         stored = ir.VectorType(context.get_value_type(array.dtype), 16)
-        value = builder.load(_pointer(context, builder, signature.args[0], args[0], index, stored))
+        value = builder.load(pointer_to(context, builder, signature.args[0], args[0], index, stored))
         value.align = array.dtype.bitwidth // 8
         return value if array.dtype == types.float32 else _widen(builder, value)
 
