@@ -1,7 +1,8 @@
-"""Reference reader of qformat 1.2 in plain numpy, written from `container.md` and `codecs.md` alone.
+"""Reference reader of qformat 1.3 in plain numpy, written from `container.md` and `codecs.md` alone.
 
 It reads the whole file, checks every rule of the two texts and prefers clarity to speed; `reference_codecs` decodes
-the tensors. "container 3" and "codecs" in the comments name the text, and the section of it, in which a rule stands.
+the tensors, `reference_layers` those in layers. "container 3" and "codecs" in the comments name the text, and the
+section of it, in which a rule stands.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ sys.path.append(str(Path(__file__).parent))
 
 from reference_codecs import decode as decode_values
 from reference_codecs import get, quantize_q4_0
+from reference_layers import LAYERED, layers_of
+from reference_layers import decode as decode_layers
 from reference_streams import SpecError, fail
 
 if TYPE_CHECKING:
@@ -44,9 +47,10 @@ MAX_DEPTH = 32
 
 # The keys that this reader knows, for `must_understand` (container 3).
 TOP_KEYS = {"assets", "header_sha256", "metadata", "tensors", "must_understand"}
-SEGMENT_KEYS = {"name", "offset", "length", "sha256", "must_understand"}
-ASSET_KEYS = SEGMENT_KEYS | {"encoding", "size", "content_sha256"}
-TENSOR_KEYS = {"name", "shape", "dtype", "codec", "params", "encoder", "error", "segments", "must_understand"}
+STORED_KEYS = {"name", "offset", "length", "sha256", "must_understand"}
+SEGMENT_KEYS = STORED_KEYS | {"error"}
+ASSET_KEYS = STORED_KEYS | {"encoding", "size", "content_sha256"}
+TENSOR_KEYS = {"name", "shape", "dtype", "codec", "params", "encoder", "error", "range", "segments", "must_understand"}
 
 # What "%.9e" prints for a finite number that is not negative: the first digit is 0 only for zero itself,
 # and the exponent has three digits only where it needs them.
@@ -135,19 +139,22 @@ def read(data: bytes) -> File:
     )
 
 
-def decode(tensor: Tensor) -> npt.NDArray[Any]:
+def decode(tensor: Tensor, layers: int | None = None) -> npt.NDArray[Any]:
     """Decode one tensor.
 
     Parameters
     ----------
     tensor : Tensor
         A tensor of a `File`.
+    layers : int, optional
+        Of a layered tensor: how many of its layers to decode, from the first one on, and nothing else. None decodes
+        everything.
 
     Returns
     -------
     numpy.ndarray
-        The values in the tensor's shape. Raw codecs give numpy's dtype of that name, or float32 where numpy
-        has none (`bf16` and the `f8` ones); quantized codecs give float32.
+        The values in the tensor's shape. Raw codecs, and others that keep the dtype, give numpy's dtype of that name,
+        or float32 where numpy has none (`bf16` and the `f8` ones); quantized codecs and layers give float32.
 
     Raises
     ------
@@ -159,9 +166,19 @@ def decode(tensor: Tensor) -> npt.NDArray[Any]:
         fail(where, tensor.refusal)
     params = get(tensor.record, "params", dict, where)
     has_error = "error" in tensor.record
-    return decode_values(
+    if tensor.codec in LAYERED:
+        _check_layers(tensor, params, where)
+        return decode_layers(tensor.dtype, tensor.shape, params, tensor.segments, layers=layers, where=where)
+    values = decode_values(
         tensor.codec, tensor.dtype, tensor.shape, params, tensor.segments, has_error=has_error, where=where
     )
+    # Only now: of a codec that is unknown nobody knows whether it is layered.
+    segments = get(tensor.record, "segments", list, where) if "segments" in tensor.record else []
+    if "range" in tensor.record or any("error" in segment for segment in segments):
+        fail(where, f"{tensor.codec} is not layered, but has a range, or a segment with an error")
+    if layers is not None:
+        fail(where, f"{tensor.codec} has no layers")
+    return values
 
 
 def decode_asset(asset: Asset) -> bytes:
@@ -386,20 +403,53 @@ def _load_tensor(data: bytes, record: Record) -> Tensor:
     if not all(isinstance(value, int | str) for value in [*params.values(), *encoder.values()]):
         fail(where, "params or encoder holds something that is no integer, string or boolean")
     if "error" in record:
-        error = get(record, "error", dict, where)
-        if not all(ERROR_VALUE.fullmatch(get(error, key, str, where)) for key in ("rmse", "max")):
-            fail(where, "rmse or max is not in the form of %.9e")
+        _check_measures(get(record, "error", dict, where), ("rmse", "max"), where)
+    if "range" in record:
+        _check_measures(record, ("range",), where)
     refusals = [_refusal(record, TENSOR_KEYS, where)]
     segments = []
     for segment in _get_list(record, "segments", dict, where):
         label = get(segment, "name", str, where)
         if CONTROL.search(label) or not 1 <= len(label.encode()) <= 1024:
             fail(where, "the name of a segment is empty, too long or has a control character")
+        if "error" in segment:
+            error = get(segment, "error", dict, f"{where} segment {label!r}")
+            _check_measures(error, ("rmse", "max", "mean"), f"{where} segment {label!r}")
         segments.append((label, _load(data, segment, f"{where} segment {label!r}")))
         refusals.append(_refusal(segment, SEGMENT_KEYS, f"{where} segment {label!r}"))
     dtype, codec = get(record, "dtype", str, where), get(record, "codec", str, where)
     refusal = "; ".join(filter(None, refusals))
     return Tensor(name, tuple(shape), dtype, codec, record, tuple(segments), refusal)
+
+
+def _check_measures(record: Record, keys: tuple[str, ...], where: str) -> None:
+    """Check the form of errors and ranges (container 3, tensor record)."""
+    for key in keys:
+        if not ERROR_VALUE.fullmatch(get(record, key, str, where)):
+            fail(where, f"{key} is not in the form of %.9e")
+
+
+def _check_layers(tensor: Tensor, params: Record, where: str) -> None:
+    """Check that the record of a layered tensor has the range and the errors that it must have (container 3)."""
+    names, values = layers_of(params, where), [get(tensor.record, "range", str, where)]
+    last: Record = {}
+    for segment in _get_list(tensor.record, "segments", dict, where):
+        is_layer = segment["name"] in names
+        if ("error" in segment) != is_layer:
+            fail(where, f"segment {segment['name']!r} must {'' if is_layer else 'not '}have an error")
+        if is_layer:
+            last = get(segment, "error", dict, where)
+            values += [get(last, key, str, where) for key in ("rmse", "max", "mean")]
+    # codecs, scm: no error if all is kept, else that of the last layer.
+    lossless = get(params, "lossless", bool, where)
+    if ("error" in tensor.record) == lossless:
+        fail(where, f"{tensor.codec} must {'not ' if lossless else ''}have an error")
+    if not lossless:
+        error = get(tensor.record, "error", dict, where)
+        if any(error[key] != last.get(key) for key in ("rmse", "max")):
+            fail(where, "its error is not that of its last layer")
+    if 0 in tensor.shape and set(values) != {"0.000000000e+00"}:
+        fail(where, "a range or an error is not zero, but there are no elements")
 
 
 def _load_asset(data: bytes, record: Record) -> Asset:

@@ -118,9 +118,14 @@ def decode(
     if codec in DTYPES:
         values = _decode_raw(codec, math.prod(shape), params, segments, where)
     elif codec == "lossless":
-        values = _decode_lossless(dtype, *_rows_cols(shape), params, segments, where)
+        values = _decode_lossless(dtype, *rows_cols(shape), params, segments, where)
     else:
-        values = MATRIX_CODECS[codec](*_rows_cols(shape), params, segments, where)
+        values = MATRIX_CODECS[codec](*rows_cols(shape), params, segments, where)
+    return shaped(values, shape, where)
+
+
+def shaped(values: npt.NDArray[Any], shape: tuple[int, ...], where: str) -> npt.NDArray[Any]:
+    """Give the values of a tensor in its shape."""
     try:
         return values.reshape(shape)
     except ValueError:
@@ -142,12 +147,12 @@ def _check_dtype(codec: str, dtype: str, where: str) -> bool:
     return codec in DTYPES and all(a <= b for a, b in zip(FLOATING[dtype], FLOATING[codec], strict=True))
 
 
-def _rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
+def rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
     """See a tensor as a matrix (Rows)."""
     return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
-def _check_keys(params: Params, known: Collection[str], where: str) -> None:
+def check_keys(params: Params, known: Collection[str], where: str) -> None:
     """Check that there is no other parameter: with one, a reader MUST NOT decode (container 3)."""
     if unknown := sorted(set(params) - set(known)):
         fail(where, f"unknown params {unknown}")
@@ -215,13 +220,14 @@ F8_TABLES["f8_e5m2"].reshape(2, 128)[:, 0x7C:] = [[np.inf, *[np.nan] * 3], [-np.
 
 
 def _decode_raw(codec: str, n: int, params: Params, segments: Segments, where: str) -> npt.NDArray[Any]:
-    _check_keys(params, (), where)
+    check_keys(params, (), where)
     dtype = np.dtype(DTYPES[codec])
     (data,) = _take(segments, [("data", n * dtype.itemsize)], n, where)
-    return _raw_values(codec, np.frombuffer(data, dtype).copy(), where)
+    return raw_values(codec, np.frombuffer(data, dtype).copy(), where)
 
 
-def _raw_values(codec: str, values: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+def raw_values(codec: str, values: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+    """Widen the stored elements of a raw codec, if numpy has no such dtype."""
     if codec == "bf16":
         values = (values.astype(np.uint32) << 16).view(np.float32)
     elif codec in F8_TABLES:
@@ -246,7 +252,7 @@ BLOCK_FIELDS: dict[str, tuple[list[tuple[str, str, int]], int]] = {
 
 
 def _decode_blocks(codec: str, rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
-    _check_keys(params, ("coded",), where)
+    check_keys(params, ("coded",), where)
     fields, z = BLOCK_FIELDS[codec]
     layout = np.dtype([(name, kind, (count,)) for name, kind, count in fields])
     data = _take_blocks(codec, rows, cols, 32, layout.itemsize, params, segments, where)
@@ -315,7 +321,7 @@ NLM_LEVELS = (
 
 
 def _decode_nlm(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
-    _check_keys(params, ("block", "coded"), where)
+    check_keys(params, ("block", "coded"), where)
     block = _choice(params, "block", (32, 64, 128), where)
     data = _take_blocks("nlm", rows, cols, block, 3 + block // 2, params, segments, where)
     if not data:
@@ -334,7 +340,7 @@ def _decode_nlm(rows: int, cols: int, params: Params, segments: Segments, where:
 
 
 def _decode_affine(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
-    _check_keys(params, ("bits", "group", "sym", "scale"), where)
+    check_keys(params, ("bits", "group", "sym", "scale"), where)
     bits = _choice(params, "bits", (2, 3, 4, 8), where)
     sym = get(params, "sym", bool, where)
     scale = _choice(params, "scale", ("f16", "bf16", "f32"), where)
@@ -368,7 +374,7 @@ def _decode_affine(rows: int, cols: int, params: Params, segments: Segments, whe
 
 
 def _decode_lut(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
-    _check_keys(params, ("scope", "block", "size", "scale"), where)
+    check_keys(params, ("scope", "block", "size", "scale"), where)
     scope = _choice(params, "scope", ("tensor", "block"), where)
     block = _choice(params, "block", (128, 256) if scope == "block" else (128,), where)
     size = _choice(params, "size", (4, 8, 16), where)
@@ -397,7 +403,7 @@ def _decode_lut(rows: int, cols: int, params: Params, segments: Segments, where:
 
 
 def _decode_levels(codec: str, rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
-    _check_keys(params, ("scale", "group", "dtype", *(["n"] if codec == "levels" else [])), where)
+    check_keys(params, ("scale", "group", "dtype", *(["n"] if codec == "levels" else [])), where)
     n = _choice(params, "n", (3, 5, 7, 9, 11, 13, 15), where) if codec == "levels" else 3
     scale = _choice(params, "scale", ("tensor", "row", "group"), where)
     group = get(params, "group", int, where)
@@ -433,7 +439,7 @@ def _decode_levels(codec: str, rows: int, cols: int, params: Params, segments: S
 def _decode_lossless(
     dtype: str, rows: int, cols: int, params: Params, segments: Segments, where: str
 ) -> npt.NDArray[Any]:
-    _check_keys(params, (), where)
+    check_keys(params, (), where)
     places, (content, lengths) = _take_chunked(segments, rows, cols, 1, [], where)
     size = np.dtype(DTYPES[dtype]).itemsize
     patterns = np.empty((rows, cols), np.uint64)
@@ -450,7 +456,7 @@ def _decode_lossless(
             elements = _group(cursor, len(members) * part.shape[1], dtype, size)
             part[members] = elements.reshape(len(members), part.shape[1])
     stored = patterns.astype(f"<u{size}").view(DTYPES[dtype])
-    return _raw_values(dtype, stored.reshape(-1), where)
+    return raw_values(dtype, stored.reshape(-1), where)
 
 
 def _group(cursor: Cursor, count: int, dtype: str, size: int) -> npt.NDArray[Any]:
@@ -529,7 +535,7 @@ def quantize_q4_0(x: npt.NDArray[np.float32]) -> bytes:
         raise SpecError("quantize_q4_0: not float32 or not finite")
     if x.size == 0:
         return b""
-    rows, cols = _rows_cols(x.shape)
+    rows, cols = rows_cols(x.shape)
     padded = np.pad(x.reshape(rows, cols), ((0, 0), (0, -cols % 32))).reshape(-1, 32)
     m = np.take_along_axis(padded, np.argmax(np.abs(padded), axis=1, keepdims=True), axis=1)
     with np.errstate(all="ignore"):  # what a zero or tiny D gives is replaced

@@ -96,7 +96,7 @@ def borders(rows: int, cols: int, unit: int) -> list[tuple[slice, slice]]:
 
 
 def chunks(
-    content: bytes, lengths: bytes, places: list[tuple[slice, slice]], where: str
+    content: bytes, lengths: bytes, places: list[tuple[slice, slice]], where: str, *, filled: bool = True
 ) -> Iterator[tuple[slice, slice, Cursor]]:
     """Cut the segment `chunks`, and check after each chunk that the caller has left nothing over (Chunks).
 
@@ -108,6 +108,8 @@ def chunks(
         What `borders` gave.
     where : str
         What an error message begins with.
+    filled : bool
+        Whether a chunk has at least so many bytes for its elements, and is filled up to them.
 
     Yields
     ------
@@ -125,7 +127,7 @@ def chunks(
     every = Cursor(content, where)
     for number, (size, (rows, cols)) in enumerate(zip(sizes, places, strict=True)):
         elements = (rows.stop - rows.start) * (cols.stop - cols.start)
-        least = -(-elements // DENSITY)
+        least = -(-elements // DENSITY) if filled else 0
         if size < least:
             fail(where, f"chunk {number} of {elements} elements has {size} bytes, fewer than {least}")
         cursor = Cursor(every.take(size), f"{where}: chunk {number}")

@@ -57,6 +57,9 @@ TYPES = {
     "levels_rate.*": "levels:n=15,dtype=f32,bpw=40",
     "levels_low.*": "levels:n=7,scale=tensor,bpw=1.75",
     "lossless.*": "lossless",
+    "scm.*": "scm",
+    "scm_rate.*": "scm:bpw=2.7",
+    "scm_bound.*": "scm:max_rmse=0.02",
     "as_f16": "f16",
     "as_bf16": "bf16",
     "as_f32": "f32",
@@ -109,12 +112,19 @@ def sources() -> dict[str, dict[str, Array]]:
         tensors[f"raw.{name}"] = weights(9, 3, seed=8).astype(name)
         spread = np.ldexp(weights(24, 90, seed=9), np.arange(24)[:, None] % 5 - 10)  # rows of different magnitudes
         tensors[f"lossless.{name}"] = np.where(weights(24, 90, seed=10) > 1, 0, spread).astype(name)
+        if name != "f8":
+            tensors[f"scm.{name}"] = tensors[f"lossless.{name}"]
+            tensors[f"scm_rate.{name}"] = tensors[f"lossless.{name}"]
     tensors["lossless.short"] = np.vstack([tensors["lossless.f2"].astype(np.float32), tensors["lossless.f4"]])
     thousandth = np.arange(600_001) % 1000 == 0  # a row of two chunks
-    for kind in ("ternary", "lossless", "coded40"):
+    for kind in ("ternary", "lossless", "coded40", "scm"):
         tensors[f"{kind}.long"] = np.where(thousandth, weights(601, seed=11).repeat(1000)[:600_001], 0).astype(
             np.float32
         )
+    # enough for bits by classes; and numbers far from the others
+    tensors["scm.many"] = weights(90, 400, seed=13)
+    tensors["scm.far"] = np.where(weights(60, 64, seed=14) > 1, 1e6, weights(60, 64, seed=15)).astype(np.float32)
+    tensors["scm.short"] = tensors["lossless.short"]
     # five values, and many letters of them
     tensors["levels.many"] = (np.round(weights(100, 300, seed=12) * 1.5) / 2).astype(np.float32)
     return {"tensors": tensors, "empty": {}}
