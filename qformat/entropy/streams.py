@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass, field
 
@@ -26,6 +27,8 @@ I64 = NDArray[np.int64]
 
 RAW, CONSTANT, CODED, CODED_BY_SYMBOLS = range(4)
 _LEAST_PRECISION, _MOST_PRECISION = 8, 15
+#: for symbols 0 and 1, which are often nearly even, while their table is short in any case
+_PRECISION_OF_BITS = 13
 #: coding has to save this share, for raw letters are decoded much faster
 _WORTH = 256
 
@@ -59,6 +62,16 @@ class StreamWriter:
     parts: list[bytes] = field(default_factory=list)
     entropy: float = 0.0
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are so far."""
+        return sum(map(len, self.parts))
+
+    def extend(self, other: StreamWriter) -> None:
+        """Append everything that another one has collected."""
+        self.parts += other.parts
+        self.entropy += other.entropy
+
     def add(self, data: bytes) -> None:
         """Append bytes as they are."""
         self.parts.append(data)
@@ -80,6 +93,29 @@ class StreamWriter:
         load("rans").histogram(letters, counts)
         self.entropy += entropy(counts)
         body = _packed(letters, counts, base)
+        self.parts.append(struct.pack("<I", len(body)) + body)
+
+    def bits(self, packed: U8, count: int) -> None:
+        """Append a stream of symbols 0 and 1, which are packed, filled up with zeros; it is coded only if they are not even.
+
+        Parameters
+        ----------
+        packed
+            Eight symbols in a byte, the first in the lowest bit.
+        count
+            How many symbols there are.
+        """
+        if not count:
+            self.parts.append(struct.pack("<I", 0))
+            return
+        ones = int(np.bitwise_count(packed).sum())
+        first = int(packed[0])
+        if first in (0, LETTERS - 1) and ones == first // (LETTERS - 1) * 8 * packed.size:
+            body = bytes([CONSTANT, first])
+        else:
+            shares = [share / count for share in (ones, count - ones) if share]
+            self.entropy -= count * sum(share * math.log2(share) for share in shares)
+            body = _packed_bits(packed, ones)
         self.parts.append(struct.pack("<I", len(body)) + body)
 
     def chunk(self, elements: int) -> bytes:
@@ -108,6 +144,26 @@ def _packed(letters: U8, counts: I64, base: int) -> bytes:
     coded = np.empty(2 * letters.size + 4 * lanes, np.uint8)
     start = load("rans").encode(letters, chosen, precision, lanes, coded)
     return head + coded[start:].tobytes()
+
+
+def _packed_bits(letters: U8, ones: int) -> bytes:
+    """Do as `_packed` for letters of eight bits, of which so many are set: raw, or coded by symbols."""
+    total = 8 * letters.size
+    frequency = min((1 << _PRECISION_OF_BITS) - 1, max(1, ((ones << _PRECISION_OF_BITS + 1) + total) // (2 * total)))
+    stored = np.zeros(LETTERS, np.uint32)
+    stored[:2] = (1 << _PRECISION_OF_BITS) - frequency, frequency
+    lanes = _lanes(letters.size)
+    bits = 32 + 32 * lanes + (cost(np.array([total - ones, ones]), stored[:2], _PRECISION_OF_BITS) >> COST_BITS)
+    if bits >= total * (_WORTH - 1) // _WORTH:
+        return bytes([RAW]) + letters.tobytes()
+    frequencies = of_letters(stored, 2, _PRECISION_OF_BITS)
+    if frequencies is None or not frequencies.all():
+        return bytes([RAW]) + letters.tobytes()
+    table = np.zeros(16, np.uint8)
+    length = load("frequencies").write_table(stored, 2, _PRECISION_OF_BITS, table)
+    coded = np.empty(2 * letters.size + 4 * lanes, np.uint8)
+    start = load("rans").encode(letters, frequencies, _PRECISION_OF_BITS, lanes, coded)
+    return bytes([CODED_BY_SYMBOLS, _PRECISION_OF_BITS]) + table[:length].tobytes() + coded[start:].tobytes()
 
 
 def _coded_table(counts: I64, base: int, precision: int, *, by_symbols: bool) -> tuple[bytes, U32 | None]:

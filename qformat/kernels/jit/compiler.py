@@ -31,7 +31,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _lock = threading.RLock()  # numba's setting is global, and kernels may be imported on several threads
 
 # Types of inputs, for signatures: read-only arrays are taken too.
-U8, U16, U32, F32 = (f"Array({element}, 1, 'C', readonly=True)" for element in ("uint8", "uint16", "uint32", "float32"))
+_INPUTS = ("uint8", "uint16", "uint32", "float32", "float64")
+U8, U16, U32, F32, F64 = (f"Array({element}, 1, 'C', readonly=True)" for element in _INPUTS)
 
 
 @cache
