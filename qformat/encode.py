@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from qformat.codecs.base import Codec, Encoded, ErrorSum, Matrix, Piece, pieces
+from qformat.codecs.base import Codec, Encoded, ErrorSum, Matrix, Piece, piece_count, pieces
+from qformat.codecs.layered import Assembled, LayeredCodec
 from qformat.codecs.registry import parse_type
 from qformat.container.index import check_shape, check_tensor_name
 from qformat.container.writer import ContainerWriter
@@ -23,7 +24,10 @@ from qformat.source import SourceTensor
 
 #: called with the number of elements that were just written
 Progress = Callable[[int], None]
+#: calls a function with each of some pieces, like `map`
+Run = Callable[[Callable[[Piece], Any], Iterable[Piece]], Iterable[Any]]
 _T = TypeVar("_T")
+_FEW_PIECES = 4
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def make_plans(tensors: Iterable[SourceTensor], recipe: Recipe, *, allow_nonfini
         except FormatError as error:
             raise SourceError(error.cause) from None
         plan = Plan(tensor, recipe.codec_for(tensor))
-        if allow_nonfinite and not plan.codec.keeps(tensor.dtype) and not _all_finite(plan):
+        if allow_nonfinite and not plan.codec.holds_nonfinite(tensor.dtype) and not _all_finite(plan):
             raw = parse_type(tensor.dtype.name)
             plan = Plan(
                 tensor, raw, f"tensor {tensor.name!r} holds NaN or infinity and is kept as {raw}, not {plan.codec}"
@@ -125,16 +129,28 @@ def encode_piece(plan: Plan, piece: Piece) -> Encoded:
         raise SourceError(f"tensor {plan.source.name!r}: {error}") from None
 
 
-def fit(plan: Plan, pool: Executor, window: int) -> Plan:
-    """Let the codec look at the whole tensor first, if it wants to."""
+def fit(plan: Plan, run: Run) -> Plan:
+    """Let the codec look at the whole tensor first, if it wants to; `run` is how to go through its pieces."""
     if not plan.codec.fits:
         return plan
-    tasks = (partial(_survey, plan, piece) for piece in plan.pieces())
-    surveys = (future.result() for future in _ahead(pool, tasks, window))
     try:
-        return replace(plan, fitted=plan.codec.fitted_to(surveys))
+        return replace(plan, fitted=plan.codec.fitted_to(run(partial(_survey, plan), plan.pieces())))
     except ValueError as error:
-        raise SourceError(f"tensor {plan.source.name!r}: {error}; keep it with {_keep(plan)}") from None
+        raise SourceError(_refusal(plan, error)) from None
+
+
+def _refusal(plan: Plan, error: ValueError) -> str:
+    return f"tensor {plan.source.name!r}: {error}; keep it with {_keep(plan)}"
+
+
+def on_pool(pool: Executor, window: int) -> Run:
+    """Return what calls a function with each of some pieces on the threads of a pool, and yields the results in order."""
+
+    def run(function: Callable[[Piece], Any], every: Iterable[Piece]) -> Iterator[Any]:
+        for future in _ahead(pool, (partial(function, piece) for piece in every), window):
+            yield future.result()
+
+    return run
 
 
 def _survey(plan: Plan, piece: Piece) -> Any:
@@ -152,7 +168,7 @@ def write_tensors(
 ) -> None:
     """Encode tensors and write them.
 
-    The bytes do not depend on `jobs`. Memory is bounded by a few pieces for each job.
+    The bytes do not depend on `jobs`. Memory is bounded by a few pieces for each job, and by a layered tensor.
 
     Parameters
     ----------
@@ -178,39 +194,119 @@ def write_tensors(
     """
     jobs = jobs or default_jobs()
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="qformat-encode")
+    accept = partial(_check, allow_nonfinite=allow_nonfinite, allow_vanished=allow_vanished)
     try:
         window = 3 * jobs + 1
-        waiting = _ahead(pool, _tasks(plans, pool, window), window)
+        run = on_pool(pool, window)
+        waiting = _ahead(pool, _tasks(plans, run), window)
         for plan in plans:
-            chunked = plan.codec.chunked
-            tensor = writer.tensor(plan.record, open_ended=chunked)
-            errors: list[ErrorSum] = []
-            written = [0] * len(plan.codec.layout(plan.matrix))
-            for piece in plan.pieces():
-                encoded = next(waiting).result()
-                _check(plan, encoded, allow_nonfinite=allow_nonfinite, allow_vanished=allow_vanished)
-                chunk, parts = (encoded.parts[:1], encoded.parts[1:]) if chunked else ((), encoded.parts)
-                spans = plan.codec.spans(plan.matrix, piece)
-                # a part that all pieces share was written with the first
-                fresh = [span.stop > end for span, end in zip(spans, written, strict=True)]
-                own = [part if new else b"" for part, new in zip(parts, fresh, strict=True)]
-                tensor.write([*chunk, *(struct.pack("<I", len(part)) for part in chunk), *own])
-                written = [span.stop for span in spans]
-                if encoded.error is not None:
-                    errors.append(encoded.error)
-                if progress:
-                    progress(piece.rows * piece.cols)
-            error = None if plan.codec.keeps(plan.source.dtype) else ErrorSum.total(errors)
-            writer.finish(tensor.finish(error))
+            if not plan.codec.layered:
+                _write_pieces(writer, plan, waiting, accept, progress)
+                continue
+            assembled = assemble(plan, run) if _is_large(plan) else next(waiting).result()
+            _write_layers(writer, plan, assembled, progress)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _tasks(plans: Sequence[Plan], pool: Executor, window: int) -> Iterator[Callable[[], Encoded]]:
+def _write_pieces(
+    writer: ContainerWriter,
+    plan: Plan,
+    waiting: Iterator[Future[Any]],
+    accept: Callable[[Plan, Encoded], None],
+    progress: Progress | None,
+) -> None:
+    chunked = plan.codec.chunked
+    tensor = writer.tensor(plan.record, open_ended=chunked)
+    errors: list[ErrorSum] = []
+    written = [0] * len(plan.codec.layout(plan.matrix))
+    for piece in plan.pieces():
+        encoded: Encoded = next(waiting).result()
+        accept(plan, encoded)
+        chunk, parts = (encoded.parts[:1], encoded.parts[1:]) if chunked else ((), encoded.parts)
+        spans = plan.codec.spans(plan.matrix, piece)
+        # a part that all pieces share was written with the first
+        fresh = [span.stop > end for span, end in zip(spans, written, strict=True)]
+        own = [part if new else b"" for part, new in zip(parts, fresh, strict=True)]
+        tensor.write([*chunk, *(struct.pack("<I", len(part)) for part in chunk), *own])
+        written = [span.stop for span in spans]
+        if encoded.error is not None:
+            errors.append(encoded.error)
+        if progress:
+            progress(piece.rows * piece.cols)
+    error = None if plan.codec.keeps(plan.source.dtype) else ErrorSum.total(errors)
+    writer.finish(tensor.finish(error))
+
+
+def _write_layers(writer: ContainerWriter, plan: Plan, assembled: Assembled, progress: Progress | None) -> None:
+    segments = tuple(
+        Segment(content.name, 0, len(content.data), "0" * 64, content.error) for content in assembled.segments
+    )
+    record = replace(plan.record, params=assembled.params, segments=segments, range=assembled.range)
+    tensor = writer.tensor(record)
+    tensor.write([content.data for content in assembled.segments])
+    writer.finish(tensor.finish(assembled.error))
+    if progress:
+        progress(plan.matrix.elements)
+
+
+def _is_large(plan: Plan) -> bool:
+    """Return whether a tensor whose pieces are all encoded before one is written keeps all threads busy by itself."""
+    return piece_count(plan.matrix, 1) > _FEW_PIECES
+
+
+def _tasks(plans: Sequence[Plan], run: Run) -> Iterator[Callable[[], Any]]:
     for plan in plans:
-        fitted = fit(plan, pool, window)
+        if plan.codec.layered:
+            if not _is_large(plan):
+                yield partial(assemble, plan, map)
+            continue
+        fitted = fit(plan, run)
         for piece in plan.pieces():
             yield partial(encode_piece, fitted, piece)
+
+
+def assemble(plan: Plan, run: Run) -> Assembled:
+    """Encode a layered tensor.
+
+    Parameters
+    ----------
+    plan
+        The tensor.
+    run
+        How to go through its pieces: `map`, or on threads.
+
+    Raises
+    ------
+    SourceError
+        If it cannot be stored as asked.
+    """
+    codec = plan.codec
+    assert isinstance(codec, LayeredCodec)
+    plan = fit(plan, run)
+    enough = False
+    while not enough:
+        trials = list(run(partial(_tried, plan), plan.pieces()))
+        try:
+            fitted, enough = codec.decided(plan.fitted, trials)
+        except ValueError as error:
+            raise SourceError(_refusal(plan, error)) from None
+        plan = replace(plan, fitted=fitted)
+    assembled = None
+    while assembled is None:
+        encoded = []
+        for piece in run(partial(encode_piece, plan), plan.pieces()):
+            _check(plan, piece, allow_nonfinite=False, allow_vanished=False)
+            encoded.append(piece)
+        assembled, fitted = codec.assembled(encoded, plan.fitted)
+        plan = replace(plan, fitted=fitted)
+    return assembled
+
+
+def _tried(plan: Plan, piece: Piece) -> Any:
+    codec = plan.codec
+    assert isinstance(codec, LayeredCodec)
+    return codec.trial(plan.read(piece), plan.fitted)
 
 
 def _ahead(pool: Executor, tasks: Iterable[Callable[[], _T]], window: int) -> Iterator[Future[_T]]:
@@ -225,7 +321,7 @@ def _ahead(pool: Executor, tasks: Iterable[Callable[[], _T]], window: int) -> It
 
 def _check(plan: Plan, encoded: Encoded, *, allow_nonfinite: bool, allow_vanished: bool) -> None:
     name = plan.source.name
-    if not encoded.finite and not (allow_nonfinite and plan.codec.keeps(plan.source.dtype)):
+    if not encoded.finite and not (allow_nonfinite and plan.codec.holds_nonfinite(plan.source.dtype)):
         raise SourceError(
             f"tensor {name!r} holds NaN or infinity; mend the checkpoint, or keep such tensors raw with --allow-nonfinite"
         )

@@ -43,3 +43,7 @@ class TypeSpecError(QFormatError, ValueError):
 
 class TargetError(QFormatError, OSError):
     """The output file cannot be written, or must not be."""
+
+
+class QualityError(QFormatError, ValueError):
+    """A quality such as ``max_rmse=0.01`` is malformed, or a layered tensor does not reach it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Params = Mapping[str, int | str | bool]
@@ -15,13 +15,28 @@ _SMALLEST_ERROR = 1e-99
 
 
 @dataclass(frozen=True)
+class MeasuredError:
+    """Difference between a source tensor and what its codes decode to, in the unit of the weights; layers have a mean, too."""
+
+    rmse: float
+    maximum: float
+    mean: float | None = None
+
+    def to_json(self) -> JsonObject:
+        """Return the record as it stands in the index."""
+        mean = {} if self.mean is None else {"mean": decimal(self.mean)}
+        return {"rmse": decimal(self.rmse), "max": decimal(self.maximum)} | mean
+
+
+@dataclass(frozen=True)
 class Segment:
-    """A run of bytes in the file."""
+    """A run of bytes in the file; one that is a layer has the error of the tensor up to it."""
 
     name: str
     offset: int
     length: int
     sha256: str
+    error: MeasuredError | None = None
 
     @property
     def stop(self) -> int:
@@ -30,19 +45,27 @@ class Segment:
 
     def to_json(self) -> JsonObject:
         """Return the record as it stands in the index."""
-        return {"name": self.name, "offset": self.offset, "length": self.length, "sha256": self.sha256}
+        record: JsonObject = {"name": self.name, "offset": self.offset, "length": self.length, "sha256": self.sha256}
+        return record if self.error is None else record | {"error": self.error.to_json()}
 
 
 @dataclass(frozen=True)
-class MeasuredError:
-    """Difference between a source tensor and what its codes decode to, in the unit of the weights."""
+class Layer:
+    """What a tensor is with one layer and all before it.
 
-    rmse: float
-    maximum: float
+    Attributes
+    ----------
+    nbytes
+        Bytes of its segments up to this layer.
+    bpw
+        Bits of these for each weight.
+    error
+        Against the source; zeros for the layer that makes it lossless.
+    """
 
-    def to_json(self) -> JsonObject:
-        """Return the record as it stands in the index."""
-        return {"rmse": _decimal(self.rmse), "max": _decimal(self.maximum)}
+    nbytes: int
+    bpw: float
+    error: MeasuredError
 
 
 @dataclass(frozen=True)
@@ -50,7 +73,7 @@ class TensorRecord:
     """What the index says of one tensor.
 
     ``refusal`` holds, for a record that may not be decoded because it uses an extension that this version does not know, the
-    reason.
+    reason. ``range`` is the largest element less the smallest one, which only layered tensors tell.
     """
 
     name: str
@@ -62,11 +85,34 @@ class TensorRecord:
     encoder: Params = field(default_factory=dict)
     error: MeasuredError | None = None
     refusal: str | None = None
+    range: float | None = None
 
     @property
     def label(self) -> str:
         """What messages call it."""
         return f"tensor {self.name!r}"
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, of which a reader may leave out the last ones; empty if the tensor has none."""
+        if self.range is None:
+            return ()
+        found, nbytes = [], 0
+        for number, segment in enumerate(self.segments):
+            nbytes += segment.length
+            if number:
+                error = segment.error or MeasuredError(0.0, 0.0, 0.0)
+                found.append(Layer(nbytes, 8 * nbytes / self.elements if self.elements else 0.0, error))
+        return tuple(found)
+
+    def up_to(self, count: int) -> TensorRecord:
+        """Return the record with its first layers only, which describes a tensor, too; `count` is from 1 to all of them."""
+        if count >= len(self.segments) - 1:
+            return self
+        segments = self.segments[: count + 1]
+        last = segments[-1].error
+        error = None if last is None else replace(last, mean=None)
+        return replace(self, segments=segments, error=error, params={**self.params, "layers": count, "lossless": False})
 
     @property
     def elements(self) -> int:
@@ -92,6 +138,8 @@ class TensorRecord:
             record["encoder"] = dict(self.encoder)
         if self.error is not None:
             record["error"] = self.error.to_json()
+        if self.range is not None:
+            record["range"] = decimal(self.range)
         return record
 
 
@@ -127,5 +175,6 @@ def type_string(id_: str, params: Params) -> str:
     return f"{id_}:{values}" if values else id_
 
 
-def _decimal(value: float) -> str:
+def decimal(value: float) -> str:
+    """Return an error as the index has it: all take the same number of digits."""
     return f"{value if value >= _SMALLEST_ERROR else 0.0:.9e}"

@@ -6,15 +6,17 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Codec, ErrorSum, Piece
+from qformat.codecs.base import Codec, ErrorSum, Piece, piece_count
+from qformat.codecs.layered import Assembled, split_chunks
+from qformat.codecs.registry import parse_type
 from qformat.dtypes import F32, Elements
-from qformat.encode import Plan, fit
+from qformat.encode import Plan, assemble, fit, on_pool
 from qformat.errors import SourceError
 from qformat.kernels import load
 from qformat.parallel import default_jobs
@@ -205,11 +207,17 @@ def measure(
             for codec in codecs:
                 if not codec.accepts(tensor.dtype):
                     raise SourceError(f"tensor {tensor.name!r}: type {codec} cannot hold {tensor.dtype.name}")
-                plan = fit(Plan(tensor, codec), pool, 3 * jobs)
-                every = list(plan.pieces())
-                shares = [every[i::jobs] for i in range(min(jobs, len(every)))]
+                run = on_pool(pool, 3 * jobs)
                 total = ErrorStats(tensor.name, str(codec), tuple(tensor.shape), codec.nbytes(tensor.shape))
-                parts = [pool.submit(_measure, plan, share, progress, stopped) for share in shares]
+                plan, stored = Plan(tensor, codec), None
+                if codec.layered:
+                    stored = Stored.of(assemble(plan, run), plan)
+                    total.nbytes, total.entropy = stored.nbytes, stored.entropy
+                else:
+                    plan = fit(plan, run)
+                every = list(enumerate(plan.pieces()))
+                shares = [every[i::jobs] for i in range(min(jobs, len(every)))]
+                parts = [pool.submit(_measure, plan, stored, share, progress, stopped) for share in shares]
                 for part in parts:
                     total.add(part.result())
                 yield total
@@ -218,36 +226,55 @@ def measure(
         pool.shutdown(cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A layered tensor as it would be stored, to be decoded piece by piece."""
+
+    codec: Codec
+    first: bytes
+    chunks: list[list[memoryview]]
+    nbytes: int
+    entropy: float
+
+    @classmethod
+    def of(cls, assembled: Assembled, plan: Plan) -> Stored:
+        """Return a tensor that was just assembled."""
+        count = piece_count(plan.matrix, plan.codec.grain(plan.matrix))
+        first, *others = [segment.data for segment in assembled.segments]
+        codec = replace(parse_type(plan.codec.id), **assembled.params)
+        chunks = [split_chunks(memoryview(data), count) for data in others]
+        return cls(codec, first, chunks, assembled.nbytes, assembled.entropy)
+
+    def decode(self, number: int, out: NDArray[Any]) -> None:
+        """Decode a piece."""
+        self.codec.decode([self.first, *(chunks[number] for chunks in self.chunks)], out)
+
+
 def _measure(
-    plan: Plan, share: list[Piece], progress: Callable[[int], None] | None, stopped: threading.Event
+    plan: Plan,
+    stored: Stored | None,
+    share: list[tuple[int, Piece]],
+    progress: Callable[[int], None] | None,
+    stopped: threading.Event,
 ) -> ErrorStats:
     floats = load("floats")
     stats = ErrorStats(plan.source.name, str(plan.codec))
-    for piece in share:
+    for number, piece in share:
         if stopped.is_set():
             break
         elements = plan.read(piece)
-        encoded = plan.codec.encode(elements, plan.fitted)
-        if not encoded.finite:
-            raise SourceError(f"tensor {plan.source.name!r} holds NaN or infinity; leave it out with --exclude")
-        if encoded.overflowed:
-            raise SourceError(
-                f"tensor {plan.source.name!r} holds values too large for type {plan.codec}; leave it out with --exclude"
-            )
         values = np.ascontiguousarray(elements.to_f32()).reshape(-1)
-        if not Elements(F32, values).all_finite():
-            raise SourceError(f"tensor {plan.source.name!r} holds values beyond float32; leave it out with --exclude")
-        decoded = _decode(plan, encoded.parts, piece)
+        if stored is not None:
+            out = np.empty((piece.rows, piece.cols), stored.codec.decoded_from(plan.source.dtype).storage)
+            stored.decode(number, out)
+            decoded = _as_f32(stored.codec, plan, out)
+        else:
+            decoded = _encoded(plan, piece, elements, values, stats)
         lanes = np.zeros(floats.LANES)
         largest = floats.difference(values, decoded, lanes)
         error = ErrorSum.of(values.size, lanes, largest)
         floats.error_histogram(values, decoded, stats.errors)
-        stats.add_histograms(plan.codec.histograms(encoded.parts, piece))
-        if plan.codec.chunked:
-            stats.nbytes += len(encoded.parts[0])
-            stats.entropy = (stats.entropy or 0.0) + encoded.entropy
         stats.params += error.count
-        stats.vanished += encoded.vanished
         stats.largest = max(stats.largest, error.maximum)
         stats.squares.append(error.squares)
         stats.source_sums.append(float(values.sum(dtype=np.float64)))
@@ -257,11 +284,32 @@ def _measure(
     return stats
 
 
-def _decode(plan: Plan, parts: tuple[Any, ...], piece: Piece) -> NDArray[np.float32]:
-    decoded = plan.codec.decoded_from(plan.source.dtype)
-    out = np.empty((piece.rows, piece.cols), decoded.storage)
-    plan.codec.decode(parts, out)
-    return np.ascontiguousarray(Elements(decoded, out).to_f32()).reshape(-1)
+def _encoded(
+    plan: Plan, piece: Piece, elements: Elements, values: NDArray[np.float32], stats: ErrorStats
+) -> NDArray[np.float32]:
+    """Return what a piece decodes to, and count what its codec tells of it."""
+    encoded = plan.codec.encode(elements, plan.fitted)
+    if not encoded.finite:
+        raise SourceError(f"tensor {plan.source.name!r} holds NaN or infinity; leave it out with --exclude")
+    if encoded.overflowed:
+        raise SourceError(
+            f"tensor {plan.source.name!r} holds values too large for type {plan.codec}; leave it out with --exclude"
+        )
+    if not Elements(F32, values).all_finite():
+        raise SourceError(f"tensor {plan.source.name!r} holds values beyond float32; leave it out with --exclude")
+    stats.add_histograms(plan.codec.histograms(encoded.parts, piece))
+    if plan.codec.chunked:
+        stats.nbytes += len(encoded.parts[0])
+        stats.entropy = (stats.entropy or 0.0) + encoded.entropy
+    stats.vanished += encoded.vanished
+    out = np.empty((piece.rows, piece.cols), plan.codec.decoded_from(plan.source.dtype).storage)
+    plan.codec.decode(encoded.parts, out)
+    return _as_f32(plan.codec, plan, out)
+
+
+def _as_f32(codec: Codec, plan: Plan, out: NDArray[Any]) -> NDArray[np.float32]:
+    elements = Elements(codec.decoded_from(plan.source.dtype), out)
+    return np.ascontiguousarray(elements.to_f32()).reshape(-1)
 
 
 def collect(results: Iterable[ErrorStats]) -> tuple[list[ErrorStats], list[ErrorStats]]:

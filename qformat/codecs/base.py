@@ -136,6 +136,8 @@ class Encoded:
         not zero became zero.
     entropy
         If the codec is chunked, the bits that ideal coders need for the chunk's streams, knowing how often each letter occurs.
+    entropies
+        If it is layered, the same for each part.
     """
 
     parts: tuple[Buffer, ...]
@@ -144,11 +146,22 @@ class Encoded:
     overflowed: int = 0
     vanished: int = 0
     entropy: float = 0.0
+    entropies: tuple[float, ...] = ()
 
 
 def encoder_option(default: Any) -> Any:
     """Declare a parameter that steers the encoder and is of no use to the decoder."""
     return field(default=default, metadata={"encoder": True})
+
+
+def request(default: Any) -> Any:
+    """Declare a parameter that steers the encoder and that a file does not tell, as what it does to the tensor can be seen."""
+    return field(default=default, metadata={"encoder": True, "recorded": False})
+
+
+def found(default: Any) -> Any:
+    """Declare a parameter that the encoder finds and that cannot be asked for."""
+    return field(default=default, metadata={"found": True})
 
 
 def optional(default: Any) -> Any:
@@ -176,6 +189,15 @@ class Codec(ABC):
     def chunked(self) -> bool:
         """Whether the encoder decides what a piece takes: segments ``chunks`` and ``lengths`` come before those of `layout`."""
         return False
+
+    @property
+    def layered(self) -> bool:
+        """Whether tensors can be read with their first segments only; see `qformat.codecs.layered`."""
+        return False
+
+    def holds_nonfinite(self, dtype: DType) -> bool:
+        """Return whether tensors of this dtype may hold NaN and infinity."""
+        return self.keeps(dtype)
 
     def decoded_from(self, dtype: DType) -> DType:
         """Return what `decode` gives for tensors whose source has this dtype."""
@@ -262,8 +284,9 @@ class Codec(ABC):
         }
 
     def encoder(self) -> Params:
-        """Return the parameters that only the encoder needed."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("encoder")}
+        """Return the parameters that only the encoder needed and that a file tells of."""
+        recorded = [f for f in fields(self) if f.metadata.get("encoder") and f.metadata.get("recorded", True)]
+        return {f.name: getattr(self, f.name) for f in recorded}
 
     def __str__(self) -> str:
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}

@@ -56,7 +56,7 @@ def parse_type(text: str) -> Codec:
     codec = _lookup(id_, text)
     values: dict[str, Any] = {}
     hints = get_type_hints(codec)
-    allowed = [field.name for field in fields(codec)]
+    allowed = [field.name for field in fields(codec) if not field.metadata.get("found")]
     for item in rest.split(",") if colon else []:
         key, equals, value = item.partition("=")
         if key not in allowed:
@@ -128,13 +128,35 @@ def codec_of(record: TensorRecord) -> Codec:
         name == other and length in (None, actual)
         for (name, length), (other, actual) in zip(expected, found, strict=True)
     )
-    if fits and codec.chunked:
-        fits = record.elements <= CHUNK_DENSITY * found[0][1] and (record.elements > 0 or found[0][1] == 0)
+    if fits and (codec.chunked or codec.layered):
+        first = found[1][1] if codec.layered else found[0][1]
+        fits = record.elements <= CHUNK_DENSITY * first and (record.elements > 0 or first == 0)
     if not fits:
         raise FormatError(
             f"{where}: {codec.id} needs segments {expected} for this shape, found {len(found)}: {str(found)[:200]}"
         )
+    _check_layers(record, codec, where)
     return codec
+
+
+def _check_layers(record: TensorRecord, codec: Codec, where: str) -> None:
+    """Check that errors of layers, and the range they are compared with, are there exactly if there are layers."""
+    if codec.layered != (record.range is not None):
+        raise FormatError(f"{where}: a range is recorded where none can be, or missing")
+    layers = record.params["layers"] if codec.layered else 0
+    errors = [segment.error for segment in record.segments if segment.error]
+    nothing = record.nbytes == 0 and not record.range and not any(e.rmse or e.maximum or e.mean for e in errors)
+    if codec.layered and not record.elements and not nothing:
+        raise FormatError(f"{where}: it has no elements, but segments, errors or a range")
+    for number, segment in enumerate(record.segments):
+        if (segment.error is not None) != (0 < number <= int(layers)):
+            raise FormatError(
+                f"{where}: an error of segment {segment.name!r} is recorded where none can be, or missing"
+            )
+    if record.error is not None and layers:
+        last = record.layers[-1].error
+        if (record.error.rmse, record.error.maximum) != (last.rmse, last.maximum):
+            raise FormatError(f"{where}: its error is not that of its last layer")
 
 
 def _is_a(kind: Any, value: object) -> bool:
@@ -155,7 +177,8 @@ def _from_params(codec: type[Codec], record: TensorRecord, where: str) -> Codec:
         raise FormatError(f"{where}: codec {codec.id}: parameter {names[0][:40]!r} is unknown or missing")
     for key, value in record.params.items():
         kind = hints[key]
-        left_out = known[key].metadata.get("optional") and value == known[key].default
+        metadata = known[key].metadata
+        left_out = (metadata.get("optional") or metadata.get("found")) and value == known[key].default
         if not _is_a(kind, value) or left_out:
             raise FormatError(f"{where}: codec {codec.id}: parameter {key} has an impossible value")
     try:

@@ -1,0 +1,198 @@
+"""Significance coding in layers: read at any number of bits, up to losslessly (spec/codecs.md, "`scm`")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.base import Buffer, Encoded, Matrix, found, request
+from qformat.codecs.codebooks import Survey
+from qformat.codecs.layered import Assembled, Content, LayeredCodec, with_lengths
+from qformat.codecs.registry import register
+from qformat.codecs.scm_grid import DEEPEST, Grid
+from qformat.codecs.scm_measures import Errors, count_bits
+from qformat.codecs.scm_plan import Fitted, Seen, Tried, Wanted, decide, fit
+from qformat.codecs.scm_planes import Decoder, Magnitudes, end_of, write_base, write_sections
+from qformat.codecs.scm_rest import read_rest, write_rest
+from qformat.dtypes import BF16, F16, F32, DType, Elements
+from qformat.entropy.streams import StreamWriter
+from qformat.kernels import load
+from qformat.quality import METRICS
+from qformat.records import Params
+
+_MOST_LAYERS = 64
+_ANY = "any"
+_LEAST_BITS, _MOST_BITS = 1.5, DEEPEST  # a sign alone takes one
+
+
+@register
+@dataclass(frozen=True)
+class Scm(LayeredCodec):
+    """Significance coding in layers, which can be read at 2, 2.25 … 6, 7, 8 bits for each weight, or losslessly.
+
+    Parameters
+    ----------
+    bpw
+        Bits for each weight at most (but signs and the first cells may take more); the last layer has about as many.
+    max_rmse, max_abs, mean_abs
+        The smallest file whose root mean square, largest or mean absolute error is at most so much of the tensor's range, its
+        largest weight less its smallest one.
+    lossless
+        All layers, and the one that gives the weights back bit for bit; so it is if nothing else is asked for.
+    layers
+        How many layers a file has.
+    """
+
+    id: ClassVar[str] = "scm"
+    decoded: ClassVar[DType] = F32  # the dtype of the source if it is lossless
+
+    bpw: str = request(_ANY)
+    max_rmse: str = request(_ANY)
+    max_abs: str = request(_ANY)
+    mean_abs: str = request(_ANY)
+    lossless: bool = False
+    layers: int = found(0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.layers <= _MOST_LAYERS:
+            raise ValueError(f"layers may be a number from 1 to {_MOST_LAYERS}, not {self.layers}")
+        given = [name for name in ("bpw", *METRICS) if getattr(self, name) != _ANY]
+        if len(given) + self.lossless > 1:
+            raise ValueError(
+                f"give one of bpw, {', '.join(METRICS)} and lossless, not {len(given) + self.lossless} of them"
+            )
+        for name in given:
+            value = _number(getattr(self, name))
+            if not 0 <= value < math.inf or (name == "bpw" and not _LEAST_BITS <= value <= _MOST_BITS):
+                allowed = f"from {_LEAST_BITS} to {_MOST_BITS}" if name == "bpw" else "from 0 on"
+                raise ValueError(f"{name} may be a number {allowed}, not {getattr(self, name)!r}")
+
+    @property
+    def _wanted(self) -> Wanted:
+        if self.bpw != _ANY:
+            return Wanted(bits=float(self.bpw))
+        for metric in METRICS:
+            if getattr(self, metric) != _ANY:
+                return Wanted(metric=metric, bound=float(getattr(self, metric)))
+        return Wanted()
+
+    def decoded_from(self, dtype: DType) -> DType:
+        """Return the dtype of the source if it comes back, else binary32."""
+        return dtype if self.lossless else F32
+
+    def accepts(self, dtype: DType) -> bool:
+        """Return whether these are binary16, bfloat16 or binary32."""
+        return dtype in (F16, BF16, F32)
+
+    def keeps(self, dtype: DType) -> bool:
+        """Return whether there is everything."""
+        del dtype
+        return self.lossless or (not self.layers and self._wanted == Wanted())
+
+    def holds_nonfinite(self, dtype: DType) -> bool:
+        """Return False: they have no magnitude."""
+        del dtype
+        return False
+
+    def segments(self, matrix: Matrix) -> tuple[tuple[str, int | None], ...]:
+        """Return the name of each segment, and the length of the first one."""
+        layers: list[tuple[str, int | None]] = [(f"layer.{number}", None) for number in range(1, self.layers + 1)]
+        grid = Grid.SIZE if matrix.elements else 0
+        return (("grid", grid), *layers, *([("rest", None)] if self.lossless else []))
+
+    def survey(self, elements: Elements) -> Seen:
+        """Count the weights of a piece."""
+        values, counted = np.ascontiguousarray(elements.to_f32()).reshape(-1), Survey.empty()
+        load("lut").survey(values, counted.counts, counted.sums)
+        return Seen(counted, float(values.min()), float(values.max()), values.size)
+
+    def fitted_to(self, surveys: Iterable[Seen]) -> Fitted:
+        """Choose the grid."""
+        return fit(self._wanted, surveys)
+
+    def trial(self, elements: Elements, fitted: Fitted) -> Tried:
+        """Measure a piece at every depth."""
+        if not elements.all_finite():
+            return Tried(0, 0, np.zeros(0, np.int64), None)
+        values = np.ascontiguousarray(elements.to_f32()).reshape(-1)
+        chunk = Magnitudes.of(values, fitted.grid, fitted.deepest)
+        writer = StreamWriter()
+        write_base(writer, chunk, fitted.deepest)
+        errors = Errors.of(chunk.values, chunk.numbers, chunk.size, fitted.deepest, fitted.grid)
+        bits = count_bits(chunk.numbers, chunk.size, fitted.deepest)
+        return Tried(chunk.size, writer.nbytes, bits, replace(errors, count=values.size))
+
+    def decided(self, fitted: Fitted, trials: Sequence[Tried]) -> tuple[Fitted, bool]:
+        """Choose what each layer holds."""
+        return decide(self._wanted, fitted, trials)
+
+    def encode(self, elements: Elements, fitted: Fitted | None = None) -> Encoded:
+        """Encode a piece: a chunk for each layer, and one for what is left if all of it is wanted."""
+        assert fitted is not None
+        if not elements.all_finite():
+            return Encoded((), finite=False)
+        values = np.ascontiguousarray(elements.to_f32()).reshape(-1)
+        chunk = Magnitudes.of(values, fitted.grid, fitted.deepest)
+        parts: list[Buffer] = []
+        entropies: list[float] = []
+        start = 0
+        for layer in fitted.layers:
+            writer = StreamWriter()
+            writer.add(end_of(layer.end))
+            if not parts:
+                write_base(writer, chunk, fitted.deepest)
+            write_sections(writer, chunk, fitted.deepest, start, layer.end)
+            parts.append(writer.chunk(0 if parts else values.size))
+            entropies.append(writer.entropy)
+            start = layer.end
+        if fitted.lossless:
+            load("planes").shallow(chunk.numbers, start, fitted.deepest)
+            writer = StreamWriter()
+            write_rest(writer, elements, chunk, start, fitted.grid)
+            parts.append(writer.chunk(0))
+            entropies.append(writer.entropy)
+        return Encoded(tuple(parts), finite=True, entropies=tuple(entropies))
+
+    def assembled(self, encoded: Sequence[Encoded], fitted: Fitted) -> tuple[Assembled | None, Fitted]:
+        """Return the tensor from what became of its pieces; or what to encode them with again, if a layer takes too much."""
+        segments = [Content("grid", fitted.grid.pack() if encoded else b"")]
+        nbytes = len(segments[0].data)
+        for number, layer in enumerate(fitted.layers):
+            content = with_lengths([piece.parts[number] for piece in encoded])
+            nbytes += len(content)
+            start = fitted.layers[number - 1].end if number else 0
+            if layer.room is not None and nbytes > layer.room and layer.end > start:
+                return None, fitted.with_shorter(number, nbytes - layer.room)
+            if number and not self._wanted.fits(nbytes, fitted.elements):
+                break
+            segments.append(Content(f"layer.{number + 1}", content, fitted.error_at(layer.end)))
+        count = len(segments) - 1
+        error = replace(fitted.error_at(fitted.layers[count - 1].end), mean=None)
+        if fitted.lossless:
+            segments.append(Content("rest", with_lengths([piece.parts[-1] for piece in encoded])))
+        params: Params = {"layers": count, "lossless": fitted.lossless}
+        kept = [*range(count), *([len(fitted.layers)] if fitted.lossless else [])]
+        entropy = sum(piece.entropies[number] for piece in encoded for number in kept)
+        return Assembled(params, tuple(segments), None if fitted.lossless else error, fitted.range, entropy), fitted
+
+    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode a piece: the grid, its chunks of layers, and what was left if all of it is wanted."""
+        grid = Grid.parse(bytes(parts[0]))
+        decoder = Decoder.of(parts[1 : self.layers + 1], out.size)
+        if not self.lossless:
+            decoder.values(grid, out.reshape(-1))
+            return
+        dtype = {"float16": F16, "uint16": BF16, "float32": F32}[out.dtype.name]
+        read_rest(parts[-1], decoder, grid, dtype, out)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,249 @@
+"""Where the cells of `scm` are.
+
+Cells of equal width are best at every rate (Gish and Pierce, 1968). Steps follow from a histogram by the upper 16 bits of float32
+patterns; all in integers or in operations that every machine rounds alike, because bytes depend on it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.codebooks import Survey, running
+from qformat.entropy.frequencies import COST_BITS, log2
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+PHASES, PARTS, DEEPEST, CELLS, CLASSES = 2, 32, 8, 4, 3
+DEPTHS = DEEPEST + 1  # with depth 0
+POSITIONS = PHASES * PARTS * DEEPEST
+_OFFSET_DEPTHS = 4
+#: of depth 0: a magnitude of a base has to be below this
+LARGEST = 1 << 22
+_NARROW, _WIDE = 15, 255
+_FINEST, _COARSEST = -100, 126
+_MANTISSA = 1 << 11  # steps have 12 significant bits; a file may have steps of 16
+_GRID = struct.Struct("<2f32s")
+_MIDDLE = 128
+
+#: bytes of a chunk of a layer beside its streams: its length and its end
+CHUNK = 6
+_STREAM, _MARKS = 30, 7  # bytes of a stream of magnitudes beside them, and of what marks a chunk and a section, about
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Steps of the two phases, and for each of them, depth and cell where in the cell values are, in 256ths."""
+
+    SIZE: ClassVar[int] = _GRID.size
+
+    steps: tuple[float, float]
+    offsets: bytes
+
+    @classmethod
+    def parse(cls, data: bytes) -> Grid:
+        """Return the grid of a segment.
+
+        Raises
+        ------
+        ValueError
+            If it is none.
+        """
+        if len(data) != _GRID.size:
+            raise ValueError(f"{len(data)} bytes of a grid where {_GRID.size} are needed")
+        first, second, offsets = _GRID.unpack(data)
+        patterns = struct.unpack("<2I", data[:8])
+        if any(pattern & 0xFF for pattern in patterns) or not all(
+            2.0**_FINEST <= step <= 2.0**_COARSEST for step in (first, second)
+        ):
+            raise ValueError("a step is impossible")
+        return cls((first, second), offsets)
+
+    def pack(self) -> bytes:
+        """Return the segment."""
+        return _GRID.pack(*self.steps, self.offsets)
+
+    @cached_property
+    def widths(self) -> F64:
+        """Widths of cells by phase and depth, exact, flat."""
+        return np.array([math.ldexp(step, -depth) for step in self.steps for depth in range(DEPTHS)])
+
+    @cached_property
+    def single_widths(self) -> F32:
+        """The same in float32; still exact."""
+        return self.widths.astype(np.float32)
+
+    @cached_property
+    def places(self) -> F32:
+        """Offsets over 256 by phase, depth and cell, flat."""
+        table = np.full((PHASES, DEPTHS, CELLS), _MIDDLE, np.float32)
+        stored = np.frombuffer(self.offsets, np.uint8).reshape(PHASES, _OFFSET_DEPTHS, CELLS)
+        table[:, :_OFFSET_DEPTHS] = stored
+        return (table / np.float32(256)).reshape(-1)
+
+    def deepest_widths(self, depth: int) -> F64:
+        """Return the widths of both phases at a depth."""
+        return self.widths.reshape(PHASES, DEPTHS)[:, depth].copy()
+
+
+def step_of(index: int) -> float:
+    """Return one of the numbers with 12 significant bits, which are numbered through; number 0 is 1."""
+    return math.ldexp(1 + index % _MANTISSA / _MANTISSA, index // _MANTISSA)
+
+
+def _second(step: float) -> float:
+    """Return the step of the other phase, finer by a factor of about the root of 2."""
+    mantissa, exponent = math.frexp(step * math.sqrt(0.5))
+    return math.ldexp(round(mantissa * 2 * _MANTISSA) / (2 * _MANTISSA), exponent)
+
+
+@lru_cache(64)
+def part_sizes(size: int) -> I64:
+    """Return how many elements of a chunk are in each phase and part."""
+    blocks = -(-size // 32)
+    counts = np.full(blocks, 32, np.int64)
+    if blocks:
+        counts[-1] -= 32 * blocks - size
+    number = np.arange(blocks)
+    cell = number % PHASES * PARTS + number // PHASES % PARTS
+    sizes = np.bincount(cell, weights=counts, minlength=PHASES * PARTS).astype(np.int64).reshape(PHASES, PARTS)
+    sizes.flags.writeable = False
+    return sizes
+
+
+class Distribution:
+    """Distribution of a tensor, as far as a histogram tells.
+
+    Attributes
+    ----------
+    zeros, count
+        How many weights are zero, and how many others there are.
+    largest
+        A bound of the magnitudes.
+    """
+
+    def __init__(self, survey: Survey) -> None:
+        half = survey.counts.size // 2
+        counts = survey.counts[:half] + survey.counts[half:]
+        sums = survey.sums[:half] - survey.sums[half:]
+        self.zeros, counts[0] = int(counts[0]), 0  # tiny ones beside
+        self.count = int(counts.sum())
+        used = np.flatnonzero(counts)
+        low, high = ((used + step << 16).astype(np.uint32).view(np.float32).astype(np.float64) for step in (0, 1))
+        self._low, self._high = low, np.minimum(high, float(np.finfo(np.float32).max))
+        self._counts, self._before = counts[used], running(counts[used].astype(np.float64))
+        self._sums_before = running(sums[used])
+        self._means = sums[used] / np.maximum(self._counts, 1)
+        self.largest = float(self._high[-1]) if used.size else 0.0
+
+    def below(self, borders: F64) -> tuple[F64, F64]:
+        """Return how many magnitudes are below some borders, and their sum; within a bin they are taken to be spread evenly."""
+        number = np.searchsorted(self._low, borders, side="right") - 1
+        inside = np.maximum(number, 0)
+        share = np.clip((borders - self._low[inside]) / (self._high - self._low)[inside], 0.0, 1.0)
+        part = np.floor(share * self._counts[inside])
+        share = np.where(number < 0, 0.0, part / self._counts[inside])
+        # the mean of the lower part of an even spread about the mean of the bin
+        mean = self._means[inside] - (1 - share) * (self._high - self._low)[inside] / 2
+        whole = np.where(number < 0, 0.0, self._before[inside])
+        whole_sum = np.where(number < 0, 0.0, self._sums_before[inside])
+        count = np.where(number < 0, 0.0, part)
+        return whole + count, whole_sum + count * mean
+
+    def cells(self, width: float, most: int) -> tuple[F64, F64]:
+        """Return how many magnitudes are in each cell, and their sum; at most so many cells, and what is beyond in the last."""
+        if not self.count:
+            return np.zeros(1), np.zeros(1)
+        number = int(min(most, self.largest / width + 2))
+        counts, sums = self.below(np.arange(number + 1, dtype=np.float64) * width)
+        counts[-1], sums[-1] = self.count, self._sums_before[-1]
+        return np.diff(counts), np.diff(sums)
+
+
+def _bits(counts: F64) -> float:
+    """Return what ideal coding takes for symbols that occur so often."""
+    whole = np.maximum(counts, 0).astype(np.int64)
+    total = log2(np.array([max(1, int(whole.sum()))]))
+    return float(int((whole * (total - log2(whole))).sum())) / (1 << COST_BITS)
+
+
+def base_bits(magnitudes: Distribution, step: float) -> float:
+    """Return about what signs and magnitudes of depth 0 take, of all weights that are not zero."""
+    bits = float(magnitudes.count)
+    for width in (step, _second(step)):
+        counts, _ = magnitudes.cells(width, _WIDE + 1)
+        if counts.size <= _NARROW:
+            bits += _bits(counts) / 2
+            continue
+        elsewhere = counts[_WIDE:].sum() if counts.size > _WIDE else 0.0
+        narrow = np.append(counts[:_NARROW], counts[_NARROW:].sum())
+        limited = [_bits(narrow) + 32 * narrow[-1], _bits(counts) + 32 * elsewhere]
+        bits += min(limited) / 2
+    return bits
+
+
+def find_step(magnitudes: Distribution, bits: float) -> int:
+    """Return the number of the finest step for which signs and magnitudes take no more than some bits."""
+    lowest = finest(magnitudes)
+    highest = max(lowest, coarsest(magnitudes))
+    while lowest < highest:
+        middle = (lowest + highest) // 2
+        if base_bits(magnitudes, step_of(middle)) <= bits:
+            highest = middle
+        else:
+            lowest = middle + 1
+    return highest
+
+
+def finest(magnitudes: Distribution) -> int:
+    """Return the number of the finest step with which all magnitudes can be told."""
+    return max((_FINEST + 1) * _MANTISSA, _index_above(2 * magnitudes.largest / LARGEST))
+
+
+def coarsest(magnitudes: Distribution) -> int:
+    """Return the number of a step for which all magnitudes are in the first cell."""
+    return min(_COARSEST * _MANTISSA, _index_above(2 * magnitudes.largest))
+
+
+def base_room(magnitudes: Distribution, nbytes: int, chunks: int) -> float:
+    """Return the bits that are left for signs and magnitudes of depth 0, of some bytes for all of the first layer."""
+    elements = magnitudes.count + magnitudes.zeros
+    letters = elements // max(1, chunks) // (2 * PHASES)
+    lanes = 4 if letters < 1 << 12 else 16 if letters < 1 << 16 else 64
+    bits = 8.0 * (nbytes - Grid.SIZE - chunks * (CHUNK + _MARKS + PHASES * (_STREAM + 2 * lanes)))
+    if magnitudes.zeros * 64 >= elements:
+        bits -= _bits(np.array([float(magnitudes.zeros), float(magnitudes.count)]))
+    return bits
+
+
+def _index_above(value: float) -> int:
+    """Return the number of a step that is not below a value, which may be 0."""
+    return math.frexp(value)[1] * _MANTISSA if value else _FINEST * _MANTISSA
+
+
+def make_grid(magnitudes: Distribution, index: int) -> Grid:
+    """Return the grid for a step: offsets are the means of cells, of all parts of a cell of depth 0 together."""
+    steps = step_of(index), _second(step_of(index))
+    offsets = []
+    for step in steps:
+        for depth in range(_OFFSET_DEPTHS):
+            parts = 1 << depth
+            counts, sums = magnitudes.cells(step / parts, 64 * parts)
+            if counts.size == 64 * parts:  # the last one holds all that is beyond
+                counts, sums = counts[:-1], sums[:-1]
+            number = np.arange(counts.size)
+            excess = sums / (step / parts) - number * counts
+            kinds = np.minimum(number // parts, CELLS - 1)
+            # in order, one by one
+            whole, part = np.bincount(kinds, counts, CELLS), np.bincount(kinds, excess, CELLS)
+            mean = np.where(whole > 0, part, 0.5) / np.where(whole > 0, whole, 1.0)
+            offsets.append(np.clip(np.rint(mean * 256), 0, 255).astype(np.uint8))
+    return Grid(steps, np.concatenate(offsets).tobytes())
