@@ -8,17 +8,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qformat.errors import FormatError, QFormatError, SourceError, TargetError, TypeSpecError
+from qformat.errors import FormatError, QFormatError, QualityError, SourceError, TargetError, TypeSpecError
 
 if TYPE_CHECKING:
     from qformat.converters.arrays import save_file
     from qformat.readers.arrays import safe_open
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "FormatError",
     "QFormatError",
+    "QualityError",
     "SourceError",
     "TargetError",
     "TypeSpecError",

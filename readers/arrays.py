@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -15,6 +15,7 @@ from qformat.codecs.levels import LevelCodec
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
 from qformat.parallel import default_jobs, for_each
+from qformat.quality import Quality
 from qformat.records import TensorRecord
 
 
@@ -45,7 +46,11 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
     Parameters
     ----------
     path
-        The file.
+        The file; or an open binary file object that can seek, of which no more is read than is needed.
+    quality
+        How much to read of layered tensors (type ``scm``): bits for each weight such as 3 or 3.5; a bound such as
+        ``"max_rmse=0.01"``, ``"max_abs=0.05"`` or ``"mean_abs=0.01"`` for an error relative to the range of the tensor;
+        ``"lossless"``; None is everything that there is. See `qformat.quality.Quality`.
     verify
         Compare the bytes of a tensor with their SHA-256 when it is first read.
     jobs
@@ -55,6 +60,8 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
     ------
     FormatError
         If the file is damaged or no container.
+    QualityError
+        If the quality is malformed. (When a tensor is read: if its layers do not reach it.)
 
     Examples
     --------
@@ -62,7 +69,15 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
     ...     weight = f.get_tensor(f.keys()[0])
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, jobs: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | BinaryIO,
+        *,
+        quality: float | str | Quality | None = None,
+        verify: bool = True,
+        jobs: int | None = None,
+    ) -> None:
+        self._quality = Quality.parse(quality)
         self._container = ContainerReader(path)
         self._checker = SegmentChecker(self._container, enabled=verify)
         self._jobs = jobs or default_jobs()
@@ -204,8 +219,8 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
 
     def _decoder(self, name: str) -> TensorDecoder:
         record = self._container.tensor(name)
-        decoder = TensorDecoder(self._container, record)
-        self._checker.check(record)
+        decoder = TensorDecoder(self._container, record, self._quality)
+        self._checker.check(decoder)
         return decoder
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -9,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qformat.codecs.base import CHUNK_DENSITY, PIECE, Matrix, Piece, piece_number, pieces
+from qformat.codecs.base import CHUNK_DENSITY, PIECE, Matrix, Piece, piece_count, piece_number, pieces
+from qformat.codecs.layered import split_chunks
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import codec_of
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, F32, DType, Elements
 from qformat.errors import FormatError
+from qformat.quality import Quality
 from qformat.records import Segment, TensorRecord
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+EVERYTHING = Quality()
 
 
 class TensorDecoder:
@@ -30,24 +35,29 @@ class TensorDecoder:
         The open file.
     record
         The tensor's record.
+    quality
+        How much of it to read, if it is layered.
 
     Raises
     ------
     FormatError
         If the tensor cannot be decoded by this version, or its record is impossible.
+    QualityError
+        If its layers do not reach the quality.
     """
 
-    def __init__(self, container: ContainerReader, record: TensorRecord) -> None:
+    def __init__(self, container: ContainerReader, record: TensorRecord, quality: Quality = EVERYTHING) -> None:
         self._path = container.path
-        self.record = record
         try:
-            self.codec = codec_of(record)
+            codec_of(record)
+            self.record = quality.of(record)
+            self.codec = codec_of(self.record)
         except FormatError as error:
             raise FormatError(error.cause, path=container.path) from None
         self.matrix = Matrix.of(record.shape)
         self.decoded = self.codec.decoded_from(DTYPES[record.dtype])
         self._grain = self.codec.grain(self.matrix)
-        self._segments = [container.segment(segment) for segment in record.segments]
+        self._segments = container.segments(self.record.segments)
 
     @property
     def natural(self) -> DType:
@@ -106,7 +116,7 @@ class TensorDecoder:
         result = np.empty((len(indices), self.matrix.cols), dtype.storage)
         if not result.size:
             return result
-        if not self.codec.chunked:
+        if not (self.codec.chunked or self.codec.layered):
             for start, piece in runs(indices, self.matrix.cols, self._grain):
                 result[start : start + piece.rows] = self.decode(piece).cast(dtype)
             return result
@@ -131,6 +141,10 @@ class TensorDecoder:
         self._apply(self.codec.decode, piece, out)
 
     def _apply(self, decode: Callable[[Sequence[Any], NDArray[Any]], None], piece: Piece, out: NDArray[Any]) -> None:
+        if self.codec.layered:
+            with self._naming_damage():
+                decode(self._layers(piece), out)
+            return
         spans = self.codec.spans(self.matrix, piece)
         with self._naming_damage():
             own = self._segments[2:] if self.codec.chunked else self._segments
@@ -145,6 +159,24 @@ class TensorDecoder:
             yield
         except ValueError as error:
             raise FormatError(f"tensor {self.record.name!r} is damaged: {error}", path=self._path) from None
+
+    def segments(self) -> Iterator[tuple[Segment, memoryview]]:
+        """Yield the segments that are read, with their bytes."""
+        return zip(self.record.segments, self._segments, strict=True)
+
+    def _layers(self, piece: Piece) -> list[memoryview]:
+        """Return the first segment, and the chunk of a piece in each other one."""
+        number = piece_number(self.matrix, self._grain, piece)
+        parts = [self._segments[0], *(chunks[number] for chunks in self._layer_chunks)]
+        if len(parts[1]) * CHUNK_DENSITY < piece.rows * piece.cols:
+            raise ValueError("a chunk is too short")
+        return parts
+
+    @cached_property
+    def _layer_chunks(self) -> list[list[memoryview]]:
+        """The chunks of each segment but the first."""
+        count = piece_count(self.matrix, self._grain)
+        return [split_chunks(segment, count) for segment in self._segments[1:]]
 
     @cached_property
     def _chunk_stops(self) -> NDArray[np.int64]:
@@ -169,10 +201,11 @@ class SegmentChecker:
     def __init__(self, container: ContainerReader, *, enabled: bool) -> None:
         self._container = container
         self._enabled = enabled
+        self._lock = threading.Lock()  # what one thread checks, others wait for
         self._checked: set[Segment] = set()  # by all of its fields: an empty one has the offset of the next
 
-    def check(self, record: TensorRecord) -> None:
-        """Check a tensor's segments.
+    def check(self, decoder: TensorDecoder) -> None:
+        """Check the segments that are read of a tensor.
 
         Raises
         ------
@@ -181,10 +214,11 @@ class SegmentChecker:
         """
         if not self._enabled:
             return
-        for segment in record.segments:
-            if segment not in self._checked:
-                self._container.check(segment, record.label)
-                self._checked.add(segment)
+        with self._lock:
+            for segment, data in decoder.segments():
+                if segment not in self._checked:
+                    self._container.check(segment, data, decoder.record.label)
+                    self._checked.add(segment)
 
 
 def runs(indices: NDArray[np.intp], cols: int, grain: int) -> list[tuple[int, Piece]]:

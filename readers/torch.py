@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
 from qformat.errors import FormatError, SourceError
 from qformat.parallel import default_jobs, for_each
+from qformat.quality import Quality
 from qformat.records import TensorRecord
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -38,10 +39,11 @@ _BY_TORCH = {dtype: DTYPES[name] for name, dtype in TORCH_DTYPES.items()}
 
 
 def load_file(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | BinaryIO,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    quality: float | str | Quality | None = None,
     verify: bool = True,
     jobs: int | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -50,11 +52,13 @@ def load_file(
     Parameters
     ----------
     path
-        The file.
+        The file; or an open binary file object that can seek (one of ``fsspec``, say), of which no more is read than is needed.
     device
         Where the tensors shall be.
     dtype
         float16, bfloat16, float32 or float64 for the floating tensors; None is the dtype that each had in the source.
+    quality
+        How much to read of layered tensors: bits for each weight, a bound for an error, or ``"lossless"``, as for `safe_open`.
     verify
         Compare all bytes with their SHA-256.
     jobs
@@ -69,26 +73,30 @@ def load_file(
     ------
     FormatError
         If the file is damaged, or needs a newer version.
+    QualityError
+        If the quality is malformed, or a tensor's layers do not reach it.
     TypeError
         If `dtype` is none of those above.
     """
     _check_dtype(dtype)
+    chosen = Quality.parse(quality)
     jobs = jobs or default_jobs()
     with ContainerReader(path) as container:
         checker = SegmentChecker(container, enabled=verify)
         return {
-            record.name: _decode(container, checker, record, dtype, jobs).to(device)
+            record.name: _decode(container, checker, record, chosen, dtype, jobs).to(device)
             for record in container.index.tensors
         }
 
 
 def load_model(
     model: torch.nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | BinaryIO,
     *,
     strict: bool = True,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    quality: float | str | Quality | None = None,
     verify: bool = True,
     jobs: int | None = None,
 ) -> tuple[list[str], list[str]]:
@@ -99,12 +107,12 @@ def load_model(
     model
         The model. Its tensors are overwritten in place, so tied weights stay tied.
     path
-        The file.
+        The file, or an open file object, as in `load_file`.
     strict
         Raise if the file lacks a tensor of the model or holds one that the model has not.
     device, dtype
         Move or cast the model first.
-    verify, jobs
+    quality, verify, jobs
         As in `load_file`.
 
     Returns
@@ -118,10 +126,13 @@ def load_model(
     SourceError
         If model and file do not fit: with `strict`, or if a shape differs, or only one of two tensors is floating. The model is
         unchanged then.
+    QualityError
+        If the quality is malformed, or a tensor's layers do not reach it. The model is unchanged then.
     FormatError
         If the file is damaged; some tensors of the model may have been replaced then.
     """
     _check_dtype(dtype)
+    chosen = Quality.parse(quality)
     jobs = jobs or default_jobs()
     with ContainerReader(path) as container:
         records = {record.name: record for record in container.index.tensors}
@@ -133,15 +144,18 @@ def load_model(
             complaints = [
                 _list(what, names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names
             ]
-            raise SourceError(f"{path}: does not fit the model: {'; '.join(complaints)}")
+            raise SourceError(f"{container.path}: does not fit the model: {'; '.join(complaints)}")
+        shared = sorted(set(own) & set(records))
+        for name in shared:
+            chosen.of(records[name])  # raises before anything is changed
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
             own = _tensors(model)
         checker = SegmentChecker(container, enabled=verify)
         with torch.no_grad():
-            for name in sorted(set(own) & set(records)):
+            for name in shared:
                 floating = own[name].dtype if own[name].dtype.is_floating_point else None
-                own[name].copy_(_decode(container, checker, records[name], floating, jobs))
+                own[name].copy_(_decode(container, checker, records[name], chosen, floating, jobs))
     return missing, unexpected
 
 
@@ -189,12 +203,13 @@ def _decode(
     container: ContainerReader,
     checker: SegmentChecker,
     record: TensorRecord,
+    quality: Quality,
     dtype: torch.dtype | None,
     jobs: int,
 ) -> torch.Tensor:
     """Return a tensor in `dtype` if it is floating, else in the dtype of the source."""
-    decoder = TensorDecoder(container, record)
-    checker.check(record)
+    decoder = TensorDecoder(container, record, quality)
+    checker.check(decoder)
     target = DTYPES[record.dtype]
     if target.floating and dtype in _BY_TORCH:
         target = _BY_TORCH[dtype]

@@ -223,8 +223,9 @@ def _segment(value: Any, owner: str) -> tuple[Segment, str | None]:
         _get(value, "offset", int, where),
         _get(value, "length", int, where),
         _digest(value, "sha256", where),
+        _error(value, where, ("rmse", "max", "mean")) if "error" in value else None,
     )
-    return segment, _refusal(value, {"name", "offset", "length", "sha256"}, where)
+    return segment, _refusal(value, {"name", "offset", "length", "sha256", "error"}, where)
 
 
 def _params(record: JsonObject, key: str, where: str) -> Params:
@@ -234,15 +235,19 @@ def _params(record: JsonObject, key: str, where: str) -> Params:
     return params
 
 
-def _error(record: JsonObject, where: str) -> MeasuredError:
+def _error(record: JsonObject, where: str, keys: Sequence[str] = ("rmse", "max")) -> MeasuredError:
     error: JsonObject = _get(record, "error", dict, where)
-    values = [_get(error, key, str, where) for key in ("rmse", "max")]
-    if not all(_ERROR_VALUE.fullmatch(value) and f"{float(value):.9e}" == value for value in values):
-        raise FormatError(f"{where}: its error is not written as the format asks")
-    return MeasuredError(*(float(value) for value in values))
+    return MeasuredError(*(_decimal(error, key, where) for key in keys))
 
 
-_TENSOR_KEYS = {"name", "shape", "dtype", "codec", "params", "segments", "encoder", "error"}
+def _decimal(record: JsonObject, key: str, where: str) -> float:
+    value: str = _get(record, key, str, where)
+    if not _ERROR_VALUE.fullmatch(value) or f"{float(value):.9e}" != value:
+        raise FormatError(f"{where}: its {key} is not written as the format asks")
+    return float(value)
+
+
+_TENSOR_KEYS = {"name", "shape", "dtype", "codec", "params", "segments", "encoder", "error", "range"}
 _ASSET_KEYS = {"name", "offset", "length", "sha256", "encoding", "size", "content_sha256"}
 
 
@@ -265,6 +270,7 @@ def _tensor(value: Any) -> TensorRecord:
         encoder=_params(record, "encoder", where) if "encoder" in record else {},
         error=_error(record, where) if "error" in record else None,
         refusal=next((refusal for refusal in refusals if refusal), None),
+        range=_decimal(record, "range", where) if "range" in record else None,
     )
 
 

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
+from qformat.container.access import Access, MappedFile, RangedFile
 from qformat.container.index import MAX_INDEX_BYTES, Index
 from qformat.container.layout import HEADER_SIZE, MINOR, TRAILER_SIZE, Header, Trailer, align, check_records
 from qformat.errors import FormatError
-from qformat.files import open_regular
 from qformat.records import AssetRecord, Segment, TensorRecord
 
 MAX_RECORDS_BYTES = 16 << 20
-_MOST_AT_ONCE = 1 << 30  # the system reads no more than 2 GiB in one call
+
+
+def _open(path: str | os.PathLike[str] | BinaryIO) -> Access:
+    if isinstance(path, (str, os.PathLike)):
+        return MappedFile(Path(path))
+    return RangedFile(path)
 
 
 class ContainerReader:
     """A container file opened for reading.
 
     Opening checks the header, the trailer, the digest of the index and every record in it, and nothing else: it takes time and
-    memory in proportion to the index. The bytes of segments are memory-mapped.
+    memory in proportion to the index. The bytes of segments are memory-mapped, or read when they are needed.
 
     Parameters
     ----------
     path
-        The file.
+        The file; or an open binary file object that can seek, one of ``fsspec`` say, of which only what is needed is read.
 
     Attributes
     ----------
@@ -45,35 +50,34 @@ class ContainerReader:
         If it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._map: mmap.mmap | None = None
-        self._file = open_regular(self.path)
+    def __init__(self, path: str | os.PathLike[str] | BinaryIO) -> None:
+        self._access = _open(path)
+        self.path = self._access.name
         try:
             self._open()
         except FormatError as error:
-            self._file.close()
+            self._access.close()
             raise FormatError(error.cause, path=self.path, offset=error.offset) from None
         except BaseException:
-            self._file.close()
+            self._access.close()
             raise
 
     def _open(self) -> None:
-        self.file_size = os.fstat(self._file.fileno()).st_size
-        self.header = Header.parse(self._read(0, HEADER_SIZE))
+        self.file_size = self._access.size
+        self.header = Header.parse(self._access.read(0, HEADER_SIZE))
         at = max(0, self.file_size - TRAILER_SIZE)
-        self.trailer = Trailer.parse(self._read(at, TRAILER_SIZE), self.file_size)
+        self.trailer = Trailer.parse(self._access.read(at, TRAILER_SIZE), self.file_size)
         trailer = self.trailer
         if trailer.index_length > MAX_INDEX_BYTES:
             raise FormatError(f"the index claims {trailer.index_length} bytes, more than an index may have")
         if align(trailer.index_offset) != trailer.index_offset or trailer.index_offset < self.header.header_size:
             raise FormatError("the index does not lie where an index may", offset=trailer.index_offset)
-        data = self._read(trailer.index_offset, trailer.index_length)
+        data = self._access.read(trailer.index_offset, trailer.index_length)
         if hashlib.sha256(data).digest() != trailer.index_sha256:
             raise FormatError("the index is damaged: its SHA-256 does not match", offset=trailer.index_offset)
         self._check_records(trailer)
         self.index = Index.parse(data)
-        if hashlib.sha256(self._read(0, self.header.header_size)).hexdigest() != self.index.header_sha256:
+        if hashlib.sha256(self._access.read(0, self.header.header_size)).hexdigest() != self.index.header_sha256:
             raise FormatError("the header is damaged: its SHA-256 does not match", offset=0)
         self.index.check_segments(self.header.header_size, trailer.index_offset)
         self._tensors = {tensor.name: tensor for tensor in self.index.tensors}
@@ -85,18 +89,10 @@ class ContainerReader:
             raise FormatError(
                 f"the trailer records claim {trailer.records_length} bytes, more than they may have", offset=base
             )
-        records = self._read(base, trailer.records_length)
+        records = self._access.read(base, trailer.records_length)
         if hashlib.sha256(records).digest() != trailer.records_sha256:
             raise FormatError("the trailer records are damaged: their SHA-256 does not match", offset=base)
         check_records(records, base)
-
-    def _read(self, offset: int, length: int) -> bytes:
-        parts = []
-        while length and (part := os.pread(self._file.fileno(), min(length, _MOST_AT_ONCE), offset)):
-            parts.append(part)
-            offset += len(part)
-            length -= len(part)
-        return b"".join(parts)
 
     @property
     def root(self) -> str:
@@ -122,16 +118,15 @@ class ContainerReader:
             raise KeyError(f"{self.path} holds no tensor {name!r}") from None
 
     def fileno(self) -> int:
-        """Return the descriptor of the open file."""
-        return self._file.fileno()
+        """Return the descriptor of the open file, which must have been given by its path."""
+        assert isinstance(self._access, MappedFile)
+        return self._access.fileno()
 
-    def segment(self, segment: Segment) -> memoryview:
-        """Return the bytes of a segment, without a copy."""
-        if self._map is None:
-            self._map = mmap.mmap(self._file.fileno(), self.file_size, access=mmap.ACCESS_READ)
-        return memoryview(self._map)[segment.offset : segment.stop]
+    def segments(self, segments: Sequence[Segment]) -> list[memoryview]:
+        """Return the bytes of some segments of one owner, without a copy if the file is mapped."""
+        return self._access.segments(segments)
 
-    def check(self, segment: Segment, owner: str) -> None:
+    def check(self, segment: Segment, data: memoryview, owner: str) -> None:
         """Compare a segment's bytes with its digest.
 
         Raises
@@ -139,7 +134,7 @@ class ContainerReader:
         FormatError
             If they differ; it names `owner` and the segment.
         """
-        if hashlib.sha256(self.segment(segment)).hexdigest() != segment.sha256:
+        if hashlib.sha256(data).hexdigest() != segment.sha256:
             raise FormatError(
                 f"{owner}, segment {segment.name!r} is damaged: its SHA-256 does not match",
                 path=self.path,
@@ -162,14 +157,14 @@ class ContainerReader:
             raise KeyError(f"{self.path} holds no asset {name!r}") from None
         if record.refusal:
             raise FormatError(record.refusal, path=self.path)
-        self.check(record.segment, f"asset {name!r}")
-        data = self._decode_asset(record)
+        (stored,) = self.segments([record.segment])
+        self.check(record.segment, stored, f"asset {name!r}")
+        data = self._decode_asset(record, bytes(stored))
         if hashlib.sha256(data).hexdigest() != record.content_sha256:
             raise FormatError(f"asset {name!r} is damaged: its content's SHA-256 does not match", path=self.path)
         return data
 
-    def _decode_asset(self, record: AssetRecord) -> bytes:
-        stored = bytes(self.segment(record.segment))
+    def _decode_asset(self, record: AssetRecord, stored: bytes) -> bytes:
         if record.encoding == "raw":
             return stored
         import zstandard
@@ -189,9 +184,8 @@ class ContainerReader:
         return data
 
     def close(self) -> None:
-        """Close the file. Views of segments that are still in use keep their memory mapped."""
-        self._map = None
-        self._file.close()
+        """Close the file, unless it was given open. Views of segments that are still in use keep their memory mapped."""
+        self._access.close()
 
     def __enter__(self) -> Self:
         return self
