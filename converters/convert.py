@@ -104,7 +104,7 @@ def convert(
     overwrite
         Replace a file at `output`.
     metadata
-        Strings to store along.
+        Strings to store along; None takes those of the checkpoint.
     dry_run
         Write nothing; predict the length of the file, exactly. If it depends on values, this takes as long as writing.
     jobs, allow_nonfinite, allow_vanished, progress
@@ -120,6 +120,7 @@ def convert(
         If the file cannot be written; nothing is left at `output` then.
     """
     start = time.perf_counter()
+    metadata = checkpoint.metadata if metadata is None else metadata
     check_target(output, overwrite=overwrite or dry_run)
     _check_not_source(checkpoint, output)
     plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=allow_nonfinite)
@@ -131,7 +132,7 @@ def convert(
             sizes[name] = len(data)
             yield name, data
 
-    if dry_run and not any(plan.codec.chunked for plan in plans):
+    if dry_run and not any(plan.codec.chunked or plan.codec.layered for plan in plans):
         records = [plan.record for plan in plans]
         size = predict_size(assets(), records, metadata)
         unmeasured = [replace(record, error=None) for record in records]

@@ -49,9 +49,12 @@ class Checkpoint:
         What the user should know of it, a line each.
     files
         The files that it consists of.
+    metadata
+        Strings that are stored along.
     """
 
     tensors: Sequence[SourceTensor]
     assets: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     files: Sequence[Path] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)

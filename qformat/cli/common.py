@@ -9,9 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+
+from qformat.errors import QualityError
+from qformat.quality import Quality
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 #: a path that is checked by the library, which has the better messages
 PATH = click.Path(path_type=Path)
@@ -22,6 +27,26 @@ jobs_option = click.option(
     type=click.IntRange(min=1),
     help="Threads; the result does not depend on it.  [default: one per processor]",
 )
+
+
+def _parse_quality(ctx: click.Context, param: click.Parameter, value: str | None) -> Quality:
+    try:
+        return Quality.parse(value)
+    except QualityError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+def quality_option(about: str, *, required: bool = False) -> Callable[[_Command], _Command]:
+    """Return the option that says how much of layered tensors to read."""
+    return click.option(
+        "-q",
+        "--quality",
+        callback=_parse_quality,
+        required=required,
+        metavar="QUALITY",
+        help=f"{about}: bits per weight such as 3.5; a bound for an error over the range of the tensor such as max_rmse=0.01, "
+        "max_abs=0.05 or mean_abs=0.01; or lossless.",
+    )
 
 
 def echo_json(value: Any) -> None:

@@ -21,8 +21,10 @@ from qformat.cli.common import (
     natural_key,
     printable,
     progress_bar,
+    quality_option,
     warn,
 )
+from qformat.quality import Quality
 
 if TYPE_CHECKING:
     from qformat.converters.convert import Conversion
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     metavar="GLOB=TYPE",
     help="For floating tensors of any shape whose name matches; may be repeated, the last match wins.",
 )
+@quality_option("Of layered tensors of a .qf file SRC, read no more than this needs")
 @click.option(
     "--prune",
     type=float,
@@ -80,6 +83,7 @@ def command(
     dst: Path,
     type_: str,
     overrides: tuple[str, ...],
+    quality: Quality,
     prune: float,
     prune_overrides: tuple[str, ...],
     allow_nonfinite: bool,
@@ -92,11 +96,11 @@ def command(
 ) -> None:
     """Turn the checkpoint SRC into the file DST.
 
-    SRC is a Hugging Face directory with safetensors weights (sharded or not), or a .safetensors file. Of a directory, the
-    files that belong to the model (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md, config.json of folders) go into
+    SRC is a Hugging Face directory with safetensors weights (sharded or not), a .safetensors file, or a .qf file. Of a directory,
+    the files that belong to the model (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md, config.json of folders) go into
     DST too. Nothing stands at DST before it is complete.
 
-    TYPE is f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, nlm, affine, lut, ternary, levels or lossless, with parameters as in
+    TYPE is f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, nlm, affine, lut, ternary, levels, scm or lossless, with parameters as in
     q4_0:search=exact; qformat types lists them. One-dimensional tensors stay as they are unless --tensor-type names them; integers
     always do.
 
@@ -112,7 +116,7 @@ def command(
 
     recipe = Recipe.parse(type_, overrides)
     pruning = Pruning.parse(prune, prune_overrides)
-    checkpoint = pruning.apply(open_checkpoint(src))
+    checkpoint = pruning.apply(open_checkpoint(src, quality))
     for warning in checkpoint.warnings:
         warn(warning)
     total = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import click
 from qformat.cli.common import PATH, echo_json, echo_table, human_bytes, human_count, natural_key, printable, warn
 from qformat.container.layout import MAJOR, MINOR
 from qformat.container.reader import ContainerReader
-from qformat.records import TensorRecord, type_string
+from qformat.quality import Metric, Quality, relative
+from qformat.records import Layer, TensorRecord, type_string
+
+_STEPS, _FINE = 4, 6  # the ladder is shown in quarters of a bit up to here
 
 
 @click.command()
@@ -50,6 +54,7 @@ def _summary(container: ContainerReader, tensors: list[TensorRecord]) -> dict[st
         "assets": {asset.name: asset.size for asset in container.index.assets},
         "tensors": [_tensor(tensor) for tensor in tensors],
         "total": {"params": params, "bytes": stored, "bpw": _bpw(stored, params)},
+        "ladder": _ladder(tensors),
     }
 
 
@@ -68,6 +73,53 @@ def _tensor(tensor: TensorRecord) -> dict[str, Any]:
         "bpw": _bpw(tensor.nbytes, tensor.elements),
         "rmse": tensor.error.rmse if tensor.error else 0.0,
         "maxerr": tensor.error.maximum if tensor.error else 0.0,
+    } | ({"range": tensor.range, "layers": [_layer(layer) for layer in tensor.layers]} if tensor.layers else {})
+
+
+def _layer(layer: Layer) -> dict[str, Any]:
+    return {
+        "bytes": layer.nbytes,
+        "bpw": layer.bpw,
+        "rmse": layer.error.rmse,
+        "maxerr": layer.error.maximum,
+        "mean_abs": layer.error.mean,
+    }
+
+
+def _ladder(tensors: list[TensorRecord]) -> list[dict[str, Any]]:
+    """Return what reading at each number of bits that makes a difference gives: of all tensors, layered or not."""
+    layered = [tensor for tensor in tensors if tensor.layers and tensor.elements]
+    lossy = [layer.bpw for tensor in layered for layer in tensor.layers if layer.error.rmse]
+    steps = sorted(
+        {math.ceil(bpw * _STEPS) / _STEPS for bpw in lossy if bpw <= _FINE} | {math.ceil(bpw) for bpw in lossy}
+    )
+    ladder = [_step(f"{bits:g}", Quality(bits=bits), tensors, layered) for bits in steps]
+    if layered and all(tensor.error is None for tensor in layered):
+        ladder.append(_step("lossless", Quality(lossless=True), tensors, layered))
+    return [step for step, before in zip(ladder, [None, *ladder], strict=False) if not _same(step, before)]
+
+
+def _same(step: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    return other is not None and step["bytes"] == other["bytes"]
+
+
+def _step(name: str, quality: Quality, tensors: list[TensorRecord], layered: list[TensorRecord]) -> dict[str, Any]:
+    reached = [quality.of(tensor) for tensor in layered]
+    weights = sum(tensor.elements for tensor in layered)
+    stored = sum(tensor.nbytes for tensor in reached)
+    last = [(tensor.layers[-1], tensor) for tensor in reached if tensor.range]  # others have no relative error
+    compared = max(1, sum(tensor.elements for _, tensor in last))
+
+    def average(metric: Metric) -> float:
+        return sum(tensor.elements * relative(layer, tensor, metric) for layer, tensor in last) / compared
+
+    return {
+        "quality": name,
+        "bytes": sum(quality.of(tensor).nbytes for tensor in tensors),
+        "bpw": 8 * stored / weights,
+        "rmse": average("max_rmse"),
+        "mean_abs": average("mean_abs"),
+        "maxerr": max((relative(layer, tensor, "max_abs") for layer, tensor in last), default=0.0),
     }
 
 
@@ -100,3 +152,21 @@ def _echo(file: Path, summary: dict[str, Any]) -> None:
     total = summary["total"]
     size = human_bytes(total["bytes"])
     click.echo(f"{len(rows)} tensors, {human_count(total['params'])} weights, {size}, {total['bpw']:.3f} bits/weight")
+    if summary["ladder"]:
+        _echo_ladder(summary["ladder"])
+
+
+def _echo_ladder(ladder: list[dict[str, Any]]) -> None:
+    click.echo(
+        "what reading at a quality gives; errors over the range of their tensor, averaged over all weights (maxerr: the largest)"
+    )
+    rows = [
+        (
+            step["quality"],
+            f"{step['bpw']:.3f}",
+            human_bytes(step["bytes"]),
+            *(f"{step[name]:.3e}" if step[name] else "0" for name in ("rmse", "mean_abs", "maxerr")),
+        )
+        for step in ladder
+    ]
+    echo_table(("quality", "bits/weight", "to read", "rmse", "mean_abs", "maxerr"), rows, left=1)

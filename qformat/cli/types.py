@@ -29,9 +29,10 @@ def command(as_json: bool) -> None:
         if not codec().accepts(F32):
             continue
         hints = get_type_hints(codec)
-        bpw = None if codec().chunked else codec().nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])
+        varies = codec().chunked or codec().layered
+        bpw = None if varies else codec().nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])
         about = (inspect.getdoc(codec) or "").partition("\n")[0]
-        params = {f.name: _values(f, hints[f.name]) for f in fields(codec)}
+        params = {f.name: _values(f, hints[f.name]) for f in fields(codec) if not f.metadata.get("found")}
         types.append({"type": name, "bpw": bpw, "about": about, "params": params})
     if as_json:
         echo_json({"types": types})

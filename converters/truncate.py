@@ -1,0 +1,82 @@
+"""A container file with fewer layers, without decoding anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qformat.converters.container import check_layers
+from qformat.readers.decoding import SegmentChecker, TensorDecoder
+
+from qformat.container.reader import ContainerReader
+from qformat.container.target import check_target
+from qformat.container.writer import ContainerWriter
+from qformat.errors import TargetError
+from qformat.quality import Quality
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What became of a file.
+
+    Attributes
+    ----------
+    before, after
+        Length of the file, in bytes.
+    bpw
+        Bits for each weight of all tensors together.
+    root
+        SHA-256 of the new index.
+    """
+
+    before: int
+    after: int
+    bpw: float
+    root: str
+
+
+def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = False) -> Truncation:
+    """Write a file whose layered tensors have no more layers than a quality needs; everything else is copied.
+
+    The result is, byte for byte, what converting the same weights to the same layers gives.
+
+    Parameters
+    ----------
+    source
+        A container file.
+    output
+        The file to write.
+    quality
+        Which layers to keep.
+    overwrite
+        Replace a file at `output`.
+
+    Raises
+    ------
+    FormatError
+        If the source is damaged.
+    QualityError
+        If it holds no layered tensors, or their layers do not reach the quality.
+    TargetError
+        If the file cannot be written; nothing is left at `output` then.
+    """
+    check_target(output, overwrite=overwrite)
+    if output.exists() and source.exists() and output.samefile(source):
+        raise TargetError(f"{output}: is the file that is to be truncated; give another name")
+    with ContainerReader(source) as container:
+        check_layers(container, quality)
+        checker = SegmentChecker(container, enabled=True)
+        index = container.index
+        decoders = [TensorDecoder(container, record, quality) for record in index.tensors]
+        with ContainerWriter(output, overwrite=overwrite, metadata=index.metadata) as writer:
+            for asset in index.assets:
+                writer.asset(asset.name, container.asset(asset.name))
+            for decoder in decoders:
+                checker.check(decoder)
+                tensor = writer.tensor(decoder.record)
+                tensor.write([data for _, data in decoder.segments()])
+                writer.finish(tensor.finish(decoder.record.error))
+        weights = sum(record.elements for record in writer.records)
+        stored = sum(record.nbytes for record in writer.records)
+        bpw = 8 * stored / weights if weights else 0.0
+        return Truncation(container.file_size, writer.file_size, bpw, writer.root)
