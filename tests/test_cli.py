@@ -39,6 +39,7 @@ def test_help_lists_the_commands_that_work():
     output = run("--help").stdout
     assert re.findall(r"^  ([a-z]+[a-z-]*)  ", output, re.MULTILINE) == [
         "convert",
+        "truncate",
         "inspect",
         "quantize-stats",
         "types",
@@ -87,7 +88,7 @@ def test_convert_prints_a_summary_and_with_verbose_each_tensor(minilm, tmp_path)
 
 def test_inspect(minilm_qf):
     output = run("inspect", minilm_qf).stdout
-    assert "qformat 1.2, 13.2 MB" in output
+    assert "qformat 1.3, 13.2 MB" in output
     assert re.search(
         r"embeddings\.word_embeddings\.weight +30522x384 +f32 +q4_0 +6\.6 MB +4\.500 +4\.\d{3}e-03", output
     )
@@ -96,7 +97,7 @@ def test_inspect(minilm_qf):
 
 def test_inspect_json(minilm_qf, minilm):
     found = json.loads(run("inspect", minilm_qf, "--json").stdout)
-    assert found["format"] == {"major": 1, "minor": 2}
+    assert found["format"] == {"major": 1, "minor": 3}
     assert found["file_bytes"] == minilm_qf.stat().st_size
     assert found["assets"]["vocab.txt"] == (minilm / "vocab.txt").stat().st_size
     assert len(found["tensors"]) == 104
@@ -114,7 +115,7 @@ def test_inspect_selects_tensors(minilm_qf):
 
 
 def test_inspect_suggests_to_make_an_old_file_again(minilm_qf, monkeypatch):
-    monkeypatch.setattr("qformat.container.reader.MINOR", 3)
+    monkeypatch.setattr("qformat.container.reader.MINOR", 4)
     assert "convert again" in run("inspect", minilm_qf).stderr
     assert "convert again" in run("verify", minilm_qf).stderr
 

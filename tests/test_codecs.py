@@ -17,7 +17,7 @@ from qformat.dtypes import DTYPES, F32, Elements
 from qformat.errors import FormatError, TypeSpecError
 from qformat.records import Segment, TensorRecord
 
-ENTROPY_CODED = ("ternary", "levels", "lossless")
+ENTROPY_CODED = ("ternary", "levels", "lossless", "scm")
 
 
 def round_trip(tmp_path, array, types, **options):

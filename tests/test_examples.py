@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import qformat
 
 from .conftest import ROOT
@@ -63,7 +65,9 @@ def test_demo():
 def test_the_snippets_of_the_readme(minilm_qf, tmp_path):
     shutil.copy(minilm_qf, tmp_path / "minilm.qf")
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
+    layers = {"pooler.dense.weight": np.linspace(-1, 1, 6400, dtype=np.float32).reshape(80, 80)}
+    qformat.save_file(layers, tmp_path / "layers.qf", "scm")
     for snippet in snippets:
         (tmp_path / "snippet.py").write_text(snippet)
         done = subprocess.run([sys.executable, "snippet.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
