@@ -22,6 +22,7 @@ BENCHMARKS = {
     "entropy": "entropy",
     "coded": "coded",
     "lossless": "lossless",
+    "scm": "scm",
     "convert": "convert",
     "identical": "identical",
     "startup": "startup",

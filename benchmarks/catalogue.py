@@ -37,6 +37,9 @@ CODED = (
     "levels:n=7,scale=tensor",
     "levels:sparsity=0.5",
     "lossless",
+    "scm",
+    "scm:bpw=2.7",
+    "scm:max_rmse=0.01",
     *(f"{kind}:coded=true" for kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "nlm")),
 )
 EVERY = (*Q4_0, *Q4_1, "q5_0", "q5_1", "q8_0", *NLM.values(), *NLM_MAX.values(), *LUT, *AFFINE)

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.context import Context
 from benchmarks.inputs import minilm_matrices, whisper
-from benchmarks.models import Here, Model, thinned
+from benchmarks.models import Model, thinned
 from benchmarks.report import Row, Section, at_least
 from benchmarks.scoring import totals
 from benchmarks.timing import interleaved, processor_seconds
@@ -52,7 +52,7 @@ def _encoded(codec: Codec, model: Model, out: np.ndarray) -> Parts:
     work: Parts = []
     start = 0
     for source in model.sources:
-        plan = fit(Plan(source, codec), Here(), 1)
+        plan = fit(Plan(source, codec), map)
         flat = out[start : start + math.prod(source.shape)]
         for piece in plan.pieces():
             target = flat[piece.elements(plan.matrix)].reshape(piece.rows, piece.cols)

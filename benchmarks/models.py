@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from qformat.converters.arrays import ArrayTensor
@@ -137,16 +135,6 @@ class Model:
         owners = np.array([tensor for tensor, _ in self.cuts])
         known = np.unique(owners[np.isfinite(score.squares)])
         return math.fsum(self.rel_rmse(score, owners == tensor) for tensor in known) / len(known)
-
-
-class Here(Executor):
-    """An executor that runs what it gets at once, on the caller's thread."""
-
-    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run it."""
-        future: Future[Any] = Future()
-        future.set_result(function(*args, **kwargs))
-        return future
 
 
 def thinned(model: Model, limit: int) -> Model:

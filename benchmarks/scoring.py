@@ -13,7 +13,7 @@ from benchmarks.ggml import BLOCKS, Library
 from benchmarks.models import Model, Score
 from qformat.codecs.base import Codec
 from qformat.codecs.registry import parse_type
-from qformat.encode import Plan, encode_piece, fit
+from qformat.encode import Plan, encode_piece, fit, on_pool
 from qformat.parallel import default_jobs
 from qformat.stats import ErrorStats, collect, measure
 
@@ -54,7 +54,7 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
         return _squares(part.rows, decoded), same, codec.histograms(encoded.parts, part.piece)
 
     with ThreadPoolExecutor(default_jobs()) as pool:
-        plans = [fit(Plan(source, codec), pool, 3 * default_jobs()) for source in model.sources]
+        plans = [fit(Plan(source, codec), on_pool(pool, 3 * default_jobs())) for source in model.sources]
         results = list(pool.map(partial(measure, plans), range(len(model.cuts))))
     squares, same, histograms = zip(*results, strict=True)
     names = {name for found in histograms for name in found}

@@ -13,7 +13,7 @@ from benchmarks.catalogue import AFFINE, EVERY, GGUF, LUT, NLM, NLM_MAX, Q4_0, Q
 from benchmarks.context import Context
 from benchmarks.ggml import BLOCKS, NONE, SEARCHING, Library
 from benchmarks.inputs import minilm_matrices, normal
-from benchmarks.models import Here, Model
+from benchmarks.models import Model
 from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Scales, Yardsticks
@@ -73,7 +73,7 @@ def _encoder(codec: Codec, tensors: Sequence[np.ndarray]) -> Callable[[int], _Ta
 
         def encode() -> None:
             for plan in plans:
-                fitted = fit(plan, Here(), 1)
+                fitted = fit(plan, map)
                 for piece in plan.pieces():
                     encode_piece(fitted, piece)
 
@@ -85,7 +85,7 @@ def _encoder(codec: Codec, tensors: Sequence[np.ndarray]) -> Callable[[int], _Ta
 def _decoder(codec: Codec, rows: np.ndarray, out: np.ndarray) -> _Task:
     """Decode a large array; its pieces are those of a few rows again and again, each with bytes of its own."""
     (source,) = Model("", [("", rows)]).sources
-    plan = fit(Plan(source, codec), Here(), 1)
+    plan = fit(Plan(source, codec), map)
     encoded = [(piece, encode_piece(plan, piece).parts) for piece in plan.pieces()]
     work = []
     flat = out.reshape(-1)
