@@ -74,6 +74,17 @@ def main() -> int:
         print(f"largest move {max(moved):.4f}, mean {sum(moved) / len(moved):.4f}")
         ok &= max(moved) < 0.08
 
+        print("\nOne file for every quality:", flush=True)
+        ok &= qformat(folder, "convert", "minilm", "layers.qf", "-t", "scm") == 0
+        ok &= qformat(folder, "inspect", "layers.qf", "--tensor", "*word_embeddings*") == 0
+        ok &= qformat(folder, "truncate", "layers.qf", "small.qf", "--quality", "4") == 0
+        for quality in (2, 3, 4, 6, "lossless"):
+            load_model(model, folder / "layers.qf", quality=quality)
+            after = embed(model, tokenizer)
+            move = float((after @ after.T - before @ before.T).abs().max())
+            print(f"loaded at {quality}: largest move {move:.4f}")
+        ok &= move == 0
+
         damaged = folder / "damaged.qf"
         data = bytearray(target.read_bytes())
         data[len(data) // 2] ^= 1
