@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from qformat.codecs.base import Codec, ErrorSum, Piece, piece_count
 from qformat.codecs.layered import Assembled, split_chunks
-from qformat.codecs.registry import parse_type
 from qformat.dtypes import F32, Elements
 from qformat.encode import Plan, assemble, fit, on_pool
 from qformat.errors import SourceError
@@ -241,7 +240,7 @@ class Stored:
         """Return a tensor that was just assembled."""
         count = piece_count(plan.matrix, plan.codec.grain(plan.matrix))
         first, *others = [segment.data for segment in assembled.segments]
-        codec = replace(parse_type(plan.codec.id), **assembled.params)
+        codec = type(plan.codec)(**assembled.params)
         chunks = [split_chunks(memoryview(data), count) for data in others]
         return cls(codec, first, chunks, assembled.nbytes, assembled.entropy)
 

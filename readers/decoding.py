@@ -49,9 +49,10 @@ class TensorDecoder:
     def __init__(self, container: ContainerReader, record: TensorRecord, quality: Quality = EVERYTHING) -> None:
         self._path = container.path
         try:
-            codec_of(record)
+            self.codec = codec_of(record)
             self.record = quality.of(record)
-            self.codec = codec_of(self.record)
+            if self.record is not record:
+                self.codec = codec_of(self.record)
         except FormatError as error:
             raise FormatError(error.cause, path=container.path) from None
         self.matrix = Matrix.of(record.shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import ClassVar
@@ -119,8 +120,14 @@ def part_sizes(size: int) -> I64:
     return sizes
 
 
+def planes(start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (number of a depth and phase, first part, part after the last) for the positions from `start` to before `end`."""
+    for plane in range(start // PARTS, -(-end // PARTS)):
+        yield plane, max(0, start - plane * PARTS), min(PARTS, end - plane * PARTS)
+
+
 class Distribution:
-    """Distribution of a tensor, as far as a histogram tells.
+    """Magnitudes of a tensor, as far as a histogram tells.
 
     Attributes
     ----------
@@ -175,11 +182,11 @@ def _bits(counts: F64) -> float:
     return float(int((whole * (total - log2(whole))).sum())) / (1 << COST_BITS)
 
 
-def base_bits(magnitudes: Distribution, step: float) -> float:
+def base_bits(distribution: Distribution, step: float) -> float:
     """Return about what signs and magnitudes of depth 0 take, of all weights that are not zero."""
-    bits = float(magnitudes.count)
+    bits = float(distribution.count)
     for width in (step, _second(step)):
-        counts, _ = magnitudes.cells(width, _WIDE + 1)
+        counts, _ = distribution.cells(width, _WIDE + 1)
         if counts.size <= _NARROW:
             bits += _bits(counts) / 2
             continue
@@ -190,37 +197,37 @@ def base_bits(magnitudes: Distribution, step: float) -> float:
     return bits
 
 
-def find_step(magnitudes: Distribution, bits: float) -> int:
+def find_step(distribution: Distribution, bits: float) -> int:
     """Return the number of the finest step for which signs and magnitudes take no more than some bits."""
-    lowest = finest(magnitudes)
-    highest = max(lowest, coarsest(magnitudes))
+    lowest = finest(distribution)
+    highest = max(lowest, coarsest(distribution))
     while lowest < highest:
         middle = (lowest + highest) // 2
-        if base_bits(magnitudes, step_of(middle)) <= bits:
+        if base_bits(distribution, step_of(middle)) <= bits:
             highest = middle
         else:
             lowest = middle + 1
     return highest
 
 
-def finest(magnitudes: Distribution) -> int:
+def finest(distribution: Distribution) -> int:
     """Return the number of the finest step with which all magnitudes can be told."""
-    return max((_FINEST + 1) * _MANTISSA, _index_above(2 * magnitudes.largest / LARGEST))
+    return max((_FINEST + 1) * _MANTISSA, _index_above(2 * distribution.largest / LARGEST))
 
 
-def coarsest(magnitudes: Distribution) -> int:
+def coarsest(distribution: Distribution) -> int:
     """Return the number of a step for which all magnitudes are in the first cell."""
-    return min(_COARSEST * _MANTISSA, _index_above(2 * magnitudes.largest))
+    return min(_COARSEST * _MANTISSA, _index_above(2 * distribution.largest))
 
 
-def base_room(magnitudes: Distribution, nbytes: int, chunks: int) -> float:
+def base_room(distribution: Distribution, nbytes: int, chunks: int) -> float:
     """Return the bits that are left for signs and magnitudes of depth 0, of some bytes for all of the first layer."""
-    elements = magnitudes.count + magnitudes.zeros
+    elements = distribution.count + distribution.zeros
     letters = elements // max(1, chunks) // (2 * PHASES)
     lanes = 4 if letters < 1 << 12 else 16 if letters < 1 << 16 else 64
     bits = 8.0 * (nbytes - Grid.SIZE - chunks * (CHUNK + _MARKS + PHASES * (_STREAM + 2 * lanes)))
-    if magnitudes.zeros * 64 >= elements:
-        bits -= _bits(np.array([float(magnitudes.zeros), float(magnitudes.count)]))
+    if distribution.zeros * 64 >= elements:
+        bits -= _bits(np.array([float(distribution.zeros), float(distribution.count)]))
     return bits
 
 
@@ -229,14 +236,14 @@ def _index_above(value: float) -> int:
     return math.frexp(value)[1] * _MANTISSA if value else _FINEST * _MANTISSA
 
 
-def make_grid(magnitudes: Distribution, index: int) -> Grid:
+def make_grid(distribution: Distribution, index: int) -> Grid:
     """Return the grid for a step: offsets are the means of cells, of all parts of a cell of depth 0 together."""
     steps = step_of(index), _second(step_of(index))
     offsets = []
     for step in steps:
         for depth in range(_OFFSET_DEPTHS):
             parts = 1 << depth
-            counts, sums = magnitudes.cells(step / parts, 64 * parts)
+            counts, sums = distribution.cells(step / parts, 64 * parts)
             if counts.size == 64 * parts:  # the last one holds all that is beyond
                 counts, sums = counts[:-1], sums[:-1]
             number = np.arange(counts.size)

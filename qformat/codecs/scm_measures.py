@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.scm_grid import CHUNK, CLASSES, DEPTHS, PARTS, PHASES, Grid
+from qformat.codecs.scm_grid import CHUNK, CLASSES, DEPTHS, PARTS, PHASES, Grid, planes
 from qformat.entropy.frequencies import COST_BITS, log2
 from qformat.kernels import load
 
@@ -42,7 +42,7 @@ class SectionCosts:
     """
 
     def __init__(self, sizes: Sequence[int], bits: Sequence[I64]) -> None:
-        self._sizes = sizes
+        self._chunks = len(sizes)
         self._elements = sum(sizes)
         self._known: dict[tuple[int, int, int], int] = {}
         running_bits = np.cumsum(np.stack(bits), axis=2)
@@ -50,10 +50,7 @@ class SectionCosts:
 
     def of(self, start: int, end: int) -> int:
         """Return the bytes of a layer."""
-        total = CHUNK * len(self._sizes)
-        for plane in range(start // PARTS, -(-end // PARTS)):
-            total += self._section(plane, max(0, start - plane * PARTS), min(PARTS, end - plane * PARTS))
-        return total
+        return CHUNK * self._chunks + sum(self._section(*section) for section in planes(start, end))
 
     def _section(self, plane: int, first: int, stop: int) -> int:
         key = plane, first, stop

@@ -18,6 +18,7 @@ from qformat.codecs.scm_grid import (
     POSITIONS,
     Grid,
     part_sizes,
+    planes,
 )
 from qformat.codecs.scm_measures import bit_stream
 from qformat.entropy.frequencies import digits, symbols_each
@@ -26,7 +27,6 @@ from qformat.kernels import load
 
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 
 _SPARSE = 64  # a chunk is sparse if at least one of so many elements is zero
@@ -125,8 +125,7 @@ def _letters(symbols: U8, base: int) -> U8:
 def _sections(size: int, start: int, end: int) -> list[tuple[int, int, int, int, int]]:
     """Return (depth, phase, first part, part after the last, elements) of each section of a layer that has elements."""
     sizes, found = part_sizes(size), []
-    for plane in range(start // PARTS, -(-end // PARTS)):
-        first, stop = max(0, start - plane * PARTS), min(PARTS, end - plane * PARTS)
+    for plane, first, stop in planes(start, end):
         elements = int(sizes[plane % PHASES, first:stop].sum())
         if elements:
             found.append((plane // PHASES + 1, plane % PHASES, first, stop, elements))

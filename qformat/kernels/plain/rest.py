@@ -51,12 +51,10 @@ def count(t: U32, shifts: U8, size: int, end: int, widths: F64, kind: int, class
 
 def _order(class_: I64, starts: I64) -> I64:
     """Return where the upper part of each element stands."""
+    counts = np.bincount(class_, minlength=CLASSES)
     order = np.argsort(class_, kind="stable")
     places = np.empty(order.size, np.int64)
-    places[order] = np.arange(order.size) - np.repeat(
-        np.cumsum(np.bincount(class_, minlength=CLASSES)) - np.bincount(class_, minlength=CLASSES) - starts,
-        np.bincount(class_, minlength=CLASSES),
-    )
+    places[order] = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts - starts, counts)
     return places
 
 
