@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+
 from qformat.codecs.base import Codec, Encoded, ErrorSum, Matrix, Piece, piece_count, pieces
 from qformat.codecs.layered import Assembled, LayeredCodec
 from qformat.codecs.registry import parse_type
@@ -20,7 +22,7 @@ from qformat.errors import FormatError, SourceError
 from qformat.parallel import default_jobs
 from qformat.recipe import Recipe, override_for
 from qformat.records import MeasuredError, Segment, TensorRecord
-from qformat.source import SourceTensor
+from qformat.source import QuantizedTensor, SourceTensor
 
 #: called with the number of elements that were just written
 Progress = Callable[[int], None]
@@ -44,6 +46,12 @@ class Plan:
         """The tensor seen as rows."""
         return Matrix.of(self.source.shape)
 
+    @property
+    def copied(self) -> QuantizedTensor | None:
+        """The source, if its codes are taken as they are."""
+        source = self.source
+        return source if isinstance(source, QuantizedTensor) and source.codec is self.codec else None
+
     def read(self, piece: Piece) -> Elements:
         """Return the source's elements of a piece, two-dimensional."""
         elements = self.source.read(piece.elements(self.matrix))
@@ -63,7 +71,7 @@ class Plan:
             dtype=self.source.dtype.name,
             codec=self.codec.id,
             params=self.codec.params(),
-            encoder=self.codec.encoder(),
+            encoder={} if self.copied else self.codec.encoder(),
             segments=tuple(
                 Segment(name, 0, length or 0, "0" * 64) for name, length in self.codec.segments(self.matrix)
             ),
@@ -121,12 +129,26 @@ def _all_finite(plan: Plan) -> bool:
 
 
 def encode_piece(plan: Plan, piece: Piece) -> Encoded:
-    """Read one piece and encode it."""
+    """Read one piece and encode it, or take the codes that it has."""
+    if plan.copied:
+        return _copied(plan.copied, piece)
     elements = plan.read(piece)
     try:
         return plan.codec.encode(elements, plan.fitted)
     except ValueError as error:
         raise SourceError(f"tensor {plan.source.name!r}: {error}") from None
+
+
+def _copied(source: QuantizedTensor, piece: Piece) -> Encoded:
+    """Return the codes of a piece, which decode to what the source says that it holds."""
+    parts = source.encoded(piece)
+    decoded = np.empty((piece.rows, piece.cols), source.dtype.storage)
+    try:
+        source.codec.decode(parts, decoded)
+    except ValueError as error:
+        raise SourceError(f"tensor {source.name!r}: {error}") from None
+    finite = Elements(source.dtype, decoded).all_finite()
+    return Encoded(parts, finite, ErrorSum(decoded.size, 0.0, 0.0))
 
 
 def fit(plan: Plan, run: Run) -> Plan:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from qformat.codecs.base import Codec
 from qformat.codecs.registry import codecs, parse_type
 from qformat.errors import SourceError, TypeSpecError
-from qformat.source import SourceTensor
+from qformat.source import QuantizedTensor, SourceTensor
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Recipe:
     Parameters
     ----------
     default
-        For floating tensors of two or more dimensions; None leaves them as they are. All other tensors are stored raw.
+        For floating tensors of two or more dimensions; None leaves them as they are. All other tensors are stored as they are:
+        raw, or with the codes that they have.
     overrides
         (pattern, codec): for floating tensors of any shape whose name matches the shell pattern; the last match wins.
     """
@@ -57,13 +58,15 @@ class Recipe:
         SourceError
             If the codec that was asked for cannot hold the tensor's dtype.
         """
-        raw = parse_type(tensor.dtype.name)
+        same = tensor.codec if isinstance(tensor, QuantizedTensor) else parse_type(tensor.dtype.name)
         if not tensor.dtype.floating:
-            return raw
-        codec = raw if self.default is None or len(tensor.shape) < 2 else self.default
+            return same
+        codec = same if self.default is None or len(tensor.shape) < 2 else self.default
         for pattern, override in self.overrides:
             if fnmatchcase(tensor.name, pattern):
                 codec = override
+        if _same_bytes(codec, same):  # another search would find nothing better than what is there
+            return same
         if not codec.accepts(tensor.dtype):
             raise SourceError(
                 f"tensor {tensor.name!r}: type {codec} cannot hold {tensor.dtype.name}; choose another type"
@@ -82,6 +85,11 @@ class Recipe:
                 raise TypeSpecError(
                     f"{pattern}={codec} matches only tensors that stay as they are, such as one of {kind}"
                 )
+
+
+def _same_bytes(codec: Codec, other: Codec) -> bool:
+    """Return whether two codecs differ in nothing that a decoder needs to know."""
+    return codec.id == other.id and codec.params() == other.params()
 
 
 def _split(item: str) -> tuple[str, str]:

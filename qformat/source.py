@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from qformat.codecs.base import Buffer, Codec, Piece
 from qformat.dtypes import DType, Elements
 
 
@@ -27,6 +28,24 @@ class SourceTensor(Protocol):
 
     def read(self, elements: slice) -> Elements:
         """Return elements ``start:stop`` in row-major order, one-dimensional.
+
+        Raises
+        ------
+        SourceError
+            If they cannot be read.
+        """
+
+
+@runtime_checkable
+class QuantizedTensor(SourceTensor, Protocol):
+    """A tensor that is quantized already. What `read` returns is what its codes stand for, as float32."""
+
+    @property
+    def codec(self) -> Codec:
+        """The type of the format that holds the same codes."""
+
+    def encoded(self, piece: Piece) -> tuple[Buffer, ...]:
+        """Return the bytes of a piece, for each segment of the codec where `Codec.spans` says.
 
         Raises
         ------
@@ -58,3 +77,8 @@ class Checkpoint:
     warnings: Sequence[str] = ()
     files: Sequence[Path] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some of its tensors are quantized already."""
+        return any(isinstance(tensor, QuantizedTensor) for tensor in self.tensors)

@@ -340,25 +340,35 @@ def _decode_nlm(rows: int, cols: int, params: Params, segments: Segments, where:
 
 
 def _decode_affine(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
-    check_keys(params, ("bits", "group", "sym", "scale"), where)
+    act_order = "act_order" in params
+    check_keys(params, ("bits", "group", "sym", "scale", *(["act_order"] if act_order else [])), where)
+    if act_order and get(params, "act_order", bool, where) is not True:
+        fail(where, "'act_order' is there, but not true")
     bits = _choice(params, "bits", (2, 3, 4, 8), where)
     sym = get(params, "sym", bool, where)
     scale = _choice(params, "scale", ("f16", "bf16", "f32"), where)
     width = cols  # columns that share a scale
-    if params.get("group") != "row":
+    if act_order or params.get("group") != "row":
         group = get(params, "group", int, where)
-        if not 32 <= group <= 2**20 or group % 32:
-            fail(where, f"'group' {group} is not a multiple of 32 from 32 to 2^20")
+        least = 1 if act_order else 32
+        if not least <= group <= 2**20 or group % least:
+            fail(where, f"'group' {group} is not a multiple of {least} from {least} to 2^20")
         width = min(group, cols)
     groups = -(-cols // width) if cols else 0
     layout = [("scales", rows * groups * np.dtype(DTYPES[scale]).itemsize)]
     if not sym:
         layout.append(("zeros", rows * groups))
+    if act_order:
+        layout.append(("g_idx", 4 * cols))
     layout.append(("codes", _packed_length(rows, cols, bits)))
     scales, *zeros, codes = _take(segments, layout, rows * cols, where)
     if not scales:
         return np.empty(0, np.float32)
     group_of_column = np.arange(cols) // width
+    if act_order:
+        group_of_column = np.frombuffer(zeros.pop(), "<u4").astype(np.int64)
+        if (group_of_column >= groups).any():
+            fail(where, "a column is in a group that is not there")
     d = _widen(np.frombuffer(scales, DTYPES[scale]), "scale", where).reshape(rows, groups)[:, group_of_column]
     q = _unpack(codes, rows, cols, bits)
     if sym:

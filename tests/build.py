@@ -63,7 +63,7 @@ def trailer(
     index_offset: int,
     *,
     records: bytes = b"",
-    minor: int = 3,
+    minor: int = 4,
     index_length: int | None = None,
     records_length: int | None = None,
     index_sha256: bytes | None = None,
@@ -102,7 +102,7 @@ class Draft:
     metadata: Json = field(default_factory=dict)
     header: bytes = field(default_factory=header)
     records: bytes = b""
-    minor: int = 3
+    minor: int = 4
     index: Json = field(default_factory=dict)
     body: bytes = b""
 

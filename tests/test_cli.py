@@ -88,7 +88,7 @@ def test_convert_prints_a_summary_and_with_verbose_each_tensor(minilm, tmp_path)
 
 def test_inspect(minilm_qf):
     output = run("inspect", minilm_qf).stdout
-    assert "qformat 1.3, 13.2 MB" in output
+    assert "qformat 1.4, 13.2 MB" in output
     assert re.search(
         r"embeddings\.word_embeddings\.weight +30522x384 +f32 +q4_0 +6\.6 MB +4\.500 +4\.\d{3}e-03", output
     )
@@ -97,7 +97,7 @@ def test_inspect(minilm_qf):
 
 def test_inspect_json(minilm_qf, minilm):
     found = json.loads(run("inspect", minilm_qf, "--json").stdout)
-    assert found["format"] == {"major": 1, "minor": 3}
+    assert found["format"] == {"major": 1, "minor": 4}
     assert found["file_bytes"] == minilm_qf.stat().st_size
     assert found["assets"]["vocab.txt"] == (minilm / "vocab.txt").stat().st_size
     assert len(found["tensors"]) == 104

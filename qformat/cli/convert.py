@@ -6,6 +6,7 @@ import glob
 import math
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from qformat.converters.convert import Conversion
     from qformat.converters.prune import Pruned
 
+_DEFAULT = "q4_0"
+
 
 @click.command()
 @click.argument("src", type=PATH)
@@ -38,10 +41,9 @@ if TYPE_CHECKING:
     "-t",
     "--type",
     "type_",
-    default="q4_0",
-    show_default=True,
+    default=None,
     metavar="TYPE",
-    help="For tensors of two or more dimensions.",
+    help=f"For tensors of two or more dimensions: {_DEFAULT} unless given, or if the checkpoint is quantized already, as they are.",
 )
 @click.option(
     "--tensor-type",
@@ -81,7 +83,7 @@ if TYPE_CHECKING:
 def command(
     src: Path,
     dst: Path,
-    type_: str,
+    type_: str | None,
     overrides: tuple[str, ...],
     quality: Quality,
     prune: float,
@@ -114,9 +116,12 @@ def command(
     from qformat.converters.prune import Pruned, Pruning
     from qformat.recipe import Recipe
 
-    recipe = Recipe.parse(type_, overrides)
+    recipe = Recipe.parse(type_ or _DEFAULT, overrides)
     pruning = Pruning.parse(prune, prune_overrides)
-    checkpoint = pruning.apply(open_checkpoint(src, quality))
+    checkpoint = open_checkpoint(src, quality)
+    if type_ is None and checkpoint.quantized:
+        recipe = replace(recipe, default=None)
+    checkpoint = pruning.apply(checkpoint)
     for warning in checkpoint.warnings:
         warn(warning)
     total = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors)

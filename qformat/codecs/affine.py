@@ -9,13 +9,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Matrix, Piece
+from qformat.codecs.base import Buffer, Matrix, Piece, copied
 from qformat.codecs.packed import LONGEST, PackedCodec, cuts
 from qformat.codecs.quantized import Quantized, check_length
 from qformat.codecs.registry import register
 from qformat.dtypes import DTYPES, F32, Elements
 from qformat.kernels import load
 
+_INDEX = np.dtype("<u4")  # of a group
 _KINDS = {"f16": 0, "bf16": 1, "f32": 2}  # of scales, for the kernels
 
 # For each number of bits, what the search begins with: the levels at which the value of largest magnitude is tried ...
@@ -49,6 +50,8 @@ class Affine(PackedCodec):
         Whether the zero is in the middle, so that none is stored.
     scale
         The dtype of the scales.
+    act_order
+        Whether a list tells the group of each column, as GPTQ's ``g_idx`` does; groups may have any size then. Only copied.
     """
 
     id: ClassVar[str] = "affine"
@@ -57,10 +60,15 @@ class Affine(PackedCodec):
     group: int | Literal["row"] = 128
     sym: bool = True
     scale: Literal["f16", "bf16", "f32"] = "f16"
+    act_order: bool = copied(False)
 
     def __post_init__(self) -> None:
-        if self.group != "row" and (self.group % 32 or not 0 < self.group <= LONGEST):
-            raise ValueError(f"group may be row or a positive multiple of 32 up to {LONGEST}, not {self.group}")
+        multiple = 1 if self.act_order else 32
+        if (self.group == "row" and self.act_order) or (
+            self.group != "row" and (self.group % multiple or not 0 < self.group <= LONGEST)
+        ):
+            words = "a positive number" if self.act_order else "row or a positive multiple of 32"
+            raise ValueError(f"group may be {words} up to {LONGEST}, not {self.group}")
 
     @property
     def width(self) -> int:
@@ -68,17 +76,19 @@ class Affine(PackedCodec):
         return self.bits
 
     def grain(self, matrix: Matrix) -> int:
-        """Return the columns of a group, or whole rows if they are no longer."""
-        return self.filled(self._columns(max(1, matrix.cols)))
+        """Return the columns of a group; or whole rows, if they are no longer or the columns of a group stand anywhere in them."""
+        cols = max(1, matrix.cols)
+        return self.filled(cols if self.act_order else self._columns(cols))
 
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return scales, zeros if there are any, and codes."""
+        """Return scales, zeros and groups of columns if there are any, and codes."""
         if not matrix.elements:
             matrix = Matrix(0, 0)
         groups = matrix.rows * cuts(matrix.cols, self._columns(max(1, matrix.cols)))
         scales = ("scales", groups * self._scale.size)
         zeros = () if self.sym else (("zeros", groups),)
-        return (scales, *zeros, self._code_layout(matrix))
+        places = (("g_idx", _INDEX.itemsize * matrix.cols),) if self.act_order else ()
+        return (scales, *zeros, *places, self._code_layout(matrix))
 
     def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
         """Return where the groups and the codes of a piece stand."""
@@ -87,7 +97,8 @@ class Affine(PackedCodec):
         stop = start + piece.rows * cuts(piece.cols, columns)
         scales = slice(start * self._scale.size, stop * self._scale.size)
         zeros = () if self.sym else (slice(start, stop),)
-        return (scales, *zeros, self._code_span(matrix, piece))
+        places = (slice(0, _INDEX.itemsize * matrix.cols),) if self.act_order else ()
+        return (scales, *zeros, *places, self._code_span(matrix, piece))
 
     @property
     def _scale(self) -> Any:
@@ -99,6 +110,7 @@ class Affine(PackedCodec):
 
     def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
         del fitted
+        assert not self.act_order
         x = values.reshape(-1)
         filled = values.shape[1]
         group = self.filled(self._columns(cols))
@@ -120,17 +132,34 @@ class Affine(PackedCodec):
         parts = (stored.data.cast("B"), *(() if self.sym else (zeros.data,)), codes.data)
         return Quantized(parts, lanes, peak, largest, overflowed, vanished)
 
+    def _decode_rows(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
+        if not self.act_order:
+            super()._decode_rows(parts, out)
+            return
+        rows, cols = out.shape
+        assert self.group != "row"
+        each = cuts(cols, self.group)
+        check_length(parts[-2], _INDEX.itemsize * cols, "groups of columns")
+        places = np.frombuffer(parts[-2], _INDEX)
+        if places.max(initial=0) >= each:
+            raise ValueError(f"a column is in group {places.max()} of {each}")
+        scales, zeros, codes = self._numbers(parts, rows * each, rows * self.filled(cols))
+        load("affine").dequantize_mapped(scales, zeros, places, codes, out, self.bits)
+
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
         filled = out.shape[1]
         group = filled if self.group == "row" else self.group
-        groups = len(out) * cuts(filled, group)
+        scales, zeros, codes = self._numbers(parts, len(out) * cuts(filled, group), out.size)
+        load("affine").dequantize(scales, zeros, codes, out.reshape(-1), filled, group, self.bits)
+
+    def _numbers(self, parts: Sequence[Buffer], groups: int, elements: int) -> tuple[Any, Any, Any]:
+        """Return scales in float32, zeros and packed codes."""
         check_length(parts[0], groups * self._scale.size, "scales")
-        check_length(parts[-1], self._code_bytes(out.size), "codes")
+        check_length(parts[-1], self._code_bytes(elements), "codes")
         scales = Elements(self._scale, np.frombuffer(parts[0], self._scale.storage)).to_f32()
         if self.sym:
             zeros = np.full(groups, 1 << (self.bits - 1), np.uint8)
         else:
             check_length(parts[1], groups, "zeros")
             zeros = np.frombuffer(parts[1], np.uint8)
-        codes = np.frombuffer(parts[-1], np.uint8)
-        load("affine").dequantize(scales, zeros, codes, out.reshape(-1), filled, group, self.bits)
+        return scales, zeros, np.frombuffer(parts[-1], np.uint8)

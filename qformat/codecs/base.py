@@ -164,6 +164,11 @@ def found(default: Any) -> Any:
     return field(default=default, metadata={"found": True})
 
 
+def copied(default: Any) -> Any:
+    """Declare a parameter of tensors that other tools have quantized, which a record holds only if it is not the default."""
+    return field(default=default, metadata={"found": True, "optional": True})
+
+
 def optional(default: Any) -> Any:
     """Declare a parameter that a record holds only if it is not the default."""
     return field(default=default, metadata={"optional": True})

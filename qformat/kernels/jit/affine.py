@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.jit.blocks import LANES, add_squares, keep_largest, prefetch_block, reciprocal
-from qformat.kernels.jit.compiler import F32, U8, inline, kernel
+from qformat.kernels.jit.compiler import F32, U8, U32, inline, kernel
 from qformat.kernels.jit.packing import crop, pack_32, unpack_32
 from qformat.kernels.jit.simd import (
     bits,
@@ -94,3 +94,19 @@ def dequantize(scales, zeros, codes, x, filled, group, width):
                 at = row * filled + col
                 prefetch_block(x, at // 32)
                 store(x, at, to_f32(to_i32(unpack_32(codes, at // 32, width)) - zero) * scale)
+
+
+@kernel(f"void({F32}, {U8}, {U32}, {U8}, float32[:, ::1], int64)")
+def dequantize_mapped(scales, zeros, places, codes, x, width):
+    """Decode rows whose columns are in the groups that ``places`` tells; each row has its own numbers, all rows as many."""
+    rows, cols = x.shape
+    groups = scales.size // rows
+    runs = (cols + 31) // 32
+    levels = np.empty(32 * runs, np.float32)
+    for row in range(rows):
+        for run in range(runs):
+            store(levels, 32 * run, to_f32(unpack_32(codes, row * runs + run, width)))
+        first = row * groups
+        for col in range(cols):
+            number = first + np.int64(places[col])
+            x[row, col] = (levels[col] - np.float32(zeros[number])) * scales[number]

@@ -66,3 +66,13 @@ def dequantize(scales: F32, zeros: U8, codes: U8, x: F32, filled: int, group: in
     unpack(codes, levels, width)
     zero = zeros[numbers][:, None].astype(np.float32)
     x.reshape(-1, 32)[:] = (levels.reshape(-1, 32).astype(np.float32) - zero) * scales[numbers][:, None]
+
+
+@np.errstate(all="ignore")
+def dequantize_mapped(scales: F32, zeros: U8, places: NDArray[np.uint32], codes: U8, x: F32, width: int) -> None:
+    """Decode rows whose columns are in the groups that `places` tells."""
+    rows, cols = x.shape
+    levels = np.empty(rows * -(-cols // 32) * 32, np.uint8)
+    unpack(codes, levels, width)
+    numbers = levels.reshape(rows, -1)[:, :cols].astype(np.float32)
+    x[:] = (numbers - zeros.reshape(rows, -1)[:, places].astype(np.float32)) * scales.reshape(rows, -1)[:, places]
