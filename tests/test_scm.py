@@ -22,6 +22,7 @@ from qformat.converters.convert import convert
 from qformat.converters.truncate import truncate
 
 import qformat
+from qformat.codecs import scm_plan
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import DTYPES, Elements
 from qformat.errors import FormatError, SourceError, TypeSpecError
@@ -136,11 +137,11 @@ def test_dtypes_that_it_cannot_hold_are_refused(tmp_path):
 # ---- sizes
 
 
-def check_ladder(record: TensorRecord) -> None:
-    """One layer for each number of bits, which it nearly takes."""
+def check_ladder(record: TensorRecord, *, full: bool) -> None:
+    """One layer for each number of bits, which it nearly takes, and maybe one after them."""
     lossy = record.layers[: int(record.params["layers"])]
-    assert len(lossy) == len(LADDER)
-    for layer, bits in zip(lossy, LADDER, strict=True):
+    assert len(lossy) == len(LADDER) + full
+    for layer, bits in zip(lossy, LADDER, strict=False):
         assert bits - SLACK <= layer.bpw <= bits
     for before, after in itertools.pairwise(lossy):
         assert after.error.rmse < before.error.rmse
@@ -154,7 +155,7 @@ def check_ladder(record: TensorRecord) -> None:
 @pytest.mark.parametrize("shape", [(320, 320), (7, 20_011), (1_100, 600)])
 def test_layers_take_the_bits_that_they_may(distribution, shape, tmp_path):
     store(tmp_path / "x.qf", "scm", x=drawn(distribution, *shape, seed=shape[0]))
-    check_ladder(record_of(tmp_path / "x.qf"))
+    check_ladder(record_of(tmp_path / "x.qf"), full=True)
 
 
 @every_dtype
@@ -162,7 +163,7 @@ def test_layers_take_the_bits_that_they_may_of_all_dtypes(dtype, tmp_path):
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(400, 300)) * rng.lognormal(-4, 0.5, (400, 1))  # as weights are
     store(tmp_path / "x.qf", "scm", x=elements(dtype, rows))
-    check_ladder(record_of(tmp_path / "x.qf"))
+    check_ladder(record_of(tmp_path / "x.qf"), full=dtype != "bf16")
 
 
 def test_layers_of_sparse_weights_take_the_bits_that_they_may(tmp_path):
@@ -172,7 +173,7 @@ def test_layers_of_sparse_weights_take_the_bits_that_they_may(tmp_path):
     record = record_of(tmp_path / "x.qf")
     layers = record.layers[:-1]
     assert all(any(bits - SLACK <= layer.bpw <= bits for layer in layers) for bits in LADDER if bits <= 6)
-    assert all(any(bits - SLACK <= layer.bpw <= bits for bits in LADDER) for layer in layers[:-1])
+    assert all(any(bits - SLACK <= layer.bpw <= bits for bits in LADDER) for layer in layers[:-2])
 
 
 @pytest.mark.parametrize("bpw", [1.5, 1.77, 2, 2.01, 2.7, 3.14, 4.5, 6.6, 8])
@@ -338,6 +339,39 @@ def test_short_mantissas_are_made_use_of(origin, tmp_path):
     mixed = np.where(np.arange(500)[:, None] % 2 == 0, x, drawn("normal", 500, 1000, seed=1))
     store(tmp_path / "x.qf", "scm", x=mixed)
     assert read(tmp_path / "x.qf").tobytes() == mixed.tobytes()
+
+
+def ends_of(path: Path) -> list[int]:
+    """Return the position at which each layer of a tensor of one chunk ends."""
+    content = path.read_bytes()
+    layers = [segment for segment in record_of(path).segments if segment.name.startswith("layer")]
+    return [struct.unpack_from("<H", content, layer.offset + 4)[0] for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept", "end"),
+    [("f32", 23, 512), ("f16", 10, 512), ("f32", 9, 512), ("f32", 8, 448), ("f32", 7, None), ("bf16", 7, None)],
+)
+def test_layers_go_on_where_the_rest_would_take_more(dtype, kept, end, tmp_path, monkeypatch):
+    x = drawn("normal", 500, 1000).view(np.uint32) >> (23 - kept) << (23 - kept)
+    source = elements(dtype, x.view(np.float32))
+    size = store(tmp_path / "x.qf", "scm", x=source)
+    assert bits_of(read(tmp_path / "x.qf"), source) == source.data.tobytes()
+    ends = ends_of(tmp_path / "x.qf")
+    store(tmp_path / "bound.qf", "scm:max_abs=0", x=source)
+    assert (tmp_path / "bound.qf").read_bytes() == (tmp_path / "x.qf").read_bytes()
+    monkeypatch.setattr(scm_plan, "_FEW", math.inf)
+    without = store(tmp_path / "y.qf", "scm", x=source)
+    assert ends == [*ends_of(tmp_path / "y.qf"), *([end] if end else [])]
+    assert size < without - 1000 if end else size == without
+
+
+def test_a_layer_that_does_not_pay_for_its_record_is_left_out(tmp_path):
+    x = drawn("normal", 400, 200)
+    x[np.random.default_rng(0).random(x.shape) < 0.2] = 0
+    assert np.count_nonzero(x) < 1 << 16 < x.size
+    store(tmp_path / "x.qf", "scm", x=x)
+    assert record_of(tmp_path / "x.qf").layers[-2].bpw <= LADDER[-1]
 
 
 def odd_patterns(dtype: str) -> dict[str, np.ndarray]:
@@ -528,14 +562,15 @@ def test_errors_and_the_range_are_recorded(dtype, tmp_path):
     store(tmp_path / "x.qf", "scm", x=x)
     record, source = record_of(tmp_path / "x.qf"), x.to_f32().astype(np.float64)
     assert (record.codec, record.dtype, record.shape, record.encoder) == ("scm", dtype, (1000, 800), {})
-    assert record.params == {"layers": len(LADDER), "lossless": True}
+    count = len(LADDER) + (dtype != "bf16")
+    assert record.params == {"layers": count, "lossless": True}
     assert [segment.name for segment in record.segments] == [
         "grid",
-        *(f"layer.{number + 1}" for number in range(len(LADDER))),
+        *(f"layer.{number + 1}" for number in range(count)),
         "rest",
     ]
     assert record.range == pytest.approx(source.max() - source.min(), rel=1e-9)
-    assert [segment.error is None for segment in record.segments] == [True, *[False] * len(LADDER), True]
+    assert [segment.error is None for segment in record.segments] == [True, *[False] * count, True]
     nbytes = record.segments[0].length
     for layer, segment in zip(record.layers, record.segments[1:], strict=True):
         nbytes += segment.length

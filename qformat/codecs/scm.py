@@ -18,7 +18,7 @@ from qformat.codecs.scm_grid import DEEPEST, Grid
 from qformat.codecs.scm_measures import Errors, count_bits
 from qformat.codecs.scm_plan import Fitted, Seen, Tried, Wanted, decide, fit
 from qformat.codecs.scm_planes import Decoder, Magnitudes, end_of, write_base, write_sections
-from qformat.codecs.scm_rest import read_rest, write_rest
+from qformat.codecs.scm_rest import precision_of, read_rest, write_rest
 from qformat.dtypes import BF16, F16, F32, DType, Elements
 from qformat.entropy.streams import StreamWriter
 from qformat.kernels import load
@@ -109,7 +109,7 @@ class Scm(LayeredCodec):
         """Count the weights of a piece."""
         values, counted = np.ascontiguousarray(elements.to_f32()).reshape(-1), Survey.empty()
         load("lut").survey(values, counted.counts, counted.sums)
-        return Seen(counted, float(values.min()), float(values.max()), values.size)
+        return Seen(counted, float(values.min()), float(values.max()), values.size, precision_of(elements))
 
     def fitted_to(self, surveys: Iterable[Seen]) -> Fitted:
         """Choose the grid."""

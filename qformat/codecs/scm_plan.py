@@ -38,6 +38,7 @@ _STEPS_PER_BIT = 2048  # by so many numbers a step has to rise, about, to save a
 _TINY = 2.0**-92  # the finest steps do not tell weights below apart
 _ROUGH = 13  # of the room of a layer one part in 2^13 is left, as what it takes is not known exactly
 _SMALL = 1 << 18  # elements
+_FEW = 1 << 16  # weights other than zero, for which one more layer does not pay for its record
 # If the first layer leaves a larger share of its room, steps are made finer, by so much of what would fill it; after so many tries
 # what fits is taken
 _SPARE, _CAUTION, _TRIES = 0.004, 0.9, 3
@@ -65,12 +66,13 @@ class Wanted:
 
 
 class Seen(NamedTuple):
-    """What a survey of a piece finds."""
+    """What a survey of a piece finds; ``precision`` are the bits of mantissas up to the lowest that is ever set."""
 
     survey: Survey
     low: float
     high: float
     elements: int
+    precision: int
 
 
 class Tried(NamedTuple):
@@ -105,6 +107,8 @@ class Fitted:
         The number of the step, and what follows from it.
     deepest
         The depth to which pieces are quantized.
+    full
+        The position up to which layers are written at least if the tensor is kept bit for bit.
     tries, fitting
         How many other steps were tried, and the last one with which the first layer was not too large.
     errors
@@ -119,6 +123,7 @@ class Fitted:
     index: int
     grid: Grid
     deepest: int
+    full: int = 0
     tries: int = 0
     fitting: int | None = None
     errors: Errors | None = None
@@ -151,10 +156,10 @@ def fit(wanted: Wanted, surveys: Iterable[Seen]) -> Fitted:
     ValueError
         If there is none for so small weights.
     """
-    whole, low, high, elements, chunks = Survey.empty(), math.inf, -math.inf, 0, 0
+    whole, low, high, elements, chunks, precision = Survey.empty(), math.inf, -math.inf, 0, 0, 0
     for seen in surveys:
         whole.add(seen.survey)
-        low, high = min(low, seen.low), max(high, seen.high)
+        low, high, precision = min(low, seen.low), max(high, seen.high), max(precision, seen.precision)
         elements, chunks = elements + seen.elements, chunks + 1
     distribution = Distribution(whole)
     if elements and 0 < max(-low, high) < _TINY:
@@ -162,11 +167,22 @@ def fit(wanted: Wanted, surveys: Iterable[Seen]) -> Fitted:
     rooms = wanted.rooms(elements)
     index = find_step(distribution, base_room(distribution, rooms[0], chunks) / _INEFFICIENCY)
     spread = high - low if elements and math.isfinite(high - low) else 0.0
-    deepest = DEEPEST
+    full, deepest = _full(wanted, distribution, precision), DEEPEST
     if wanted.metric is None and elements:
         more = (8 * rooms[-1] - base_bits(distribution, step_of(index))) / elements
-        deepest = min(DEEPEST, max(0, math.ceil(more)) + 1)
-    return Fitted(distribution, spread, elements, index, make_grid(distribution, index), deepest)
+        deepest = min(DEEPEST, max(0, math.ceil(more), full // (PARTS * PHASES) - 1) + 1)
+    return Fitted(distribution, spread, elements, index, make_grid(distribution, index), deepest, full)
+
+
+def _full(wanted: Wanted, distribution: Distribution, precision: int) -> int:
+    """Return the position up to which layers of a tensor take less than `rest` would, if it is kept bit for bit.
+
+    In the cells at zero `rest` takes many bits, as these reach over many exponents: so the fewer weights are left in them, the
+    better. But a bit is wasted on cells that are no wider than what is between two floats.
+    """
+    if wanted.bits is not None or distribution.count < _FEW:
+        return 0
+    return PARTS * PHASES * max(0, min(DEEPEST, precision - 1))
 
 
 def decide(wanted: Wanted, fitted: Fitted, trials: Sequence[Tried]) -> tuple[Fitted, bool]:
@@ -214,6 +230,8 @@ def decide(wanted: Wanted, fitted: Fitted, trials: Sequence[Tried]) -> tuple[Fit
             fitted, deepest=DEEPEST
         ), False  # bits take less than was thought, so that there is room for more of them
     lossless = wanted == Wanted() or (wanted.metric is not None and stop is None)
+    if lossless and fitted.full > layers[-1].end:
+        layers.append(Layer(fitted.full, None))
     deepest = -(-layers[-1].end // (PARTS * PHASES))
     return replace(fitted, layers=tuple(layers), lossless=lossless, deepest=deepest), True
 

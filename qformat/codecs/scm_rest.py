@@ -34,6 +34,13 @@ def _patterns(elements: Elements) -> tuple[U32, NDArray[np.bool_]]:
     return patterns, bits >> bits.dtype.type(sign) != 0
 
 
+def precision_of(elements: Elements) -> int:
+    """Return how many bits of the mantissas there are up to the lowest one that is set in any element."""
+    used = int(np.bitwise_or.reduce(elements.data.view(f"u{elements.dtype.size}"), axis=None))
+    lowest = (used & -used).bit_length() - 1
+    return max(0, elements.dtype.mantissa - lowest) if used else 0
+
+
 def _shifts(patterns: U32, dtype: DType) -> U8:
     """Return for each row how many of the lowest bits are 0 in all of its patterns."""
     used = np.bitwise_or.reduce(patterns, axis=1)
