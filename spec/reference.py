@@ -1,4 +1,4 @@
-"""Reference reader of qformat 1.3 in plain numpy, written from `container.md` and `codecs.md` alone.
+"""Reference reader of qformat 1.4 in plain numpy, written from `container.md` and `codecs.md` alone.
 
 It reads the whole file, checks every rule of the two texts and prefers clarity to speed; `reference_codecs` decodes
 the tensors, `reference_layers` those in layers. "container 3" and "codecs" in the comments name the text, and the
@@ -14,7 +14,7 @@ import re
 import struct
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,7 +46,8 @@ MAX_COMPONENTS = 16
 MAX_DEPTH = 32
 
 # The keys that this reader knows, for `must_understand` (container 3).
-TOP_KEYS = {"assets", "header_sha256", "metadata", "tensors", "must_understand"}
+TOP_KEYS = {"assets", "header_sha256", "metadata", "tensors", "shards", "must_understand"}
+SHARD_KEYS = {"name", "bytes", "root_sha256", "must_understand"}
 STORED_KEYS = {"name", "offset", "length", "sha256", "must_understand"}
 SEGMENT_KEYS = STORED_KEYS | {"error"}
 ASSET_KEYS = STORED_KEYS | {"encoding", "size", "content_sha256"}
@@ -88,6 +89,15 @@ class Asset:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """What a head says of a file that holds tensors; `root` is in hexadecimal."""
+
+    name: str
+    size: int
+    root: str
+
+
+@dataclass(frozen=True)
 class File:
     """A file whose structure, padding and digests have been checked; `root` is in hexadecimal."""
 
@@ -96,6 +106,7 @@ class File:
     metadata: dict[str, str]
     tensors: dict[str, Tensor]
     assets: dict[str, Asset]
+    shards: tuple[Shard, ...]
 
 
 def read(data: bytes) -> File:
@@ -136,7 +147,52 @@ def read(data: bytes) -> File:
         metadata,
         {tensor.name: tensor for tensor in (_load_tensor(data, record) for record in tensors)},
         {asset.name: asset for asset in (_load_asset(data, record) for record in assets)},
+        _shards(top, tensors),
     )
+
+
+def read_path(path: Path) -> File:
+    """Check a file at a path, and the shards beside it if it is a head, and find the tensors of all of them.
+
+    Raises
+    ------
+    SpecError
+        As `read`, or if a shard is not the one that the head names.
+    """
+    head = read(path.read_bytes())
+    tensors = dict(head.tensors)
+    for shard in head.shards:
+        data = (path.parent / shard.name).read_bytes()
+        found = read(data)
+        if (len(data), found.root, found.shards) != (shard.size, shard.root, ()):
+            fail(f"shard {shard.name!r}", "is not the one that the head names")
+        for name, tensor in found.tensors.items():
+            if tensors and name <= max(tensors):
+                fail(f"shard {shard.name!r}", f"tensor {name!r} is not in order")
+            tensors[name] = tensor
+    return replace(head, tensors=tensors)
+
+
+def _shards(top: Record, tensors: list[Record]) -> tuple[Shard, ...]:
+    """Return the shards of a head (container 3)."""
+    if ("shards" in top) != ("must_understand" in top and "shards" in _get_list(top, "must_understand", str, "index")):
+        fail("index", "'shards' and 'must_understand' disagree")
+    if "shards" not in top:
+        return ()
+    records = _named_records(top, "shards")
+    if not records or tensors:
+        fail("index", "no shards, or tensors beside shards")
+    shards = []
+    for record in records:
+        name = get(record, "name", str, "shard")
+        where = f"shard {name!r}"
+        _check_path(name, where)
+        if "/" in name:
+            fail(where, "its name has a folder")
+        if refusal := _refusal(record, SHARD_KEYS, where):
+            fail(where, refusal)
+        shards.append(Shard(name, get(record, "bytes", int, where), _digest(record, "root_sha256", where)))
+    return tuple(shards)
 
 
 def decode(tensor: Tensor, layers: int | None = None) -> npt.NDArray[Any]:
@@ -452,14 +508,19 @@ def _check_layers(tensor: Tensor, params: Record, where: str) -> None:
         fail(where, "a range or an error is not zero, but there are no elements")
 
 
-def _load_asset(data: bytes, record: Record) -> Asset:
-    name = get(record, "name", str, "assets")
-    where = f"asset {name!r}"
+def _check_path(name: str, where: str) -> None:
+    """Check the name of an asset or a shard."""
     if CONTROL.search(name) or "\\" in name or ":" in name or len(name.encode()) > 1024:
         fail(where, "name is too long or has a forbidden character")
     components = name.split("/")
     if len(components) > MAX_COMPONENTS or any(component in {"", ".", ".."} for component in components):
         fail(where, "name is not a plain relative path")
+
+
+def _load_asset(data: bytes, record: Record) -> Asset:
+    name = get(record, "name", str, "assets")
+    where = f"asset {name!r}"
+    _check_path(name, where)
     encoding, size = get(record, "encoding", str, where), get(record, "size", int, where)
     if size > MAX_ASSET:
         fail(where, f"size {size} is above {MAX_ASSET}")

@@ -380,6 +380,60 @@ def _decode_affine(rows: int, cols: int, params: Params, segments: Segments, whe
     return values.reshape(-1)
 
 
+# ---- fp8
+
+
+def _decode_fp8(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
+    check_keys(params, ("format", "rows", "cols", "scale"), where)
+    code = _choice(params, "format", ("e4m3", "e5m2"), where)
+    scale = _choice(params, "scale", ("f16", "bf16", "f32"), where)
+    height, width = (_extent(params, key, count, where) for key, count in (("rows", rows), ("cols", cols)))
+    listed = params["rows"] not in (1, "all")
+    bands, groups = -(-rows // height), -(-cols // width)
+    layout = [("scales", bands * groups * np.dtype(DTYPES[scale]).itemsize)]
+    if listed:
+        layout.append(("bands", 4 * rows))
+    layout.append(("codes", rows * cols))
+    scales, *places, codes = _take(segments, layout, rows * cols, where)
+    if not codes:
+        return np.empty(0, np.float32)
+    band_of_row = np.frombuffer(places[0], "<u4").astype(np.int64) if listed else np.arange(rows) // height
+    if (band_of_row >= bands).any():
+        fail(where, "a row is in a band that is not there")
+    d = _widen(np.frombuffer(scales, DTYPES[scale]), "scale", where).reshape(bands, groups)
+    each = d[band_of_row][:, np.arange(cols) // width].reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaNs are values here
+        values: Float32 = F8_TABLES[f"f8_{code}"][np.frombuffer(codes, np.uint8)] * each
+    return values
+
+
+def _extent(params: Params, key: str, count: int, where: str) -> int:
+    """Take how many rows are a band or columns a group; of `count` that there are, at least 1."""
+    if params.get(key) == "all":
+        return max(count, 1)
+    size = get(params, key, int, where)
+    if not 1 <= size <= 2**20:
+        fail(where, f"{key!r} {size} is not from 1 to 2^20")
+    return size
+
+
+# ---- ggml
+
+
+def _decode_ggml(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
+    check_keys(params, ("type",), where)
+    if params.get("type") != "tq2_0":
+        fail(where, "this reader decodes only tq2_0 of the ggml types")
+    (data,) = _take(segments, [("blocks", rows * -(-cols // 256) * 66)], rows * cols, where)
+    if not data:
+        return np.empty(0, np.float32)
+    blocks = np.frombuffer(data, np.uint8).reshape(-1, 66)
+    d = _widen(blocks[:, 64:].copy().view(np.float16)[:, 0], "scale", where)
+    codes = np.stack([blocks[:, :64].reshape(-1, 2, 32) >> shift & 3 for shift in (0, 2, 4, 6)], axis=2)
+    values: Float32 = d[:, None] * (codes.reshape(-1, 256).astype(np.float32) - 1)
+    return values.reshape(rows, -1)[:, :cols].reshape(-1)
+
+
 # ---- lut
 
 
@@ -517,6 +571,8 @@ MATRIX_CODECS: dict[str, Callable[[int, int, Params, Segments, str], Float32]] =
     **{codec: partial(_decode_blocks, codec) for codec in BLOCK_FIELDS},
     "nlm": _decode_nlm,
     "affine": _decode_affine,
+    "fp8": _decode_fp8,
+    "ggml": _decode_ggml,
     "lut": _decode_lut,
     **{codec: partial(_decode_levels, codec) for codec in ("ternary", "levels")},
 }

@@ -16,7 +16,8 @@ from .conftest import ROOT, load_script
 
 GOLDEN = ROOT / "spec" / "golden"
 # Listed here, so that a file that is lost is missed.
-FILES = [(version, name) for version in ("1.0", "1.1", "1.2", "1.3") for name in ("tensors", "empty")]
+FILES = [(version, name) for version in ("1.0", "1.1", "1.2", "1.3", "1.4") for name in ("tensors", "empty")]
+FILES += [("1.4", name) for name in ("copied", "head", "head-00001-of-00002", "head-00002-of-00002")]
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -46,7 +47,7 @@ def test_no_golden_file_was_changed(golden):
 def test_both_readers_give_the_golden_values(golden, reference):
     path, arrays = golden
     assert verify([str(path)])[0].ok
-    independent = reference.read(path.read_bytes())
+    independent = reference.read_path(path)
     with qformat.safe_open(path) as f:
         assert f.root == independent.root
         assert f.keys() == list(independent.tensors) == sorted(k[8:] for k in arrays if k.startswith("decoded/"))
@@ -64,16 +65,15 @@ def test_what_is_written_today_has_the_golden_bytes(golden, tmp_path):
     if path.parent.name != f"{MAJOR}.{MINOR}":
         pytest.skip("an older version")
     make = load_script(GOLDEN / "make.py")
+    if path.stem not in make.sources():
+        pytest.skip("a shard, which is written with its head")
     sources = {name.removeprefix("source/"): array for name, array in arrays.items() if name.startswith("source/")}
     again = make.sources()[path.stem]
     assert all(same(sources[name], again[name]) for name in again)
     assert set(sources) == set(again)
-    if sources:
-        reordered = dict(reversed(sources.items()))
-        qformat.save_file(reordered, tmp_path / "x.qf", make.TYPES, assets=make.ASSETS, metadata=make.METADATA, jobs=2)
-    else:
-        qformat.save_file({}, tmp_path / "x.qf")
-    assert (tmp_path / "x.qf").read_bytes() == path.read_bytes()
+    make.write(path.stem, dict(reversed(sources.items())), tmp_path / path.name, jobs=2)
+    for written in tmp_path.iterdir():
+        assert written.read_bytes() == (path.parent / written.name).read_bytes()
 
 
 def test_golden_files_are_not_overwritten(monkeypatch):

@@ -3,18 +3,33 @@
     python spec/golden/make.py 1.1
 
 Each NAME.qf has a NAME.npz beside it with the arrays that went in (``source/...``) and the arrays that a reader has to give
-(``decoded/...``), decoded by the reference reader, and all are listed in SHA256SUMS.
+(``decoded/...``), decoded by the reference reader, and all are listed in SHA256SUMS. ``copied`` holds tensors of types that are
+only copied, and ``head`` is the head of shards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from qformat.converters.arrays import ArrayTensor
+from qformat.converters.convert import convert
+
+import qformat
+from qformat.codecs.affine import Affine
+from qformat.codecs.base import Codec, Matrix, Piece
+from qformat.codecs.fp8 import Fp8
+from qformat.codecs.ggml import Ggml
+from qformat.codecs.registry import parse_type
+from qformat.dtypes import F32, DType, Elements, from_array
+from qformat.recipe import Recipe
+from qformat.source import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -127,25 +142,100 @@ def sources() -> dict[str, dict[str, Array]]:
     tensors["scm.short"] = tensors["lossless.short"]
     # five values, and many letters of them
     tensors["levels.many"] = (np.round(weights(100, 300, seed=12) * 1.5) / 2).astype(np.float32)
-    return {"tensors": tensors, "empty": {}}
+    # enough that a layer is added to those before the rest
+    tensors["scm.most"] = weights(300, 256, seed=16).astype(np.float16)
+    shards = {f"layer.{number}.weight": weights(32, 64, seed=60 + number) for number in range(3)}
+    return {"tensors": tensors, "empty": {}, "copied": {}, "head": shards}
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A tensor that is quantized already."""
+
+    name: str
+    shape: tuple[int, ...]
+    codec: Codec
+    segments: tuple[bytes, ...]
+    dtype: DType = F32
+
+    def encoded(self, piece: Piece) -> tuple[bytes, ...]:
+        """Return the bytes of a piece."""
+        spans = self.codec.spans(Matrix.of(self.shape), piece)
+        return tuple(segment[span] for segment, span in zip(self.segments, spans, strict=True))
+
+    def read(self, elements: slice) -> Elements:
+        """Do nothing: copying does not read."""
+        raise NotImplementedError
+
+
+def some_bytes(count: int, *, seed: int, below: int = 256) -> bytes:
+    """Return bytes, the same on every machine."""
+    return ((weights(count, seed=seed) + 2) * 64 % below).astype(np.uint8).tobytes()
+
+
+def copied() -> list[Copied]:
+    """Return tensors of the types that are only copied, and one of blocks that could be made of floats."""
+    tensors = []
+
+    def add(name: str, kind: Codec, rows: int, cols: int, *segments: bytes) -> None:
+        tensors.append(Copied(name, (rows, cols), kind, segments))
+
+    def scales(count: int, dtype: str, seed: int) -> bytes:
+        return weights(count, seed=seed).astype(dtype).tobytes()
+
+    def places(count: int, groups: int) -> bytes:
+        return (np.arange(count) * 7 % groups).astype("<u4").tobytes()
+
+    for bits in (2, 3, 4, 8):
+        codes = some_bytes(5 * 3 * 4 * bits, seed=20 + bits)
+        kind = Affine(bits, 33, sym=bits == 3, scale="f32" if bits == 8 else "f16", act_order=True)
+        own = () if bits == 3 else (some_bytes(15, seed=30 + bits, below=1 << bits),)
+        add(f"act_order.{bits}", kind, 5, 70, scales(15, "f4" if bits == 8 else "f2", bits), *own, places(70, 3), codes)
+    add("act_order.none", Affine(4, 33, act_order=True), 0, 70, b"", b"", b"")
+    for code, below in (("e4m3", 127), ("e5m2", 124)):
+        for number, (rows, cols) in enumerate((("all", "all"), (1, "all"), (4, 32), ("all", 16), (1, 50), (3, "all"))):
+            bands, groups = (1 if size == "all" else -(-n // size) for n, size in ((6, rows), (70, cols)))
+            listed = (places(6, bands),) if rows not in (1, "all") else ()
+            values = some_bytes(420, seed=40 + number, below=below)
+            kind = Fp8(code, rows, cols, "f32")
+            add(f"fp8.{code}.{number}", kind, 6, 70, scales(bands * groups, "f4", number + 1), *listed, values)
+    add("fp8.none", Fp8("e4m3", 128, 128, "f16"), 0, 70, b"", b"", b"")
+    blocks = np.frombuffer(some_bytes(5 * 2 * 66, seed=50), np.uint8).reshape(-1, 66).copy()
+    blocks[:, 64:] = weights(10, seed=51).astype("<f2").view(np.uint8).reshape(-1, 2)
+    add("ggml.tq2_0", Ggml("tq2_0"), 5, 512, blocks.tobytes())
+    q4_0 = np.frombuffer(some_bytes(5 * 2 * 18, seed=52), np.uint8).reshape(-1, 18).copy()
+    q4_0[:, :2] = weights(10, seed=53).astype("<f2").view(np.uint8).reshape(-1, 2)
+    add("q4_0", parse_type("q4_0"), 5, 64, q4_0.tobytes())
+    return tensors
+
+
+def write(name: str, arrays: dict[str, Array], path: Path, jobs: int | None = None) -> None:
+    """Write one golden file; what the bytes mean is decided by the reference reader."""
+    if name == "copied":
+        convert(Checkpoint(copied()), path, Recipe(), jobs=jobs)
+    elif name == "head":
+        tensors = [ArrayTensor(key, from_array(array)) for key, array in arrays.items()]
+        readers = {key: partial(bytes, data) for key, data in ASSETS.items()}
+        checkpoint = Checkpoint(tensors, readers, metadata=METADATA)
+        convert(checkpoint, path, Recipe.parse("q4_0"), shard_size=2400, jobs=jobs)
+    elif arrays:
+        qformat.save_file(arrays, path, TYPES, assets=ASSETS, metadata=METADATA, jobs=jobs)
+    else:
+        qformat.save_file({}, path)
 
 
 def main() -> None:
     """Make the folder for one version."""
-    import qformat  # only to write; what the files mean is decided by the reference reader
-
     folder = Path(__file__).parent / sys.argv[1]
     folder.mkdir()
-    for name, arrays in sources().items():
-        path = folder / f"{name}.qf"
-        if arrays:
-            qformat.save_file(arrays, path, TYPES, assets=ASSETS, metadata=METADATA)
-        else:
-            qformat.save_file({}, path)
-        decoded = {key: reference.decode(tensor) for key, tensor in reference.read(path.read_bytes()).tensors.items()}
-        named = {f"source/{key}": value for key, value in arrays.items()}
+    every = sources()
+    for name, arrays in every.items():
+        write(name, arrays, folder / f"{name}.qf")
+    for path in sorted(folder.glob("*.qf")):
+        decoded = {key: reference.decode(tensor) for key, tensor in reference.read_path(path).tensors.items()}
+        named = {f"source/{key}": value for key, value in every.get(path.stem, {}).items()}
         named |= {f"decoded/{key}": value for key, value in decoded.items()}
-        np.savez_compressed(folder / f"{name}.npz", allow_pickle=False, **named)
+        np.savez_compressed(path.with_suffix(".npz"), allow_pickle=False, **named)
     files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
     (folder / "SHA256SUMS").write_text("".join(lines))
