@@ -47,3 +47,7 @@ class TargetError(QFormatError, OSError):
 
 class QualityError(QFormatError, ValueError):
     """A quality such as ``max_rmse=0.01`` is malformed, or a layered tensor does not reach it."""
+
+
+class MissingDecoderError(QFormatError):
+    """A tensor, which may be sound, cannot be decoded here: a package is missing, or does not know its type either."""

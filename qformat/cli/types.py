@@ -21,13 +21,10 @@ def command(as_json: bool) -> None:
     A type is written as ID or ID:KEY=VALUE,KEY=VALUE. Bits per weight are those of a matrix of 4096 x 4096 with the defaults; they
     vary where codes are entropy-coded: quantize-stats measures them.
     """
-    from qformat.codecs.registry import codecs
-    from qformat.dtypes import F32
+    from qformat.codecs.registry import types_for_weights
 
     types: list[dict[str, Any]] = []
-    for name, codec in sorted(codecs().items()):
-        if not codec().accepts(F32):
-            continue
+    for name, codec in sorted(types_for_weights().items()):
         hints = get_type_hints(codec)
         varies = codec().chunked or codec().layered
         bpw = None if varies else codec().nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])

@@ -184,6 +184,8 @@ class Codec(ABC):
     id: ClassVar[str]
     #: what `decode` gives
     decoded: ClassVar[DType]
+    #: whether it only holds tensors whose codes are copied, so that it cannot be asked for and `encode` is never called
+    copied_only: ClassVar[bool] = False
 
     @property
     def fits(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs import coded_blocks
-from qformat.codecs.base import Buffer, Encoded, Matrix, Piece, optional
+from qformat.codecs.base import Buffer, Codec, Encoded, Matrix, Piece, optional
 from qformat.codecs.quantized import Quantized, QuantizedCodec, check_length
 from qformat.dtypes import Elements
 from qformat.kernels import load
@@ -101,18 +101,20 @@ class BlockCodec(QuantizedCodec):
     def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
         """Quantize the rows of a piece, and code the blocks if they shall be."""
         encoded = super().encode(elements, fitted)
-        if not self.coded:
-            return encoded
+        return self.packed(encoded, elements.data.size) if self.coded else encoded
+
+    def packed(self, encoded: Encoded, elements: int) -> Encoded:
+        """Return a piece of so many elements, whose blocks are not coded yet, with coded ones."""
         blocks = np.frombuffer(encoded.parts[0], np.uint8).reshape(-1, self.block_bytes)
-        chunk, entropy = coded_blocks.pack(blocks, self.header_bytes, self.codes or 256, elements.data.size)
+        chunk, entropy = coded_blocks.pack(blocks, self.header_bytes, self.codes or 256, elements)
         return replace(encoded, parts=(chunk,), entropy=entropy)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode the rows of a piece."""
-        self._decode_rows(self._plain(parts, *out.shape), out)
+        self._decode_rows(self.plain(parts, *out.shape), out)
 
-    def _plain(self, parts: Sequence[Buffer], rows: int, cols: int) -> Sequence[Buffer]:
-        """Return the parts with blocks that are not coded."""
+    def plain(self, parts: Sequence[Buffer], rows: int, cols: int) -> Sequence[Buffer]:
+        """Return the parts of a piece of so many rows and columns with blocks that are not coded."""
         if not self.coded:
             return parts
         blocks = np.empty((rows * self.filled(cols) // self.unit, self.block_bytes), np.uint8)
@@ -121,7 +123,7 @@ class BlockCodec(QuantizedCodec):
 
     def histograms(self, parts: Sequence[Buffer], piece: Piece) -> dict[str, NDArray[np.int64]]:
         """Return how often each code occurs, padding included, and what else the format chooses."""
-        blocks = self._plain(parts, piece.rows, piece.cols)[0]
+        blocks = self.plain(parts, piece.rows, piece.cols)[0]
         return self._counts(np.frombuffer(blocks, np.uint8))
 
     def _counts(self, blocks: NDArray[np.uint8]) -> dict[str, NDArray[np.int64]]:
@@ -133,6 +135,16 @@ class BlockCodec(QuantizedCodec):
 
     def _row_bytes(self, cols: int) -> int:
         return -(-cols // self.unit) * self.block_bytes
+
+
+def coded(codec: Codec) -> Codec:
+    """Return the codec of the same blocks, entropy-coded; one that has no blocks as it is."""
+    return replace(codec, coded=True) if isinstance(codec, BlockCodec) else codec
+
+
+def plain(codec: Codec) -> Codec:
+    """Return the codec of the same blocks, not entropy-coded; one that has no blocks as it is."""
+    return replace(codec, coded=False) if isinstance(codec, BlockCodec) else codec
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ def codecs() -> dict[str, type[Codec]]:
     return dict(_codecs)
 
 
+def types_for_weights() -> dict[str, type[Codec]]:
+    """Return every codec that can be asked for and that takes float32, by its id."""
+    return {name: codec for name, codec in codecs().items() if not codec.copied_only and codec().accepts(F32)}
+
+
 def parse_type(text: str) -> Codec:
     """Return the codec that a type string ``id`` or ``id:key=value,key=value`` describes.
 
@@ -72,12 +77,11 @@ def parse_type(text: str) -> Codec:
 
 
 def _lookup(id_: str, text: str) -> type[Codec]:
-    known = codecs()
-    if id_ not in known:
-        weights = sorted(name for name, codec in known.items() if codec().accepts(F32))
-        hint = f"the types for weights are {', '.join(weights)}"
-        raise TypeSpecError(f"type {text!r}: there is no codec {id_!r}; {hint}")
-    return known[id_]
+    codec = codecs().get(id_)
+    if codec is not None and not codec.copied_only:
+        return codec
+    cause = f"{id_} holds only tensors that are quantized already" if codec else f"there is no codec {id_!r}"
+    raise TypeSpecError(f"type {text!r}: {cause}; the types for weights are {', '.join(sorted(types_for_weights()))}")
 
 
 def _parse_value(text: str, key: str, value: str, kind: Any) -> Any:
