@@ -13,6 +13,7 @@ from qformat.readers.decoding import SegmentChecker, TensorDecoder
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DType, Elements
 from qformat.errors import FormatError, QualityError, SourceError
+from qformat.files import on_this_machine
 from qformat.quality import Quality
 from qformat.source import Checkpoint
 
@@ -67,16 +68,15 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
         If a quality is asked for and there are no layered tensors, or their layers do not reach it.
     """
     try:
-        container = ContainerReader(path)
+        with on_this_machine(path) as here:
+            container = ContainerReader(here)
     except FormatError as error:
         raise SourceError(str(error)) from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
-    checker = SegmentChecker(container, enabled=True)
+    checker = SegmentChecker(enabled=True)
     try:
-        tensors = [
-            ContainerTensor(TensorDecoder(container, record, quality), checker) for record in container.index.tensors
-        ]
+        tensors = [ContainerTensor(TensorDecoder(container, record, quality), checker) for record in container.tensors]
         check_layers(container, quality)
     except FormatError as error:
         container.close()
@@ -96,12 +96,12 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
             f"tensor {lossy[0].name!r}{more} of {path.name} is not as it once was, but of type {kind}; errors are against what it "
             "decodes to"
         )
-    return Checkpoint(tensors, assets, warnings, [path], container.index.metadata)
+    return Checkpoint(tensors, assets, warnings, [path], container.index.metadata, str(quality))
 
 
 def check_layers(container: ContainerReader, quality: Quality) -> None:
     """Raise `QualityError` if a quality is asked for and no tensor is layered."""
-    if quality != Quality() and not any(record.layers for record in container.index.tensors):
+    if quality != Quality() and not any(record.layers for record in container.tensors):
         raise QualityError(f"{container.path}: holds no layered tensors (type scm), so there is no quality to choose")
 
 

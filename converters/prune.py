@@ -197,7 +197,9 @@ class Pruning:
             warnings.append(
                 "nothing is pruned: no tensor is left that may be; name some with --prune-tensor GLOB=SPARSITY"
             )
-        return replace(checkpoint, tensors=tensors, warnings=warnings)
+        ranks = sorted((tensor.name, tensor.rank) for tensor in tensors if isinstance(tensor, Pruned))
+        variant = f"{checkpoint.variant} pruned={ranks}" if ranks else checkpoint.variant
+        return replace(checkpoint, tensors=tensors, warnings=warnings, variant=variant)
 
     def _pruned(self, tensor: SourceTensor) -> SourceTensor:
         rank = int(self.sparsity_for(tensor) * math.prod(tensor.shape))

@@ -65,9 +65,9 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
         raise TargetError(f"{output}: is the file that is to be truncated; give another name")
     with ContainerReader(source) as container:
         check_layers(container, quality)
-        checker = SegmentChecker(container, enabled=True)
+        checker = SegmentChecker(enabled=True)
         index = container.index
-        decoders = [TensorDecoder(container, record, quality) for record in index.tensors]
+        decoders = [TensorDecoder(container, record, quality) for record in container.tensors]
         with ContainerWriter(output, overwrite=overwrite, metadata=index.metadata) as writer:
             for asset in index.assets:
                 writer.asset(asset.name, container.asset(asset.name))
@@ -79,4 +79,4 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
         weights = sum(record.elements for record in writer.records)
         stored = sum(record.nbytes for record in writer.records)
         bpw = 8 * stored / weights if weights else 0.0
-        return Truncation(container.file_size, writer.file_size, bpw, writer.root)
+        return Truncation(container.total_size, writer.file_size, bpw, writer.root)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import struct
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from qformat.codecs.base import Codec, Encoded, ErrorSum, Matrix, Piece, piece_count, pieces
+from qformat.codecs.blocks import BlockCodec, coded
 from qformat.codecs.layered import Assembled, LayeredCodec
 from qformat.codecs.registry import parse_type
 from qformat.container.index import check_shape, check_tensor_name
 from qformat.container.writer import ContainerWriter
 from qformat.dtypes import Elements
-from qformat.errors import FormatError, SourceError
-from qformat.parallel import default_jobs
+from qformat.errors import FormatError, MissingDecoderError, SourceError
+from qformat.parallel import ahead, default_jobs
 from qformat.recipe import Recipe, override_for
 from qformat.records import MeasuredError, Segment, TensorRecord
 from qformat.source import QuantizedTensor, SourceTensor
@@ -28,7 +28,6 @@ from qformat.source import QuantizedTensor, SourceTensor
 Progress = Callable[[int], None]
 #: calls a function with each of some pieces, like `map`
 Run = Callable[[Callable[[Piece], Any], Iterable[Piece]], Iterable[Any]]
-_T = TypeVar("_T")
 _FEW_PIECES = 4
 
 
@@ -48,9 +47,11 @@ class Plan:
 
     @property
     def copied(self) -> QuantizedTensor | None:
-        """The source, if its codes are taken as they are."""
+        """The source, if its codes are taken as they are, or entropy-coded."""
         source = self.source
-        return source if isinstance(source, QuantizedTensor) and source.codec is self.codec else None
+        if not isinstance(source, QuantizedTensor) or self.codec not in (source.codec, coded(source.codec)):
+            return None
+        return source
 
     def read(self, piece: Piece) -> Elements:
         """Return the source's elements of a piece, two-dimensional."""
@@ -131,7 +132,7 @@ def _all_finite(plan: Plan) -> bool:
 def encode_piece(plan: Plan, piece: Piece) -> Encoded:
     """Read one piece and encode it, or take the codes that it has."""
     if plan.copied:
-        return _copied(plan.copied, piece)
+        return _copied(plan.copied, plan.codec, piece)
     elements = plan.read(piece)
     try:
         return plan.codec.encode(elements, plan.fitted)
@@ -139,16 +140,19 @@ def encode_piece(plan: Plan, piece: Piece) -> Encoded:
         raise SourceError(f"tensor {plan.source.name!r}: {error}") from None
 
 
-def _copied(source: QuantizedTensor, piece: Piece) -> Encoded:
+def _copied(source: QuantizedTensor, codec: Codec, piece: Piece) -> Encoded:
     """Return the codes of a piece, which decode to what the source says that it holds."""
     parts = source.encoded(piece)
     decoded = np.empty((piece.rows, piece.cols), source.dtype.storage)
     try:
         source.codec.decode(parts, decoded)
+        finite = Elements(source.dtype, decoded).all_finite()
+    except MissingDecoderError:
+        finite = True  # nothing here can tell
     except ValueError as error:
         raise SourceError(f"tensor {source.name!r}: {error}") from None
-    finite = Elements(source.dtype, decoded).all_finite()
-    return Encoded(parts, finite, ErrorSum(decoded.size, 0.0, 0.0))
+    encoded = Encoded(parts, finite, ErrorSum(decoded.size, 0.0, 0.0))
+    return codec.packed(encoded, decoded.size) if isinstance(codec, BlockCodec) and codec != source.codec else encoded
 
 
 def fit(plan: Plan, run: Run) -> Plan:
@@ -169,7 +173,7 @@ def on_pool(pool: Executor, window: int) -> Run:
     """Return what calls a function with each of some pieces on the threads of a pool, and yields the results in order."""
 
     def run(function: Callable[[Piece], Any], every: Iterable[Piece]) -> Iterator[Any]:
-        for future in _ahead(pool, (partial(function, piece) for piece in every), window):
+        for future in ahead(pool, (partial(function, piece) for piece in every), window):
             yield future.result()
 
     return run
@@ -197,7 +201,7 @@ def write_tensors(
     writer
         The file.
     plans
-        Sorted by name.
+        Sorted by name; those that the file begins with already are left out.
     jobs
         Threads that read and encode; the calling thread hashes and writes. None is one for each processor.
     progress
@@ -215,12 +219,16 @@ def write_tensors(
         If writing fails.
     """
     jobs = jobs or default_jobs()
+    done = len(writer.records)
+    if progress and done:
+        progress(sum(plan.matrix.elements for plan in plans[:done]))
+    plans = plans[done:]
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="qformat-encode")
     accept = partial(_check, allow_nonfinite=allow_nonfinite, allow_vanished=allow_vanished)
     try:
         window = 3 * jobs + 1
         run = on_pool(pool, window)
-        waiting = _ahead(pool, _tasks(plans, run), window)
+        waiting = ahead(pool, _tasks(plans, run), window)
         for plan in plans:
             if not plan.codec.layered:
                 _write_pieces(writer, plan, waiting, accept, progress)
@@ -329,16 +337,6 @@ def _tried(plan: Plan, piece: Piece) -> Any:
     codec = plan.codec
     assert isinstance(codec, LayeredCodec)
     return codec.trial(plan.read(piece), plan.fitted)
-
-
-def _ahead(pool: Executor, tasks: Iterable[Callable[[], _T]], window: int) -> Iterator[Future[_T]]:
-    """Yield the futures of tasks in order, with `window` of them under way ahead of the caller."""
-    ahead: deque[Future[_T]] = deque()
-    for task in tasks:
-        if len(ahead) == window:
-            yield ahead.popleft()
-        ahead.append(pool.submit(task))
-    yield from ahead
 
 
 def _check(plan: Plan, encoded: Encoded, *, allow_nonfinite: bool, allow_vanished: bool) -> None:

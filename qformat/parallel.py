@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -31,3 +32,13 @@ def for_each(work: Callable[[_T], None], items: Iterable[_T], jobs: int) -> None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def ahead(pool: Executor, tasks: Iterable[Callable[[], _T]], window: int) -> Iterator[Future[_T]]:
+    """Yield the futures of tasks in order, with `window` of them under way ahead of the caller."""
+    started: deque[Future[_T]] = deque()
+    for task in tasks:
+        if len(started) == window:
+            yield started.popleft()
+        started.append(pool.submit(task))
+    yield from started

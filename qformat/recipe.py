@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from qformat.codecs.base import Codec
+from qformat.codecs.blocks import coded
 from qformat.codecs.registry import codecs, parse_type
 from qformat.errors import SourceError, TypeSpecError
 from qformat.source import QuantizedTensor, SourceTensor
@@ -65,8 +66,9 @@ class Recipe:
         for pattern, override in self.overrides:
             if fnmatchcase(tensor.name, pattern):
                 codec = override
-        if _same_bytes(codec, same):  # another search would find nothing better than what is there
-            return same
+        for kept in (same, coded(same)):  # another search would find nothing better than what is there
+            if _same_bytes(codec, kept):
+                return kept
         if not codec.accepts(tensor.dtype):
             raise SourceError(
                 f"tensor {tensor.name!r}: type {codec} cannot hold {tensor.dtype.name}; choose another type"

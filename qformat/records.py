@@ -169,6 +169,19 @@ class AssetRecord:
         return self.segment.to_json() | own
 
 
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the head of several files says of one of them: its name, its length, and the SHA-256 of its index."""
+
+    name: str
+    nbytes: int
+    root: str
+
+    def to_json(self) -> JsonObject:
+        """Return the record as it stands in the index."""
+        return {"name": self.name, "bytes": self.nbytes, "root_sha256": self.root}
+
+
 def type_string(id_: str, params: Params) -> str:
     """Return ``id:key=value,key=value``."""
     values = ",".join(f"{key}={str(value).lower()}" for key, value in sorted(params.items()))

@@ -70,6 +70,8 @@ class Checkpoint:
         The files that it consists of.
     metadata
         Strings that are stored along.
+    variant
+        What was asked for that decides what the tensors hold, beside the files.
     """
 
     tensors: Sequence[SourceTensor]
@@ -77,6 +79,7 @@ class Checkpoint:
     warnings: Sequence[str] = ()
     files: Sequence[Path] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    variant: str = ""
 
     @property
     def quantized(self) -> bool:

@@ -79,7 +79,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
     ) -> None:
         self._quality = Quality.parse(quality)
         self._container = ContainerReader(path)
-        self._checker = SegmentChecker(self._container, enabled=verify)
+        self._checker = SegmentChecker(enabled=verify)
         self._jobs = jobs or default_jobs()
 
     @property
@@ -94,7 +94,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
 
     def keys(self) -> list[str]:
         """Return the names of the tensors, sorted."""
-        return [tensor.name for tensor in self._container.index.tensors]
+        return [tensor.name for tensor in self._container.tensors]
 
     def info(self, name: str) -> TensorRecord:
         """Return what the file says of a tensor: shape, dtype, codec, error, segments.

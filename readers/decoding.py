@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qformat.codecs.base import CHUNK_DENSITY, PIECE, Matrix, Piece, piece_count, piece_number, pieces
+from qformat.codecs.base import CHUNK_DENSITY, PIECE, Buffer, Matrix, Piece, piece_count, piece_number, pieces
+from qformat.codecs.blocks import BlockCodec
 from qformat.codecs.layered import split_chunks
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import codec_of
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, F32, DType, Elements
-from qformat.errors import FormatError
+from qformat.errors import FormatError, MissingDecoderError, PathLike
 from qformat.quality import Quality
 from qformat.records import Segment, TensorRecord
 
@@ -47,18 +48,19 @@ class TensorDecoder:
     """
 
     def __init__(self, container: ContainerReader, record: TensorRecord, quality: Quality = EVERYTHING) -> None:
-        self._path = container.path
+        self.home = container.home(record.name)
+        self._path = self.home.path
         try:
             self.codec = codec_of(record)
             self.record = quality.of(record)
             if self.record is not record:
                 self.codec = codec_of(self.record)
         except FormatError as error:
-            raise FormatError(error.cause, path=container.path) from None
+            raise FormatError(error.cause, path=self._path) from None
         self.matrix = Matrix.of(record.shape)
         self.decoded = self.codec.decoded_from(DTYPES[record.dtype])
         self._grain = self.codec.grain(self.matrix)
-        self._segments = container.segments(self.record.segments)
+        self._segments = self.home.segments(self.record.segments)
 
     @property
     def natural(self) -> DType:
@@ -146,13 +148,22 @@ class TensorDecoder:
             with self._naming_damage():
                 decode(self._layers(piece), out)
             return
-        spans = self.codec.spans(self.matrix, piece)
         with self._naming_damage():
-            own = self._segments[2:] if self.codec.chunked else self._segments
-            parts = [segment[span] for segment, span in zip(own, spans, strict=True)]
-            if self.codec.chunked:
-                parts.insert(0, self._chunk(piece))
-            decode(parts, out)
+            decode(self._parts(piece), out)
+
+    def blocks(self, piece: Piece) -> Sequence[Buffer]:
+        """Return the bytes of a piece of a tensor that is not layered; of coded blocks the plain ones."""
+        with self._naming_damage():
+            parts = self._parts(piece)
+            return self.codec.plain(parts, piece.rows, piece.cols) if isinstance(self.codec, BlockCodec) else parts
+
+    def _parts(self, piece: Piece) -> list[memoryview]:
+        own = self._segments[2:] if self.codec.chunked else self._segments
+        spans = self.codec.spans(self.matrix, piece)
+        parts = [segment[span] for segment, span in zip(own, spans, strict=True)]
+        if self.codec.chunked:
+            parts.insert(0, self._chunk(piece))
+        return parts
 
     @contextmanager
     def _naming_damage(self) -> Iterator[None]:
@@ -160,6 +171,8 @@ class TensorDecoder:
             yield
         except ValueError as error:
             raise FormatError(f"tensor {self.record.name!r} is damaged: {error}", path=self._path) from None
+        except MissingDecoderError as error:
+            raise MissingDecoderError(f"{self._path}: tensor {self.record.name!r}: {error}") from None
 
     def segments(self) -> Iterator[tuple[Segment, memoryview]]:
         """Yield the segments that are read, with their bytes."""
@@ -199,11 +212,11 @@ class TensorDecoder:
 class SegmentChecker:
     """Compares each segment with its digest once, when it is first used."""
 
-    def __init__(self, container: ContainerReader, *, enabled: bool) -> None:
-        self._container = container
+    def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
         self._lock = threading.Lock()  # what one thread checks, others wait for
-        self._checked: set[Segment] = set()  # by all of its fields: an empty one has the offset of the next
+        # by file, and by all of its fields: an empty one has the offset of the next
+        self._checked: set[tuple[PathLike, Segment]] = set()
 
     def check(self, decoder: TensorDecoder) -> None:
         """Check the segments that are read of a tensor.
@@ -217,9 +230,10 @@ class SegmentChecker:
             return
         with self._lock:
             for segment, data in decoder.segments():
-                if segment not in self._checked:
-                    self._container.check(segment, data, decoder.record.label)
-                    self._checked.add(segment)
+                key = decoder.home.path, segment
+                if key not in self._checked:
+                    decoder.home.check(segment, data, decoder.record.label)
+                    self._checked.add(key)
 
 
 def runs(indices: NDArray[np.intp], cols: int, grain: int) -> list[tuple[int, Piece]]:

@@ -82,10 +82,10 @@ def load_file(
     chosen = Quality.parse(quality)
     jobs = jobs or default_jobs()
     with ContainerReader(path) as container:
-        checker = SegmentChecker(container, enabled=verify)
+        checker = SegmentChecker(enabled=verify)
         return {
             record.name: _decode(container, checker, record, chosen, dtype, jobs).to(device)
-            for record in container.index.tensors
+            for record in container.tensors
         }
 
 
@@ -135,7 +135,7 @@ def load_model(
     chosen = Quality.parse(quality)
     jobs = jobs or default_jobs()
     with ContainerReader(path) as container:
-        records = {record.name: record for record in container.index.tensors}
+        records = {record.name: record for record in container.tensors}
         own = _tensors(model)
         missing, unexpected = _compare(own, records)
         computed = {name for name, _ in model.named_buffers()} - set(own)
@@ -151,7 +151,7 @@ def load_model(
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
             own = _tensors(model)
-        checker = SegmentChecker(container, enabled=verify)
+        checker = SegmentChecker(enabled=verify)
         with torch.no_grad():
             for name in shared:
                 floating = own[name].dtype if own[name].dtype.is_floating_point else None

@@ -125,7 +125,7 @@ def _segments(path: Any) -> Any:
     from qformat.container.reader import ContainerReader
 
     with ContainerReader(path) as container:
-        return container.index.tensors[0].segments
+        return container.tensors[0].segments
 
 
 def test_another_type_is_made_of_the_values(tmp_path):

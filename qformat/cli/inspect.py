@@ -32,7 +32,7 @@ def command(file: Path, pattern: str, as_json: bool) -> None:
             warn(
                 f"{file} was made by an older writer (1.{container.trailer.minor}, now 1.{MINOR}): convert again for better types"
             )
-        tensors = [tensor for tensor in container.index.tensors if fnmatchcase(tensor.name, pattern)]
+        tensors = [tensor for tensor in container.tensors if fnmatchcase(tensor.name, pattern)]
         tensors.sort(key=lambda tensor: natural_key(tensor.name))
         if not tensors and pattern != "*":
             raise click.ClickException(f"{file}: holds no tensor that matches {pattern!r}")
@@ -49,7 +49,8 @@ def _summary(container: ContainerReader, tensors: list[TensorRecord]) -> dict[st
     return {
         "format": {"major": MAJOR, "minor": container.trailer.minor},
         "root_sha256": container.root,
-        "file_bytes": container.file_size,
+        "file_bytes": container.total_size,
+        "shards": {shard.name: shard.nbytes for shard in container.index.shards},
         "metadata": dict(container.index.metadata),
         "assets": {asset.name: asset.size for asset in container.index.assets},
         "tensors": [_tensor(tensor) for tensor in tensors],
@@ -127,6 +128,8 @@ def _echo(file: Path, summary: dict[str, Any]) -> None:
     version = summary["format"]
     click.echo(f"{file}: qformat {version['major']}.{version['minor']}, {human_bytes(summary['file_bytes'])}")
     click.echo(f"root sha256 {summary['root_sha256']}")
+    for name, size in summary["shards"].items():
+        click.echo(f"shard {printable(name)} ({human_bytes(size)})")
     for key, value in summary["metadata"].items():
         click.echo(f"metadata {printable(key)}: {printable(value)}")
     if summary["assets"]:

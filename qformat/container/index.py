@@ -12,7 +12,7 @@ from typing import Any
 
 from qformat.container.layout import align
 from qformat.errors import FormatError
-from qformat.records import AssetRecord, JsonObject, MeasuredError, Params, Segment, TensorRecord
+from qformat.records import AssetRecord, JsonObject, MeasuredError, Params, Segment, ShardRecord, TensorRecord
 
 MAX_INDEX_BYTES = 64 << 20
 MAX_ASSET_BYTES = 256 << 20
@@ -29,23 +29,25 @@ _CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 @dataclass(frozen=True)
 class Index:
-    """Everything that a file holds."""
+    """Everything that a file holds; or, if it is the head of several files, the shards that hold its tensors."""
 
     header_sha256: str
     tensors: tuple[TensorRecord, ...] = ()
     assets: tuple[AssetRecord, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    shards: tuple[ShardRecord, ...] = ()
 
     def encode(self) -> bytes:
         """Return the index's bytes."""
-        return canonical_json(
-            {
-                "header_sha256": self.header_sha256,
-                "tensors": [tensor.to_json() for tensor in self.tensors],
-                "assets": [asset.to_json() for asset in self.assets],
-                "metadata": dict(self.metadata),
-            }
-        )
+        top: JsonObject = {
+            "header_sha256": self.header_sha256,
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+            "assets": [asset.to_json() for asset in self.assets],
+            "metadata": dict(self.metadata),
+        }
+        if self.shards:
+            top |= {"shards": [shard.to_json() for shard in self.shards], "must_understand": ["shards"]}
+        return canonical_json(top)
 
     @classmethod
     def parse(cls, data: bytes) -> Index:
@@ -57,7 +59,7 @@ class Index:
             If it is not a valid index. The position in the file of the segments is checked by `check_segments`.
         """
         top = _parse_canonical(data)
-        refusal = _refusal(top, {"header_sha256", "tensors", "assets", "metadata"}, "the file")
+        refusal = _refusal(top, {"header_sha256", "tensors", "assets", "metadata", "shards"}, "the file")
         if refusal:
             raise FormatError(refusal)
         metadata = _get(top, "metadata", dict, "the index")
@@ -65,12 +67,13 @@ class Index:
             raise FormatError("the index: metadata values must be strings")
         index = cls(
             _digest(top, "header_sha256", "the index"),
-            tuple(_tensor(record) for record in _get(top, "tensors", list, "the index")),
-            tuple(_asset(record) for record in _get(top, "assets", list, "the index")),
+            tuple(parse_tensor(record) for record in _get(top, "tensors", list, "the index")),
+            tuple(parse_asset(record) for record in _get(top, "assets", list, "the index")),
             metadata,
+            _shards(top),
         )
-        _check_sorted("tensor", (tensor.name for tensor in index.tensors))
-        _check_sorted("asset", (asset.name for asset in index.assets))
+        check_sorted("tensor", (tensor.name for tensor in index.tensors))
+        check_sorted("asset", (asset.name for asset in index.assets))
         check_folders(asset.name for asset in index.assets)
         return index
 
@@ -128,6 +131,13 @@ def check_shape(shape: Sequence[int], where: str) -> None:
         raise FormatError(f"{where}: it has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     if math.prod(n for n in shape if n) > MAX_INTEGER:
         raise FormatError(f"{where}: its shape has too many elements")
+
+
+def check_sorted(what: str, names: Iterable[str]) -> None:
+    """Raise `FormatError` if names are not sorted, or one stands twice."""
+    for before, after in pairwise(names):
+        if before >= after:
+            raise FormatError(f"{what} records are not sorted by name, or one stands twice: {after[:80]!r}")
 
 
 def check_folders(names: Iterable[str]) -> None:
@@ -251,7 +261,14 @@ _TENSOR_KEYS = {"name", "shape", "dtype", "codec", "params", "segments", "encode
 _ASSET_KEYS = {"name", "offset", "length", "sha256", "encoding", "size", "content_sha256"}
 
 
-def _tensor(value: Any) -> TensorRecord:
+def parse_tensor(value: Any) -> TensorRecord:
+    """Return a tensor's record.
+
+    Raises
+    ------
+    FormatError
+        If it is malformed.
+    """
     record, where = _record(value, "tensor")
     check_tensor_name(record["name"])
     shape: list[Any] = _get(record, "shape", list, where)
@@ -274,7 +291,14 @@ def _tensor(value: Any) -> TensorRecord:
     )
 
 
-def _asset(value: Any) -> AssetRecord:
+def parse_asset(value: Any) -> AssetRecord:
+    """Return an asset's record.
+
+    Raises
+    ------
+    FormatError
+        If it is malformed.
+    """
     record, where = _record(value, "asset")
     check_asset_name(record["name"])
     segment, _ = _segment({key: record[key] for key in ("name", "offset", "length", "sha256") if key in record}, where)
@@ -298,7 +322,24 @@ def _asset(value: Any) -> AssetRecord:
     return asset
 
 
-def _check_sorted(what: str, names: Iterable[str]) -> None:
-    for before, after in pairwise(names):
-        if before >= after:
-            raise FormatError(f"{what} records are not sorted by name, or one stands twice: {after[:80]!r}")
+def _shards(top: JsonObject) -> tuple[ShardRecord, ...]:
+    if ("shards" in top) != ("shards" in top.get("must_understand", [])):
+        raise FormatError("the index: 'shards' is there, but need not be understood, or missing")
+    if "shards" not in top:
+        return ()
+    shards: list[ShardRecord] = []
+    for value in _get(top, "shards", list, "the index"):
+        record, where = _record(value, "shard")
+        check_asset_name(record["name"])
+        if "/" in record["name"]:
+            raise FormatError(f"{where}: its name is not a plain file name")
+        refusal = _refusal(record, {"name", "bytes", "root_sha256"}, where)
+        if refusal:
+            raise FormatError(refusal)
+        shards.append(
+            ShardRecord(record["name"], _get(record, "bytes", int, where), _digest(record, "root_sha256", where))
+        )
+    check_sorted("shard", (shard.name for shard in shards))
+    if not shards or top["tensors"]:
+        raise FormatError("the index lists no shard, or tensors beside shards")
+    return tuple(shards)

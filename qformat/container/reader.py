@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from qformat.container.access import Access, MappedFile, RangedFile
-from qformat.container.index import MAX_INDEX_BYTES, Index
+from qformat.container.index import MAX_INDEX_BYTES, Index, check_sorted
 from qformat.container.layout import HEADER_SIZE, MINOR, TRAILER_SIZE, Header, Trailer, align, check_records
 from qformat.errors import FormatError
-from qformat.records import AssetRecord, Segment, TensorRecord
+from qformat.records import AssetRecord, Segment, ShardRecord, TensorRecord
 
 MAX_RECORDS_BYTES = 16 << 20
 
@@ -34,6 +34,8 @@ class ContainerReader:
     ----------
     path
         The file; or an open binary file object that can seek, one of ``fsspec`` say, of which only what is needed is read.
+    alone
+        Do not open the shards that the file names, if it is the head of some.
 
     Attributes
     ----------
@@ -41,6 +43,8 @@ class ContainerReader:
         The parsed parts of the file.
     file_size
         Its length in bytes.
+    shards
+        The files that hold its tensors, in order; empty if it holds them itself.
 
     Raises
     ------
@@ -50,17 +54,48 @@ class ContainerReader:
         If it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | BinaryIO) -> None:
+    def __init__(self, path: str | os.PathLike[str] | BinaryIO, *, alone: bool = False) -> None:
         self._access = _open(path)
         self.path = self._access.name
+        self.shards: list[ContainerReader] = []
         try:
             self._open()
+            if self.index.shards and not alone:
+                self._open_shards()
         except FormatError as error:
-            self._access.close()
-            raise FormatError(error.cause, path=self.path, offset=error.offset) from None
+            self.close()
+            raise FormatError(error.cause, path=error.path or self.path, offset=error.offset) from None
         except BaseException:
-            self._access.close()
+            self.close()
             raise
+        self._tensors = {
+            record.name: (record, home) for home in (self.shards or [self]) for record in home.index.tensors
+        }
+        self._assets = {asset.name: asset for asset in self.index.assets}
+
+    def _open_shards(self) -> None:
+        """Open the shards, which stand beside the file, and check that they are the ones that it names."""
+        if not isinstance(self._access, MappedFile):
+            raise FormatError(f"its tensors are in {len(self.index.shards)} other files: open it by its path")
+        for shard in self.index.shards:
+            path = Path(self.path).parent / shard.name
+            try:
+                self.shards.append(ContainerReader(path, alone=True))
+            except OSError as error:
+                raise FormatError(f"shard {shard.name} cannot be read: {error.strerror or error}") from None
+            self.shards[-1].check_is(shard)
+        check_sorted("tensor", (record.name for home in self.shards for record in home.index.tensors))
+
+    def check_is(self, shard: ShardRecord) -> None:
+        """Compare the file with what the head of several says of it.
+
+        Raises
+        ------
+        FormatError
+            If it is another one.
+        """
+        if (self.root, self.file_size) != (shard.root, shard.nbytes) or self.index.shards:
+            raise FormatError("is not the shard that its head names: it was replaced or made again", path=self.path)
 
     def _open(self) -> None:
         self.file_size = self._access.size
@@ -80,8 +115,6 @@ class ContainerReader:
         if hashlib.sha256(self._access.read(0, self.header.header_size)).hexdigest() != self.index.header_sha256:
             raise FormatError("the header is damaged: its SHA-256 does not match", offset=0)
         self.index.check_segments(self.header.header_size, trailer.index_offset)
-        self._tensors = {tensor.name: tensor for tensor in self.index.tensors}
-        self._assets = {asset.name: asset for asset in self.index.assets}
 
     def _check_records(self, trailer: Trailer) -> None:
         base = trailer.index_offset + trailer.index_length
@@ -104,6 +137,16 @@ class ContainerReader:
         """Whether an older writer made the file, so that making it again may give a better one."""
         return self.trailer.minor < MINOR
 
+    @property
+    def tensors(self) -> list[TensorRecord]:
+        """The records of all tensors, those in shards too, sorted by name."""
+        return [record for record, _ in self._tensors.values()]
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of the file and its shards."""
+        return self.file_size + sum(shard.file_size for shard in self.shards)
+
     def tensor(self, name: str) -> TensorRecord:
         """Return the record of a tensor.
 
@@ -113,9 +156,13 @@ class ContainerReader:
             If there is none of this name.
         """
         try:
-            return self._tensors[name]
+            return self._tensors[name][0]
         except KeyError:
             raise KeyError(f"{self.path} holds no tensor {name!r}") from None
+
+    def home(self, name: str) -> ContainerReader:
+        """Return the file that holds the bytes of a tensor: this one, or a shard."""
+        return self._tensors[name][1]
 
     def fileno(self) -> int:
         """Return the descriptor of the open file, which must have been given by its path."""
@@ -185,6 +232,8 @@ class ContainerReader:
 
     def close(self) -> None:
         """Close the file, unless it was given open. Views of segments that are still in use keep their memory mapped."""
+        for shard in self.shards:
+            shard.close()
         self._access.close()
 
     def __enter__(self) -> Self:

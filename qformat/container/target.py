@@ -1,13 +1,14 @@
 """Put a complete file at a path, or nothing.
 
 The bytes go to ``NAME.partial`` beside the target, which is locked, synced and renamed at the end. A run that was killed leaves at
-most that partial file; the next run to the same target takes it over.
+most that partial file and its journal; the next run to the same target takes them over.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import stat
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from qformat.container.layout import MAGIC
 from qformat.errors import TargetError
 
 _SYNC_EVERY = 32 << 20
+_READ = 1 << 20
+_ATTRIBUTE = "user.qformat.request"
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
@@ -35,6 +38,37 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise TargetError(f"{path}: the directory {path.parent} is not writable")
 
 
+def request_at(path: Path) -> str:
+    """Return what the file at a path was marked with; nothing if there is none, or the file system keeps no such marks."""
+    try:
+        return os.getxattr(path, _ATTRIBUTE).decode("ascii", "replace")
+    except (OSError, AttributeError):  # macOS has others
+        return ""
+
+
+def tidy(path: Path) -> None:
+    """Remove what a run that was killed at its very end has left beside its complete file."""
+    partial, journal = _beside(path)
+    with suppress(OSError):
+        if os.path.samestat(partial.lstat(), path.lstat()):
+            partial.unlink()
+    if not os.path.lexists(partial):
+        with suppress(OSError):
+            journal.unlink()
+
+
+def remove_files(path: Path) -> None:
+    """Remove a file and what belongs to it, as far as they are there."""
+    for name in (path, *_beside(path)):
+        with suppress(OSError):
+            name.unlink()
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Return where the partial file of a target stands, and its journal."""
+    return path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.journal")
+
+
 class Nowhere:
     """Stands in for a `Target` whose bytes nobody wants, but their number."""
 
@@ -47,6 +81,9 @@ class Nowhere:
     def discard(self) -> None:
         """Do nothing."""
 
+    def keep(self) -> None:
+        """Do nothing."""
+
 
 class Target:
     """The partial file of one run.
@@ -57,6 +94,13 @@ class Target:
         Where the complete file shall stand.
     overwrite
         Whether a file that stands there may be replaced.
+    resume
+        Whether to go on with the partial file of a run that was killed, rather than to remove it.
+
+    Attributes
+    ----------
+    journal_path
+        Where the journal of the partial file stands.
 
     Raises
     ------
@@ -64,23 +108,25 @@ class Target:
         If there is a file already, the directory cannot be written, or another process is writing the same file.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool) -> None:
+    def __init__(self, path: Path, *, overwrite: bool, resume: bool = False) -> None:
         check_target(path, overwrite=overwrite)
         self.path = path
         self._overwrite = overwrite
-        self._partial = path.with_name(path.name + ".partial")
-        self._fd = self._open_locked()
+        self._partial, self.journal_path = _beside(path)
+        self._fd = self._open_locked(resume=resume)
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="qformat-sync")
         self._sync: Future[None] | None = None
         self._unsynced = 0
 
-    def _open_locked(self) -> int:
+    def _open_locked(self, *, resume: bool) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         while True:
             try:
                 fd = os.open(self._partial, flags, 0o666)
             except FileExistsError:
-                self._remove_stale()
+                stale = self._take_stale(keep=resume)
+                if stale is not None:
+                    return stale
                 continue
             except OSError as error:
                 raise TargetError(f"{self._partial}: cannot be written: {error.strerror}") from None
@@ -93,27 +139,43 @@ class Target:
                 return fd
             os.close(fd)  # another process took it for a stale one before it was locked
 
-    def _remove_stale(self) -> None:
-        """Remove the partial file of a run that was killed, and nothing else of that name."""
+    def _take_stale(self, *, keep: bool) -> int | None:
+        """Remove the partial file of a run that was killed, and nothing else of that name; or return it, open and locked."""
+        flags = (os.O_RDWR if keep else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            fd = os.open(self._partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(self._partial, flags)
         except FileNotFoundError:
-            return
+            return None
         except OSError as error:
             raise TargetError(f"{self._partial}: is in the way: {error.strerror}; remove it") from None
+        taken = False
         try:
             status = os.fstat(fd)
-            own = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
-            if not own or os.pread(fd, len(MAGIC), 0) not in (b"", MAGIC):
+            own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+            complete = status.st_nlink == 2 and self._is_target(fd)  # killed between two names of the complete file
+            if not own or not (status.st_nlink == 1 or complete) or os.pread(fd, len(MAGIC), 0) not in (b"", MAGIC):
                 raise TargetError(f"{self._partial}: is in the way, and not the rest of a conversion; remove it")
             try:
                 self._lock(fd)
             except OSError:
                 raise TargetError(f"{self.path}: another process is writing it; wait for it to end") from None
             if self._is_ours(fd):
+                if keep and not complete:
+                    taken = True
+                    return fd
                 self._partial.unlink()
+                with suppress(OSError):
+                    self.journal_path.unlink()
         finally:
-            os.close(fd)
+            if not taken:
+                os.close(fd)
+        return None
+
+    def _is_target(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), self.path.lstat())
+        except FileNotFoundError:
+            return False
 
     @staticmethod
     def _lock(fd: int) -> None:
@@ -155,6 +217,38 @@ class Target:
                 self._unsynced += written
             if self._unsynced >= _SYNC_EVERY:
                 self._start_sync()
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def mark(self, request: str) -> None:
+        """Let the file tell outside its bytes which request it was made for, if the file system keeps that."""
+        with suppress(OSError, AttributeError):
+            os.setxattr(self._fd, _ATTRIBUTE, request.encode())
+
+    def digest(self, offset: int, length: int) -> str | None:
+        """Return the SHA-256 of some bytes of the partial file in hexadecimal; None if they are not all there."""
+        digest = hashlib.sha256()
+        try:
+            while length:
+                data = os.pread(self._fd, min(length, _READ), offset)
+                if not data:
+                    return None
+                digest.update(data)
+                offset, length = offset + len(data), length - len(data)
+        except (OSError, OverflowError):
+            return None
+        return digest.hexdigest()
+
+    def cut(self, size: int) -> None:
+        """Leave no more than some bytes of the partial file.
+
+        Raises
+        ------
+        TargetError
+            If that fails.
+        """
+        try:
+            os.ftruncate(self._fd, size)
         except OSError as error:
             raise self._failed(error) from None
 
@@ -211,6 +305,12 @@ class Target:
         with suppress(OSError):
             if self._is_ours(self._fd):
                 self._partial.unlink()
+        with suppress(OSError):
+            os.close(self._fd)
+
+    def keep(self) -> None:
+        """Leave the partial file to a run that goes on with it."""
+        self._syncer.shutdown(cancel_futures=True)
         with suppress(OSError):
             os.close(self._fd)
 

@@ -17,7 +17,7 @@ from qformat.container.layout import MAGIC, align
 from qformat.container.reader import ContainerReader
 from qformat.errors import FormatError, PathLike
 from qformat.files import open_regular
-from qformat.records import AssetRecord, Segment
+from qformat.records import AssetRecord, Segment, ShardRecord
 
 #: called with the number of bytes that were just checked
 Progress = Callable[[int], None]
@@ -138,7 +138,7 @@ def verify(
                 if _is_list(path):
                     reports += _verify_list(path, pool, watched)
                 else:
-                    reports.append(_verify_container(path, pool, watched, quick=quick))
+                    reports += _verify_containers(path, pool, watched, quick=quick)
             except OSError as error:
                 reports.append(FileReport(path, [Damage(_cannot_read(error))]))
     finally:
@@ -151,21 +151,43 @@ def _cannot_read(error: OSError) -> str:
     return f"cannot be read: {error.strerror or error}"
 
 
-def _verify_container(path: str, pool: ThreadPoolExecutor, progress: Progress, *, quick: bool) -> FileReport:
+def _verify_containers(path: str, pool: ThreadPoolExecutor, progress: Progress, *, quick: bool) -> list[FileReport]:
+    """Check a container, and its shards if it is the head of some."""
+    head, shards = _verify_container(path, pool, progress, quick=quick)
+    reports = [head]
+    for shard in shards:
+        beside = str(Path(path).parent / shard.name)
+        try:
+            report, _ = _verify_container(beside, pool, progress, quick=quick, shard=shard)
+        except OSError as error:
+            report = FileReport(beside, [Damage(_cannot_read(error))])
+        reports.append(report)
+    return reports
+
+
+def _verify_container(
+    path: str, pool: ThreadPoolExecutor, progress: Progress, *, quick: bool, shard: ShardRecord | None = None
+) -> tuple[FileReport, tuple[ShardRecord, ...]]:
+    """Check one file, which may have to be a certain shard, and return the shards that it names."""
     report = FileReport(path)
     try:
-        container = ContainerReader(path)
+        container = ContainerReader(path, alone=True)
     except FormatError as error:
         at = f" (at byte {error.offset})" if error.offset is not None else ""
         report.errors.append(Damage(error.cause + at))
-        return report
+        return report, ()
     with container:
+        if shard:
+            try:
+                container.check_is(shard)
+            except FormatError as error:
+                report.errors.append(Damage(error.cause))
         report.root = container.root
         report.outdated = container.outdated
         if not quick:
             _check_segments(container, report, pool, progress)
             _check_assets(container, report)
-    return report
+        return report, container.index.shards
 
 
 def _check_segments(
@@ -278,8 +300,13 @@ def bytes_to_check(paths: list[str]) -> int:
     """Return about how many bytes `verify` will read, for a progress bar; what cannot be read counts as nothing."""
     total = 0
     for path in paths:
-        with suppress(OSError):
-            targets = [target for _, _, target in _entries(path)] if _is_list(path) else [Path(path)]
+        with suppress(OSError, FormatError):
+            if _is_list(path):
+                targets = [target for _, _, target in _entries(path)]
+            else:
+                with ContainerReader(path, alone=True) as container:
+                    shards = [Path(path).parent / shard.name for shard in container.index.shards]
+                targets = [Path(path), *shards]
             for target in targets:
                 with suppress(OSError, ValueError):
                     total += target.stat().st_size if target else 0

@@ -19,10 +19,11 @@ from qformat.container.index import (
     check_shape,
     check_tensor_name,
 )
+from qformat.container.journal import Journal
 from qformat.container.layout import HEADER_SIZE, TRAILER_SIZE, Header, Trailer, align
 from qformat.container.target import Nowhere, Target
 from qformat.errors import SourceError
-from qformat.records import AssetRecord, MeasuredError, Segment, TensorRecord
+from qformat.records import AssetRecord, MeasuredError, Segment, ShardRecord, TensorRecord
 
 Bytes = bytes | bytearray | memoryview
 
@@ -40,7 +41,10 @@ def compress_asset(data: bytes) -> tuple[str, bytes]:
 
 
 def predict_size(
-    assets: Iterable[tuple[str, bytes]], records: Sequence[TensorRecord], metadata: Mapping[str, str] | None = None
+    assets: Iterable[tuple[str, bytes]],
+    records: Sequence[TensorRecord],
+    metadata: Mapping[str, str] | None = None,
+    shards: Sequence[ShardRecord] = (),
 ) -> int:
     """Return how many bytes a file will have, exactly, before anything is encoded.
 
@@ -53,6 +57,8 @@ def predict_size(
         are all written in the same number of digits.
     metadata
         The strings.
+    shards
+        The files that hold the tensors, if it is their head.
     """
     position = HEADER_SIZE
     asset_records = []
@@ -65,7 +71,7 @@ def predict_size(
     for record in records:
         record, position = _place(record, position)  # noqa: PLW2901
         placed.append(record)
-    index = Index(_NO_DIGEST, tuple(placed), tuple(asset_records), metadata or {})
+    index = Index(_NO_DIGEST, tuple(placed), tuple(asset_records), metadata or {}, tuple(shards))
     return position + len(index.encode()) + TRAILER_SIZE
 
 
@@ -131,7 +137,8 @@ class ContainerWriter:
     """A container file being written.
 
     Used as a context manager: the file appears at its path when the block ends well, and nothing does if it ends in an exception.
-    Assets and tensors have to come sorted by name, assets first.
+    Assets and tensors have to come sorted by name, assets first. With a `request`, a journal is kept, so that after a run that was
+    killed another one can go on where it was; that one begins with `assets` and `records` that need not be written again.
 
     Parameters
     ----------
@@ -141,11 +148,17 @@ class ContainerWriter:
         Whether a file that stands there may be replaced.
     metadata
         Strings for the user.
+    request
+        Identifies everything that decides the bytes of the file; empty if that is not known.
+    resume
+        Go on where an earlier run with the same request was, and leave what is done if this one ends in an exception.
 
     Attributes
     ----------
-    records
-        The finished tensors.
+    assets, records
+        The finished assets and tensors.
+    shards
+        The files that hold the tensors, if this one is to be their head.
     root, file_size
         SHA-256 of the index and length of the file, once it is complete.
 
@@ -161,24 +174,57 @@ class ContainerWriter:
         *,
         overwrite: bool = False,
         metadata: Mapping[str, str] | None = None,
+        request: str = "",
+        resume: bool = False,
     ) -> None:
         self._metadata = dict(metadata or {})
         texts: list[object] = [text for pair in self._metadata.items() for text in pair]
         for item in texts:
             if not isinstance(item, str) or item != item.encode("utf-8", "replace").decode():
                 raise SourceError(f"metadata must be strings of valid Unicode, not {item!r}")
-        self._target = Nowhere() if path is None else Target(Path(path), overwrite=overwrite)
+        self._target: Nowhere | Target = Nowhere()
+        self._journal: Journal | None = None
+        self._resume = resume and path is not None and bool(request)
+        if path is not None:
+            self._target = Target(Path(path), overwrite=overwrite, resume=self._resume)
+            if request:
+                self._target.mark(request)
+                self._journal = Journal(self._target.journal_path, request)
         self._header = Header().pack()
         self._position = len(self._header)
-        self._assets: list[AssetRecord] = []
+        self.assets: list[AssetRecord] = []
         self.records: list[TensorRecord] = []
+        self.shards: list[ShardRecord] = []
         self.root = ""
         self.file_size = 0
         try:
+            if self._resume and self._journal:
+                self._take_over(self._journal)
             self._target.write(self._header, 0)  # first, so that a partial file can be told from any other
+            if self._journal:
+                self._journal.begin([*self.assets, *self.records])
         except BaseException:
-            self._target.discard()
+            self._end()
             raise
+
+    def _take_over(self, journal: Journal) -> None:
+        """Take what an earlier run has finished, as far as its bytes are there."""
+        assert isinstance(self._target, Target)
+        size = len(self._header)
+        for record in journal.records():
+            segments = (record.segment,) if isinstance(record, AssetRecord) else record.segments
+            position = self._position
+            for segment in segments:
+                if segment.offset != position or self._target.digest(segment.offset, segment.length) != segment.sha256:
+                    self._target.cut(size)
+                    return
+                position = align(segment.stop)
+            size, self._position = segments[-1].stop, position
+            if isinstance(record, AssetRecord):
+                self.assets.append(record)
+            else:
+                self.records.append(record)
+        self._target.cut(size)
 
     def asset(self, name: str, data: bytes) -> None:
         """Add a file that belongs to the model.
@@ -191,7 +237,7 @@ class ContainerWriter:
             If its name is not a plain relative path.
         """
         check_asset_name(name)
-        if self.records or (self._assets and self._assets[-1].name >= name):
+        if self.records or (self.assets and self.assets[-1].name >= name):
             raise ValueError(f"asset {name!r} does not come in its order")
         if len(data) > MAX_ASSET_BYTES:
             raise SourceError(f"asset {name!r}: {len(data)} bytes are more than an asset may have")
@@ -199,7 +245,9 @@ class ContainerWriter:
         segment = Segment(name, self._position, len(stored), hashlib.sha256(stored).hexdigest())
         self._target.write(stored, segment.offset)
         self._position = align(segment.stop)
-        self._assets.append(AssetRecord(encoding, segment, len(data), hashlib.sha256(data).hexdigest()))
+        self.assets.append(AssetRecord(encoding, segment, len(data), hashlib.sha256(data).hexdigest()))
+        if self._journal:
+            self._journal.add(self.assets[-1])
 
     def tensor(self, record: TensorRecord, *, open_ended: bool = False) -> TensorWriter:
         """Begin a tensor; the one before must have been ended with `finish`.
@@ -221,14 +269,17 @@ class ContainerWriter:
         """Take the record that `TensorWriter.finish` returned into the index."""
         self.records.append(record)
         self._position = align(record.segments[-1].stop)
+        if self._journal:
+            self._journal.add(record)
 
     def _commit(self) -> None:
-        check_folders(asset.name for asset in self._assets)
+        check_folders(asset.name for asset in self.assets)
         index = Index(
             hashlib.sha256(self._header).hexdigest(),
             tuple(self.records),
-            tuple(self._assets),
+            tuple(self.assets),
             self._metadata,
+            tuple(self.shards),
         ).encode()
         if len(index) > MAX_INDEX_BYTES:
             raise SourceError(f"the index would have {len(index)} bytes, more than an index may have")
@@ -236,6 +287,8 @@ class ContainerWriter:
         trailer = Trailer(self._position, len(index), digest.digest())
         self._target.write(index + trailer.pack(), self._position)
         self._target.commit()
+        if self._journal:
+            self._journal.remove()
         self.root = digest.hexdigest()
         self.file_size = self._position + len(index) + TRAILER_SIZE
 
@@ -246,10 +299,20 @@ class ContainerWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._target.discard()
+            self._end()
             return
         try:
             self._commit()
         except BaseException:
-            self._target.discard()
+            self._end()
             raise
+
+    def _end(self) -> None:
+        """Leave nothing of a run that failed; or all of it, to go on with."""
+        if self._resume and self._journal:
+            self._journal.close()
+            self._target.keep()
+            return
+        if self._journal:
+            self._journal.remove()
+        self._target.discard()

@@ -1,0 +1,69 @@
+"""Everything that a conversion is asked for, as plain values: another process can open the same checkpoint with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from qformat.converters.detect import open_checkpoint
+from qformat.converters.options import SourceOptions
+from qformat.converters.prune import Pruning
+
+from qformat.encode import Plan, make_plans
+from qformat.files import source_path
+from qformat.recipe import Recipe
+from qformat.source import Checkpoint
+
+#: what floating tensors of two or more dimensions become if nothing is said
+DEFAULT_TYPE = "q4_0"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for.
+
+    Attributes
+    ----------
+    source
+        The checkpoint's path or URL.
+    options
+        How to read it.
+    type, overrides
+        As for `qformat.recipe.Recipe.parse`; None is `DEFAULT_TYPE`, but of a checkpoint that is quantized already it leaves
+        everything as it is.
+    prune, prune_overrides
+        As for `qformat.converters.prune.Pruning.parse`.
+    allow_nonfinite
+        Keep tensors with NaN or infinity raw.
+    """
+
+    source: str
+    options: SourceOptions = field(default_factory=SourceOptions)
+    type: str | None = None
+    overrides: tuple[str, ...] = ()
+    prune: float = 0.0
+    prune_overrides: tuple[str, ...] = ()
+    allow_nonfinite: bool = False
+
+    def open(self) -> tuple[Checkpoint, Recipe]:
+        """Return the checkpoint, and what shall become of its tensors.
+
+        Raises
+        ------
+        SourceError
+            If it cannot be read.
+        TypeSpecError
+            If a type, a share or a pattern is malformed, or matches nothing.
+        QualityError
+            If a quality is asked for that it has not.
+        """
+        recipe = Recipe.parse(DEFAULT_TYPE if self.type is None else self.type, self.overrides)
+        pruning = Pruning.parse(self.prune, self.prune_overrides)
+        checkpoint = open_checkpoint(source_path(self.source), self.options)
+        if self.type is None and checkpoint.quantized:
+            recipe = replace(recipe, default=None)
+        return pruning.apply(checkpoint), recipe
+
+    def plans(self) -> list[Plan]:
+        """Return what becomes of each tensor, as `qformat.encode.make_plans` does."""
+        checkpoint, recipe = self.open()
+        return make_plans(checkpoint.tensors, recipe, allow_nonfinite=self.allow_nonfinite)

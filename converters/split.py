@@ -1,0 +1,65 @@
+"""Cut a checkpoint into shards: how much goes into each file, and what the files are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qformat.container.layout import align
+from qformat.encode import Plan
+from qformat.errors import TargetError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as ``5GB``, ``500MiB`` or ``1000000``.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is no size such as 5GB or 500MiB")
+    return size
+
+
+def split(plans: Sequence[Plan], limit: int) -> Iterator[list[Plan]]:
+    """Cut plans, in their order, into shards whose tensors take no more than `limit` bytes, or are a single larger one.
+
+    What a tensor takes whose size depends on its values is taken to be what it takes in the source, so such shards are smaller.
+    """
+    shard: list[Plan] = []
+    total = 0
+    for plan in plans:
+        size = _most(plan)
+        if shard and total + size > limit:
+            yield shard
+            shard, total = [], 0
+        shard.append(plan)
+        total += size
+    yield shard
+
+
+def _most(plan: Plan) -> int:
+    if plan.codec.chunked or plan.codec.layered:
+        return align(plan.matrix.elements * plan.source.dtype.size)
+    return sum(align(segment.length) for segment in plan.record.segments)
+
+
+def shard_paths(output: Path, count: int) -> list[Path]:
+    """Return where the shards of a file stand: ``m-00001-of-00003.qf`` and so on beside ``m.qf``.
+
+    Raises
+    ------
+    TargetError
+        If there are more than can be numbered.
+    """
+    if count > 99999:
+        raise TargetError(f"{output}: would have {count} shards; give a larger --shard-size")
+    return [output.with_name(f"{output.stem}-{i:05}-of-{count:05}{output.suffix}") for i in range(1, count + 1)]

@@ -1,0 +1,134 @@
+"""One file of a conversion: the whole result, a shard of it, the head of shards, or the result joined of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qformat.converters.resume import find_finished
+
+from qformat.container.reader import ContainerReader
+from qformat.container.writer import ContainerWriter, predict_size
+from qformat.encode import Plan, Progress, write_tensors
+from qformat.errors import FormatError
+from qformat.records import ShardRecord, TensorRecord
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How to write; as in `qformat.converters.convert.convert`."""
+
+    overwrite: bool = False
+    dry_run: bool = False
+    resume: bool = False
+    jobs: int | None = None
+    allow_nonfinite: bool = False
+    allow_vanished: bool = False
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a file holds beside tensors, and what identifies all that decides its bytes."""
+
+    request: str
+    assets: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    shards: Sequence[ShardRecord] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a file; as in `qformat.converters.convert.Conversion`."""
+
+    records: list[TensorRecord]
+    assets: dict[str, int]
+    nbytes: int
+    root: str | None
+    resumed: int
+
+
+def write_file(output: Path, plans: Sequence[Plan], beside: Beside, options: WriteOptions) -> Written:
+    """Encode tensors, sorted by name, into a file; or find out how long it would be."""
+    if options.dry_run and not any(plan.codec.chunked or plan.codec.layered for plan in plans):
+        contents = [(name, read()) for name, read in sorted(beside.assets.items())]
+        records = [plan.record for plan in plans]
+        size = predict_size(contents, records, beside.metadata, beside.shards)
+        sizes = {name: len(data) for name, data in contents}
+        return Written([replace(record, error=None) for record in records], sizes, size, None, 0)
+    finished = _finished(output, beside, options)
+    if finished:
+        return finished
+    with _begun(output, beside, options) as (writer, resumed):
+        write_tensors(
+            writer,
+            plans,
+            jobs=options.jobs,
+            progress=options.progress,
+            allow_nonfinite=options.allow_nonfinite,
+            allow_vanished=options.allow_vanished,
+        )
+    return _done(writer, None if options.dry_run else writer.root, resumed)
+
+
+def join_files(output: Path, parts: Sequence[Path], beside: Beside, options: WriteOptions) -> Written:
+    """Copy the tensors of several files, which follow each other by name, into one.
+
+    Raises
+    ------
+    FormatError
+        If a part is damaged.
+    """
+    finished = _finished(output, beside, options)
+    if finished:
+        return finished
+    with _begun(output, beside, options) as (writer, resumed):
+        done = len(writer.records)
+        for path in parts:
+            with ContainerReader(path) as part:
+                for record in part.tensors[done:]:
+                    tensor = writer.tensor(record)
+                    tensor.write(part.segments(record.segments))
+                    copied = tensor.finish(record.error)
+                    if [s.sha256 for s in copied.segments] != [s.sha256 for s in record.segments]:
+                        raise FormatError(f"tensor {record.name!r} is damaged: its SHA-256 does not match", path=path)
+                    writer.finish(copied)
+                done = max(0, done - len(part.tensors))
+    return _done(writer, writer.root, resumed)
+
+
+def _finished(output: Path, beside: Beside, options: WriteOptions) -> Written | None:
+    """Return what an earlier run has finished, if this one is to go on with it."""
+    found = find_finished(output, beside.request) if options.resume and not options.dry_run else None
+    if not found:
+        return None
+    index, root = found
+    if options.progress:
+        options.progress(sum(record.elements for record in index.tensors))
+    sizes = {asset.name: asset.size for asset in index.assets}
+    return Written([*index.tensors], sizes, output.stat().st_size, root, len(index.tensors))
+
+
+@contextmanager
+def _begun(output: Path, beside: Beside, options: WriteOptions) -> Iterator[tuple[ContainerWriter, int]]:
+    """Begin a file, and yield its writer after the assets, and how many tensors it has already."""
+    with ContainerWriter(
+        None if options.dry_run else output,
+        overwrite=options.overwrite,
+        metadata=beside.metadata,
+        request=beside.request,
+        resume=options.resume,
+    ) as writer:
+        writer.shards = [*beside.shards]
+        done = {asset.name for asset in writer.assets}
+        for name, read in sorted(beside.assets.items()):
+            if name not in done:
+                writer.asset(name, read())
+        yield writer, len(writer.records)
+
+
+def _done(writer: ContainerWriter, root: str | None, resumed: int) -> Written:
+    sizes = {asset.name: asset.size for asset in writer.assets}
+    return Written(writer.records, sizes, writer.file_size, root, resumed)

@@ -1,0 +1,286 @@
+"""Checkpoints in several files: a head that names its shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from qformat.converters.convert import convert
+from qformat.converters.detect import open_checkpoint
+from qformat.converters.split import parse_size
+from qformat.readers.torch import load_file
+from safetensors.numpy import save_file as save_safetensors
+
+from qformat import encode, safe_open
+from qformat.cli import cli as command
+from qformat.container.reader import ContainerReader
+from qformat.container.verify import verify
+from qformat.errors import FormatError, TargetError
+from qformat.recipe import Recipe
+
+SIZE = 64 * 96 * 18 // 32  # bytes of a tensor as q4_0
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    rng = np.random.default_rng(5)
+    tensors = {f"layer.{i}.weight": rng.normal(size=(64, 96)).astype(np.float32) for i in range(9)}
+    save_safetensors(tensors | {"norm": np.ones(96, np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    return folder
+
+
+def run(source: Path, output: Path, kind: str = "q4_0", size: int | None = 4 * SIZE, **options: Any) -> Any:
+    return convert(open_checkpoint(source), output, Recipe.parse(kind), shard_size=size, **options)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def test_a_head_and_its_shards(source, tmp_path):
+    whole, output = tmp_path / "whole.qf", tmp_path / "m.qf"
+    run(source, whole, size=None)
+    result = run(source, output)
+    names = [f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
+    assert [path.name for path in result.shards] == names
+    assert files(tmp_path) == [*names, "m.qf", "whole.qf"]
+    assert result.nbytes == sum((tmp_path / name).stat().st_size for name in (*names, "m.qf"))
+    assert max((tmp_path / name).stat().st_size for name in names) < 4 * SIZE + 6000
+    with safe_open(whole) as one, safe_open(output) as many:
+        assert one.keys() == many.keys()
+        assert many.get_asset("config.json") == one.get_asset("config.json")
+        for name in one.keys():  # noqa: SIM118
+            assert np.array_equal(one.get_tensor(name), many.get_tensor(name))
+            assert one.info(name).error == many.info(name).error
+        assert np.array_equal(many.get_rows("layer.7.weight", [3, 1]), one.get_tensor("layer.7.weight")[[3, 1]])
+    loaded = load_file(output)
+    assert list(loaded) == list(load_file(whole))
+    with safe_open(tmp_path / names[1]) as shard:
+        assert shard.keys() == [f"layer.{i}.weight" for i in (4, 5, 6, 7)]
+        assert shard.assets() == []
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "lossless", "scm:bpw=3"])
+def test_a_dry_run_predicts_all_sizes(source, tmp_path, kind):
+    expected = run(source, tmp_path / "m.qf", kind, dry_run=True)
+    assert files(tmp_path) == []
+    assert expected.nbytes == run(source, tmp_path / "m.qf", kind).nbytes
+
+
+def test_what_is_small_stays_in_one_file(source, tmp_path):
+    run(source, tmp_path / "m.qf", size=10**9)
+    assert files(tmp_path) == ["m.qf"]
+
+
+def test_a_tensor_that_is_larger_has_a_shard_of_its_own(source, tmp_path):
+    assert len(run(source, tmp_path / "m.qf", size=1).shards) == 10
+
+
+def test_the_same_bytes_each_time(source, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        run(source, tmp_path / name / "m.qf", jobs=1 if name == "a" else 3)
+    for name in files(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_verify_looks_at_the_shards(source, tmp_path):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    reports = verify([str(output)])
+    assert [Path(report.path).name for report in reports] == [
+        "m.qf",
+        *(f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)),
+    ]
+    assert all(report.ok for report in reports)
+    second = tmp_path / "m-00002-of-00003.qf"
+    data = bytearray(second.read_bytes())
+    data[2000] ^= 1
+    second.write_bytes(data)
+    bad = [report for report in verify([str(output)]) if not report.ok]
+    assert [Path(report.path).name for report in bad] == [second.name]
+    assert "SHA-256 does not match" in bad[0].errors[0].what
+    second.unlink()
+    (bad,) = [report for report in verify([str(output)]) if not report.ok]
+    assert (Path(bad.path).name, bad.errors[0].what) == (second.name, "cannot be read: No such file or directory")
+
+
+def test_another_file_in_the_place_of_a_shard_is_noticed(source, tmp_path):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    other = tmp_path / "other"
+    other.mkdir()
+    run(source, other / "m.qf", "q8_0", size=8 * SIZE)
+    name = "m-00002-of-00003.qf"
+    (tmp_path / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(FormatError, match=f"{name}: is not the shard that its head names"):
+        safe_open(output)
+    (report,) = [report for report in verify([str(output)]) if not report.ok]
+    assert "is not the shard" in report.errors[0].what
+    (tmp_path / name).unlink()
+    with pytest.raises(FormatError, match=f"shard {name} cannot be read: No such file"):
+        safe_open(output)
+
+
+def test_an_open_file_has_nothing_beside_it(source, tmp_path):
+    run(source, tmp_path / "m.qf")
+    with (
+        (tmp_path / "m.qf").open("rb") as file,
+        pytest.raises(FormatError, match="in 3 other files: open it by its path"),
+    ):
+        safe_open(file)
+
+
+def test_a_failed_run_leaves_nothing(source, tmp_path, monkeypatch):
+    real, left = encode.encode_piece, [7]
+
+    def piece(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(encode, "encode_piece", piece)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "m.qf", jobs=1)
+    assert files(tmp_path) == []
+
+
+def test_it_goes_on_in_the_middle_of_a_shard(source, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run(source, whole / "m.qf")
+    real, left = encode.encode_piece, [7]
+
+    def piece(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(encode, "encode_piece", piece)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "m.qf", jobs=1, resume=True)
+    assert (tmp_path / "m-00001-of-00003.qf").exists()
+    first = (tmp_path / "m-00001-of-00003.qf").stat().st_ino
+    assert run(source, tmp_path / "m.qf", resume=True).resumed >= 6
+    assert (tmp_path / "m-00001-of-00003.qf").stat().st_ino == first
+    assert files(tmp_path) == files(whole)
+    for name in files(whole):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert run(source, tmp_path / "m.qf", resume=True).resumed == 10
+
+
+def test_shards_that_are_there_are_not_replaced(source, tmp_path):
+    (tmp_path / "m-00003-of-00003.qf").write_bytes(b"mine")
+    with pytest.raises(TargetError, match=r"m-00003-of-00003\.qf: exists already"):
+        run(source, tmp_path / "m.qf")
+    assert files(tmp_path) == ["m-00003-of-00003.qf"]
+    run(source, tmp_path / "m.qf", overwrite=True)
+    assert all(report.ok for report in verify([str(tmp_path / "m.qf")]))
+
+
+def test_on_the_command_line(source, tmp_path):
+    output = str(tmp_path / "m.qf")
+    runner = CliRunner()
+    shown = runner.invoke(command, ["convert", str(source), output, "--shard-size", "15kB"])
+    assert shown.exit_code == 0, shown.output
+    assert "in 3 shards, m-00001-of-00003.qf and so on, and their head m.qf" in shown.output
+    found = json.loads(runner.invoke(command, ["inspect", output, "--json"]).output)
+    assert len(found["tensors"]) == 10
+    assert list(found["shards"]) == [f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
+    assert found["file_bytes"] == sum(path.stat().st_size for path in tmp_path.glob("m*.qf"))
+    assert "shard m-00002-of-00003.qf (" in runner.invoke(command, ["inspect", output]).output
+    again = runner.invoke(command, ["convert", output, str(tmp_path / "again.qf"), "-t", "f32"])
+    assert again.exit_code == 0, again.output
+    wrong = runner.invoke(command, ["convert", str(source), output, "--shard-size", "many"])
+    assert wrong.exit_code == 2
+    assert "'many' is no size such as 5GB or 500MiB" in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("7", 7), ("2k", 2000), ("3tib", 3 << 40)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "GB", "-1GB", "5XB", "1e9", "0.0001"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
+
+
+def change(path: Path, edit: Any) -> None:
+    """Write a head anew with another index."""
+    from hashlib import sha256
+
+    from qformat.container.index import canonical_json
+    from qformat.container.layout import Trailer
+
+    with ContainerReader(path, alone=True) as container:
+        trailer = container.trailer
+    data = path.read_bytes()
+    index = json.loads(data[trailer.index_offset : trailer.index_offset + trailer.index_length])
+    edit(index)
+    new = canonical_json(index)
+    path.write_bytes(
+        data[: trailer.index_offset] + new + Trailer(trailer.index_offset, len(new), sha256(new).digest()).pack()
+    )
+
+
+def drop_mark(index: Any) -> None:
+    del index["must_understand"]
+
+
+def path_of_shard(index: Any) -> None:
+    index["shards"][0]["name"] = "../m.qf"
+
+
+def no_shard(index: Any) -> None:
+    index["shards"] = []
+
+
+def unsorted(index: Any) -> None:
+    index["shards"].reverse()
+
+
+def itself(index: Any) -> None:
+    index["shards"] = [{"name": "m.qf", "bytes": 1, "root_sha256": "0" * 64}]
+
+
+def root(index: Any) -> None:
+    index["shards"][0]["root_sha256"] = "x"
+
+
+def test_the_reference_reads_them_too(source, tmp_path, reference):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    file = reference.read_path(output)
+    with safe_open(output) as ours:
+        assert list(file.tensors) == ours.keys()
+        for name, tensor in file.tensors.items():
+            assert np.array_equal(reference.decode(tensor), ours.get_tensor(name))
+    shutil.copy(tmp_path / "m-00001-of-00003.qf", tmp_path / "m-00002-of-00003.qf")
+    with pytest.raises(reference.SpecError):
+        reference.read_path(output)
+
+
+@pytest.mark.parametrize("edit", [drop_mark, path_of_shard, no_shard, unsorted, itself, root])
+def test_impossible_heads(source, tmp_path, edit, reference):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    change(output, edit)
+    with pytest.raises(FormatError):
+        safe_open(output)
+    with pytest.raises(reference.SpecError):
+        reference.read_path(output)
