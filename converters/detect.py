@@ -1,26 +1,32 @@
-"""Find out what a path holds."""
+"""Find out what a path holds: by what is in the files, not by what they are called."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+from qformat.converters.options import SourceOptions
+
 from qformat.container.layout import MAGIC
-from qformat.errors import QualityError, SourceError
-from qformat.files import open_regular
+from qformat.errors import QFormatError, QualityError, SourceError
+from qformat.files import is_remote
 from qformat.quality import Quality
 from qformat.source import Checkpoint
 
+_GGUF = b"GGUF"
 
-def open_checkpoint(path: Path, quality: Quality | None = None) -> Checkpoint:
-    """Return the checkpoint at a path: a Hugging Face directory, a single .safetensors file, or a container file.
+
+def open_checkpoint(path: Path, options: SourceOptions | None = None) -> Checkpoint:
+    """Return the checkpoint at a path.
 
     Parameters
     ----------
     path
-        The file or directory.
-    quality
-        How much to read of the layered tensors of a container file.
+        As `qformat.files.source_path` gives it: a directory as Hugging Face or Meta lays them out, or with one file of weights;
+        or a safetensors, torch, GGUF or container file.
+    options
+        How to read it.
 
     Raises
     ------
@@ -29,29 +35,70 @@ def open_checkpoint(path: Path, quality: Quality | None = None) -> Checkpoint:
     QualityError
         If a quality is given for something else than layered tensors.
     """
-    from qformat.converters.container import open_container
-    from qformat.converters.hf import open_hf
-    from qformat.converters.safetensors import open_safetensors
+    options = options or SourceOptions()
+    try:
+        checkpoint = _open(path, options)
+    except (QFormatError, ImportError):
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        # each file system has errors of its own
+        raise SourceError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from None
+    return replace(checkpoint, variant=" ".join(filter(None, (checkpoint.variant, str(options)))))
 
-    quality = quality or Quality()
+
+def _open(path: Path, options: SourceOptions) -> Checkpoint:
     if path.is_dir():
-        _check_quality(path, quality)
-        return open_hf(path)
+        return _open_directory(path, options)
     if not path.exists():
         raise SourceError(f"{path}: there is no such file or directory")
-    try:
-        with open_regular(path) as file:
-            start = file.read(9)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    return _open_file(path, options)
+
+
+def _open_directory(path: Path, options: SourceOptions) -> Checkpoint:
+    from qformat.converters.hf import only_weights, open_hf, with_assets
+    from qformat.converters.meta import is_meta, open_meta
+    from qformat.converters.weights import first_bytes
+
+    _check_quality(path, options.quality)
+    checkpoint = open_hf(path, options)
+    if checkpoint is None and is_meta(path):
+        return open_meta(path, options)
+    if checkpoint is None:
+        only = only_weights(path)
+        checkpoint = _open_file(only, options, alone=False)
+        complete = first_bytes(only).startswith(_GGUF)  # which holds its tokenizer
+        return checkpoint if complete else with_assets(path, checkpoint)
+    return _recognized(checkpoint, path, options)
+
+
+def _open_file(path: Path, options: SourceOptions, *, alone: bool = True) -> Checkpoint:
+    from qformat.converters.weights import check_no_key, first_bytes, open_weights
+
+    start = first_bytes(path)
     if start.startswith(MAGIC):
-        return open_container(path, quality)
-    _check_quality(path, quality)
-    if len(start) == 9 and start[8:] == b"{":
-        return Checkpoint(open_safetensors(path), warnings=_alone(path), files=[path])
-    if not start:
-        raise SourceError(f"{path}: the file is empty")
-    raise SourceError(f"{path}: not a safetensors file; give one, a directory with safetensors weights, or a .qf file")
+        from qformat.converters.container import open_container
+
+        check_no_key(path, options)
+        return open_container(path, options.quality)
+    _check_quality(path, options.quality)
+    if start.startswith(_GGUF):
+        from qformat.converters.gguf import open_gguf
+
+        check_no_key(path, options)
+        return open_gguf(path)
+    checkpoint = _recognized(open_weights(path, options), path.parent, options)
+    return replace(checkpoint, warnings=[*_alone(path), *checkpoint.warnings]) if alone else checkpoint
+
+
+def _recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions) -> Checkpoint:
+    """Return a checkpoint with what other tools have quantized as tensors whose codes are copied."""
+    from qformat.converters.hf import read_configs
+    from qformat.converters.quantized import recognize
+
+    tensors, warnings = recognize(checkpoint.tensors, read_configs(directory), options)
+    return replace(checkpoint, tensors=tensors, warnings=[*checkpoint.warnings, *warnings])
 
 
 def _check_quality(path: Path, quality: Quality) -> None:

@@ -1,11 +1,18 @@
-"""Hugging Face checkpoint directories with safetensors weights, in one file or in shards."""
+"""Model directories as Hugging Face lays them out: weights in one file or in shards, and the files that belong to them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from qformat.converters.safetensors import SafetensorsTensor, open_safetensors
+from qformat.converters.options import SourceOptions
+from qformat.converters.shards import numbered, open_indexed, open_unlisted
+from qformat.converters.weights import open_weights
 
 from qformat.container.index import MAX_ASSET_BYTES, check_asset_name
 from qformat.errors import FormatError, SourceError
@@ -14,6 +21,16 @@ from qformat.source import Checkpoint
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+# Names of the weights in one file, the best first; in shards, there is NAME.index.json instead.
+_NAMES = (
+    SINGLE,
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "consolidated.safetensors",  # Mistral's own
+)
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # What a model directory holds beside its weights, and a loader needs: configuration, tokenizer, templates, licence.
 _ASSETS = (
@@ -30,77 +47,95 @@ _ASSETS = (
 )
 _NOT_ASSETS = ("*.index.json",)
 
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
+# What trainers leave beside them
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "random_states*")
 
-def open_hf(directory: Path) -> Checkpoint:
-    """Return the checkpoint in a directory.
+_CONFIGS = ("config.json", "quantize_config.json", "quantization_config.json")
 
-    Nothing is written there, and no file outside it is read, whatever its index says (but symbolic links, which the hub's
-    cache consists of, are followed).
+
+def open_hf(directory: Path, options: SourceOptions) -> Checkpoint | None:
+    """Return the checkpoint in a directory, or None if its weights have none of the usual names.
+
+    Nothing is written there, and no file outside it is read.
 
     Raises
     ------
     SourceError
-        If there are no safetensors weights, a shard is missing or damaged, or the index does not fit the shards.
+        If a file is missing or damaged, or an index does not fit the files.
     """
-    warnings: list[str] = []
-    if (directory / SINGLE).exists():
-        tensors = open_safetensors(directory / SINGLE)
-    elif (directory / INDEX).exists():
-        tensors, warnings = _open_shards(directory)
-    else:
-        raise SourceError(f"{directory}: holds neither {SINGLE} nor {INDEX}; give a directory with safetensors weights")
-    assets, more = _find_assets(directory)
-    files = [directory / INDEX, *{tensor.file.path for tensor in tensors}, *assets.values()]
-    readers = {name: path.read_bytes for name, path in assets.items()}
-    return Checkpoint(tensors, readers, [*warnings, *more, *_left_out(directory)], files)
+    shard = partial(open_weights, options=options, shard=True)
+    for name in _NAMES:
+        if (directory / name).exists():
+            return with_assets(directory, open_weights(directory / name, options))
+        index = directory / f"{name}.index.json"
+        if index.exists():
+            return with_assets(directory, open_indexed(index, shard))
+    files = [path for path in weights_in(directory) if path.suffix != ".gguf"]
+    shards = numbered([path for path in files if path.suffix == ".safetensors"]) or numbered(files)
+    return with_assets(directory, open_unlisted(shards, shard)) if shards else None
 
 
-def _open_shards(directory: Path) -> tuple[list[SafetensorsTensor], list[str]]:
-    weight_map = _read_index(directory / INDEX)
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        # The index is untrusted: a file name and nothing else
-        if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
-            raise SourceError(
-                f"{directory / INDEX}: names the file {shard!r}, which is not a plain file name; do not use it"
-            )
-        if not (directory / shard).exists():
-            raise SourceError(f"{directory}: shard {shard} is missing, though {INDEX} names it; download it again")
-    tensors: dict[str, SafetensorsTensor] = {}
-    unlisted = []
-    for shard in shards:
-        for tensor in open_safetensors(directory / shard):
-            home = weight_map.get(tensor.name, shard)
-            if tensor.name not in weight_map:
-                unlisted.append(tensor.name)
-            if home == shard:
-                if tensor.name in tensors:
-                    raise SourceError(
-                        f"{directory}: tensor {tensor.name!r} is in two shards and {INDEX} does not list it"
-                    )
-                tensors[tensor.name] = tensor
-    for name, shard in sorted(weight_map.items()):
-        if name not in tensors:
-            raise SourceError(f"{directory}: {INDEX} says that {shard} holds tensor {name!r}, but it does not")
-    warnings = []
-    if unlisted:
-        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
-        warnings.append(f"{INDEX} does not list tensor {unlisted[0]!r}{more}; taken along")
-    return list(tensors.values()), warnings
+def only_weights(directory: Path) -> Path:
+    """Return the one file with weights in a directory, whatever its name; adapters count if there is nothing else.
+
+    Raises
+    ------
+    SourceError
+        If there is none, or several.
+    """
+    files = [path for path in weights_in(directory) if path.name not in _ADAPTERS]
+    files = files or [directory / name for name in _ADAPTERS if (directory / name).exists()][:1]
+    if not files:
+        raise SourceError(
+            f"{directory}: holds no weights: neither {SINGLE}, {INDEX} nor any {', '.join(_WEIGHTS[:-1])} or {_WEIGHTS[-1]} "
+            "file; give a directory with weights, or a file"
+        )
+    if len(files) > 1:
+        more = f" and {len(files) - 8} more" if len(files) > 8 else ""
+        raise SourceError(
+            f"{directory}: holds several files with weights, and none has a usual name: "
+            f"{', '.join(path.name for path in files[:8])}{more}; give one of them"
+        )
+    return files[0]
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        with open_regular(path) as file:
-            index = json.loads(file.readall())
-        weight_map = index["weight_map"]
-        if not weight_map or not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
-            raise TypeError
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SourceError(f"{path}: is not an index of shards (no usable 'weight_map'); download it again") from None
-    return weight_map  # type: ignore[no-any-return]
+def weights_in(directory: Path) -> list[Path]:
+    """Return the files that should hold weights, going by their names."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix in _WEIGHTS
+        and not path.name.startswith(".")
+        and path.is_file()
+        and not any(fnmatchcase(path.name, no) for no in _NOT_WEIGHTS)
+    )
+
+
+def with_assets(directory: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint together with the files of its directory that belong to the model."""
+    found, warnings = _find_assets(directory)
+    readers = {name: path.read_bytes for name, path in found.items()}
+    return replace(
+        checkpoint,
+        assets=dict(checkpoint.assets) | readers,
+        warnings=[*checkpoint.warnings, *warnings, *_left_out(directory)],
+        files=[*checkpoint.files, *found.values()],
+    )
+
+
+def read_configs(directory: Path) -> dict[str, Mapping[str, Any]]:
+    """Return what is configured for the weights in a directory, by file, as far as it is there and can be read."""
+    configs: dict[str, Mapping[str, Any]] = {}
+    for name in _CONFIGS:
+        try:
+            with open_regular(directory / name) as file:
+                config = json.loads(file.read(MAX_ASSET_BYTES))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(config, dict):
+            configs[name] = config
+    return configs
 
 
 def _find_assets(directory: Path) -> tuple[dict[str, Path], list[str]]:
@@ -110,7 +145,7 @@ def _find_assets(directory: Path) -> tuple[dict[str, Path], list[str]]:
     for pattern in (*_ASSETS, "[!.]*/config.json"):
         for path in sorted(directory.glob(pattern)):
             name = path.relative_to(directory).as_posix()
-            if name.startswith(".") or not path.is_file() or any(path.match(no) for no in _NOT_ASSETS):
+            if name.startswith(".") or not path.is_file() or any(fnmatchcase(path.name, no) for no in _NOT_ASSETS):
                 continue
             try:
                 check_asset_name(name)
@@ -125,5 +160,5 @@ def _find_assets(directory: Path) -> tuple[dict[str, Path], list[str]]:
 
 def _left_out(directory: Path) -> list[str]:
     """Return a warning for weights in folders, which are no part of the checkpoint proper."""
-    others = sorted(path.relative_to(directory).as_posix() for path in directory.glob("*/*.safetensors"))
+    others = sorted(path.relative_to(directory).as_posix() for path in directory.glob("*/*") if path.suffix in _WEIGHTS)
     return [f"{name} is not taken along: convert its folder on its own" for name in others]

@@ -1,4 +1,4 @@
-"""Open files that someone else named."""
+"""Open files that someone else named: on this machine, or anywhere that fsspec reaches."""
 
 from __future__ import annotations
 
@@ -6,17 +6,105 @@ import errno
 import io
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, cast
+
+from qformat.errors import SourceError
+
+_AT_ONCE = 8 << 20  # bytes that are fetched of a URL
 
 
-def open_regular(path: Path) -> io.FileIO:
-    """Open a file for reading, unbuffered, if it is a regular one: a pipe would block, and a device might never end.
+def source_path(text: str) -> Path:
+    """Return the path of a checkpoint; of a URL one that behaves like a path, but is none of this machine (see `is_remote`).
+
+    Raises
+    ------
+    SourceError
+        If what is needed for such URLs is missing.
+    """
+    if "://" not in text:
+        return Path(text)
+    try:
+        from upath import UPath
+    except ImportError:
+        raise SourceError(f"{text}: universal-pathlib is needed for URLs; pip install 'qformat[remote]'") from None
+    try:
+        path = UPath(text)
+        _ = path.fs
+    except (ImportError, ValueError) as error:
+        raise SourceError(f"{text}: cannot be opened: {error}") from None
+    return cast("Path", path)
+
+
+def is_remote(path: Path) -> bool:
+    """Return whether a path is a URL, which the operating system cannot open."""
+    return not isinstance(path, Path)
+
+
+def read_range(path: Path, offset: int, length: int) -> bytes:
+    """Return the bytes at a position of a URL, fewer if it ends there.
+
+    Raises
+    ------
+    SourceError
+        If they cannot be read.
+    """
+    try:
+        data: bytes = path.fs.cat_file(path.path, start=offset, end=offset + length)  # type: ignore[attr-defined]
+    except Exception as error:  # noqa: BLE001  each file system has errors of its own
+        raise SourceError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from None
+    return data
+
+
+@contextmanager
+def on_this_machine(path: Path) -> Iterator[Path]:
+    """Yield the path of a file, or of a copy of what a URL names; the copy can be mapped, and loses its name at the end.
+
+    Raises
+    ------
+    OSError
+        If the copy cannot be written.
+    SourceError
+        If the URL cannot be read.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="qformat-") as folder:
+        copy = Path(folder) / path.name
+        with copy.open("wb") as file:
+            while data := read_range(path, file.tell(), _AT_ONCE):
+                file.write(data)
+        yield copy
+
+
+def identity(path: Path) -> tuple[str | int, ...]:
+    """Return what changes when a file is changed, as far as one can tell without reading it; nothing if it is not there."""
+    if is_remote(path):
+        try:
+            return (path.name, path.fs.ukey(path.path))  # type: ignore[attr-defined]
+        except Exception:  # noqa: BLE001  each file system has errors of its own
+            return ()
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return (path.name, status.st_size, status.st_mtime_ns)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, if it is a regular one: a pipe would block, and a device might never end.
 
     Raises
     ------
     OSError
         If it cannot be opened, or is something else.
     """
+    if is_remote(path):
+        return path.open("rb")
     if "\0" in str(path):
         raise OSError(errno.ENOENT, "the name holds a NUL", str(path))
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -26,4 +114,4 @@ def open_regular(path: Path) -> io.FileIO:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    return io.FileIO(fd, "rb")
+    return cast("BinaryIO", io.FileIO(fd, "rb"))

@@ -21,6 +21,33 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 #: a path that is checked by the library, which has the better messages
 PATH = click.Path(path_type=Path)
 
+
+class _Source(click.ParamType[Path]):
+    """A checkpoint: a path, or a URL that fsspec knows."""
+
+    name = "path or URL"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        del param, ctx
+        from qformat.files import source_path
+
+        return source_path(value) if isinstance(value, str) else value
+
+
+SOURCE = _Source()
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Return the bytes that an option such as 5GB means."""
+    from qformat.converters.split import parse_size as parse
+
+    try:
+        return None if value is None else parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
 jobs_option = click.option(
     "-j",
     "--jobs",

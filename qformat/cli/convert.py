@@ -6,7 +6,6 @@ import glob
 import math
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,28 +13,30 @@ import click
 
 from qformat.cli.common import (
     PATH,
+    SOURCE,
     echo_json,
     echo_table,
     human_bytes,
     human_count,
     jobs_option,
     natural_key,
+    parse_size,
     printable,
     progress_bar,
-    quality_option,
     warn,
 )
-from qformat.quality import Quality
+from qformat.cli.source import source_options
+from qformat.converters.options import SourceOptions
 
 if TYPE_CHECKING:
     from qformat.converters.convert import Conversion
     from qformat.converters.prune import Pruned
 
-_DEFAULT = "q4_0"
+_DEFAULT = "q4_0"  # as qformat.converters.request has it, which takes long to import
 
 
 @click.command()
-@click.argument("src", type=PATH)
+@click.argument("src", type=SOURCE)
 @click.argument("dst", type=PATH)
 @click.option(
     "-t",
@@ -52,7 +53,7 @@ _DEFAULT = "q4_0"
     metavar="GLOB=TYPE",
     help="For floating tensors of any shape whose name matches; may be repeated, the last match wins.",
 )
-@quality_option("Of layered tensors of a .qf file SRC, read no more than this needs")
+@source_options("Of layered tensors of a .qf file SRC, read no more than this needs")
 @click.option(
     "--prune",
     type=float,
@@ -67,8 +68,31 @@ _DEFAULT = "q4_0"
     metavar="GLOB=SPARSITY",
     help="The same for tensors whose name matches, 0 for none; may be repeated, the last match wins.",
 )
+@click.option(
+    "--shard-size",
+    metavar="SIZE",
+    callback=parse_size,
+    help="If the tensors take more than this, 5GB say, put them into several files: DST becomes the head that names them.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["threads", "dask"]),
+    default="threads",
+    show_default=True,
+    help="Threads, or processes of a Dask cluster; --jobs of them are started here unless --scheduler is given.",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Of a Dask cluster, tcp://HOST:PORT, whose workers see SRC and the folder of DST under the same paths.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Keep tensors that hold NaN or infinity raw.")
 @click.option("--allow-zeroed", is_flag=True, help="Let blocks too small for the type's scale become zero.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where an earlier run of the same command was when it was killed, and leave what is done if this one fails.",
+)
 @click.option("-f", "--force", is_flag=True, help="Replace DST if it exists.")
 @click.option(
     "-n",
@@ -85,11 +109,15 @@ def command(
     dst: Path,
     type_: str | None,
     overrides: tuple[str, ...],
-    quality: Quality,
+    options: SourceOptions,
     prune: float,
     prune_overrides: tuple[str, ...],
+    shard_size: int | None,
+    engine: str,
+    scheduler: str | None,
     allow_nonfinite: bool,
     allow_zeroed: bool,
+    resume: bool,
     force: bool,
     dry_run: bool,
     verbose: bool,
@@ -98,9 +126,13 @@ def command(
 ) -> None:
     """Turn the checkpoint SRC into the file DST.
 
-    SRC is a Hugging Face directory with safetensors weights (sharded or not), a .safetensors file, or a .qf file. Of a directory,
-    the files that belong to the model (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md, config.json of folders) go into
-    DST too. Nothing stands at DST before it is complete.
+    SRC is a directory as Hugging Face lays it out (safetensors or pytorch_model.bin, sharded or not) or Meta (params.json and
+    consolidated.*.pth, joined under Meta's names), or one file: safetensors, torch (.pth, .pt, .bin, .ckpt), GGUF or .qf, by its
+    content. Of a directory, the files that belong to the model (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md,
+    config.json of folders) go into DST too. Nothing stands at DST before it is complete.
+
+    Of a torch checkpoint the state dict with the most weights is taken, and --state-dict-key chooses another; what is beside it
+    goes into DST as checkpoint.json as far as it is small and JSON can hold it. Nothing that a pickle asks for is ever run.
 
     TYPE is f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, nlm, affine, lut, ternary, levels, scm or lossless, with parameters as in
     q4_0:search=exact; qformat types lists them. One-dimensional tensors stay as they are unless --tensor-type names them; integers
@@ -111,17 +143,24 @@ def command(
     --prune-tensor '*lm_head*=0.3' does not. Errors are then measured and recorded against the pruned weights. q4_1, q5_1, nlm and
     some codebooks of lut have no level at zero, and give small weights back instead.
     """
+    from qformat.converters.cluster import Cluster
     from qformat.converters.convert import convert
-    from qformat.converters.detect import open_checkpoint
-    from qformat.converters.prune import Pruned, Pruning
-    from qformat.recipe import Recipe
+    from qformat.converters.prune import Pruned
+    from qformat.converters.request import Request
+    from qformat.files import is_remote
 
-    recipe = Recipe.parse(type_ or _DEFAULT, overrides)
-    pruning = Pruning.parse(prune, prune_overrides)
-    checkpoint = open_checkpoint(src, quality)
-    if type_ is None and checkpoint.quantized:
-        recipe = replace(recipe, default=None)
-    checkpoint = pruning.apply(checkpoint)
+    if scheduler and engine != "dask":
+        raise click.UsageError("--scheduler is for --engine dask")
+    request = Request(
+        str(src if is_remote(src) else src.absolute()),
+        options,
+        type_,
+        overrides,
+        prune,
+        prune_overrides,
+        allow_nonfinite=allow_nonfinite,
+    )
+    checkpoint, recipe = request.open()
     for warning in checkpoint.warnings:
         warn(warning)
     total = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors)
@@ -132,6 +171,9 @@ def command(
             recipe,
             overwrite=force,
             dry_run=dry_run,
+            resume=resume,
+            shard_size=shard_size,
+            cluster=Cluster(request, scheduler, jobs) if engine == "dask" else None,
             jobs=jobs,
             allow_nonfinite=allow_nonfinite,
             allow_vanished=allow_zeroed,
@@ -141,7 +183,9 @@ def command(
         if plan.note:
             warn(plan.note)
     pruned = {plan.source.name: plan.source for plan in result.plans if isinstance(plan.source, Pruned)}
-    zeros = None if dry_run else sum(tensor.zeros or 0 for tensor in pruned.values())
+    # those of a dry run are, and those that an earlier run has read
+    unknown = any(tensor.zeros is None for tensor in pruned.values())
+    zeros = None if unknown else sum(tensor.zeros or 0 for tensor in pruned.values())
     _warn_of_nothing_left(pruned.values())
     if as_json:
         echo_json(result.to_json() | {"dry_run": dry_run, "pruned_tensors": len(pruned), "pruned_weights": zeros})
@@ -155,6 +199,10 @@ def command(
         f"{result.bpw:.3f} bits/weight; {len(result.assets)} other files"
         + ("" if dry_run else f"; in {result.seconds:.1f} s")
     )
+    if result.shards:
+        click.echo(f"in {len(result.shards)} shards, {result.shards[0].name} and so on, and their head {dst.name}")
+    if result.resumed:
+        click.echo(f"{result.resumed} of {len(result.plans)} tensors were there already")
     if pruned:
         total = sum(tensor.elements for tensor in pruned.values())
         least = sum(tensor.rank for tensor in pruned.values())

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat.cli.common import (
-    PATH,
+    SOURCE,
     echo_json,
     echo_table,
     jobs_option,
     natural_key,
     printable,
     progress_bar,
-    quality_option,
     warn,
 )
-from qformat.quality import Quality
+from qformat.cli.source import source_options
+from qformat.converters.options import SourceOptions
 
 if TYPE_CHECKING:
     from qformat.stats import ErrorStats
@@ -47,7 +47,7 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
 
 
 @click.command()
-@click.argument("src", type=PATH)
+@click.argument("src", type=SOURCE)
 @click.option(
     "-t",
     "--type",
@@ -58,7 +58,7 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
     metavar="TYPE",
     help="May be repeated; qformat types lists them.",
 )
-@quality_option("Of layered tensors of a .qf file SRC, read no more than this needs; errors are against that")
+@source_options("Of layered tensors of a .qf file SRC, read no more than this needs; errors are against that")
 @click.option(
     "--include",
     multiple=True,
@@ -84,7 +84,7 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
 def command(
     src: Path,
     types: tuple[str, ...],
-    quality: Quality,
+    options: SourceOptions,
     include: list[re.Pattern[str]],
     exclude: list[re.Pattern[str]],
     per_layer: bool,
@@ -103,7 +103,7 @@ def command(
     from qformat.stats import collect, measure
 
     codecs = [parse_type(text) for text in dict.fromkeys(types)]
-    checkpoint = open_checkpoint(src, quality)
+    checkpoint = open_checkpoint(src, options)
     for warning in checkpoint.warnings:
         warn(warning)
     tensors = [

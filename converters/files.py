@@ -1,0 +1,75 @@
+"""Files that tensors are read from, piece by piece and by several threads, without mapping them into memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from qformat.dtypes import DType, Elements
+from qformat.errors import SourceError
+from qformat.files import is_remote, read_range
+
+
+class SharedFile:
+    """A file that is opened when it is first read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._fd: int | None = None
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Return the bytes at a position.
+
+        Raises
+        ------
+        SourceError
+            If they cannot be read, or are no longer there.
+        """
+        data = np.empty(length, np.uint8).data  # which is not zeroed first
+        try:
+            self._read_into(data, offset)
+        except OSError as error:
+            raise SourceError(f"{self.path}: cannot be read: {error.strerror}") from None
+        return data
+
+    def elements(self, dtype: DType, offset: int, elements: slice) -> Elements:
+        """Return some elements of a tensor that begins at a position.
+
+        Raises
+        ------
+        SourceError
+            If they cannot be read.
+        """
+        data = self.read(offset + elements.start * dtype.size, (elements.stop - elements.start) * dtype.size)
+        return Elements(dtype, np.frombuffer(data, dtype.storage))
+
+    def _read_into(self, buffer: memoryview, offset: int) -> None:
+        if is_remote(self.path):
+            data = read_range(self.path, offset, len(buffer))
+            if len(data) < len(buffer):
+                raise self._shorter()
+            buffer[:] = data
+            return
+        with self._lock:
+            if self._fd is None:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        while buffer:
+            count = os.preadv(self._fd, [buffer], offset)
+            if count == 0:
+                raise self._shorter()
+            buffer = buffer[count:]
+            offset += count
+
+    def _shorter(self) -> SourceError:
+        return SourceError(f"{self.path}: the file became shorter while it was read")
+
+    def __del__(
+        self, close: Callable[[int], None] = os.close
+    ) -> None:  # kept, as modules go before the last objects do
+        if self._fd is not None:
+            close(self._fd)

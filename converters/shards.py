@@ -1,0 +1,128 @@
+"""Weights that are spread over several files, with an index that lists them or without."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qformat.errors import SourceError
+from qformat.files import open_regular
+from qformat.source import Checkpoint, SourceTensor
+
+#: how to open one file
+Opener = Callable[[Path], Checkpoint]
+
+_NUMBERED = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)(\.[a-z]+)")
+
+
+def open_indexed(index: Path, opener: Opener) -> Checkpoint:
+    """Return what the files that an index names hold together.
+
+    No file outside the index's directory is read, whatever it says (but symbolic links, which the hub's cache consists of, are
+    followed).
+
+    Raises
+    ------
+    SourceError
+        If the index is damaged or does not fit the files, or one of them is missing or damaged.
+    """
+    directory = index.parent
+    weight_map = _read_index(index)
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        # The index is untrusted: a file name and nothing else
+        if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
+            raise SourceError(f"{index}: names the file {shard!r}, which is not a plain file name; do not use it")
+        if not (directory / shard).exists():
+            raise SourceError(f"{directory}: shard {shard} is missing, though {index.name} names it; download it again")
+    tensors: dict[str, SourceTensor] = {}
+    unlisted = []
+    warnings: list[str] = []
+    for shard in shards:
+        opened = opener(directory / shard)
+        warnings += opened.warnings
+        for tensor in opened.tensors:
+            home = weight_map.get(tensor.name, shard)
+            if tensor.name not in weight_map:
+                unlisted.append(tensor.name)
+            if home == shard:
+                if tensor.name in tensors:
+                    raise SourceError(
+                        f"{directory}: tensor {tensor.name!r} is in two shards and {index.name} does not list it"
+                    )
+                tensors[tensor.name] = tensor
+    for name, shard in sorted(weight_map.items()):
+        if name not in tensors:
+            raise SourceError(f"{directory}: {index.name} says that {shard} holds tensor {name!r}, but it does not")
+    if unlisted:
+        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+        warnings.append(f"{index.name} does not list tensor {unlisted[0]!r}{more}; taken along")
+    files = [index, *(directory / shard for shard in shards)]
+    return Checkpoint(list(tensors.values()), warnings=warnings, files=files)
+
+
+def numbered(files: Sequence[Path]) -> list[Path]:
+    """Return those of some files that are numbered as shards, NAME-00001-of-00003.safetensors, in order.
+
+    Raises
+    ------
+    SourceError
+        If they belong to several checkpoints, or one is missing.
+    """
+    found = [(match, path) for path in files if (match := _NUMBERED.fullmatch(path.name))]
+    kinds = {(match[1], match[3], match[4]) for match, _ in found}
+    if len(kinds) > 1:
+        some = ", ".join(sorted(path.name for _, path in found)[:8])
+        raise SourceError(
+            f"{found[0][1].parent}: holds shards of several checkpoints, and no index: {some}; give a directory for each"
+        )
+    shards = {int(match[2]): path for match, path in found}
+    if shards:
+        count, first = int(found[0][0][3]), min(1, *shards)
+        for number in range(first, first + count):
+            if number not in shards:
+                name = f"{found[0][0][1]}-{number:0{len(found[0][0][2])}}-of-{found[0][0][3]}{found[0][0][4]}"
+                raise SourceError(f"{found[0][1].parent}: shard {name} is missing; download it again")
+    return [shards[number] for number in sorted(shards)]
+
+
+def open_unlisted(files: Sequence[Path], opener: Opener) -> Checkpoint:
+    """Return what several files hold together, of which there is no index.
+
+    Raises
+    ------
+    SourceError
+        If one is damaged, or a tensor is in two of them.
+    """
+    tensors: dict[str, SourceTensor] = {}
+    warnings = []
+    if len(files) > 1:
+        warnings.append(
+            f"no index says what the {len(files)} shards {files[0].name} to {files[-1].name} hold; all is taken"
+        )
+    for path in files:
+        opened = opener(path)
+        warnings += opened.warnings
+        for tensor in opened.tensors:
+            if tensor.name in tensors:
+                raise SourceError(
+                    f"{path}: tensor {tensor.name!r} is in another shard too, and no index says which one counts"
+                )
+            tensors[tensor.name] = tensor
+    return Checkpoint(list(tensors.values()), warnings=warnings, files=files)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        with open_regular(path) as file:
+            index = json.loads(file.read())
+        weight_map = index["weight_map"]
+        if not weight_map or not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
+            raise TypeError
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise SourceError(f"{path}: is not an index of shards (no usable 'weight_map'); download it again") from None
+    return weight_map  # type: ignore[no-any-return]

@@ -1,0 +1,161 @@
+"""Find the state dict in what was saved with torch: by structure, as every project has its own name for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qformat.errors import SourceError
+
+Keys = tuple[str, ...]
+
+#: chooses everything that has a name
+WHOLE = "."
+# Far more than any checkpoint has; pickles may refer to themselves, or to the same lists over and over
+_MOST_NODES = 1_000_000
+_MOST_VALUES = 100_000_000
+_DEEPEST = 50
+# Another state dict with so large a share of the weights could as well be the one that is meant
+_RIVAL = 0.1
+_NODES = (Mapping, list, tuple, torch.Tensor)
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """The tensors of a model, and what else there is.
+
+    Attributes
+    ----------
+    key
+        Where they were found.
+    tensors
+        By name.
+    beside
+        Everything else, by keys with dots between them; no tensor that was taken is in it.
+    """
+
+    key: str
+    tensors: Mapping[str, torch.Tensor]
+    beside: Mapping[str, Any]
+
+
+def find_state_dict(root: object, key: str | None = None) -> StateDict:
+    """Return the state dict in an object.
+
+    It is the mapping (or list) that holds the most elements in tensors of its own, leaving out optimizers. With a key it is
+    everything below that, the names of nested ones joined with dots.
+
+    Parameters
+    ----------
+    root
+        What was saved.
+    key
+        Which one to take: keys from the outside to the inside with dots between them, or `WHOLE`.
+
+    Raises
+    ------
+    SourceError
+        If there is none, or none with this key, or if several may be meant; the message does not name the file.
+    """
+    found = _tensors(root)
+    if not found:
+        raise SourceError("holds no tensors that have names")
+    if () in found:
+        raise SourceError(
+            "holds one tensor without a name; save it in a dict, as in torch.save({'weight': tensor}, ...)"
+        )
+    groups: dict[Keys, dict[Keys, torch.Tensor]] = {}
+    for keys, tensor in found.items():
+        groups.setdefault(keys[:-1], {})[keys] = tensor
+    if key is None:
+        chosen, taken = _largest(groups)
+    else:
+        chosen, taken = _below(found, key)
+        if not taken:
+            raise SourceError(f"holds no state dict {key!r}, but {_listed(groups)}")
+    used = {keys[:end] for keys in taken for end in range(len(keys) + 1)}
+    names = {".".join(keys[len(chosen) :]): tensor for keys, tensor in taken.items()}
+    return StateDict(_dotted(chosen), names, {_dotted(keys): value for keys, value in _beside(root, (), used)})
+
+
+def _tensors(root: object) -> dict[Keys, torch.Tensor]:
+    found: dict[Keys, torch.Tensor] = {}
+    waiting: list[tuple[Keys, object]] = [((), root)]
+    nodes = values = 0
+    while waiting:
+        keys, node = waiting.pop()
+        if isinstance(node, torch.Tensor):
+            found[keys] = node
+            continue
+        nested = [(name, child) for name, child in _children(node) if isinstance(child, _NODES)]
+        nodes += len(nested)
+        values += len(node) if isinstance(node, _NODES) else 0
+        if nodes > _MOST_NODES or values > _MOST_VALUES or len(keys) > _DEEPEST:
+            raise SourceError("is nested in a way that no checkpoint is; do not use it")
+        waiting.extend(((*keys, name), child) for name, child in reversed(nested))
+    return found
+
+
+def _children(node: object) -> Iterable[tuple[str, object]]:
+    """Return what has a name; optimizers number their state, which so is left out."""
+    if isinstance(node, Mapping) and all(isinstance(key, str) for key in node):
+        return node.items()
+    if isinstance(node, list | tuple):
+        return ((str(i), child) for i, child in enumerate(node))
+    return ()
+
+
+def _largest(groups: Mapping[Keys, dict[Keys, torch.Tensor]]) -> tuple[Keys, dict[Keys, torch.Tensor]]:
+    likely = {
+        keys: group for keys, group in groups.items() if not any("optim" in key.lower() for key in keys)
+    } or groups
+    first, *others = sorted(likely, key=lambda keys: -_elements(likely[keys]))
+    if others and _elements(likely[others[0]]) >= _RIVAL * _elements(likely[first]):
+        raise SourceError(
+            f"holds several state dicts: {_listed(likely)}; choose one with --state-dict-key KEY, where the key of what holds "
+            f"several takes them all, and {WHOLE} everything"
+        )
+    return first, likely[first]
+
+
+def _below(found: Mapping[Keys, torch.Tensor], key: str) -> tuple[Keys, dict[Keys, torch.Tensor]]:
+    if key == WHOLE:
+        return (), dict(found)
+    for keys in found:
+        for end in range(1, len(keys)):
+            if ".".join(keys[:end]) == key:
+                chosen = keys[:end]
+                return chosen, {other: tensor for other, tensor in found.items() if other[:end] == chosen}
+    return (), {}
+
+
+def _beside(node: object, keys: Keys, used: set[Keys]) -> Iterator[tuple[Keys, object]]:
+    """Yield the outermost objects that hold nothing that is used."""
+    for name, child in _children(node):
+        here = (*keys, name)
+        if here in used:
+            yield from _beside(child, here, used)
+        else:
+            yield here, child
+
+
+def _elements(group: Mapping[Keys, torch.Tensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in group.values())
+
+
+def _dotted(keys: Keys) -> str:
+    return ".".join(keys) or WHOLE
+
+
+def _listed(groups: Mapping[Keys, dict[Keys, torch.Tensor]]) -> str:
+    largest = sorted(groups, key=lambda keys: (-_elements(groups[keys]), keys))
+    texts = [
+        f"{_dotted(keys)!r} ({len(groups[keys])} tensors, {_elements(groups[keys]):,} weights)" for keys in largest
+    ]
+    more = [f"{len(texts) - _LISTED} more"] if len(texts) > _LISTED else []
+    return ", ".join([*texts[:_LISTED], *more])
