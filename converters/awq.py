@@ -1,0 +1,86 @@
+"""AWQ's layers as its GEMM kernels have them: 4-bit codes along the rows of a transposed matrix, eight to a word, in an odd order.
+
+``qweight [in, out / 8]``, ``qzeros [groups, out / 8]`` and ``scales [groups, out]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from qformat.converters.claims import Claims
+from qformat.converters.coded import (
+    I32,
+    SCALES,
+    U8,
+    CodedTensor,
+    Encode,
+    Parts,
+    affine_codec,
+    affine_encode,
+    disagree,
+    grouping,
+    named,
+    part,
+    whole,
+)
+from qformat.converters.gptq import claimed_group
+
+ROLES = ("qweight", "qzeros", "scales")
+METHODS = ("awq", "auto-round", "intel/auto-round")
+#: what files call this layout
+FORMATS = ("gemm", "awq", "auto_round:auto_awq", "auto_round:awq")
+
+# Of four bytes, the low halves hold the rows 0, 4, 1, 5 of eight and the high halves 2, 6, 3, 7
+_LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
+
+
+def awq_tensors(layers: Mapping[str, Parts], claims: Claims) -> list[CodedTensor]:
+    """Return the tensors of AWQ's layers.
+
+    Raises
+    ------
+    SourceError
+        If a layer is none of AWQ's, or contradicts the configuration.
+    """
+    return [_tensor(name, parts, claims) for name, parts in layers.items()]
+
+
+def _tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
+    qweight = part(parts, name, "qweight", "qweight", [I32])
+    qzeros = part(parts, name, "qzeros", "qweight", [I32])
+    scales = part(parts, name, "scales", "qweight", SCALES)
+    (cols, words), (groups, rows) = qweight.shape, scales.shape
+    if rows != 8 * words:
+        raise disagree(qweight, scales)
+    if qzeros.shape != (groups, words):
+        raise disagree(qzeros, scales)
+    claims.expect(qweight.name, "bits", 4, "bits", "w_bit")
+    columns = grouping(scales.name, cols, groups, claimed_group(scales, cols, claims), None)
+    sym = bool((whole(qzeros) == np.uint32(0x88888888)).all())
+    codec = affine_codec(qweight.name, 4, columns, sym=sym, scale=scales.dtype)
+
+    def load() -> Encode:
+        stored = whole(qweight)
+
+        def packed(start: int, stop: int) -> U8:
+            first = start // 8
+            codes = _unpack(stored[:, first : -(-stop // 8)])[start - 8 * first : stop - 8 * first]
+            pairs = np.pad(codes, ((0, 0), (0, cols % 2))).view("<u2")
+            both: U8 = (pairs | (pairs >> 4)).astype(np.uint8)
+            return both
+
+        zeros = None if sym else _unpack(whole(qzeros))
+        return affine_encode(codec, (rows, cols), whole(scales).T, zeros, columns.places, packed)
+
+    return CodedTensor(named(name, "weight"), (rows, cols), codec, load)
+
+
+def _unpack(words: NDArray[np.uint32]) -> U8:
+    """Return the codes of a transposed matrix, rows first."""
+    stored = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
+    stored = np.ascontiguousarray(stored.transpose(1, 2, 0))
+    codes = np.empty((len(stored), 8, len(words)), np.uint8)
+    codes[:, _LOW], codes[:, _HIGH] = stored & np.uint8(15), stored >> np.uint8(4)
+    return codes.reshape(-1, len(words))

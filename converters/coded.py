@@ -1,0 +1,251 @@
+"""Tensors that another tool has quantized, and what the importers of its layouts share."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codecs.affine import Affine
+from qformat.codecs.base import Buffer, Codec, Matrix, Piece
+from qformat.codecs.packed import cuts
+from qformat.dtypes import BF16, DTYPES, F16, F32, DType, Elements
+from qformat.errors import SourceError
+from qformat.kernels import load as kernels
+from qformat.source import SourceTensor
+
+U8 = NDArray[np.uint8]
+Encode = Callable[[Piece], tuple[Buffer, ...]]
+#: the tensors of a layer, by the last part of their names
+Parts = Mapping[str, SourceTensor]
+Width = Literal[2, 3, 4, 8]
+
+WIDTHS: tuple[Width, ...] = (2, 3, 4, 8)  # bits of codes that `affine` holds
+SCALES = (F16, BF16, F32)
+I32 = DTYPES["i32"]
+
+
+class CodedTensor:
+    """A quantized tensor whose codes are copied.
+
+    Parameters
+    ----------
+    name, shape
+        What it is, once it is no longer quantized.
+    codec
+        The type that holds its codes.
+    load
+        Returns what encodes pieces, which may hold much of the tensor: it is kept until all elements were asked for.
+    """
+
+    dtype: DType = F32
+
+    def __init__(self, name: str, shape: tuple[int, ...], codec: Codec, load: Callable[[], Encode]) -> None:
+        self.name = name
+        self.shape = shape
+        self.codec = codec
+        self._load = load
+        self._lock = threading.Lock()
+        self._encode: Encode | None = None
+        self._left = 0
+
+    def encoded(self, piece: Piece) -> tuple[Buffer, ...]:
+        """Return the bytes of a piece for each segment."""
+        with self._lock:  # what one thread loads, others wait for
+            if self._encode is None:
+                self._encode, self._left = self._load(), math.prod(self.shape)
+            encode = self._encode
+            self._left -= piece.rows * piece.cols
+            if self._left <= 0:
+                self._encode = None
+        return encode(piece)
+
+    def read(self, elements: slice) -> Elements:
+        """Return what the codes of some elements stand for."""
+        cols = Matrix.of(self.shape).cols
+        first = elements.start // cols
+        piece = Piece(first, -(-elements.stop // cols) - first, 0, cols)
+        values = np.empty((piece.rows, cols), np.float32)
+        if piece.rows:
+            try:
+                self.codec.decode(self.encoded(piece), values)
+            except ValueError as error:
+                raise SourceError(f"tensor {self.name!r}: {error}") from None
+        return Elements(F32, values.reshape(-1)[elements.start - first * cols : elements.stop - first * cols])
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which columns share a scale: `size` of them, or all of a row; `places` tells the group of each if it is no run of columns."""
+
+    size: int | Literal["row"]
+    places: NDArray[np.uint32] | None = None
+
+
+def grouping(name: str, cols: int, groups: int, claimed: int | None, places: NDArray[Any] | None) -> Grouping:
+    """Find out which columns share a scale.
+
+    Parameters
+    ----------
+    name
+        The tensor that says how many groups there are.
+    cols, groups
+        Of the layer.
+    claimed
+        Columns of a group as the configuration has it, if it says so.
+    places
+        The group of each column, if there is such a list.
+
+    Raises
+    ------
+    SourceError
+        If that is not possible, or does not say enough.
+    """
+    if not 0 < groups <= cols:
+        raise SourceError(f"tensor {name!r}: there are scales for {groups} groups in rows of {cols} columns")
+    if places is not None and (places.min() < 0 or places.max() >= groups):
+        wrong = places[(places < 0) | (places >= groups)][0]
+        raise SourceError(f"tensor {name!r}: a column is in group {wrong} of {groups}")
+    if groups == 1:
+        return Grouping("row")
+    # with no word of the configuration: all groups but the last are full, the first among them
+    full = int((places == 0).sum()) if places is not None else cols // groups if cols % groups == 0 else 0
+    size = next((n for n in (claimed or 0, full, -(-cols // groups)) if n > 0 and cuts(cols, n) == groups), 0)
+    if not size or (places is None and not claimed and not full):
+        raise SourceError(
+            f"tensor {name!r}: {cols} columns do not tell how long {groups} groups are; say group_size in quantize_config.json"
+        )
+    natural = np.arange(cols, dtype=np.uint32) // np.uint32(size)
+    if places is not None and not np.array_equal(places, natural):
+        return Grouping(size, places.astype(np.uint32))
+    return Grouping(size, natural if size % 32 else None)
+
+
+def affine_codec(name: str, bits: Width, grouping: Grouping, *, sym: bool, scale: DType) -> Affine:
+    """Return the type of a layer.
+
+    Raises
+    ------
+    SourceError
+        If the format has none.
+    """
+    try:
+        return Affine(bits, grouping.size, sym, scale.name, act_order=grouping.places is not None)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise SourceError(f"tensor {name!r}: {error}") from None
+
+
+def affine_encode(
+    codec: Affine,
+    shape: tuple[int, int],
+    scales: NDArray[Any],
+    zeros: U8 | None,
+    places: NDArray[np.uint32] | None,
+    packed: Callable[[int, int], U8],
+) -> Encode:
+    """Return what encodes the pieces of an `affine` tensor.
+
+    Parameters
+    ----------
+    codec, shape
+        The tensor.
+    scales, zeros
+        Of each row and group; no zeros if they are in the middle.
+    places
+        The group of each column, if the codec has such a list.
+    packed
+        Returns the codes of rows from one to before another as bytes that may lack what fills up a row.
+    """
+    numbers = [as_bytes(array) for array in (scales, zeros, places) if array is not None]
+    return partial(_affine_parts, codec, Matrix(*shape), numbers, packed)
+
+
+def _affine_parts(
+    codec: Affine, matrix: Matrix, numbers: Sequence[memoryview], packed: Callable[[int, int], U8], piece: Piece
+) -> tuple[Buffer, ...]:
+    *spans, span = codec.spans(matrix, piece)
+    length = codec.filled(matrix.cols) * codec.bits // 8
+    codes = packed(piece.row, piece.row + piece.rows)
+    if codes.shape[1] < length:
+        codes = np.pad(codes, ((0, 0), (0, length - codes.shape[1])))
+    start = piece.row * length
+    own = as_bytes(codes)[span.start - start : span.stop - start]
+    return (*(number[part] for number, part in zip(numbers, spans, strict=True)), own)
+
+
+def pack(codes: U8, bits: int) -> U8:
+    """Return rows of packed codes, filled up with zeros, of rows of codes in bytes."""
+    rows, cols = codes.shape
+    filled = np.ascontiguousarray(np.pad(codes, ((0, 0), (0, -cols % 32))))
+    packed = np.empty((rows, filled.shape[1] * bits // 8), np.uint8)
+    kernels("packing").pack(filled.reshape(-1), packed.reshape(-1), bits)
+    return packed
+
+
+def unpack(words: NDArray[np.uint32], bits: int) -> U8:
+    """Return the codes in rows of 32-bit words that are one string of bits each."""
+    if 32 % bits == 0:
+        return unpack_loose(words, bits)
+    digits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
+    weights = (1 << np.arange(bits)).astype(np.uint8)
+    count = digits.shape[1] // bits
+    codes: U8 = (digits[:, : count * bits].reshape(len(words), count, bits) * weights).sum(axis=2, dtype=np.uint8)
+    return codes
+
+
+def unpack_loose(words: NDArray[np.uint32], bits: int) -> U8:
+    """Return the codes in rows of 32-bit words, none of which lies in two words."""
+    shifts = np.arange(0, 32 - bits + 1, bits, dtype=np.uint32)
+    codes = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
+    return codes.astype(np.uint8).reshape(len(words), -1)
+
+
+def as_bytes(array: NDArray[Any]) -> memoryview:
+    """Return the bytes of an array."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def whole(tensor: SourceTensor) -> NDArray[Any]:
+    """Return all elements of a tensor in its shape, 32-bit integers as unsigned ones."""
+    data = tensor.read(slice(0, math.prod(tensor.shape))).data.reshape(tensor.shape)
+    return data.view(np.uint32) if tensor.dtype is I32 else data
+
+
+def part(parts: Parts, layer: str, role: str, of: str, dtypes: Sequence[DType], dims: int = 2) -> SourceTensor:
+    """Return a tensor that a layer has to have.
+
+    Raises
+    ------
+    SourceError
+        If it is missing, empty or not of these dtypes and so many dimensions.
+    """
+    name = named(layer, role)
+    if role not in parts:
+        raise SourceError(f"tensor {name!r} is missing, without which {named(layer, of)!r} means nothing")
+    tensor = parts[role]
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(dtype.name for dtype in dtypes)
+        raise SourceError(f"tensor {name!r} is of dtype {tensor.dtype.name}, where {wanted} is needed")
+    if len(tensor.shape) != dims or 0 in tensor.shape:
+        raise SourceError(
+            f"tensor {name!r} has shape {list(tensor.shape)}, where {dims} dimensions that are not 0 are needed"
+        )
+    return tensor
+
+
+def named(layer: str, role: str) -> str:
+    """Return the name of a tensor of a layer."""
+    return f"{layer}.{role}" if layer else role
+
+
+def disagree(tensor: SourceTensor, other: SourceTensor) -> SourceError:
+    """Return the error of two tensors of a layer whose shapes do not fit."""
+    return SourceError(
+        f"tensor {tensor.name!r} of shape {list(tensor.shape)} does not fit {other.name!r} of shape {list(other.shape)}"
+    )

@@ -1,0 +1,228 @@
+"""Integer layers of compressed-tensors: codes packed into 32-bit words (pack-quantized), or a byte each (int-quantized).
+
+``weight_packed [out, …]``, ``weight_scale [out, groups]``, ``weight_shape [2]``, and maybe ``weight_zero_point`` packed down the
+columns and ``weight_g_idx [in]``; or ``weight [out, in]``, ``weight_scale`` and maybe ``weight_zero_point``, all as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from qformat.converters.claims import Claims
+from qformat.converters.coded import (
+    I32,
+    SCALES,
+    U8,
+    WIDTHS,
+    CodedTensor,
+    Encode,
+    Grouping,
+    Parts,
+    Width,
+    affine_codec,
+    affine_encode,
+    disagree,
+    grouping,
+    named,
+    pack,
+    part,
+    unpack,
+    unpack_loose,
+    whole,
+)
+
+from qformat.codecs.packed import cuts
+from qformat.dtypes import DTYPES
+from qformat.errors import SourceError
+from qformat.source import SourceTensor
+
+METHOD = "compressed-tensors"
+PACKED_ROLES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+BYTE_ROLES = ("weight", "weight_scale", "weight_zero_point")
+#: what config.json calls these and what may stand beside them
+FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "mixed-precision",
+    "dense",
+    "fakequant",
+)
+
+I8, I64 = DTYPES["i8"], DTYPES["i64"]
+_MOST = 8  # bits of a packed code
+
+
+def packed_tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
+    """Return the tensor of a layer whose codes are in 32-bit words.
+
+    Raises
+    ------
+    SourceError
+        If it is none, or contradicts the configuration.
+    """
+    stored = part(parts, name, "weight_packed", "weight_packed", [I32])
+    rows, cols = _shape(stored, part(parts, name, "weight_shape", "weight_packed", [I32, I64], dims=1))
+    bits, loose = _layout(stored, cols, claims)
+    places = None
+    if "weight_g_idx" in parts:
+        g_idx = part(parts, name, "weight_g_idx", "weight_packed", [I32, I64], dims=1)
+        if g_idx.shape != (cols,):
+            raise disagree(g_idx, stored)
+        listed = whole(g_idx).view(np.int32 if g_idx.dtype is I32 else np.int64)
+        places = None if (listed == -1).all() else listed  # so it begins, and stays if columns are in order
+
+    def packed(start: int, stop: int) -> U8:
+        read = _rows(stored, start, stop).view(np.uint32)
+        return pack(unpack_loose(read, bits)[:, :cols], bits) if loose else read.view(np.uint8)
+
+    def zeros(tensor: SourceTensor, groups: int) -> U8:
+        height = cuts(rows, 32 // bits) if loose else cuts(rows * bits, 32)
+        if tensor.dtype is not I32 or tensor.shape != (height, groups):
+            raise disagree(tensor, stored)
+        columns = np.ascontiguousarray(whole(tensor).T)
+        return (unpack_loose if loose else unpack)(columns, bits)[:, :rows].T
+
+    return _tensor(name, parts, claims, (rows, cols), bits, places, packed, zeros)
+
+
+def byte_tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
+    """Return the tensor of a layer whose codes are bytes.
+
+    Raises
+    ------
+    SourceError
+        If it is none, or contradicts the configuration.
+    """
+    stored = part(parts, name, "weight", "weight", [I8])
+    rows, cols = stored.shape
+
+    def packed(start: int, stop: int) -> U8:
+        return _rows(stored, start, stop).view(np.uint8) ^ np.uint8(0x80)
+
+    def zeros(tensor: SourceTensor, groups: int) -> U8:
+        if tensor.dtype is not I8 or np.prod(tensor.shape, dtype=int) not in (1, rows * groups):
+            raise disagree(tensor, stored)
+        own = whole(tensor).view(np.uint8) ^ np.uint8(0x80)
+        return np.broadcast_to(own.reshape(-1, 1 if own.size == 1 else groups), (rows, groups))
+
+    return _tensor(name, parts, claims, (rows, cols), 8, None, packed, zeros)
+
+
+def _tensor(
+    name: str,
+    parts: Parts,
+    claims: Claims,
+    shape: tuple[int, int],
+    bits: Width,
+    places: NDArray[Any] | None,
+    packed: Callable[[int, int], U8],
+    zeros: Callable[[SourceTensor, int], U8],
+) -> CodedTensor:
+    rows, cols = shape
+    scale, groups = _scale(name, parts, rows)
+    named_by = scale.name if places is None else parts["weight_g_idx"].name
+    columns = grouping(named_by, cols, groups, _claimed_group(cols, groups, claims), places)
+    _check_group(scale, columns, cols, claims)
+    offsets = parts.get("weight_zero_point")
+    if offsets is not None and 0 in offsets.shape:
+        raise SourceError(f"tensor {offsets.name!r} has shape {list(offsets.shape)}: it has no elements")
+    sym = offsets is None or bool((zeros(offsets, groups) == 1 << (bits - 1)).all())
+    codec = affine_codec(scale.name, bits, columns, sym=sym, scale=scale.dtype)
+
+    def load() -> Encode:
+        own = None if sym or offsets is None else zeros(offsets, groups)
+        scales = np.broadcast_to(whole(scale).reshape(-1, groups), (rows, groups))
+        return affine_encode(codec, shape, scales, own, columns.places, packed)
+
+    return CodedTensor(named(name, "weight"), shape, codec, load)
+
+
+def _rows(tensor: SourceTensor, start: int, stop: int) -> NDArray[Any]:
+    cols = tensor.shape[1]
+    return tensor.read(slice(start * cols, stop * cols)).data.reshape(stop - start, cols)
+
+
+def _shape(stored: SourceTensor, shape: SourceTensor) -> tuple[int, int]:
+    """Return rows and columns as ``weight_shape`` has them."""
+    values = whole(shape).tolist()
+    if len(values) != 2 or values[0] != stored.shape[0] or values[1] <= 0:
+        raise SourceError(
+            f"tensor {shape.name!r} says shape {values[:4]}, which {stored.name!r} of shape {list(stored.shape)} cannot be"
+        )
+    return values[0], values[1]
+
+
+def _layout(stored: SourceTensor, cols: int, claims: Claims) -> tuple[Width, bool]:
+    """Return the bits of a code, and whether codes are packed loosely: none lies in two words, as old versions do it."""
+    words = stored.shape[1]
+    claimed = {weights["num_bits"] for weights in claims.weights() if isinstance(weights.get("num_bits"), int)}
+    dense = {bits for bits in range(1, _MOST + 1) if cuts(cols * bits, 32) == words}
+    loose = {bits for bits in range(1, _MOST + 1) if cuts(cols, 32 // bits) == words}
+    possible = dense | loose
+    if not possible:
+        raise SourceError(f"tensor {stored.name!r}: no number of bits puts {cols} columns into {words} words")
+    known = [bits for bits in WIDTHS if bits in possible]
+    if claimed:
+        if not claimed & possible:
+            raise SourceError(
+                f"tensor {stored.name!r}: {words} words for {cols} columns mean {_either(possible)} bits, but the configuration "
+                f"says num_bits {_either(claimed)}; correct the one that is wrong"
+            )
+        known = [bits for bits in known if bits in claimed]
+    if not known:
+        raise SourceError(
+            f"tensor {stored.name!r} has codes of {_either(claimed & possible or possible)} bits, but only 2, 3, 4 and 8 bits can "
+            "be stored"
+        )
+    if len(known) > 1:
+        raise SourceError(
+            f"tensor {stored.name!r}: {cols} columns in {words} words may have {_either(set(known))} bits; say num_bits in "
+            "config.json"
+        )
+    if known[0] in dense & loose and 32 % known[0] and cols > 32 // known[0]:
+        raise SourceError(
+            f"tensor {stored.name!r}: old and new versions pack {cols} columns into {words} words, each in its own way; give a "
+            "checkpoint of the model as it was before it was quantized"
+        )
+    return known[0], known[0] not in dense
+
+
+def _either(numbers: set[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
+
+
+def _scale(name: str, parts: Parts, rows: int) -> tuple[SourceTensor, int]:
+    """Return the scales, and how many groups of columns they are for."""
+    scale = parts.get("weight_scale")
+    dims = 2 if scale is None else len(scale.shape)
+    scale = part(parts, name, "weight_scale", "weight", SCALES, dims=min(dims, 2))
+    if np.prod(scale.shape, dtype=int) == 1 or scale.shape == (rows,):
+        return scale, 1
+    if len(scale.shape) != 2 or scale.shape[0] != rows:
+        raise SourceError(f"tensor {scale.name!r} has shape {list(scale.shape)}, which does not fit {rows} rows")
+    return scale, scale.shape[1]
+
+
+def _claimed_group(cols: int, groups: int, claims: Claims) -> int | None:
+    return next((size for size in _group_sizes(claims) if cuts(cols, size) == groups), None)
+
+
+def _group_sizes(claims: Claims) -> list[int]:
+    sizes = [weights.get("group_size") for weights in claims.weights()]
+    return [size for size in sizes if isinstance(size, int) and size > 0]
+
+
+def _check_group(scale: SourceTensor, columns: Grouping, cols: int, claims: Claims) -> None:
+    """Compare the length of groups with the configuration, if it has nothing but groups of one length."""
+    every = claims.weights()
+    sizes = _group_sizes(claims)
+    if every and len(sizes) == len(every) and columns.size not in (*sizes, "row" if max(sizes) >= cols else None):
+        raise SourceError(
+            f"tensor {scale.name!r}: its shape means groups of {columns.size}, but the configuration says group_size "
+            f"{_either(set(sizes))}; correct the one that is wrong"
+        )

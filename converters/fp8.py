@@ -1,0 +1,120 @@
+"""Eight-bit floats with scales: for a tensor, for each row, or for blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+from qformat.converters.claims import Claims
+from qformat.converters.coded import SCALES, CodedTensor, Encode, as_bytes, whole
+
+from qformat.codecs.base import Buffer, Matrix, Piece
+from qformat.codecs.fp8 import Fp8
+from qformat.codecs.packed import cuts
+from qformat.dtypes import DTYPES
+from qformat.errors import SourceError
+from qformat.source import SourceTensor
+
+Extent = int | Literal["all"]
+
+E4M3, E5M2 = DTYPES["f8_e4m3"], DTYPES["f8_e5m2"]
+FORMATS: Mapping[Any, Literal["e4m3", "e5m2"]] = {E4M3: "e4m3", E5M2: "e5m2"}
+#: what follows the name of a tensor in that of its scales; values are multiplied with both
+SUFFIXES = ("_scale", "_scale_inv")
+_USUAL = 128  # rows and columns of a block, if nothing says more
+
+
+def fp8_tensor(codes: SourceTensor, scale: SourceTensor, claims: Claims) -> CodedTensor:
+    """Return the tensor of codes and scales.
+
+    Raises
+    ------
+    SourceError
+        If they do not fit, or contradict the configuration.
+    """
+    meaning = claims.get("weight_scale_semantics")
+    if meaning:  # GPTQModel's, which divides by them; rounding 1 / scale first would change values
+        raise SourceError(
+            f"tensor {codes.name!r} cannot be stored: {meaning}, but scales have to be factors; use the model as it was before it "
+            "was quantized"
+        )
+    if scale.dtype is DTYPES["u8"]:
+        raise SourceError(
+            f"tensor {codes.name!r} is in the format mxfp8 (scales {scale.name!r} are exponents), which cannot be read; use the "
+            "model as it was before it was quantized"
+        )
+    if scale.dtype not in SCALES:
+        raise SourceError(f"tensor {scale.name!r} is of dtype {scale.dtype.name}, where f16, bf16 or f32 is needed")
+    shape = tuple(codes.shape)
+    matrix = Matrix.of(shape)
+    rows, cols = _blocks(codes, scale, matrix, claims)
+    codec = Fp8(FORMATS[codes.dtype], rows, cols, scale.dtype.name)  # type: ignore[arg-type]
+
+    def load() -> Encode:
+        numbers = [as_bytes(whole(scale))]
+        if isinstance(rows, int) and rows > 1:
+            numbers.append(as_bytes(np.arange(matrix.rows, dtype="<u4") // np.uint32(rows)))
+
+        def encode(piece: Piece) -> tuple[Buffer, ...]:
+            spans = codec.spans(matrix, piece)[:-1]
+            own = (number[span] for number, span in zip(numbers, spans, strict=True))
+            return (*own, as_bytes(codes.read(piece.elements(matrix)).data))
+
+        return encode
+
+    return CodedTensor(codes.name, shape, codec, load)
+
+
+def _blocks(codes: SourceTensor, scale: SourceTensor, matrix: Matrix, claims: Claims) -> tuple[Extent, Extent]:
+    """Return how many rows and columns share a scale."""
+    sizes = (matrix.rows, matrix.cols)
+    given = scale.shape
+    claimed = list(_claimed(claims))
+    if prod(given) == 1:
+        counts = (1, 1)
+    elif len(given) == 1 and given[0] == matrix.rows:
+        counts = (matrix.rows, 1)
+    elif len(given) == 2 and len(codes.shape) == 2:
+        counts = given
+    else:
+        raise _unfit(codes, scale, "")
+    whole_blocks = [claim for claim in claimed if tuple(map(cuts, sizes, claim)) == counts]
+    if claims.get("weight_block_size") and claimed and not whole_blocks:
+        wanted = "x".join(map(str, claimed[0]))
+        raise _unfit(codes, scale, f" in blocks of {wanted}, which weight_block_size in the configuration says")
+    block = whole_blocks[0] if whole_blocks else (_USUAL, _USUAL)
+    rows, cols = map(_extent, sizes, counts, block)
+    if not rows or not cols:
+        raise _unfit(codes, scale, "; if it has blocks, say weight_block_size in config.json")
+    return rows, cols
+
+
+def _extent(size: int, count: int, usual: int) -> Extent | None:
+    """Return how many rows or columns of `size` share one of `count` scales, if that can be told."""
+    if count == 1:
+        return "all"
+    if count == size:
+        return 1
+    return usual if cuts(size, usual) == count else None
+
+
+def _unfit(codes: SourceTensor, scale: SourceTensor, more: str) -> SourceError:
+    return SourceError(
+        f"tensor {scale.name!r} of shape {list(scale.shape)} does not fit {codes.name!r} of shape {list(codes.shape)}{more}"
+    )
+
+
+def _claimed(claims: Claims) -> list[tuple[int, int]]:
+    """Return the blocks that the configuration names, as ``[128, 128]`` or ``128x128``."""
+    found: list[Any] = [claim.value for claim in claims.all("weight_block_size")]
+    found += [weights.get("block_structure") for weights in claims.weights()]
+    blocks = []
+    for value in found:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,7}x[0-9]{1,7}", value):
+            value = [int(number) for number in value.split("x")]  # noqa: PLW2901
+        if isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n <= 1 << 20 for n in value):
+            blocks.append((value[0], value[1]))
+    return blocks
