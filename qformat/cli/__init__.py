@@ -17,6 +17,7 @@ from qformat import QFormatError, TypeSpecError, __version__
 _COMMANDS = {
     "convert": "Turn a checkpoint into one .qf file.",
     "truncate": "Leave out layers of a .qf file.",
+    "export": "Write a .qf file as GGUF, safetensors or a Hugging Face directory.",
     "inspect": "Show what is inside a .qf file.",
     "quantize-stats": "Measure what types would cost a checkpoint.",
     "types": "List the types for weights and their parameters.",

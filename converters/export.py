@@ -1,0 +1,107 @@
+"""A container file into other formats."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from qformat.converters.container import ContainerTensor, check_layers
+from qformat.converters.export_gguf import export_gguf
+from qformat.converters.export_hf import export_hf
+from qformat.converters.export_safetensors import export_safetensors
+from qformat.converters.outputs import DEFAULT_SHARD, Export, Job
+from qformat.readers.decoding import SegmentChecker, TensorDecoder
+
+from qformat.codecs.base import Codec
+from qformat.codecs.registry import parse_type
+from qformat.container.reader import ContainerReader
+from qformat.encode import Progress
+from qformat.errors import TargetError, TypeSpecError
+from qformat.parallel import default_jobs
+from qformat.quality import Quality
+
+Format = Literal["gguf", "safetensors", "hf"]
+
+_WRITERS: dict[str, Callable[[Job, Path], Export]] = {
+    "gguf": export_gguf,
+    "safetensors": export_safetensors,
+    "hf": export_hf,
+}
+_FLOATS = ("f32", "f16", "bf16")
+_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+
+
+def export(
+    source: Path,
+    output: Path,
+    to: Format,
+    *,
+    dtype: str | None = None,
+    quality: Quality | float | str | None = None,
+    shard_size: int = DEFAULT_SHARD,
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Export:
+    """Write what a container file holds in another format.
+
+    Parameters
+    ----------
+    source
+        The container file.
+    output
+        The file to write; for ``hf`` the directory.
+    to
+        The format: ``gguf``, ``safetensors``, or ``hf`` for a Hugging Face directory.
+    dtype
+        The type of tensors that are quantized and that the format cannot hold as they are: ``f32``, ``f16`` or ``bf16``, and for
+        ``gguf`` a block type such as ``q8_0``, too. None is the dtype that each tensor once had, and for ``gguf`` ``f16``.
+    quality
+        How much to read of layered tensors.
+    shard_size
+        Most bytes of tensors in one file of an ``hf`` directory; a larger tensor has a file for itself.
+    overwrite
+        Replace what stands at `output`; a directory only if it holds nothing but what would be written.
+    jobs
+        Threads; None is one for each processor. The result does not depend on it.
+    progress
+        Told of the elements that were just written.
+
+    Raises
+    ------
+    FormatError, SourceError
+        If the source is damaged, or does not hold what the format needs.
+    QualityError
+        If layers do not reach the quality.
+    TypeSpecError
+        If the format has no such type.
+    TargetError
+        If the output cannot be written; nothing is left there then.
+    """
+    start = time.perf_counter()
+    chosen = None if dtype is None else _parse_dtype(dtype, to)
+    asked = Quality.parse(quality)
+    with closing(ContainerReader(source)) as container:
+        if output.exists() and any(output.samefile(home.path) for home in (container, *container.shards)):
+            raise TargetError(f"{output}: is the file that is to be exported, or a part of it; give another name")
+        check_layers(container, asked)
+        checker = SegmentChecker(enabled=True)
+        tensors = {
+            record.name: ContainerTensor(TensorDecoder(container, record, asked), checker)
+            for record in container.tensors
+        }
+        job = Job(container, tensors, chosen, overwrite, jobs or default_jobs(), progress, shard_size)
+        done = _WRITERS[to](job, output)
+    return replace(done, seconds=time.perf_counter() - start)
+
+
+def _parse_dtype(dtype: str, to: Format) -> Codec:
+    codec = parse_type(dtype)
+    allowed = (*_FLOATS, *_BLOCKS) if to == "gguf" else _FLOATS
+    if codec.id not in allowed or codec.params():  # blocks that are entropy-coded have one
+        raise TypeSpecError(f"type {dtype!r}: what is exported to {to} can be {', '.join(allowed)}")
+    return codec

@@ -1,0 +1,220 @@
+"""A container file into a GGUF file.
+
+It is the file that the container was made of, byte for byte or with other types of tensors, or made anew of a Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from qformat.converters.container import ContainerTensor
+from qformat.converters.gguf import REST
+from qformat.converters.gguf_file import (
+    TYPE_NUMBERS,
+    TYPES,
+    UINT32,
+    Header,
+    TensorInfo,
+    align,
+    build,
+    check_layout,
+    integer,
+    parse,
+)
+from qformat.converters.hf_to_gguf import Model
+from qformat.converters.outputs import Constant, Export, Job, Output, Written, new_file
+from qformat.converters.rotated import RotatedOutput, check_heads
+
+from qformat.codecs.base import Codec
+from qformat.codecs.blocks import plain
+from qformat.codecs.ggml import Ggml
+from qformat.codecs.registry import parse_type
+from qformat.container.target import Target, check_target
+from qformat.errors import SourceError
+
+_FILE_TYPE = "general.file_type"
+# What general.file_type says of a file whose weights are mostly of a type
+_FILE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q8_0": 7,
+    "q5_0": 8,
+    "q5_1": 9,
+    "q2_k": 10,
+    "q3_k": 12,
+    "q4_k": 15,
+    "q5_k": 17,
+    "q6_k": 18,
+    "iq2_xxs": 19,
+    "iq2_xs": 20,
+    "iq3_xxs": 23,
+    "iq1_s": 24,
+    "iq4_nl": 25,
+    "iq3_s": 26,
+    "iq2_s": 28,
+    "iq4_xs": 30,
+    "iq1_m": 31,
+    "bf16": 32,
+    "tq1_0": 36,
+    "tq2_0": 37,
+    "mxfp4": 38,
+    "nvfp4": 39,
+    "q1_0": 40,
+}
+_GUESSED = 1024
+_QUANTIZATION_VERSION = 2
+
+
+def export_gguf(job: Job, output: Path) -> Export:
+    """Write a GGUF file. Tensors of types that GGUF has are copied; the others become what `Job.dtype` says, float16 by default."""
+    check_target(output, overwrite=job.overwrite)
+    path = job.container.path
+    if any(asset.name == REST for asset in job.container.index.assets):
+        return _again(job, output, f"{path}: asset {REST!r}")
+    header, outputs = _anew(job, str(path))
+    return Export(output, {output.name: _write(job, output, header, outputs)}, outputs)
+
+
+def _again(job: Job, output: Path, label: str) -> Export:
+    """Write the file that the container was made of, or one that differs in the types of tensors."""
+    rest = job.container.asset(REST)
+    header = parse(io.BytesIO(rest), len(rest), label)
+    size = len(rest) + sum(tensor.nbytes for tensor in header.tensors)
+    check_layout(header, size, label)
+    outputs = _outputs(job, header, label)
+    types = [TYPE_NUMBERS[type_name(tensor.codec)] for tensor in outputs]
+    if types != [TYPE_NUMBERS[tensor.type.name] for tensor in header.tensors]:
+        return Export(output, {output.name: _write(job, output, retyped(header, types), outputs)}, outputs)
+    with new_file(output, overwrite=job.overwrite) as target:
+        _write_tensors(job, target, header, outputs)
+        at = len(rest)
+        for start, stop in reversed([*header.gaps(size)]):  # the header last
+            at -= stop - start
+            target.write(rest[at : at + stop - start], start)
+    return Export(output, {output.name: size}, outputs, identical=True)
+
+
+def _write(job: Job, output: Path, header: Header, outputs: Sequence[Written]) -> int:
+    """Write a file with zeros between the tensors and after the last, and return its length."""
+    end = max((tensor.stop for tensor in header.tensors), default=header.data_start)
+    size = align(end, header.alignment)
+    with new_file(output, overwrite=job.overwrite) as target:
+        _write_tensors(job, target, header, outputs)
+        if size > max(end, len(header.data)):
+            target.write(b"\0", size - 1)  # what is not written in between is zero
+        target.write(header.data, 0)
+    return size
+
+
+def _write_tensors(job: Job, target: Target, header: Header, outputs: Sequence[Written]) -> None:
+    job.write(target, [(output, info.offset) for output, info in zip(outputs, header.tensors, strict=True)])
+
+
+def _anew(job: Job, label: str) -> tuple[Header, list[Written]]:
+    """Return the header of a file that is made of a Hugging Face model, and its tensors."""
+    assets = {asset.name: job.container.asset(asset.name) for asset in job.container.index.assets}
+    model = Model(assets, label)
+    named: dict[str, Written] = {}
+    frequencies = model.frequencies()
+    if frequencies is not None:
+        named["rope_freqs.weight"] = Constant("rope_freqs.weight", frequencies)
+    for name, place in model.places(job.tensors).items():
+        tensor = job.tensors[name]
+        codec = codec_for(tensor, job.dtype) if len(tensor.shape) > 1 else parse_type("f32")
+        if place.heads:
+            check_heads(tensor, place.heads)
+        named[place.name] = RotatedOutput(tensor, codec, place.heads) if place.heads else Output(tensor, codec)
+    embedding = named.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise SourceError(f"{label}: cannot become a GGUF file: there is no embedding of tokens")
+    values = model.values(embedding.shape[0])
+    entries = [(name, type_name(tensor.codec), tensor.shape) for name, tensor in named.items()]
+    most = _most((kind, math.prod(shape)) for _, kind, shape in entries)
+    values[_FILE_TYPE] = integer(_FILE_TYPES.get(most, _GUESSED))
+    values["general.quantization_version"] = integer(_QUANTIZATION_VERSION)
+    data = build(values, entries)
+    return parse(io.BytesIO(data), len(data), label), list(named.values())
+
+
+def _outputs(job: Job, header: Header, label: str) -> list[Output]:
+    """Return what becomes of the tensors, in the order of the header."""
+    listed = {tensor.name: tensor.shape for tensor in header.tensors}
+    there = {name: tensor.shape for name, tensor in job.tensors.items()}
+    for name in sorted({*listed, *there}):
+        if listed.get(name) != there.get(name):
+            raise SourceError(
+                f"{label} does not fit the tensors: {name!r} is missing on one side, or has another shape"
+            )
+    return [
+        Output(job.tensors[tensor.name], codec_for(job.tensors[tensor.name], job.dtype)) for tensor in header.tensors
+    ]
+
+
+def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
+    """Return the type that a tensor gets in a GGUF file: its own, if GGUF has it.
+
+    Raises
+    ------
+    SourceError
+        If its rows are no whole blocks of the type that was asked for.
+    """
+    decoder = tensor.decoder
+    own = plain(decoder.codec)
+    row = tensor.shape[-1] if tensor.shape else 1
+    if type_name(own) in TYPE_NUMBERS and row % _block(own) == 0:
+        return own
+    exact = parse_type(decoder.decoded.name)
+    if decoder.record.error is None and type_name(exact) in TYPE_NUMBERS:
+        return exact
+    if not decoder.decoded.floating:
+        raise SourceError(f"tensor {tensor.name!r} is of type {own}, which GGUF has not")
+    if len(tensor.shape) < 2:
+        return parse_type("f32")  # what programs that run GGUF files expect of norms and biases
+    wanted = dtype or parse_type("f16")
+    if row % _block(wanted):
+        raise SourceError(
+            f"tensor {tensor.name!r} has rows of {row} elements, which are no whole blocks of {wanted}; use --dtype f16"
+        )
+    return wanted
+
+
+def type_name(codec: Codec) -> str:
+    """Return the name of GGUF's type with the bytes of a codec, if there is one."""
+    return codec.type if isinstance(codec, Ggml) else codec.id
+
+
+def _block(codec: Codec) -> int:
+    return TYPES[TYPE_NUMBERS[type_name(codec)]].block
+
+
+def retyped(header: Header, numbers: Sequence[int]) -> Header:
+    """Return a header with other types of tensors, and their new places."""
+    data = bytearray(header.data)
+    offset = header.data_start
+    tensors = []
+    for tensor, number in zip(header.tensors, numbers, strict=True):
+        struct.pack_into("<IQ", data, tensor.at, number, offset - header.data_start)
+        tensors.append(TensorInfo(tensor.name, TYPES[number], tensor.shape, offset, tensor.at))
+        offset = align(tensors[-1].stop, header.alignment)
+    before, after = (
+        _most((tensor.type.name, tensor.elements) for tensor in every) for every in (header.tensors, tensors)
+    )
+    value = header.values.get(_FILE_TYPE)
+    if value and value.kind == UINT32 and before != after:
+        struct.pack_into("<I", data, value.at, _FILE_TYPES.get(after, _GUESSED))
+    return Header(bytes(data), header.values, tuple(tensors), header.alignment)
+
+
+def _most(tensors: Iterable[tuple[str, int]]) -> str:
+    """Return the type that most weights have."""
+    counts: Counter[str] = Counter()
+    for name, elements in tensors:
+        counts[name] += elements
+    return max(counts, key=lambda name: (counts[name], name), default="f32")

@@ -1,0 +1,111 @@
+"""A container file into a Hugging Face directory: safetensors weights, and the files that were taken along."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qformat.converters.directory import new_directory
+from qformat.converters.export_safetensors import write_safetensors
+from qformat.converters.gguf import REST
+from qformat.converters.outputs import Export, Job, Output, as_floats
+
+from qformat.errors import SourceError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_CONFIG = "config.json"
+_QUANTIZATION = "quantization_config"
+_SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+
+
+def export_hf(job: Job, output: Path) -> Export:
+    """Write a directory that transformers can load, if the container was made of one that it could."""
+    assets, warnings = _assets(job)
+    outputs = [as_floats(tensor, job.dtype) for tensor in job.tensors.values()]
+    shards = _shards(outputs, job.shard_size)
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        assets[INDEX] = _index(names, shards)
+    else:
+        names = [SINGLE]
+    files = {}
+    with new_directory(output, _replaceable(assets), overwrite=job.overwrite) as directory:
+        for name, data in assets.items():
+            _write(directory / name, data)
+            files[name] = len(data)
+        for name, shard in zip(names, shards, strict=True):
+            files[name] = write_safetensors(job, directory / name, shard, {})
+    return Export(output, files, outputs, warnings)
+
+
+def _assets(job: Job) -> tuple[dict[str, bytes], list[str]]:
+    """Return the files to write beside the weights, and warnings."""
+    path, index = job.container.path, job.container.index
+    names = [asset.name for asset in index.assets]
+    if REST in names:
+        raise SourceError(
+            f"{path}: was made of a GGUF file, so that its tensors have GGUF's names and there is no {_CONFIG}; use --to gguf, "
+            "or --to safetensors for the tensors alone"
+        )
+    assets = {name: job.container.asset(name) for name in names}
+    for name in names:
+        if name.endswith(".safetensors") or name == INDEX:
+            raise SourceError(f"{path}: asset {name!r} has the name of a file of weights; use --to safetensors")
+    if _CONFIG not in assets:
+        return assets, [f"{path.name} holds no {_CONFIG}: transformers cannot load the directory without one"]
+    plain = _without_quantization(assets[_CONFIG])
+    if plain is None:
+        return assets, []
+    assets[_CONFIG] = plain
+    return assets, [f"{_QUANTIZATION} is left out of {_CONFIG}, for the weights are plain numbers now"]
+
+
+def _without_quantization(config: bytes) -> bytes | None:
+    """Return a config.json whose weights are plain numbers, or None if it says so already."""
+    try:
+        values: Any = json.loads(config)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or _QUANTIZATION not in values:
+        return None
+    del values[_QUANTIZATION]
+    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _shards(outputs: Sequence[Output], most: int) -> list[list[Output]]:
+    """Cut tensors into groups that have no more bytes than is asked for, unless it is one tensor."""
+    shards: list[list[Output]] = [[]]
+    size = 0
+    for output in outputs:
+        if shards[-1] and size + output.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(output)
+        size += output.nbytes
+    return shards
+
+
+def _index(names: Sequence[str], shards: Sequence[Sequence[Output]]) -> bytes:
+    total = sum(output.nbytes for shard in shards for output in shard)
+    places = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _replaceable(assets: Mapping[str, bytes]) -> Callable[[str], bool]:
+    """Return what tells whether a file is one that an export writes."""
+    return lambda name: name in assets or name in (SINGLE, INDEX) or bool(_SHARD.fullmatch(name))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

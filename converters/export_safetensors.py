@@ -1,0 +1,54 @@
+"""A container file into a .safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qformat.converters.outputs import Export, Job, Output, as_floats, new_file
+from qformat.converters.safetensors import DTYPE_NAMES, MAX_HEADER
+
+from qformat.container.target import check_target
+from qformat.errors import SourceError
+
+_NAMES = {ours: theirs for theirs, ours in DTYPE_NAMES.items()}
+_ALIGNMENT = 8
+
+
+def export_safetensors(job: Job, output: Path) -> Export:
+    """Write a file that holds every tensor as elements, with the container's metadata."""
+    check_target(output, overwrite=job.overwrite)
+    outputs = [as_floats(tensor, job.dtype) for tensor in job.tensors.values()]
+    size = write_safetensors(job, output, outputs, job.container.index.metadata)
+    assets = [asset.name for asset in job.container.index.assets]
+    more = f" and {len(assets) - 1} more" if len(assets) > 1 else ""
+    warnings = [f"{assets[0]}{more} of the file is left out: a .safetensors file holds tensors only"] if assets else []
+    return Export(output, {output.name: size}, outputs, warnings)
+
+
+def write_safetensors(job: Job, path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> int:
+    """Write tensors into one file, and return its length.
+
+    They stand in the order in which the library writes them, large elements first, so that all are aligned.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata)}
+    places: list[tuple[Output, int]] = []
+    at = 0
+    for output in sorted(outputs, key=lambda output: (-output.element_size, output.name)):
+        header[output.name] = {
+            "dtype": _NAMES[output.codec.id],
+            "shape": list(output.shape),
+            "data_offsets": [at, at + output.nbytes],
+        }
+        places.append((output, at))
+        at += output.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > MAX_HEADER:
+        raise SourceError(f"{path}: its header would have {len(text)} bytes, more than {MAX_HEADER}; use --to hf")
+    start = 8 + len(text)
+    with new_file(path, overwrite=job.overwrite) as target:
+        job.write(target, [(output, start + place) for output, place in places])
+        target.write(len(text).to_bytes(8, "little") + text, 0)
+    return start + at

@@ -1,0 +1,119 @@
+"""GGUF files as checkpoints: every tensor's bytes as they are, and what else is in the file, so that it can be made again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from qformat.converters.files import SharedFile
+from qformat.converters.gguf_file import Header, TensorInfo, TensorType, check_layout, parse
+
+from qformat.codecs.base import Buffer, Codec, Matrix, Piece
+from qformat.codecs.ggml import GGML_BLOCKS, Ggml
+from qformat.codecs.quantized import QuantizedCodec
+from qformat.codecs.registry import parse_type
+from qformat.container.index import MAX_ASSET_BYTES
+from qformat.dtypes import DTYPES, F32, DType, Elements
+from qformat.errors import MissingDecoderError, SourceError
+from qformat.files import open_regular
+from qformat.source import Checkpoint, SourceTensor
+
+#: the asset that holds every byte of the file that belongs to no tensor, in order: the header, and what fills up between tensors
+REST = "model.gguf-header"
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor of numbers."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: SharedFile
+    offset: int
+
+    def read(self, elements: slice) -> Elements:
+        """Return some elements."""
+        return self.file.elements(self.dtype, self.offset, elements)
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """A tensor of blocks, which are copied."""
+
+    name: str
+    shape: tuple[int, ...]
+    codec: QuantizedCodec
+    block_bytes: int
+    file: SharedFile
+    offset: int
+    dtype: DType = F32
+
+    def encoded(self, piece: Piece) -> tuple[Buffer, ...]:
+        """Return the blocks of a piece."""
+        (span,) = self.codec.spans(Matrix.of(self.shape), piece)
+        return (self.file.read(self.offset + span.start, span.stop - span.start),)
+
+    def read(self, elements: slice) -> Elements:
+        """Return what some elements are, decoding the blocks that hold them."""
+        unit = self.codec.unit
+        first, last = elements.start // unit, -(-elements.stop // unit)
+        decoded = np.empty((1, (last - first) * unit), np.float32)
+        blocks = self.file.read(self.offset + first * self.block_bytes, (last - first) * self.block_bytes)
+        try:
+            self.codec.decode((blocks,), decoded)
+        except MissingDecoderError as error:
+            raise MissingDecoderError(f"{self.file.path}: tensor {self.name!r}: {error}") from None
+        return Elements(self.dtype, decoded[0, elements.start - first * unit : elements.stop - first * unit])
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Return the checkpoint in a GGUF file, version 2 or 3, little-endian.
+
+    Its key-value pairs, tokenizer and all, become an asset (`REST`) that only an export to GGUF understands.
+
+    Raises
+    ------
+    SourceError
+        If it cannot be read, is cut short or damaged, or holds a type of tensors that this version does not know.
+    """
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            header = parse(file, size, str(path))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    check_layout(header, size, str(path))
+    spare = sum(stop - start for start, stop in header.gaps(size))
+    if spare > MAX_ASSET_BYTES:
+        raise SourceError(f"{path}: {spare} of its bytes belong to no tensor, more than can be taken along")
+    shared = SharedFile(path)
+    tensors = [_tensor(tensor, shared) for tensor in header.tensors]
+    return Checkpoint(tensors, {REST: partial(_rest, shared, header, size)}, _warnings(path, header), [path])
+
+
+def _tensor(info: TensorInfo, file: SharedFile) -> SourceTensor:
+    if info.type.name in DTYPES:
+        return PlainTensor(info.name, DTYPES[info.type.name], info.shape, file, info.offset)
+    return BlockTensor(info.name, info.shape, _codec(info.type), info.type.nbytes, file, info.offset)
+
+
+@cache
+def _codec(type_: TensorType) -> QuantizedCodec:
+    """Return the codec whose blocks are the same."""
+    codec: Codec = Ggml(type_.name) if type_.name in GGML_BLOCKS else parse_type(type_.name)
+    assert isinstance(codec, QuantizedCodec)
+    return codec
+
+
+def _rest(file: SharedFile, header: Header, size: int) -> bytes:
+    return b"".join(file.read(start, stop - start) for start, stop in header.gaps(size))
+
+
+def _warnings(path: Path, header: Header) -> list[str]:
+    shards = header.number("split.count") or 1
+    return [f"{path.name} is one part of {shards}: convert the others, too, for the whole model"] if shards > 1 else []

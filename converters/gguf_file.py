@@ -1,0 +1,452 @@
+"""The GGUF file format: what its header says, read without trusting it (docs/gguf.md of ggml is the format's description).
+
+A file is a header (counts, key-value pairs, names, types and places of tensors), then the tensors' bytes, each at a multiple of the
+alignment. `parse` reads the header only; strings and arrays that nobody asks for are skipped, not decoded.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+from qformat.codecs.ggml import GGML_BLOCKS
+from qformat.container.index import MAX_ASSET_BYTES, MAX_INTEGER
+from qformat.errors import SourceError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+
+STRING, ARRAY = 8, 9
+UINT32 = 4
+#: what numbers of each type of value look like, for `struct`
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+
+_MAX_KEYS = 1 << 16
+_MAX_TENSORS = 1 << 18
+_MAX_DIMENSIONS = 4
+_MAX_KEY_BYTES = (1 << 16) - 1
+_MAX_NESTING = 4
+_READ = 1 << 20
+
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_COUNTS = struct.Struct("<4sIQQ")
+_KIND_AND_COUNT = struct.Struct("<IQ")
+_TYPE_AND_OFFSET = struct.Struct("<IQ")
+
+
+class TensorType(NamedTuple):
+    """A type of tensors: its name in lower case, and how many elements and bytes a block has."""
+
+    name: str
+    block: int
+    nbytes: int
+
+
+def _types() -> dict[int, TensorType]:
+    numbers = {
+        "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q8_1": 9, "q2_k": 10, "q3_k": 11, "q4_k": 12,
+        "q5_k": 13, "q6_k": 14, "q8_k": 15, "iq2_xxs": 16, "iq2_xs": 17, "iq3_xxs": 18, "iq1_s": 19, "iq4_nl": 20, "iq3_s": 21,
+        "iq2_s": 22, "iq4_xs": 23, "i8": 24, "i16": 25, "i32": 26, "i64": 27, "f64": 28, "iq1_m": 29, "bf16": 30, "tq1_0": 34,
+        "tq2_0": 35, "mxfp4": 39, "nvfp4": 40, "q1_0": 41,
+    }  # fmt: skip
+    plain = {"f32": 4, "f16": 2, "bf16": 2, "f64": 8, "i8": 1, "i16": 2, "i32": 4, "i64": 8}
+    blocks = {"q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34)}
+    sizes = {name: (1, size) for name, size in plain.items()} | blocks | GGML_BLOCKS
+    return {number: TensorType(name, *sizes[name]) for name, number in numbers.items()}
+
+
+#: by number
+TYPES = _types()
+TYPE_NUMBERS = {type_.name: number for number, type_ in TYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor.
+
+    Attributes
+    ----------
+    name
+        Its name.
+    type
+        Its type.
+    shape
+        Its shape, the length of a row last.
+    offset
+        Where its bytes begin in the file.
+    at
+        Where its type and offset stand in the header.
+    """
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    offset: int
+    at: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, without padding."""
+        return self.elements // self.type.block * self.type.nbytes
+
+    @property
+    def stop(self) -> int:
+        """Offset of the byte after the last."""
+        return self.offset + self.nbytes
+
+
+class Value(NamedTuple):
+    """Where the value of a key stands in the header, and of which type it is."""
+
+    kind: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed header.
+
+    Attributes
+    ----------
+    data
+        Its bytes, up to the end of the last tensor's entry.
+    values
+        For each key where its value is.
+    tensors
+        In the order of their entries.
+    alignment
+        What the tensors' offsets are multiples of.
+    """
+
+    data: bytes
+    values: Mapping[str, Value]
+    tensors: tuple[TensorInfo, ...]
+    alignment: int
+
+    @property
+    def data_start(self) -> int:
+        """Where offsets of tensors are counted from."""
+        return align(len(self.data), self.alignment)
+
+    def number(self, key: str) -> int | None:
+        """Return the value of a key, if it is there and an integer."""
+        value = self.values.get(key)
+        code = SCALARS.get(value.kind) if value else None
+        if value is None or code is None or code in "fd?":
+            return None
+        number: int = struct.unpack_from(f"<{code}", self.data, value.at)[0]
+        return number
+
+    def text(self, key: str) -> str | None:
+        """Return the value of a key, if it is there and a string."""
+        value = self.values.get(key)
+        if value is None or value.kind != STRING:
+            return None
+        start = value.at + _U64.size
+        return self.data[start : start + _U64.unpack_from(self.data, value.at)[0]].decode("utf-8", "replace")
+
+    def gaps(self, size: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of every run of bytes of a file of this size that belongs to no tensor; the header is the first."""
+        at = 0
+        for tensor in sorted(self.tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+            if tensor.nbytes:
+                if at < tensor.offset:
+                    yield at, tensor.offset
+                at = tensor.stop
+        if at < size:
+            yield at, size
+
+
+def align(offset: int, alignment: int) -> int:
+    """Return the smallest multiple of an alignment that is not less than an offset."""
+    return -(-offset // alignment) * alignment
+
+
+def parse(file: BinaryIO, size: int, label: str) -> Header:
+    """Read the header of a file.
+
+    Parameters
+    ----------
+    file
+        Open, at its beginning. No more than the header, and a little after it, is read.
+    size
+        How many bytes it has.
+    label
+        What messages call it.
+
+    Raises
+    ------
+    SourceError
+        If it is no GGUF file of a version that is known, is cut short, or does not make sense.
+    """
+    return _Parser(file, size, label).header()
+
+
+def check_layout(header: Header, size: int, label: str) -> None:
+    """Check that the tensors of a file of this size lie in it, in their places and none over another.
+
+    Raises
+    ------
+    SourceError
+        If they do not.
+    """
+    end = 0
+    before = ""
+    for tensor in sorted(header.tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        where = f"{label}: tensor {tensor.name!r}"
+        if (tensor.offset - header.data_start) % header.alignment:
+            raise SourceError(f"{where} does not begin at a multiple of {header.alignment} (at byte {tensor.at})")
+        if not tensor.nbytes:
+            continue
+        if tensor.stop > size:
+            raise SourceError(
+                f"{where} would end at byte {tensor.stop}, but the file has {size}: it is cut short or damaged; get it again"
+            )
+        if tensor.offset < end:
+            raise SourceError(f"{where} lies over tensor {before!r}; the file is damaged (at byte {tensor.offset})")
+        end, before = tensor.stop, tensor.name
+
+
+class _Parser:
+    """Goes through a header once. Every length and count is compared with what is left of the file before it is used."""
+
+    def __init__(self, file: BinaryIO, size: int, label: str) -> None:
+        self._file = file
+        self._size = size
+        self._label = label
+        self._data = bytearray()
+        self._at = 0
+
+    def header(self) -> Header:
+        tensors, keys = self._counts()
+        values: dict[str, Value] = {}
+        for _ in range(keys):
+            start = self._at
+            key = self._text("a key", _MAX_KEY_BYTES)
+            if key in values:
+                self._fail(f"key {key!r} is there twice", start)
+            kind = self._unpack(_U32, "a key's type")[0]
+            values[key] = Value(kind, self._at)
+            self._skip(kind, f"key {key!r}")
+        alignment = self._alignment(values)
+        found = [self._tensor() for _ in range(tensors)]
+        start = align(self._at, alignment)
+        names: set[str] = set()
+        for tensor in found:
+            if tensor.name in names:
+                self._fail(f"tensor {tensor.name!r} is there twice", tensor.at)
+            names.add(tensor.name)
+        placed = tuple(replace(tensor, offset=start + tensor.offset) for tensor in found)
+        self._load(0, self._at, "the header")
+        return Header(bytes(self._data[: self._at]), values, placed, alignment)
+
+    def _counts(self) -> tuple[int, int]:
+        """Check magic and version, and return the numbers of tensors and keys."""
+        if self._size < _COUNTS.size:
+            self._fail("is cut short: it ends inside its header; get it again", self._size)
+        magic, version, tensors, keys = self._unpack(_COUNTS, "the header")
+        if magic != MAGIC:
+            self._fail("is not a GGUF file", 0)
+        if version not in VERSIONS:
+            if version == 1:
+                self._fail("is GGUF of version 1, which is too old; make it again with a newer tool", 4)
+            if int.from_bytes(version.to_bytes(4, "little"), "big") in (*VERSIONS, 1):
+                self._fail("is a big-endian GGUF file, which is not supported; get the little-endian one", 4)
+            self._fail(f"is GGUF of version {version}, which this qformat does not know; use a newer one", 4)
+        if tensors > _MAX_TENSORS:
+            self._fail(f"claims {tensors} tensors, more than {_MAX_TENSORS}", 8)
+        if keys > _MAX_KEYS:
+            self._fail(f"claims {keys} keys, more than {_MAX_KEYS}", 16)
+        return tensors, keys
+
+    def _alignment(self, values: Mapping[str, Value]) -> int:
+        value = values.get("general.alignment")
+        if value is None:
+            return DEFAULT_ALIGNMENT
+        if value.kind != UINT32:
+            self._fail("general.alignment is not an unsigned 32-bit integer", value.at)
+        self._load(value.at, _U32.size, "general.alignment")
+        alignment: int = _U32.unpack_from(self._data, value.at)[0]
+        if not alignment or alignment & (alignment - 1):
+            self._fail(f"general.alignment is {alignment}, which is no power of two", value.at)
+        return alignment
+
+    def _tensor(self) -> TensorInfo:
+        """Read an entry; the offset is left as it stands there."""
+        start = self._at
+        name = self._text("a tensor's name", _MAX_KEY_BYTES)
+        dimensions = self._unpack(_U32, "a tensor's entry")[0]
+        if dimensions > _MAX_DIMENSIONS:
+            self._fail(f"tensor {name!r} has {dimensions} dimensions, more than {_MAX_DIMENSIONS}", start)
+        shape = self._unpack(struct.Struct(f"<{dimensions}Q"), "a tensor's entry")[::-1]
+        at = self._at
+        number, offset = self._unpack(_TYPE_AND_OFFSET, "a tensor's entry")
+        if number not in TYPES:
+            self._fail(f"tensor {name!r} is of type {number}, which this qformat does not know", at)
+        type_ = TYPES[number]
+        if max(shape, default=0) > MAX_INTEGER or math.prod(shape) > MAX_INTEGER or offset > MAX_INTEGER:
+            self._fail(f"tensor {name!r} is larger than any file", start)
+        row = shape[-1] if shape else 1
+        if row % type_.block:
+            self._fail(f"tensor {name!r} has rows of {row} elements, which are no whole blocks of {type_.name}", start)
+        return TensorInfo(name, type_, shape, offset, at)
+
+    def _skip(self, kind: int, what: str, depth: int = 0) -> None:
+        """Go over a value."""
+        if kind in SCALARS:
+            self._jump(1, struct.calcsize(f"<{SCALARS[kind]}"), what)
+        elif kind == STRING:
+            self._skip_strings(1, what)
+        elif kind == ARRAY and depth < _MAX_NESTING:
+            inner, count = self._unpack(_KIND_AND_COUNT, what)
+            if inner in SCALARS:
+                self._jump(count, struct.calcsize(f"<{SCALARS[inner]}"), what)
+            elif inner == STRING:
+                self._skip_strings(count, what)
+            else:
+                self._check(count * _KIND_AND_COUNT.size, what)
+                for _ in range(count):
+                    self._skip(inner, what, depth + 1)
+        elif kind == ARRAY:
+            self._fail(f"{what} is nested too deeply", self._at)
+        else:
+            self._fail(f"{what} is of type {kind}, which GGUF has not", self._at)
+
+    def _skip_strings(self, count: int, what: str) -> None:
+        """Go over strings; vocabularies have hundreds of thousands, so this is the loop that takes the time."""
+        self._check(count * _U64.size, what)
+        data, unpack, at, loaded = self._data, _U64.unpack_from, self._at, len(self._data)
+        for _ in range(count):
+            if at + 8 > loaded:
+                self._load(at, 8, what)
+                loaded = len(data)
+            at += 8 + unpack(data, at)[0]
+        self._at = self._checked(at, what)
+
+    def _jump(self, count: int, size: int, what: str) -> None:
+        self._at = self._checked(self._at + count * size, what)
+
+    def _text(self, what: str, longest: int) -> str:
+        start = self._at
+        length = self._unpack(_U64, what)[0]
+        if length > longest:
+            self._fail(f"{what} claims {length} bytes, more than {longest}", start)
+        self._load(self._at, length, what)
+        raw = bytes(self._data[self._at : self._at + length])
+        self._at += length
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            self._fail(f"{what} is not valid UTF-8", start)
+
+    def _unpack(self, fields: struct.Struct, what: str) -> tuple[Any, ...]:
+        self._load(self._at, fields.size, what)
+        values = fields.unpack_from(self._data, self._at)
+        self._at += fields.size
+        return values
+
+    def _check(self, length: int, what: str) -> None:
+        """Refuse a value that would reach beyond the end of the file."""
+        self._checked(self._at + length, what)
+
+    def _checked(self, stop: int, what: str) -> int:
+        if stop > self._size:
+            self._fail(f"is cut short or damaged: {what} would end at byte {stop} of {self._size}", self._at)
+        if stop > MAX_ASSET_BYTES:
+            self._fail(f"has a header of more than {MAX_ASSET_BYTES} bytes", self._at)
+        return stop
+
+    def _load(self, at: int, length: int, what: str) -> None:
+        """Have bytes at hand."""
+        stop = at + length
+        if stop <= len(self._data):
+            return
+        self._checked(stop, what)
+        wanted = min(max(stop, len(self._data) + _READ, 2 * len(self._data)), self._size)
+        while len(self._data) < wanted:
+            part = self._file.read(wanted - len(self._data))
+            if not part:
+                self._fail("became shorter while it was read", len(self._data))
+            self._data += part
+
+    def _fail(self, cause: str, at: int) -> NoReturn:
+        raise SourceError(f"{self._label}: {cause} (at byte {at})")
+
+
+def integer(value: int) -> bytes:
+    """Return the value of a key: its type and bytes, of an unsigned integer of 32 bits."""
+    return _U32.pack(UINT32) + _U32.pack(value)
+
+
+def floating(value: float) -> bytes:
+    """Return the value of a key: a binary32 number."""
+    return struct.pack("<If", 6, value)
+
+
+def boolean(*, value: bool) -> bytes:
+    """Return the value of a key: a truth value."""
+    return struct.pack("<I?", 7, value)
+
+
+def text(value: str) -> bytes:
+    """Return the value of a key: a string."""
+    return _U32.pack(STRING) + _string(value)
+
+
+def texts(values: Sequence[str]) -> bytes:
+    """Return the value of a key: an array of strings."""
+    return struct.pack("<IIQ", ARRAY, STRING, len(values)) + b"".join(map(_string, values))
+
+
+def integers(values: Sequence[int]) -> bytes:
+    """Return the value of a key: an array of signed integers of 32 bits."""
+    return struct.pack(f"<IIQ{len(values)}i", ARRAY, 5, len(values), *values)
+
+
+def _string(value: str) -> bytes:
+    raw = value.encode("utf-8", "surrogatepass")
+    return _U64.pack(len(raw)) + raw
+
+
+def build(values: Mapping[str, bytes], tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
+    """Return a header, of version 3.
+
+    Parameters
+    ----------
+    values
+        For each key its value, as `integer` and the others return it.
+    tensors
+        (name, type, shape) of each, in the order in which they shall stand in the file.
+    """
+    parts = [_COUNTS.pack(MAGIC, VERSIONS[-1], len(tensors), len(values))]
+    parts += [_string(key) + value for key, value in values.items()]
+    offset = 0
+    for name, type_, shape in tensors:
+        number = TYPE_NUMBERS[type_]
+        dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        parts += [_string(name), dimensions, _TYPE_AND_OFFSET.pack(number, offset)]
+        _, block, nbytes = TYPES[number]
+        offset = align(offset + math.prod(shape) // block * nbytes, DEFAULT_ALIGNMENT)
+    return b"".join(parts)

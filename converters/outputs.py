@@ -1,0 +1,280 @@
+"""What the exports of a container file share: what each tensor becomes, and how it gets into a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from qformat.converters.container import ContainerTensor
+
+from qformat.codecs.base import Buffer, Codec, Piece
+from qformat.codecs.blocks import plain
+from qformat.codecs.raw import Raw
+from qformat.codecs.registry import parse_type
+from qformat.container.layout import MAGIC
+from qformat.container.reader import ContainerReader
+from qformat.container.target import Target
+from qformat.dtypes import DTYPES, F32, Elements
+from qformat.encode import Plan, Progress
+from qformat.errors import SourceError
+from qformat.parallel import ahead
+
+DEFAULT_SHARD = 5_000_000_000
+
+
+class Written(Protocol):
+    """A tensor as it gets into a file."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the container."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def codec(self) -> Codec:
+        """The type that it shall have."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it will have."""
+
+    @property
+    def copied(self) -> bool:
+        """Whether the bytes are those of the container."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces in order."""
+
+    def encoded(self, piece: Piece) -> Buffer:
+        """Return the bytes of a piece."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of a container and what it shall become.
+
+    Attributes
+    ----------
+    source
+        The tensor.
+    codec
+        The type that it shall have, one without segments beside its elements or blocks.
+    """
+
+    source: ContainerTensor
+    codec: Codec
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it will have."""
+        return self.codec.nbytes(self.shape)
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of an element, if they are stored as elements."""
+        return self.codec.decoded.size
+
+    @property
+    def copied(self) -> bool:
+        """Whether the bytes are those of the container."""
+        stored = plain(self.source.decoder.codec)
+        return (stored.id, stored.params()) == (self.codec.id, self.codec.params())
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces in order."""
+        return iter(self.source.decoder.pieces()) if self.copied else self._plan.pieces()
+
+    def encoded(self, piece: Piece) -> Buffer:
+        """Return the bytes of a piece."""
+        if self.copied:
+            self.source.checker.check(self.source.decoder)
+            (part,) = self.source.decoder.blocks(piece)
+            return part
+        return self.made(self._plan.read(piece))
+
+    def made(self, elements: Elements) -> Buffer:
+        """Return the bytes of a piece of these elements, two-dimensional."""
+        try:
+            encoded = self.codec.encode(elements)
+        except ValueError as error:
+            raise SourceError(f"tensor {self.name!r}: {error}") from None
+        if (not encoded.finite and not self.codec.keeps(elements.dtype)) or encoded.overflowed or encoded.vanished:
+            size = "small" if encoded.vanished else "large"
+            raise SourceError(f"tensor {self.name!r} holds values too {size} for {self.codec}; choose another --dtype")
+        (part,) = encoded.parts
+        return part
+
+    @property
+    def _plan(self) -> Plan:
+        return Plan(self.source, self.codec)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that a format needs and a container does not hold: a vector of binary32 numbers."""
+
+    name: str
+    values: NDArray[np.float32]
+
+    @property
+    def codec(self) -> Codec:
+        """Binary32 as it is."""
+        return parse_type(F32.name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return (self.values.size,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it has."""
+        return self.values.nbytes
+
+    @property
+    def copied(self) -> bool:
+        """False: it was computed."""
+        return False
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the only piece."""
+        yield Piece(0, 1, 0, self.values.size)
+
+    def encoded(self, piece: Piece) -> Buffer:
+        """Return its bytes."""
+        del piece
+        return self.values.tobytes()
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was made.
+
+    Attributes
+    ----------
+    output
+        The file or directory.
+    files
+        Bytes of each file, by name.
+    tensors
+        What became of the tensors.
+    warnings
+        What the user should know of it, a line each.
+    identical
+        Whether it is the file that was converted once, byte for byte.
+    seconds
+        Time that it took.
+    """
+
+    output: Path
+    files: Mapping[str, int]
+    tensors: Sequence[Written]
+    warnings: Sequence[str] = ()
+    identical: bool = False
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values for JSON output."""
+        return {
+            "output": str(self.output),
+            "files": dict(self.files),
+            "bytes": sum(self.files.values()),
+            "tensors": len(self.tensors),
+            "copied": sum(tensor.copied for tensor in self.tensors),
+            "identical": self.identical,
+            "warnings": list(self.warnings),
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A container that is being exported.
+
+    Attributes
+    ----------
+    container
+        The open file.
+    tensors
+        Its tensors, by name.
+    dtype
+        What was asked for as the type of tensors that are not copied, or None.
+    overwrite, jobs, progress, shard_size
+        As in `qformat.converters.export.export`.
+    """
+
+    container: ContainerReader
+    tensors: Mapping[str, ContainerTensor]
+    dtype: Codec | None = None
+    overwrite: bool = False
+    jobs: int = 1
+    progress: Progress | None = None
+    shard_size: int = DEFAULT_SHARD
+
+    def write(self, target: Target, placed: Sequence[tuple[Written, int]]) -> None:
+        """Write tensors at offsets, encoding them on threads; no more than some pieces are in memory."""
+        tasks = [(output, offset) for output, offset in placed if output.nbytes]
+        with ThreadPoolExecutor(self.jobs, thread_name_prefix="qformat-export") as pool:
+            encoded = ahead(pool, _tasks(tasks), 3 * self.jobs + 1)
+            try:
+                for output, start in tasks:
+                    offset = start
+                    for piece in output.pieces():
+                        part = next(encoded).result()
+                        target.write(part, offset)
+                        offset += len(part)
+                        if self.progress:
+                            self.progress(piece.rows * piece.cols)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _tasks(placed: Sequence[tuple[Written, int]]) -> Iterator[Callable[[], Buffer]]:
+    for output, _ in placed:
+        for piece in output.pieces():
+            yield partial(output.encoded, piece)
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool) -> Iterator[Target]:
+    """Yield a target that takes its place if nothing fails; its first bytes are to be written last."""
+    target = Target(path, overwrite=overwrite)
+    try:
+        target.write(MAGIC, 0)  # what the rest of a run that was killed is known by
+        yield target
+        target.commit()
+    except BaseException:
+        target.discard()
+        raise
+
+
+def as_floats(tensor: ContainerTensor, dtype: Codec | None) -> Output:
+    """Return a tensor as elements: those that are stored, or that come back bit for bit; else `dtype`, or the source's."""
+    decoder = tensor.decoder
+    if isinstance(decoder.codec, Raw) or decoder.record.error is None:
+        return Output(tensor, parse_type(decoder.decoded.name))
+    if dtype is not None:
+        return Output(tensor, dtype)
+    source = DTYPES[decoder.record.dtype]
+    return Output(tensor, parse_type(source.name if source.size > 1 else F32.name))  # nothing rounds to float8

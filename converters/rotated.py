@@ -1,0 +1,79 @@
+"""Query and key matrices with their rows in the order that GGUF has for rotary embeddings.
+
+Hugging Face's code rotates element i of a head with element i + (half of the head), llama.cpp's Llama element 2 i with 2 i + 1. So
+row i + k (half of the head) of a head, k being 0 or 1, becomes row 2 i + k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from qformat.converters.container import ContainerTensor
+from qformat.converters.outputs import Output
+
+from qformat.codecs.base import PIECE, Buffer, Piece
+from qformat.dtypes import Elements
+from qformat.errors import SourceError
+
+
+def check_heads(tensor: ContainerTensor, heads: int) -> None:
+    """Raise `SourceError` if the rows of a tensor are no whole heads of an even number of rows."""
+    if not tensor.shape or tensor.shape[0] % (2 * heads) or tensor.decoder.matrix.cols > PIECE:
+        raise SourceError(
+            f"tensor {tensor.name!r} of shape {tensor.shape} does not have {heads} heads, as config.json says"
+        )
+
+
+@dataclass(frozen=True)
+class RotatedOutput(Output):
+    """A tensor whose rows get the other order within each head; its pieces are whole heads."""
+
+    heads: int
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a head."""
+        return self.shape[0] // self.heads
+
+    @property
+    def _cols(self) -> int:
+        return self.source.decoder.matrix.elements // self.shape[0]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield heads, as many at once as make a piece."""
+        step = max(1, PIECE // (self._rows * self._cols)) * self._rows
+        for row in range(0, self.shape[0], step):
+            yield Piece(row, min(step, self.shape[0] - row), 0, self._cols)
+
+    def encoded(self, piece: Piece) -> Buffer:
+        """Return the bytes of some heads."""
+        if self.copied and len(self.shape) > 1:
+            return self._turned(self._stored(piece)).reshape(-1).data
+        values = self.source.read(slice(piece.row * self._cols, (piece.row + piece.rows) * self._cols))
+        rows = self._turned(values.data.reshape(piece.rows, self._cols))
+        return self.made(Elements(values.dtype, rows if len(self.shape) > 1 else rows.reshape(1, -1)))
+
+    def _stored(self, piece: Piece) -> NDArray[np.uint8]:
+        """Return the bytes that are stored of some rows, two-dimensional."""
+        decoder = self.source.decoder
+        self.source.checker.check(decoder)
+        if not decoder.codec.chunked:
+            (data,) = decoder.blocks(piece)
+            return np.frombuffer(data, np.uint8).reshape(piece.rows, -1)
+        stop, parts = piece.row + piece.rows, []
+        for chunk in decoder.pieces():
+            first, last = max(chunk.row, piece.row), min(chunk.row + chunk.rows, stop)
+            if first < last:
+                (data,) = decoder.blocks(chunk)
+                parts.append(
+                    np.frombuffer(data, np.uint8).reshape(chunk.rows, -1)[first - chunk.row : last - chunk.row]
+                )
+        return np.concatenate(parts)
+
+    def _turned(self, rows: NDArray[Any]) -> NDArray[Any]:
+        halves = rows.reshape(-1, 2, self._rows // 2, rows.shape[1])
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
