@@ -24,6 +24,7 @@ BENCHMARKS = {
     "lossless": "lossless",
     "scm": "scm",
     "convert": "convert",
+    "sources": "sources",
     "identical": "identical",
     "startup": "startup",
     "verify": "verify",

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +152,7 @@ def _llama_shapes(layers: int, vocab: int) -> Iterator[tuple[str, tuple[int, ...
 
 @dataclass(frozen=True)
 class Llama:
-    """A bfloat16 checkpoint in two shards, of the shapes of a small Llama.
+    """A bfloat16 checkpoint in shards, of the shapes of a small Llama.
 
     Parameters
     ----------
@@ -161,12 +162,15 @@ class Llama:
         How large it is: 9 and 32000 are 1.06 GB, 43 are 4.05 GB.
     zeros
         Write holes in place of weights.
+    shards
+        How many files.
     """
 
     directory: Path
     layers: int
     vocab: int = 32000
     zeros: bool = False
+    shards: int = 2
 
     @property
     def nbytes(self) -> int:
@@ -189,8 +193,9 @@ class Llama:
             for size in [2 * int(np.prod(shape))]
         }
         names = list(tensors)
-        halves = names[: len(names) // 2], names[len(names) // 2 :]
-        write_shards(self.directory, [{name: tensors[name] for name in half} for half in halves])
+        cuts = [len(names) * number // self.shards for number in range(self.shards + 1)]
+        parts = [names[start:stop] for start, stop in pairwise(cuts)]
+        write_shards(self.directory, [{name: tensors[name] for name in part} for part in parts])
         config = {"model_type": "llama", "hidden_size": _HIDDEN, "intermediate_size": _FFN, "vocab_size": self.vocab}
         (self.directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
         return self
