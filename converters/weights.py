@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qformat.converters.ctranslate2 import is_ctranslate2, open_ctranslate2
 from qformat.converters.options import SourceOptions
 from qformat.converters.safetensors import open_safetensors
 
@@ -40,7 +41,7 @@ def first_bytes(path: Path) -> bytes:
 
 
 def open_weights(path: Path, options: SourceOptions, *, shard: bool = False) -> Checkpoint:
-    """Return the checkpoint in one .safetensors or torch file.
+    """Return the checkpoint in one .safetensors, torch or CTranslate2 file.
 
     Parameters
     ----------
@@ -72,6 +73,9 @@ def open_weights(path: Path, options: SourceOptions, *, shard: bool = False) -> 
     if safetensors or path.suffix == ".safetensors":
         check_no_key(path, options)
         return Checkpoint(open_safetensors(path), files=[path])
+    if is_ctranslate2(start):
+        check_no_key(path, options)
+        return open_ctranslate2(path)
     if not start:
         raise SourceError(f"{path}: the file is empty; download it again")
     if start.startswith(_PICKLE):
@@ -79,8 +83,8 @@ def open_weights(path: Path, options: SourceOptions, *, shard: bool = False) -> 
             f"{path}: is a pickle, but none that torch.save made; it is not loaded, as it can run any code"
         )
     raise SourceError(
-        f"{path}: holds no weights of a known kind; give a .safetensors, torch (.pth, .pt, .bin, .ckpt), .gguf or .qf file, or a "
-        "directory with weights"
+        f"{path}: holds no weights of a known kind; give a .safetensors, torch (.pth, .pt, .bin, .ckpt), CTranslate2, .gguf or .qf "
+        "file, or a directory with weights"
     )
 
 

@@ -46,6 +46,13 @@ class Plan:
         return Matrix.of(self.source.shape)
 
     @property
+    def source_bytes(self) -> int:
+        """Bytes of the tensor in the checkpoint."""
+        if isinstance(self.source, QuantizedTensor):
+            return self.source.codec.nbytes(self.source.shape)
+        return self.matrix.elements * self.source.dtype.size
+
+    @property
     def copied(self) -> QuantizedTensor | None:
         """The source, if its codes are taken as they are, or entropy-coded."""
         source = self.source

@@ -1,0 +1,148 @@
+"""CTranslate2's ``model.bin``: its version, the model's kind, then variables, and other names that some of them have.
+
+Layout as in the loader of CTranslate2 (``src/models/model.cc``), versions 4 to 6: integers are little-endian; a string has its
+length, 16 bits, before it and a NUL at its end, which is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from qformat.converters.files import SharedFile
+
+from qformat.dtypes import DTYPES, DType, Elements
+from qformat.errors import SourceError
+from qformat.files import open_regular
+from qformat.source import Checkpoint
+
+_VERSIONS = range(4, 7)
+_DTYPES = tuple(DTYPES[name] for name in ("f32", "i8", "i16", "i32", "f16", "bf16"))  # by number
+_MOST_DIMENSIONS = 16
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of a file."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: SharedFile
+    offset: int
+
+    def read(self, elements: slice) -> Elements:
+        """Return some elements."""
+        return self.file.elements(self.dtype, self.offset, elements)
+
+
+class _Reader:
+    """Reads what is between the variables' bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = file.seek(0, 2)
+        self.offset = 0
+
+    def take(self, count: int) -> bytes:
+        """Return the next bytes."""
+        self._file.seek(self.offset)
+        data = self._file.read(count)
+        if len(data) < count:
+            raise SourceError(f"it ends at byte {self.size}, in the middle of something; download it again")
+        self.offset += count
+        return data
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def string(self) -> str:
+        at = self.offset
+        data = self.take(self.number(2))
+        try:
+            if data[-1:] != b"\0":
+                raise ValueError
+            return data[:-1].decode()
+        except ValueError:
+            raise SourceError(f"there is no text at byte {at}: it is damaged") from None
+
+
+def is_ctranslate2(start: bytes) -> bool:
+    """Return whether a file that begins so is one of CTranslate2."""
+    name = start[6 : 6 + int.from_bytes(start[4:6], "little")]
+    return start[:4] in [version.to_bytes(4, "little") for version in range(2, 100)] and name.endswith(b"Spec\0")
+
+
+def open_ctranslate2(path: Path) -> Checkpoint:
+    """Return the checkpoint in a file. Variables with several names are there once; ``aliases`` in the metadata has the others.
+
+    Raises
+    ------
+    SourceError
+        If it cannot be read, is damaged, or of a version that is not known.
+    """
+    try:
+        with open_regular(path) as file:
+            reader = _Reader(file)
+            tensors, aliases = _parse(reader, SharedFile(path))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    except SourceError as error:
+        raise SourceError(f"{path}: {error}") from None
+    warnings = []
+    if aliases:
+        more = f" and {len(aliases) - 1} more" if len(aliases) > 1 else ""
+        name, same = next(iter(aliases.items()))
+        warnings.append(f"{path.name}: {name!r} is {same!r}{more}; stored once, and the metadata tells")
+    scaled = [tensor.name for tensor in tensors if tensor.name.endswith("weight_scale")]
+    if scaled:
+        warnings.append(
+            f"{path.name}: {len(scaled)} matrices are integers, kept beside their scales, such as {scaled[0]!r}"
+        )
+    metadata = {"aliases": json.dumps(aliases, sort_keys=True)} if aliases else {}
+    return Checkpoint(tensors, warnings=warnings, files=[path], metadata=metadata)
+
+
+def _parse(reader: _Reader, shared: SharedFile) -> tuple[list[Variable], dict[str, str]]:
+    version = reader.number(4)
+    kind, _ = reader.string(), reader.number(4)
+    if version not in _VERSIONS:
+        raise SourceError(
+            f"{kind} of CTranslate2's version {version} is not known, only {_VERSIONS[0]} to {_VERSIONS[-1]}"
+        )
+    found: dict[str, Variable] = {}
+    for _ in range(reader.number(4)):
+        variable = _variable(reader, shared)
+        if variable.name in found:
+            raise SourceError(f"variable {variable.name!r} is there twice: it is damaged")
+        found[variable.name] = variable
+    aliases = {}
+    for _ in range(reader.number(4)):
+        name, same = reader.string(), reader.string()
+        if same not in found or name in found or name in aliases:
+            raise SourceError(f"alias {name!r} of {same!r} is impossible: it is damaged")
+        aliases[name] = same
+    if reader.offset != reader.size:
+        raise SourceError(f"it has {reader.size - reader.offset} bytes more than it should: it is damaged")
+    return list(found.values()), aliases
+
+
+def _variable(reader: _Reader, shared: SharedFile) -> Variable:
+    name = reader.string()
+    rank = reader.number(1)
+    if rank > _MOST_DIMENSIONS:
+        raise SourceError(f"variable {name!r} has {rank} dimensions: it is damaged")
+    shape = tuple(reader.number(4) for _ in range(rank))
+    kind, size = reader.number(1), reader.number(4)
+    if kind >= len(_DTYPES):
+        raise SourceError(f"variable {name!r} is of dtype number {kind}, which is not known")
+    dtype, offset = _DTYPES[kind], reader.offset
+    if size != dtype.size * math.prod(shape) or size > reader.size - offset:
+        raise SourceError(
+            f"variable {name!r} has {size} bytes, which is not what its shape needs or more than there are"
+        )
+    reader.offset += size
+    return Variable(name, dtype, shape, shared, offset)
