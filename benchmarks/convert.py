@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
+from qformat.converters.sources.detect import open_checkpoint
 
 from benchmarks.context import Context
 from benchmarks.inputs import Llama, normal

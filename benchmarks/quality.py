@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from gguf import GGMLQuantizationType, quants
-from qformat.converters.detect import open_checkpoint
+from qformat.converters.sources.detect import open_checkpoint
 
 from benchmarks.catalogue import Q4_0
 from benchmarks.context import Context

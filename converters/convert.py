@@ -118,7 +118,7 @@ def convert(
     Parameters
     ----------
     checkpoint
-        What `qformat.converters.detect.open_checkpoint` found.
+        What `qformat.converters.sources.detect.open_checkpoint` found.
     output
         The file to write.
     recipe

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from qformat.converters.detect import open_checkpoint
-from qformat.converters.options import SourceOptions
 from qformat.converters.prune import Pruning
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.converters.sources.options import SourceOptions
 
 from qformat.encode import Plan, make_plans
 from qformat.files import source_path

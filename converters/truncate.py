@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.converters.container import check_layers
+from qformat.converters.sources.container import check_layers
 from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
 from qformat.container.reader import ContainerReader

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
+from qformat.converters.sources.detect import open_checkpoint
 
 from qformat.recipe import Recipe
 

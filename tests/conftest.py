@@ -54,7 +54,7 @@ def minilm() -> Path:
 def minilm_qf(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as q4_0."""
     from qformat.converters.convert import convert
-    from qformat.converters.detect import open_checkpoint
+    from qformat.converters.sources.detect import open_checkpoint
 
     from qformat.recipe import Recipe
 

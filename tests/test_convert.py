@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
+from qformat.converters.sources.detect import open_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import qformat

@@ -21,9 +21,9 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
-from qformat.converters.export import export
-from qformat.converters.gguf import open_gguf
+from qformat.converters.exports.export import export
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.converters.sources.gguf import open_gguf
 from qformat.readers.torch import TORCH_DTYPES, load_file
 
 from qformat import safe_open
@@ -232,7 +232,7 @@ def test_the_rest_of_a_killed_run_is_taken_over(tmp_path, to):
     code = f"""if True:
         import time
         from pathlib import Path
-        from qformat.converters.export import export
+        from qformat.converters.exports.export import export
         wait = lambda n: (print(1, flush=True), time.sleep(99))
         export(Path({str(path)!r}), Path({str(tmp_path / "out")!r}), {to!r}, progress=wait)
     """

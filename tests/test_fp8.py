@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
-from qformat.converters.options import SourceOptions
-from qformat.converters.quantized import recognize
+from qformat.converters.quantized.recognize import recognize
+from qformat.converters.sources.options import SourceOptions
 
 from qformat import safe_open
 from qformat.codecs import base

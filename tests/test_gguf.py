@@ -19,10 +19,10 @@ from gguf.quants import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
-from qformat.converters.export import export
-from qformat.converters.gguf import REST, open_gguf
-from qformat.converters.gguf_file import TYPE_NUMBERS, TYPES
+from qformat.converters.exports.export import export
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.converters.sources.gguf import REST, open_gguf
+from qformat.converters.sources.gguf_file import TYPE_NUMBERS, TYPES
 
 from qformat import safe_open
 from qformat.codecs import ggml

@@ -12,9 +12,9 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFReader
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
-from qformat.converters.export import export
-from qformat.converters.hf_to_gguf import _CUTS, Model
+from qformat.converters.exports.export import export
+from qformat.converters.exports.hf_to_gguf import _CUTS, Model
+from qformat.converters.sources.detect import open_checkpoint
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config

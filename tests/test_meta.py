@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
+from qformat.converters.sources.detect import open_checkpoint
 from qformat.readers.torch import load_file
 
 from qformat.errors import SourceError

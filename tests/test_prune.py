@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qformat.converters import prune as prune_module
 from qformat.converters.arrays import ArrayTensor
-from qformat.converters.detect import open_checkpoint
 from qformat.converters.prune import Pruned, Pruning, find_cut
+from qformat.converters.sources.detect import open_checkpoint
 from qformat.readers.torch import TORCH_DTYPES
 from safetensors.numpy import load_file, save_file
 from torch.nn.utils.prune import l1_unstructured

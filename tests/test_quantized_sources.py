@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
-from qformat.converters.options import SourceOptions
-from qformat.converters.quantized import recognize
-from qformat.converters.safetensors import open_safetensors
+from qformat.converters.quantized.recognize import recognize
+from qformat.converters.sources.options import SourceOptions
+from qformat.converters.sources.safetensors import open_safetensors
 
 from qformat import safe_open
 from qformat.codecs import base

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
+from qformat.converters.sources.detect import open_checkpoint
 from safetensors.numpy import save_file as save_safetensors
 
 import qformat

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
+from qformat.converters.sources.detect import open_checkpoint
 from safetensors.numpy import save_file as save_safetensors
 
 from qformat import encode

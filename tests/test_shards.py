@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
+from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.split import parse_size
 from qformat.readers.torch import load_file
 from safetensors.numpy import save_file as save_safetensors

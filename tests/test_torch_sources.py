@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 from qformat.converters.convert import convert
-from qformat.converters.detect import open_checkpoint
-from qformat.converters.options import SourceOptions
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.converters.sources.options import SourceOptions
 from qformat.readers.torch import TORCH_DTYPES, load_file
 from safetensors.torch import save_file
 
@@ -447,7 +447,7 @@ def test_tensors_that_cannot_be_stored_are_named(tmp_path):
 
 
 def test_a_small_file_cannot_ask_for_endless_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("qformat.converters.state_dict._MOST_NODES", 20_000)
+    monkeypatch.setattr("qformat.converters.sources.state_dict._MOST_NODES", 20_000)
     assert "repeat" in refused(save({"w": torch.ones(1).expand(10**9, 10**6)}, tmp_path / "x.pt"))
     bomb: Any = "x" * 1000
     for _ in range(30):

@@ -26,7 +26,7 @@ from qformat.cli.common import (
     warn,
 )
 from qformat.cli.source import source_options
-from qformat.converters.options import SourceOptions
+from qformat.converters.sources.options import SourceOptions
 
 if TYPE_CHECKING:
     from qformat.converters.convert import Conversion

@@ -11,7 +11,7 @@ from qformat.cli.common import PATH, echo_json, human_bytes, jobs_option, parse_
 from qformat.quality import Quality
 
 if TYPE_CHECKING:
-    from qformat.converters.export import Format
+    from qformat.converters.exports.export import Format
 
 
 @click.command()
@@ -64,7 +64,7 @@ def command(
     complete.
     """
     from qformat.container.reader import ContainerReader
-    from qformat.converters.export import export
+    from qformat.converters.exports.export import export
 
     with ContainerReader(src) as container:
         total = sum(record.elements for record in container.tensors)

@@ -22,7 +22,7 @@ from qformat.cli.common import (
     warn,
 )
 from qformat.cli.source import source_options
-from qformat.converters.options import SourceOptions
+from qformat.converters.sources.options import SourceOptions
 
 if TYPE_CHECKING:
     from qformat.stats import ErrorStats
@@ -99,7 +99,7 @@ def command(
     are entropy-coded, entropy is what an ideal coder would need in bits for each weight, scales aside.
     """
     from qformat.codecs.registry import parse_type
-    from qformat.converters.detect import open_checkpoint
+    from qformat.converters.sources.detect import open_checkpoint
     from qformat.stats import collect, measure
 
     codecs = [parse_type(text) for text in dict.fromkeys(types)]

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qformat.cli.common import quality_option
-from qformat.converters.options import SourceOptions
+from qformat.converters.sources.options import SourceOptions
 
 
 def source_options(about_quality: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

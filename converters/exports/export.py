@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from qformat.converters.container import ContainerTensor, check_layers
-from qformat.converters.export_gguf import export_gguf
-from qformat.converters.export_hf import export_hf
-from qformat.converters.export_safetensors import export_safetensors
-from qformat.converters.outputs import DEFAULT_SHARD, Export, Job
+from qformat.converters.exports.gguf import export_gguf
+from qformat.converters.exports.hf import export_hf
+from qformat.converters.exports.outputs import DEFAULT_SHARD, Export, Job
+from qformat.converters.exports.safetensors import export_safetensors
+from qformat.converters.sources.container import ContainerTensor, check_layers
 from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
 from qformat.codecs.base import Codec

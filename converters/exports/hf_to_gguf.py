@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from qformat.converters.gguf_file import boolean, floating, integer, integers, text, texts
+from qformat.converters.sources.gguf_file import boolean, floating, integer, integers, text, texts
 
 from qformat.errors import SourceError
 

@@ -8,8 +8,8 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from qformat.converters.files import SharedFile
-from qformat.converters.gguf_file import Header, TensorInfo, TensorType, check_layout, parse
+from qformat.converters.sources.files import SharedFile
+from qformat.converters.sources.gguf_file import Header, TensorInfo, TensorType, check_layout, parse
 
 from qformat.codecs.base import Buffer, Codec, Matrix, Piece
 from qformat.codecs.ggml import GGML_BLOCKS, Ggml

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from qformat.converters.claims import Claims
-from qformat.converters.coded import (
+from qformat.converters.quantized.claims import Claims
+from qformat.converters.quantized.coded import (
     SCALES,
     U8,
     CodedTensor,

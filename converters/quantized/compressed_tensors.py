@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from qformat.converters.claims import Claims
-from qformat.converters.coded import (
+from qformat.converters.quantized.claims import Claims
+from qformat.converters.quantized.coded import (
     I32,
     SCALES,
     U8,

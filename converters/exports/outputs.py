@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from qformat.converters.container import ContainerTensor
+from qformat.converters.sources.container import ContainerTensor
 
 from qformat.codecs.base import Buffer, Codec, Piece
 from qformat.codecs.blocks import plain
@@ -220,7 +220,7 @@ class Job:
     dtype
         What was asked for as the type of tensors that are not copied, or None.
     overwrite, jobs, progress, shard_size
-        As in `qformat.converters.export.export`.
+        As in `qformat.converters.exports.export.export`.
     """
 
     container: ContainerReader

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from qformat.converters.options import SourceOptions
+from qformat.converters.sources.options import SourceOptions
 
 from qformat.container.layout import MAGIC
 from qformat.errors import QFormatError, QualityError, SourceError
@@ -57,9 +57,9 @@ def _open(path: Path, options: SourceOptions) -> Checkpoint:
 
 
 def _open_directory(path: Path, options: SourceOptions) -> Checkpoint:
-    from qformat.converters.hf import only_weights, open_hf, with_assets
-    from qformat.converters.meta import is_meta, open_meta
-    from qformat.converters.weights import first_bytes
+    from qformat.converters.sources.hf import only_weights, open_hf, with_assets
+    from qformat.converters.sources.meta import is_meta, open_meta
+    from qformat.converters.sources.weights import first_bytes
 
     _check_quality(path, options.quality)
     checkpoint = open_hf(path, options)
@@ -74,17 +74,17 @@ def _open_directory(path: Path, options: SourceOptions) -> Checkpoint:
 
 
 def _open_file(path: Path, options: SourceOptions, *, alone: bool = True) -> Checkpoint:
-    from qformat.converters.weights import check_no_key, first_bytes, open_weights
+    from qformat.converters.sources.weights import check_no_key, first_bytes, open_weights
 
     start = first_bytes(path)
     if start.startswith(MAGIC):
-        from qformat.converters.container import open_container
+        from qformat.converters.sources.container import open_container
 
         check_no_key(path, options)
         return open_container(path, options.quality)
     _check_quality(path, options.quality)
     if start.startswith(_GGUF):
-        from qformat.converters.gguf import open_gguf
+        from qformat.converters.sources.gguf import open_gguf
 
         check_no_key(path, options)
         return open_gguf(path)
@@ -94,8 +94,8 @@ def _open_file(path: Path, options: SourceOptions, *, alone: bool = True) -> Che
 
 def _recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions) -> Checkpoint:
     """Return a checkpoint with what other tools have quantized as tensors whose codes are copied."""
-    from qformat.converters.hf import read_configs
-    from qformat.converters.quantized import recognize
+    from qformat.converters.quantized.recognize import recognize
+    from qformat.converters.sources.hf import read_configs
 
     tensors, warnings = recognize(checkpoint.tensors, read_configs(directory), options)
     return replace(checkpoint, tensors=tensors, warnings=[*checkpoint.warnings, *warnings])

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from qformat.converters.claims import Claims
-from qformat.converters.coded import (
+from qformat.converters.quantized.claims import Claims
+from qformat.converters.quantized.coded import (
     I32,
     SCALES,
     U8,
@@ -25,7 +25,7 @@ from qformat.converters.coded import (
     part,
     whole,
 )
-from qformat.converters.gptq import claimed_group
+from qformat.converters.quantized.gptq import claimed_group
 
 ROLES = ("qweight", "qzeros", "scales")
 METHODS = ("awq", "auto-round", "intel/auto-round")

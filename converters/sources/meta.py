@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qformat.converters.hf import with_assets
-from qformat.converters.options import SourceOptions
-from qformat.converters.weights import open_weights
+from qformat.converters.sources.hf import with_assets
+from qformat.converters.sources.options import SourceOptions
+from qformat.converters.sources.weights import open_weights
 
 from qformat.container.index import MAX_ASSET_BYTES
 from qformat.dtypes import DType, Elements

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qformat.converters.options import SourceOptions
-from qformat.converters.shards import numbered, open_indexed, open_unlisted
-from qformat.converters.weights import open_weights
+from qformat.converters.sources.options import SourceOptions
+from qformat.converters.sources.shards import numbered, open_indexed, open_unlisted
+from qformat.converters.sources.weights import open_weights
 
 from qformat.container.index import MAX_ASSET_BYTES, check_asset_name
 from qformat.errors import FormatError, SourceError

@@ -12,9 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qformat.converters.container import ContainerTensor
-from qformat.converters.gguf import REST
-from qformat.converters.gguf_file import (
+from qformat.converters.exports.hf_to_gguf import Model
+from qformat.converters.exports.outputs import Constant, Export, Job, Output, Written, new_file
+from qformat.converters.exports.rotated import RotatedOutput, check_heads
+from qformat.converters.sources.container import ContainerTensor
+from qformat.converters.sources.gguf import REST
+from qformat.converters.sources.gguf_file import (
     TYPE_NUMBERS,
     TYPES,
     UINT32,
@@ -26,9 +29,6 @@ from qformat.converters.gguf_file import (
     integer,
     parse,
 )
-from qformat.converters.hf_to_gguf import Model
-from qformat.converters.outputs import Constant, Export, Job, Output, Written, new_file
-from qformat.converters.rotated import RotatedOutput, check_heads
 
 from qformat.codecs.base import Codec
 from qformat.codecs.blocks import plain

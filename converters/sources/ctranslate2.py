@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from qformat.converters.files import SharedFile
+from qformat.converters.sources.files import SharedFile
 
 from qformat.dtypes import DTYPES, DType, Elements
 from qformat.errors import SourceError

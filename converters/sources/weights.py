@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qformat.converters.ctranslate2 import is_ctranslate2, open_ctranslate2
-from qformat.converters.options import SourceOptions
-from qformat.converters.safetensors import open_safetensors
+from qformat.converters.sources.ctranslate2 import is_ctranslate2, open_ctranslate2
+from qformat.converters.sources.options import SourceOptions
+from qformat.converters.sources.safetensors import open_safetensors
 
 from qformat.errors import SourceError
 from qformat.files import open_regular
@@ -66,7 +66,7 @@ def open_weights(path: Path, options: SourceOptions, *, shard: bool = False) -> 
     safetensors = start[8:9] == b"{"
     if not safetensors and (start.startswith(_ZIP) or start[2:].startswith(_LEGACY)):
         try:
-            from qformat.converters.torch import open_torch
+            from qformat.converters.sources.torch import open_torch
         except ImportError:
             raise SourceError(f"{path}: torch is needed to read it; pip install 'qformat[torch]'") from None
         return open_torch(path, options, shard=shard)

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from qformat.converters.container import ContainerTensor
-from qformat.converters.outputs import Output
+from qformat.converters.exports.outputs import Output
+from qformat.converters.sources.container import ContainerTensor
 
 from qformat.codecs.base import PIECE, Buffer, Piece
 from qformat.dtypes import Elements

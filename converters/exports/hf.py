@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qformat.converters.directory import new_directory
-from qformat.converters.export_safetensors import write_safetensors
-from qformat.converters.gguf import REST
-from qformat.converters.outputs import Export, Job, Output, as_floats
+from qformat.converters.exports.directory import new_directory
+from qformat.converters.exports.outputs import Export, Job, Output, as_floats
+from qformat.converters.exports.safetensors import write_safetensors
+from qformat.converters.sources.gguf import REST
 
 from qformat.errors import SourceError
 

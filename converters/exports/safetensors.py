@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qformat.converters.outputs import Export, Job, Output, as_floats, new_file
-from qformat.converters.safetensors import DTYPE_NAMES, MAX_HEADER
+from qformat.converters.exports.outputs import Export, Job, Output, as_floats, new_file
+from qformat.converters.sources.safetensors import DTYPE_NAMES, MAX_HEADER
 
 from qformat.container.target import check_target
 from qformat.errors import SourceError

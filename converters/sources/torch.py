@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from qformat.converters.options import SourceOptions
-from qformat.converters.rwkv import rwkv_version
-from qformat.converters.state_dict import WHOLE, StateDict, find_state_dict
+from qformat.converters.sources.options import SourceOptions
+from qformat.converters.sources.rwkv import rwkv_version
+from qformat.converters.sources.state_dict import WHOLE, StateDict, find_state_dict
 from qformat.readers.torch import TORCH_DTYPES
 
 from qformat.dtypes import DTYPES, DType, Elements

@@ -8,8 +8,8 @@ from math import prod
 from typing import Any, Literal
 
 import numpy as np
-from qformat.converters.claims import Claims
-from qformat.converters.coded import SCALES, CodedTensor, Encode, as_bytes, whole
+from qformat.converters.quantized.claims import Claims
+from qformat.converters.quantized.coded import SCALES, CodedTensor, Encode, as_bytes, whole
 
 from qformat.codecs.base import Buffer, Matrix, Piece
 from qformat.codecs.fp8 import Fp8

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from qformat.converters import awq, bitnet, compressed_tensors, gptq
-from qformat.converters.claims import Claim, Claims, contradiction
-from qformat.converters.coded import CodedTensor, Parts, as_bytes, named, whole
-from qformat.converters.fp8 import FORMATS, SUFFIXES, fp8_tensor
+from qformat.converters.quantized import awq, bitnet, compressed_tensors, gptq
+from qformat.converters.quantized.claims import Claim, Claims, contradiction
+from qformat.converters.quantized.coded import CodedTensor, Parts, as_bytes, named, whole
+from qformat.converters.quantized.fp8 import FORMATS, SUFFIXES, fp8_tensor
 
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError

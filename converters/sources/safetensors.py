@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.converters.files import SharedFile
+from qformat.converters.sources.files import SharedFile
 from safetensors import SafetensorError, safe_open
 
 from qformat.dtypes import DTYPES, DType, Elements

@@ -1,0 +1,1 @@
+"""Containers into the formats of other tools."""

@@ -1,0 +1,1 @@
+"""What other tools have quantized, as tensors whose codes are copied; `recognize` finds it."""
