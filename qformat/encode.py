@@ -26,8 +26,8 @@ from qformat.source import QuantizedTensor, SourceTensor
 
 #: called with the number of elements that were just written
 Progress = Callable[[int], None]
-#: calls a function with each of some pieces, like `map`
-Run = Callable[[Callable[[Piece], Any], Iterable[Piece]], Iterable[Any]]
+#: calls a function with each of some pieces (or what else it takes), like `map`
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 _FEW_PIECES = 4
 
 
@@ -179,8 +179,8 @@ def _refusal(plan: Plan, error: ValueError) -> str:
 def on_pool(pool: Executor, window: int) -> Run:
     """Return what calls a function with each of some pieces on the threads of a pool, and yields the results in order."""
 
-    def run(function: Callable[[Piece], Any], every: Iterable[Piece]) -> Iterator[Any]:
-        for future in ahead(pool, (partial(function, piece) for piece in every), window):
+    def run(function: Callable[[Any], Any], every: Iterable[Any]) -> Iterator[Any]:
+        for future in ahead(pool, (partial(function, each) for each in every), window):
             yield future.result()
 
     return run
@@ -321,9 +321,11 @@ def assemble(plan: Plan, run: Run) -> Assembled:
     codec = plan.codec
     assert isinstance(codec, LayeredCodec)
     plan = fit(plan, run)
+    every = list(plan.pieces())
+    trials: list[Any] = [None] * len(every)
     enough = False
     while not enough:
-        trials = list(run(partial(_tried, plan), plan.pieces()))
+        trials = list(run(partial(_tried, plan), zip(every, trials, strict=True)))
         try:
             fitted, enough = codec.decided(plan.fitted, trials)
         except ValueError as error:
@@ -332,7 +334,7 @@ def assemble(plan: Plan, run: Run) -> Assembled:
     assembled = None
     while assembled is None:
         encoded = []
-        for piece in run(partial(encode_piece, plan), plan.pieces()):
+        for piece in run(partial(_encoded, plan), zip(every, trials, strict=True)):
             _check(plan, piece, allow_nonfinite=False, allow_vanished=False)
             encoded.append(piece)
         assembled, fitted = codec.assembled(encoded, plan.fitted)
@@ -340,10 +342,16 @@ def assemble(plan: Plan, run: Run) -> Assembled:
     return assembled
 
 
-def _tried(plan: Plan, piece: Piece) -> Any:
-    codec = plan.codec
+def _tried(plan: Plan, before: tuple[Piece, Any]) -> Any:
+    codec, (piece, tried) = plan.codec, before
     assert isinstance(codec, LayeredCodec)
-    return codec.trial(plan.read(piece), plan.fitted)
+    return codec.trial(plan.read(piece), plan.fitted, tried)
+
+
+def _encoded(plan: Plan, before: tuple[Piece, Any]) -> Encoded:
+    codec, (piece, tried) = plan.codec, before
+    assert isinstance(codec, LayeredCodec)
+    return codec.encode(plan.read(piece), plan.fitted, tried)
 
 
 def _check(plan: Plan, encoded: Encoded, *, allow_nonfinite: bool, allow_vanished: bool) -> None:

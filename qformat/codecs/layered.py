@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qformat.codecs.base import Buffer, Codec, Encoded, Matrix, Piece
+from qformat.dtypes import Elements
 from qformat.records import MeasuredError, Params
 
 
@@ -73,12 +74,16 @@ class LayeredCodec(Codec):
         return True
 
     @abstractmethod
-    def trial(self, elements: Any, fitted: Any) -> Any:
-        """Return what `decided` needs to know of a piece."""
+    def trial(self, elements: Elements, fitted: Any, tried: Any) -> Any:
+        """Return what `decided` needs to know of a piece, given what it returned the last time, or None."""
 
     @abstractmethod
     def decided(self, fitted: Any, trials: Sequence[Any]) -> tuple[Any, bool]:
         """Return what is known now, and whether that is enough to encode; if not, all pieces are tried again."""
+
+    @abstractmethod
+    def encode(self, elements: Elements, fitted: Any = None, tried: Any = None) -> Encoded:
+        """Encode one piece, given what the last trial returned, which may be changed so that encoding it again takes less time."""
 
     @abstractmethod
     def assembled(self, encoded: Sequence[Encoded], fitted: Any) -> tuple[Assembled | None, Any]:

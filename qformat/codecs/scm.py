@@ -14,9 +14,9 @@ from qformat.codecs.base import Buffer, Encoded, Matrix, found, request
 from qformat.codecs.codebooks import Survey
 from qformat.codecs.layered import Assembled, Content, LayeredCodec, with_lengths
 from qformat.codecs.registry import register
-from qformat.codecs.scm_grid import DEEPEST, Grid
-from qformat.codecs.scm_measures import Errors, count_bits
-from qformat.codecs.scm_plan import Fitted, Seen, Tried, Wanted, decide, fit
+from qformat.codecs.scm_grid import DEEPEST, POSITIONS, Grid
+from qformat.codecs.scm_measures import Errors, bits_before
+from qformat.codecs.scm_plan import Chunk, Fitted, Seen, Tried, Wanted, decide, fit
 from qformat.codecs.scm_planes import Decoder, Magnitudes, end_of, write_base, write_sections
 from qformat.codecs.scm_rest import precision_of, read_rest, write_rest
 from qformat.dtypes import BF16, F16, F32, DType, Elements
@@ -115,70 +115,63 @@ class Scm(LayeredCodec):
         """Choose the grid."""
         return fit(self._wanted, surveys)
 
-    def trial(self, elements: Elements, fitted: Fitted) -> Tried:
-        """Measure a piece at every depth."""
+    def trial(self, elements: Elements, fitted: Fitted, tried: Tried | None) -> Tried | None:
+        """Encode the base of a piece; or measure it at every depth, once the step is settled."""
         if not elements.all_finite():
-            return Tried(0, 0, np.zeros(0, np.int64), None)
-        values = np.ascontiguousarray(elements.to_f32()).reshape(-1)
-        chunk = Magnitudes.of(values, fitted.grid, fitted.deepest)
-        writer = StreamWriter()
-        write_base(writer, chunk, fitted.deepest)
+            return None
+        if tried is None or not fitted.settled:
+            chunk, writer = _magnitudes(elements, fitted.grid, 0), StreamWriter()
+            write_base(writer, chunk)
+            return Tried(chunk.size, writer)
+        chunk = _magnitudes(elements, fitted.grid, fitted.deepest)
         errors = Errors.of(chunk.values, chunk.numbers, chunk.size, fitted.deepest, fitted.grid)
-        bits = count_bits(chunk.numbers, chunk.size, fitted.deepest)
-        return Tried(chunk.size, writer.nbytes, bits, replace(errors, count=values.size))
+        before = bits_before(chunk.numbers, chunk.size, fitted.deepest)
+        return replace(tried, before=before, errors=replace(errors, count=elements.data.size))
 
-    def decided(self, fitted: Fitted, trials: Sequence[Tried]) -> tuple[Fitted, bool]:
+    def decided(self, fitted: Fitted, trials: Sequence[Tried | None]) -> tuple[Fitted, bool]:
         """Choose what each layer holds."""
         return decide(self._wanted, fitted, trials)
 
-    def encode(self, elements: Elements, fitted: Fitted | None = None) -> Encoded:
+    def encode(self, elements: Elements, fitted: Fitted | None = None, tried: Tried | None = None) -> Encoded:
         """Encode a piece: a chunk for each layer, and one for what is left if all of it is wanted."""
         assert fitted is not None
-        if not elements.all_finite():
+        if tried is None:
             return Encoded((), finite=False)
-        values = np.ascontiguousarray(elements.to_f32()).reshape(-1)
-        chunk = Magnitudes.of(values, fitted.grid, fitted.deepest)
-        parts: list[Buffer] = []
-        entropies: list[float] = []
+        magnitudes = _magnitudes(elements, fitted.grid, fitted.deepest)
+        chunks: dict[tuple[int, int, int], Chunk] = {}
         start = 0
-        for layer in fitted.layers:
-            writer = StreamWriter()
-            writer.add(end_of(layer.end))
-            if not parts:
-                write_base(writer, chunk, fitted.deepest)
-            write_sections(writer, chunk, fitted.deepest, start, layer.end)
-            parts.append(writer.chunk(0 if parts else values.size))
-            entropies.append(writer.entropy)
-            start = layer.end
+        for number, (end, _) in enumerate(fitted.layers):
+            where = number, start, end
+            chunks[where] = tried.chunks.get(where) or _layer(elements, magnitudes, fitted.deepest, where, tried)
+            start = end
         if fitted.lossless:
-            load("planes").shallow(chunk.numbers, start, fitted.deepest)
-            writer = StreamWriter()
-            write_rest(writer, elements, chunk, start, fitted.grid)
-            parts.append(writer.chunk(0))
-            entropies.append(writer.entropy)
-        return Encoded(tuple(parts), finite=True, entropies=tuple(entropies))
+            where = len(fitted.layers), start, POSITIONS
+            chunks[where] = tried.chunks.get(where) or _rest(elements, magnitudes, start, fitted)
+        tried.chunks = chunks  # if a layer is too large, most of them will be the same the next time
+        parts = tuple(part for part, _ in chunks.values())
+        return Encoded(parts, finite=True, entropies=tuple(entropy for _, entropy in chunks.values()))
 
     def assembled(self, encoded: Sequence[Encoded], fitted: Fitted) -> tuple[Assembled | None, Fitted]:
         """Return the tensor from what became of its pieces; or what to encode them with again, if a layer takes too much."""
-        segments = [Content("grid", fitted.grid.pack() if encoded else b"")]
-        nbytes = len(segments[0].data)
-        for number, layer in enumerate(fitted.layers):
-            content = with_lengths([piece.parts[number] for piece in encoded])
-            nbytes += len(content)
-            start = fitted.layers[number - 1].end if number else 0
-            if layer.room is not None and nbytes > layer.room and layer.end > start:
-                return None, fitted.with_shorter(number, nbytes - layer.room)
-            if number and not self._wanted.fits(nbytes, fitted.elements):
+        wanted, count, nbytes, start = self._wanted, 0, Grid.SIZE if encoded else 0, 0
+        for number, (end, room) in enumerate(fitted.layers):
+            nbytes += sum(4 + len(piece.parts[number]) for piece in encoded)
+            if room is not None and nbytes > room and end > start:
+                return None, fitted.with_shorter(number, nbytes - room)
+            if number and not wanted.fits(nbytes, fitted.elements):
                 break
-            segments.append(Content(f"layer.{number + 1}", content, fitted.error_at(layer.end)))
-        count = len(segments) - 1
-        error = replace(fitted.error_at(fitted.layers[count - 1].end), mean=None)
+            count, start = number + 1, end
+        numbers = [*range(count), *([len(fitted.layers)] if fitted.lossless else [])]
+        contents = [with_lengths([piece.parts[number] for piece in encoded]) for number in numbers]
+        errors = [fitted.error_at(layer.end) for layer in fitted.layers[:count]]
+        segments = [Content("grid", fitted.grid.pack() if encoded else b"")]
+        segments += [Content(f"layer.{number + 1}", contents[number], errors[number]) for number in range(count)]
         if fitted.lossless:
-            segments.append(Content("rest", with_lengths([piece.parts[-1] for piece in encoded])))
+            segments.append(Content("rest", contents[-1]))
         params: Params = {"layers": count, "lossless": fitted.lossless}
-        kept = [*range(count), *([len(fitted.layers)] if fitted.lossless else [])]
-        entropy = sum(piece.entropies[number] for piece in encoded for number in kept)
-        return Assembled(params, tuple(segments), None if fitted.lossless else error, fitted.range, entropy), fitted
+        entropy = sum(piece.entropies[number] for piece in encoded for number in numbers)
+        error = None if fitted.lossless else replace(errors[-1], mean=None)
+        return Assembled(params, tuple(segments), error, fitted.range, entropy), fitted
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode a piece: the grid, its chunks of layers, and what was left if all of it is wanted."""
@@ -189,6 +182,32 @@ class Scm(LayeredCodec):
             return
         dtype = {"float16": F16, "uint16": BF16, "float32": F32}[out.dtype.name]
         read_rest(parts[-1], decoder, grid, dtype, out)
+
+
+def _magnitudes(elements: Elements, grid: Grid, depth: int) -> Magnitudes:
+    return Magnitudes.of(np.ascontiguousarray(elements.to_f32()).reshape(-1), grid, depth)
+
+
+def _layer(
+    elements: Elements, magnitudes: Magnitudes, deepest: int, where: tuple[int, int, int], tried: Tried
+) -> Chunk:
+    """Return the chunk of a layer: its number, and where it begins and ends."""
+    number, start, end = where
+    writer = StreamWriter()
+    writer.add(end_of(end))
+    if not number:
+        writer.extend(tried.base)
+    if tried.before is not None:
+        write_sections(writer, magnitudes, deepest, start, end, tried.before)
+    return writer.chunk(0 if number else elements.data.size), writer.entropy
+
+
+def _rest(elements: Elements, magnitudes: Magnitudes, end: int, fitted: Fitted) -> Chunk:
+    """Return the chunk of what layers leave; magnitudes are only those of the last layer afterwards."""
+    load("planes").shallow(magnitudes.numbers, end, fitted.deepest)
+    writer = StreamWriter()
+    write_rest(writer, elements, magnitudes, end, fitted.grid)
+    return writer.chunk(0), writer.entropy
 
 
 def _number(text: str) -> float:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs.codebooks import Survey, running
-from qformat.entropy.frequencies import COST_BITS, log2
+from qformat.entropy.frequencies import COST_BITS, logarithms
+from qformat.kernels import load
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -151,26 +152,17 @@ class Distribution:
         self._means = sums[used] / np.maximum(self._counts, 1)
         self.largest = float(self._high[-1]) if used.size else 0.0
 
-    def below(self, borders: F64) -> tuple[F64, F64]:
-        """Return how many magnitudes are below some borders, and their sum; within a bin they are taken to be spread evenly."""
-        number = np.searchsorted(self._low, borders, side="right") - 1
-        inside = np.maximum(number, 0)
-        share = np.clip((borders - self._low[inside]) / (self._high - self._low)[inside], 0.0, 1.0)
-        part = np.floor(share * self._counts[inside])
-        share = np.where(number < 0, 0.0, part / self._counts[inside])
-        # the mean of the lower part of an even spread about the mean of the bin
-        mean = self._means[inside] - (1 - share) * (self._high - self._low)[inside] / 2
-        whole = np.where(number < 0, 0.0, self._before[inside])
-        whole_sum = np.where(number < 0, 0.0, self._sums_before[inside])
-        count = np.where(number < 0, 0.0, part)
-        return whole + count, whole_sum + count * mean
-
     def cells(self, width: float, most: int) -> tuple[F64, F64]:
-        """Return how many magnitudes are in each cell, and their sum; at most so many cells, and what is beyond in the last."""
+        """Return how many magnitudes are in each cell, and their sum; at most so many cells, and what is beyond in the last.
+
+        Within a bin magnitudes are taken to be spread evenly.
+        """
         if not self.count:
             return np.zeros(1), np.zeros(1)
         number = int(min(most, self.largest / width + 2))
-        counts, sums = self.below(np.arange(number + 1, dtype=np.float64) * width)
+        counts, sums = np.empty(number + 1), np.empty(number + 1)
+        bins = self._low, self._high, self._counts, self._means, self._before, self._sums_before
+        load("estimates").below(*bins, width, counts, sums)
         counts[-1], sums[-1] = self.count, self._sums_before[-1]
         return np.diff(counts), np.diff(sums)
 
@@ -178,8 +170,7 @@ class Distribution:
 def _bits(counts: F64) -> float:
     """Return what ideal coding takes for symbols that occur so often."""
     whole = np.maximum(counts, 0).astype(np.int64)
-    total = log2(np.array([max(1, int(whole.sum()))]))
-    return float(int((whole * (total - log2(whole))).sum())) / (1 << COST_BITS)
+    return float(load("estimates").ideal(whole, logarithms())) / (1 << COST_BITS)
 
 
 def base_bits(distribution: Distribution, step: float) -> float:

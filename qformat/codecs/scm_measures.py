@@ -5,29 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs.scm_grid import CHUNK, CLASSES, DEPTHS, PARTS, PHASES, Grid, planes
-from qformat.entropy.frequencies import COST_BITS, log2
+from qformat.entropy.frequencies import logarithms
 from qformat.kernels import load
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-# Bytes of streams of bits beside these: length and way, and a table if they are coded
-_EMPTY, _RAW, _CONSTANT, _CODED = 4, 5, 6, 12
-_LOSS = 8  # coding takes more than is ideal by one part in 2^8
 
-
-def count_bits(numbers: NDArray[np.uint32], size: int, deepest: int) -> I64:
-    """Return how often bits are 0 and 1: by plane, part and class of the magnitude before."""
+def bits_before(numbers: NDArray[np.uint32], size: int, deepest: int) -> I64:
+    """Return how often bits are 0 and 1: by plane and class of the magnitude before, in all parts before each one, and in all."""
     shape = deepest * PHASES, PARTS, CLASSES, 2
     counts = np.zeros(math.prod(shape), np.int64)
     load("planes").count_bits(numbers, size, deepest, counts)
-    return counts.reshape(shape)
+    before = np.zeros((deepest * PHASES, PARTS + 1, CLASSES, 2), np.int64)
+    np.cumsum(counts.reshape(shape), axis=1, out=before[:, 1:])
+    return before
 
 
 class SectionCosts:
@@ -37,31 +36,24 @@ class SectionCosts:
     ----------
     sizes
         How many elements count in each chunk.
-    bits
-        What `count_bits` found in each chunk.
+    before
+        What `bits_before` found in each chunk.
     """
 
-    def __init__(self, sizes: Sequence[int], bits: Sequence[I64]) -> None:
+    def __init__(self, sizes: Sequence[int], before: Sequence[I64]) -> None:
         self._chunks = len(sizes)
         self._elements = sum(sizes)
-        self._known: dict[tuple[int, int, int], int] = {}
-        running_bits = np.cumsum(np.stack(bits), axis=2)
-        self._bits = np.concatenate([np.zeros_like(running_bits[:, :, :1]), running_bits], axis=2)
+        self._known: dict[tuple[int, ...], int] = {}
+        self._before = np.stack(before)
 
     def of(self, start: int, end: int) -> int:
         """Return the bytes of a layer."""
         return CHUNK * self._chunks + sum(self._section(*section) for section in planes(start, end))
 
-    def _section(self, plane: int, first: int, stop: int) -> int:
-        key = plane, first, stop
-        if key not in self._known:
-            counts = self._bits[:, plane, stop] - self._bits[:, plane, first]
-            both = counts.sum(axis=1, keepdims=True)  # of all classes, as a fourth one
-            counts = np.concatenate([counts, both], axis=1)
-            streams = bit_stream(counts.sum(axis=2), counts[..., 1])
-            taken = 1 + np.minimum(streams[:, CLASSES], streams[:, :CLASSES].sum(axis=1))
-            self._known[key] = int(taken[both.sum(axis=(1, 2)) > 0].sum())
-        return self._known[key]
+    def _section(self, *section: int) -> int:
+        if section not in self._known:
+            self._known[section] = load("estimates").section_of_chunks(self._before, *section, logarithms())
+        return self._known[section]
 
     def last_end(self, start: int, room: int, most: int) -> int:
         """Return the last end for which a layer that begins at `start` takes no more than some bytes; `start` if none does."""
@@ -76,20 +68,6 @@ class SectionCosts:
             else:
                 high, guess = middle - 1, (low + middle) // 2
         return low
-
-
-def bit_stream(counts: I64, ones: I64) -> I64:
-    """Return about how many bytes streams of bits take, of which so many are 1."""
-    zeros = counts - ones
-    every = np.stack([counts, ones, zeros])
-    all_logarithms, one_logarithms, zero_logarithms = every * log2(every)
-    ideal = all_logarithms - one_logarithms - zero_logarithms  # in units of 2^-16 bits
-    lanes = np.where(counts < 8 << 12, 4, 16)
-    coded = _CODED + 2 * lanes + ((ideal + (ideal >> _LOSS)) >> (COST_BITS + 3))
-    coded = np.maximum(coded, _CODED + 4 * lanes)  # no less than the states
-    raw = _RAW + (counts + 7) // 8
-    taken = np.where((ones == 0) | (zeros == 0), _CONSTANT, np.minimum(raw, coded))
-    return np.where(counts > 0, taken, _EMPTY)
 
 
 @dataclass(frozen=True)
@@ -135,17 +113,20 @@ class Errors:
         peaks = np.max(np.stack([part.peaks for part in parts]), axis=0)
         return cls(sum(part.count for part in parts), squares, sums, peaks)
 
+    @cached_property
+    def _by_depth(self) -> tuple[list[list[float]], ...]:
+        """Squares, sums and peaks of each depth, in the order of positions."""
+        every = self.squares, self.sums, self.peaks
+        return tuple(values.reshape(PHASES * PARTS, DEPTHS).T.tolist() for values in every)
+
     def at(self, end: int) -> tuple[float, float, float]:
         """Return root mean square, largest and mean absolute error after some positions."""
-        depth = np.full((PHASES, PARTS), end // (PHASES * PARTS))
-        depth += np.arange(PHASES * PARTS).reshape(PHASES, PARTS) < end % (PHASES * PARTS)
-        chosen = (
-            np.take_along_axis(self.squares, depth[..., None], 2),
-            np.take_along_axis(self.sums, depth[..., None], 2),
+        depth, deeper = divmod(end, PHASES * PARTS)
+        squares, sums, peaks = (
+            (rows[depth + 1][:deeper] if deeper else []) + rows[depth][deeper:] for rows in self._by_depth
         )
-        squares, sums = (math.fsum(values.ravel().tolist()) / max(1, self.count) for values in chosen)
-        peak = float(np.take_along_axis(self.peaks, depth[..., None], 2).max())
-        return math.sqrt(squares), peak, sums
+        count = max(1, self.count)
+        return math.sqrt(math.fsum(squares) / count), max(peaks), math.fsum(sums) / count
 
 
 def _folded(lanes: F64) -> F64:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from qformat.codecs.scm_grid import (
     step_of,
 )
 from qformat.codecs.scm_measures import Errors, SectionCosts
+from qformat.entropy.streams import StreamWriter
 from qformat.quality import METRICS, Metric, room, within
 from qformat.records import MeasuredError, decimal
 
@@ -75,17 +76,31 @@ class Seen(NamedTuple):
     precision: int
 
 
-class Tried(NamedTuple):
-    """What a trial of a piece finds.
+#: a chunk, and the bits that ideal coders need for it
+Chunk = tuple[bytes, float]
 
-    ``size`` elements count, ``base`` bytes are taken by their signs and magnitudes of depth 0, ``bits`` are counts of the other
-    bits. ``errors`` are None if the piece is not finite.
+
+@dataclass
+class Tried:
+    """What trials of a finite piece find.
+
+    Attributes
+    ----------
+    size
+        How many elements count.
+    base
+        Signs and magnitudes of depth 0.
+    before, errors
+        What `bits_before` and `Errors` find, once the step is settled.
+    chunks
+        What became of it the last time that it was encoded: chunks by the number of the layer and by the positions in it.
     """
 
     size: int
-    base: int
-    bits: NDArray[np.int64]
-    errors: Errors | None
+    base: StreamWriter
+    before: NDArray[np.int64] | None = None
+    errors: Errors | None = None
+    chunks: dict[tuple[int, int, int], Chunk] = field(default_factory=dict)
 
 
 class Layer(NamedTuple):
@@ -109,8 +124,8 @@ class Fitted:
         The depth to which pieces are quantized.
     full
         The position up to which layers are written at least if the tensor is kept bit for bit.
-    tries, fitting
-        How many other steps were tried, and the last one with which the first layer was not too large.
+    tries, fitting, settled
+        How many other steps were tried, the last one with which the first layer was not too large, and whether no more are.
     errors
         What trials found.
     layers, lossless
@@ -126,6 +141,7 @@ class Fitted:
     full: int = 0
     tries: int = 0
     fitting: int | None = None
+    settled: bool = False
     errors: Errors | None = None
     layers: tuple[Layer, ...] = ()
     lossless: bool = False
@@ -185,8 +201,8 @@ def _full(wanted: Wanted, distribution: Distribution, precision: int) -> int:
     return PARTS * PHASES * max(0, min(DEEPEST, precision - 1))
 
 
-def decide(wanted: Wanted, fitted: Fitted, trials: Sequence[Tried]) -> tuple[Fitted, bool]:
-    """Choose which positions go into which layer; or another grid, which has to be tried then.
+def decide(wanted: Wanted, fitted: Fitted, trials: Sequence[Tried | None]) -> tuple[Fitted, bool]:
+    """Choose which positions go into which layer; or another grid, which has to be tried then, or what else has to be measured.
 
     Returns
     -------
@@ -198,23 +214,23 @@ def decide(wanted: Wanted, fitted: Fitted, trials: Sequence[Tried]) -> tuple[Fit
     ValueError
         If something decodes to infinity.
     """
-    if any(tried.errors is None for tried in trials):
-        return fitted, True  # encoding will tell
-    if not trials:
+    found = [tried for tried in trials if tried is not None]
+    if len(found) < len(trials):
+        return fitted, True  # a piece is not finite: encoding will tell
+    if not found:
         return replace(fitted, layers=(Layer(0, None),), lossless=wanted == Wanted(), deepest=0), True
-    errors = Errors.total([tried.errors for tried in trials if tried.errors is not None])
+    rooms = wanted.rooms(fitted.elements)
+    used = Grid.SIZE + sum(tried.base.nbytes + CHUNK for tried in found)
+    if not fitted.settled:
+        return _better_step(fitted, rooms[0], used) or replace(fitted, settled=True), False
+    errors = Errors.total([tried.errors for tried in found if tried.errors is not None])
     if not math.isfinite(errors.squares.max()):
         raise ValueError("holds weights that are too large")
     fitted = replace(fitted, errors=errors)
-    rooms = wanted.rooms(fitted.elements)
-    used = Grid.SIZE + sum(tried.base + CHUNK for tried in trials)
-    other = _better_step(fitted, rooms[0], used)
-    if other is not None:
-        return other, False
     stop = _stop(wanted, fitted)
-    costs = SectionCosts([tried.size for tried in trials], [tried.bits for tried in trials])
+    costs = SectionCosts([tried.size for tried in found], [tried.before for tried in found if tried.before is not None])
     layers: list[Layer] = []
-    used -= CHUNK * len(trials)  # which costs of layers hold
+    used -= CHUNK * len(found)  # which costs of layers hold
     for limit in rooms:
         start = layers[-1].end if layers else 0
         end = costs.last_end(start, limit - (limit >> _ROUGH) - used, PARTS * PHASES * fitted.deepest)

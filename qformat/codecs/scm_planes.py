@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,13 @@ from qformat.codecs.scm_grid import (
     part_sizes,
     planes,
 )
-from qformat.codecs.scm_measures import bit_stream
-from qformat.entropy.frequencies import digits, symbols_each
+from qformat.entropy.frequencies import digits, logarithms, symbols_each
 from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
 from qformat.kernels import load
 
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
+I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 
 _SPARSE = 64  # a chunk is sparse if at least one of so many elements is zero
@@ -38,8 +39,11 @@ _END = struct.Struct("<H")
 
 def filled(values: F32) -> F32:
     """Return one-dimensional values, filled up with zeros to whole blocks."""
-    missing = -values.size % 32
-    return np.pad(values, (0, missing)) if missing else values
+    if values.size % 32 == 0:
+        return values
+    whole = np.zeros(-(-values.size // 32) * 32, np.float32)
+    whole[: values.size] = values
+    return whole
 
 
 @dataclass
@@ -56,69 +60,68 @@ class Magnitudes:
         The elements, filled up to whole blocks.
     numbers
         Their magnitudes.
-    signs
-        A bit for each.
     """
 
     size: int
     used: NDArray[np.bool_] | None
     values: F32
     numbers: U32
-    signs: U8
 
     @classmethod
     def of(cls, values: F32, grid: Grid, depth: int) -> Magnitudes:
         """Return those of finite values."""
-        kernels = load("planes")
-        zeros = values.size - int(np.count_nonzero(values))
-        used = values != 0 if zeros * _SPARSE >= values.size else None
-        size = values.size if used is None else values.size - zeros
+        nonzero = values != 0
+        count = int(np.count_nonzero(nonzero))
+        used = nonzero if (values.size - count) * _SPARSE >= values.size else None
+        size = values.size if used is None else count
         chosen = filled(values if used is None else values[used])
-        numbers, signs = np.empty(chosen.size, np.uint32), np.zeros(chosen.size // 8, np.uint8)
-        kernels.quantize(chosen, grid.deepest_widths(depth), numbers)
-        kernels.signs(chosen, signs)
-        return cls(size, used, chosen, numbers, signs)
+        numbers = np.empty(chosen.size, np.uint32)
+        load("planes").quantize(chosen, grid.deepest_widths(depth), numbers)
+        return cls(size, used, chosen, numbers)
 
 
-def write_base(writer: StreamWriter, magnitudes: Magnitudes, depth: int) -> None:
-    """Write signs and the magnitudes of depth 0."""
+def write_base(writer: StreamWriter, magnitudes: Magnitudes) -> None:
+    """Write signs and magnitudes, which are those of depth 0; they have the sign as one bit more afterwards."""
     size, used = magnitudes.size, magnitudes.used
-    limits = [_symbols(magnitudes, depth, phase, _NARROW - 1) for phase in range(PHASES)]
-    wide = sum(over for _, over in limits) * _SCATTERED > size
+    phases = [_symbols(magnitudes, phase, _NARROW - 1) for phase in range(PHASES)]
+    wide = sum(over for _, over in phases) * _SCATTERED > size
+    if wide:
+        phases = [_symbols(magnitudes, phase, _WIDE - 1) for phase in range(PHASES)]
     writer.add(bytes([_MARK_SPARSE * (used is not None) + _MARK_WIDE * wide]))
     if used is not None:
-        writer.bits(np.packbits(used, bitorder="little"), used.size)
+        writer.bits(np.packbits(used, bitorder="little"), used.size, size)
     if not size:
         return
     base = _WIDE if wide else _NARROW
-    joined = np.empty_like(magnitudes.numbers)
-    load("planes").append_signs(magnitudes.numbers, depth, magnitudes.signs, joined)
-    for phase, (symbols, over) in enumerate(limits):
-        if wide:
-            symbols, over = _symbols(magnitudes, depth, phase, base - 1)  # noqa: PLW2901
-        if not symbols.size:
+    kernels, numbers = load("planes"), magnitudes.numbers
+    kernels.append_signs(magnitudes.values, numbers)
+    for phase, (symbols, over) in enumerate(phases):
+        count = int(part_sizes(size)[phase].sum())
+        if not count:
             continue
-        writer.stream(_letters(symbols, base), base)
+        writer.stream(_letters(symbols, count, base), base)
         if over:
-            all_numbers = magnitudes.numbers.reshape(-1, 32)[phase::PHASES].reshape(-1)[: symbols.size]
-            writer.add((all_numbers[symbols == base - 1] >> depth).astype("<u4").tobytes())
-        _write_section(writer, joined, size, 0, (phase, 0, PARTS))
+            every = numbers.reshape(-1, 32)[phase::PHASES].reshape(-1)
+            writer.add((every[symbols == base - 1] >> 1).astype("<u4").tobytes())
+        where, counts = (phase, 0, PARTS), np.zeros((CLASSES, 2), np.int64)
+        kernels.count_section(numbers, size, 0, *where, counts.reshape(-1))
+        _write_section(writer, numbers, size, 0, where, counts)
 
 
-def _symbols(magnitudes: Magnitudes, depth: int, phase: int, limit: int) -> tuple[U8, int]:
-    """Return the limited magnitudes of a phase, and how many of them are elsewhere."""
+def _symbols(magnitudes: Magnitudes, phase: int, limit: int) -> tuple[U8, int]:
+    """Return the limited magnitudes of a phase, filled up with zeros to whole blocks, and how many of them are elsewhere."""
     blocks = (magnitudes.values.size // 32 + 1 - phase) // PHASES
     symbols = np.empty(32 * blocks, np.uint8)
-    over = load("planes").symbols(magnitudes.numbers, magnitudes.size, depth, phase, limit, symbols)
-    return symbols[: int(part_sizes(magnitudes.size)[phase].sum())], int(over)
+    over = load("planes").symbols(magnitudes.numbers, magnitudes.size, phase, limit, symbols)
+    return symbols, int(over)
 
 
-def _letters(symbols: U8, base: int) -> U8:
+def _letters(symbols: U8, count: int, base: int) -> U8:
+    """Return the letters of so many symbols, after which there are zeros."""
     if base == _WIDE:
-        return symbols
-    letters = np.empty(letter_count(symbols.size, base), np.uint8)
-    each = symbols_each(base)
-    load("letters").join(np.pad(symbols, (0, each * letters.size - symbols.size)), base, each, letters)
+        return symbols[:count]
+    letters, each = np.empty(letter_count(count, base), np.uint8), symbols_each(base)
+    load("letters").join(symbols[: each * letters.size], base, each, letters)
     return letters
 
 
@@ -132,32 +135,41 @@ def _sections(size: int, start: int, end: int) -> list[tuple[int, int, int, int,
     return found
 
 
-def write_sections(writer: StreamWriter, magnitudes: Magnitudes, deepest: int, start: int, end: int) -> None:
-    """Write the bits of some positions."""
-    for depth, phase, first, stop, _ in _sections(magnitudes.size, start, end):
-        _write_section(writer, magnitudes.numbers, magnitudes.size, deepest - depth, (phase, first, stop))
+def write_sections(
+    writer: StreamWriter, magnitudes: Magnitudes, deepest: int, start: int, end: int, before: I64
+) -> None:
+    """Write the bits of some positions, of magnitudes at the deepest depth; `before` is what `bits_before` found."""
+    for plane, first, stop in planes(start, end):
+        counts = before[plane, stop] - before[plane, first]
+        if counts.any():
+            shift, where = deepest - plane // PHASES - 1, (plane % PHASES, first, stop)
+            _write_section(writer, magnitudes.numbers, magnitudes.size, shift, where, counts)
 
 
-def _write_section(writer: StreamWriter, numbers: U32, size: int, shift: int, where: tuple[int, int, int]) -> None:
-    """Write one bit of some numbers, the one that is lowest once they are shifted; by classes if that is shorter, by estimate."""
-    kernels, found = load("planes"), np.zeros(2 * CLASSES, np.int64)
-    kernels.count_section(numbers, size, shift, *where, found)
-    counts, ones = found[::2] + found[1::2], found[1::2]
-    lengths = -(-counts // 8)
-    *by_class, together = bit_stream(np.append(counts, counts.sum()), np.append(ones, ones.sum())).tolist()
-    if sum(by_class) < together:
-        starts = np.cumsum(lengths + 8) - lengths - 8  # kernels write 8 bytes at once
-        bits = np.zeros(int(lengths.sum()) + 8 * CLASSES, np.uint8)
-        kernels.split_classes(numbers, size, shift, *where, starts, bits)
+def _write_section(
+    writer: StreamWriter, numbers: U32, size: int, shift: int, where: tuple[int, int, int], found: I64
+) -> None:
+    """Write one bit of some numbers, the one that is lowest once they are shifted; by classes if that is shorter, by estimate.
+
+    `found` says for each class how many of its bits are 0 and 1.
+    """
+    kernels = load("planes")
+    by_class, together = load("estimates").section(found, logarithms())
+    classes = [(zeros + ones, ones) for zeros, ones in found.tolist()]
+    if by_class < together:
+        # kernels write 8 bytes at once
+        *starts, end = accumulate((-(-count // 8) + 8 for count, _ in classes), initial=0)
+        bits = np.zeros(end, np.uint8)
+        kernels.split_classes(numbers, size, shift, *where, np.array(starts), bits)
         writer.add(bytes([1]))
-        for start, length, count in zip(starts.tolist(), lengths.tolist(), counts.tolist(), strict=True):
-            writer.bits(bits[start : start + length], count)
+        for start, (count, ones) in zip(starts, classes, strict=True):
+            writer.bits(bits[start : start - (-count // 8)], count, ones)
         return
-    elements = int(counts.sum())
-    bits = np.zeros(4 * -(-elements // 32), np.uint8)
+    elements, set_ = map(sum, zip(*classes, strict=True))
+    bits = np.empty(4 * -(-elements // 32), np.uint8)
     kernels.plane(numbers, size, shift, *where, bits)
     writer.add(bytes([0]))
-    writer.bits(bits[: -(-elements // 8)], elements)
+    writer.bits(bits[: -(-elements // 8)], elements, set_)
 
 
 @dataclass

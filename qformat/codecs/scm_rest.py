@@ -50,7 +50,9 @@ def _shifts(patterns: U32, dtype: DType) -> U8:
 
 
 def _by_element(shifts: U8, cols: int, used: NDArray[np.bool_] | None) -> U8:
-    """Return the shift of each element that counts."""
+    """Return the shift of each element that counts; one number if they are all the same."""
+    if (shifts == shifts[0]).all():
+        return shifts[:1]
     every = np.repeat(shifts, cols)
     return every if used is None else every[used]
 
@@ -64,7 +66,7 @@ def write_rest(writer: StreamWriter, elements: Elements, magnitudes: Magnitudes,
     flat = patterns.reshape(-1)
     if used is not None:
         negative, flat = negative.reshape(-1)[~used], flat[used]
-        writer.bits(np.packbits(negative, bitorder="little"), negative.size)
+        writer.bits(np.packbits(negative, bitorder="little"), negative.size, int(np.count_nonzero(negative)))
     if not flat.size:
         return
     rest = load("rest")
@@ -72,7 +74,7 @@ def write_rest(writer: StreamWriter, elements: Elements, magnitudes: Magnitudes,
     where = magnitudes.numbers, by_element, magnitudes.size, end, grid.widths, _kind(elements.dtype)
     upper, lower = np.empty(flat.size, np.uint8), np.empty((_BYTES, flat.size + 1), np.uint8)
     classes, counts = np.zeros(_CLASSES, np.int64), np.zeros(_BYTES, np.int64)
-    middle = np.zeros(flat.size * 7 // 8 + 9, np.uint8)
+    middle = np.empty(flat.size * 7 // 8 + 9, np.uint8)
     bits = rest.split(flat, *where, upper, classes, lower, counts, middle)
     stops = np.cumsum(classes)
     for class_ in np.flatnonzero(classes).tolist():

@@ -94,7 +94,7 @@ def of_symbols(counts: I64, base: int) -> I64:
 
 
 @cache
-def _logarithms() -> I64:
+def logarithms() -> I64:
     """Return the logarithms of 0 to 2^15, rounded down to 16 bits after the point; that of 0 is given as 0."""
     numbers = np.maximum(np.arange((1 << _TABLE_BITS) + 1), 1)
     result = _bit_lengths(numbers) - 1
@@ -114,13 +114,13 @@ def _bit_lengths(numbers: I64) -> I64:
 def log2(numbers: I64) -> I64:
     """Return logarithms of numbers up to 2^53 in units of 2^-16, at most 7 too small; that of 0 is given as 0."""
     shifts = np.maximum(0, _bit_lengths(numbers) - _TABLE_BITS)
-    logarithms: I64 = _logarithms()[numbers >> shifts] + (shifts << COST_BITS)
-    return logarithms
+    found: I64 = logarithms()[numbers >> shifts] + (shifts << COST_BITS)
+    return found
 
 
 def cost(counts: I64, frequencies: U32, precision: int) -> int:
     """Return the size of letters coded with some frequencies, in units of 2^-16 bits."""
-    return int((counts * ((precision << COST_BITS) - _logarithms()[frequencies])).sum())
+    return int((counts * ((precision << COST_BITS) - logarithms()[frequencies])).sum())
 
 
 def entropy(counts: I64) -> float:

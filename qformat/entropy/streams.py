@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from qformat.entropy.frequencies import (
     LETTERS,
     cost,
     entropy,
+    logarithms,
     normalized,
     of_letters,
     of_symbols,
@@ -95,23 +97,21 @@ class StreamWriter:
         body = _packed(letters, counts, base)
         self.parts.append(struct.pack("<I", len(body)) + body)
 
-    def bits(self, packed: U8, count: int) -> None:
+    def bits(self, packed: U8, count: int, ones: int) -> None:
         """Append a stream of symbols 0 and 1, which are packed, filled up with zeros; it is coded only if they are not even.
 
         Parameters
         ----------
         packed
             Eight symbols in a byte, the first in the lowest bit.
-        count
-            How many symbols there are.
+        count, ones
+            How many symbols there are, and how many of them are 1.
         """
         if not count:
             self.parts.append(struct.pack("<I", 0))
             return
-        ones = int(np.bitwise_count(packed).sum())
-        first = int(packed[0])
-        if first in (0, LETTERS - 1) and ones == first // (LETTERS - 1) * 8 * packed.size:
-            body = bytes([CONSTANT, first])
+        if ones in (0, 8 * packed.size):
+            body = bytes([CONSTANT, packed[0]])
         else:
             shares = [share / count for share in (ones, count - ones) if share]
             self.entropy -= count * sum(share * math.log2(share) for share in shares)
@@ -148,22 +148,34 @@ def _packed(letters: U8, counts: I64, base: int) -> bytes:
 
 def _packed_bits(letters: U8, ones: int) -> bytes:
     """Do as `_packed` for letters of eight bits, of which so many are set: raw, or coded by symbols."""
-    total = 8 * letters.size
-    frequency = min((1 << _PRECISION_OF_BITS) - 1, max(1, ((ones << _PRECISION_OF_BITS + 1) + total) // (2 * total)))
-    stored = np.zeros(LETTERS, np.uint32)
-    stored[:2] = (1 << _PRECISION_OF_BITS) - frequency, frequency
+    total, sum_ = 8 * letters.size, 1 << _PRECISION_OF_BITS
+    frequency = min(sum_ - 1, max(1, (2 * ones * sum_ + total) // (2 * total)))
     lanes = _lanes(letters.size)
-    bits = 32 + 32 * lanes + (cost(np.array([total - ones, ones]), stored[:2], _PRECISION_OF_BITS) >> COST_BITS)
+    saved = sum(
+        count * int(logarithms()[share]) for count, share in ((total - ones, sum_ - frequency), (ones, frequency))
+    )
+    bits = 32 + 32 * lanes + ((total * _PRECISION_OF_BITS << COST_BITS) - saved >> COST_BITS)
     if bits >= total * (_WORTH - 1) // _WORTH:
         return bytes([RAW]) + letters.tobytes()
-    frequencies = of_letters(stored, 2, _PRECISION_OF_BITS)
-    if frequencies is None or not frequencies.all():
+    table, frequencies = _table_of_bits(frequency)
+    if frequencies is None:
         return bytes([RAW]) + letters.tobytes()
-    table = np.zeros(16, np.uint8)
-    length = load("frequencies").write_table(stored, 2, _PRECISION_OF_BITS, table)
     coded = np.empty(2 * letters.size + 4 * lanes, np.uint8)
     start = load("rans").encode(letters, frequencies, _PRECISION_OF_BITS, lanes, coded)
-    return bytes([CODED_BY_SYMBOLS, _PRECISION_OF_BITS]) + table[:length].tobytes() + coded[start:].tobytes()
+    return table + coded[start:].tobytes()
+
+
+@lru_cache(256)
+def _table_of_bits(frequency: int) -> tuple[bytes, U32 | None]:
+    """Return what a stream begins with whose bits are 1 with some frequency, and that of each letter unless one has none."""
+    stored = np.zeros(LETTERS, np.uint32)
+    stored[:2] = (1 << _PRECISION_OF_BITS) - frequency, frequency
+    frequencies = of_letters(stored, 2, _PRECISION_OF_BITS)
+    table = np.zeros(16, np.uint8)
+    length = load("frequencies").write_table(stored, 2, _PRECISION_OF_BITS, table)
+    if frequencies is not None and not frequencies.all():
+        frequencies = None
+    return bytes([CODED_BY_SYMBOLS, _PRECISION_OF_BITS]) + table[:length].tobytes(), frequencies
 
 
 def _coded_table(counts: I64, base: int, precision: int, *, by_symbols: bool) -> tuple[bytes, U32 | None]:

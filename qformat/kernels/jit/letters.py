@@ -27,6 +27,8 @@ def join(symbols, base, each, letters):
             letters[j] = _letter(symbols, at, base, 5)
         elif each == 3:
             letters[j] = _letter(symbols, at, base, 3)
+        elif each == 2:
+            letters[j] = _letter(symbols, at, base, 2)
         else:
             letters[j] = _letter(symbols, at, base, each)
 

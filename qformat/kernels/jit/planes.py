@@ -57,13 +57,6 @@ def quantize(x, widths, t):
         store(t, 32 * block, to_u32(to_i32(value / widths[block & 1])))
 
 
-@kernel(f"void({F32}, uint8[::1])")
-def signs(x, packed):
-    """Give one bit for each element: 1 if it is negative."""
-    for block in range(x.size // 32):
-        store_as(packed, 4 * block, pack_bits(bits(load(x, 32 * block, 32)) >> 31))
-
-
 @inline
 def _offset(cell, offsets, place):
     """Return the offsets of elements, by their cells of depth 0."""
@@ -108,13 +101,13 @@ def measure(x, t, size, deepest, widths, offsets, scale, squares, sums, peaks):
             store(sums, lanes, load(sums, lanes, LANES) + to_f64(low_half(error) + high_half(error)))
 
 
-@kernel(f"int64({U32}, int64, int64, int64, int64, uint8[::1])")
-def symbols(t, size, shift, phase, limit, chosen):
-    """Give the magnitudes of a phase, shifted and limited; return how many of them reach the limit."""
+@kernel(f"int64({U32}, int64, int64, int64, uint8[::1])")
+def symbols(t, size, phase, limit, chosen):
+    """Give the magnitudes of a phase, limited; return how many of them reach the limit."""
     over = np.int64(0)
     for number in range(_blocks(size, phase)):
         at = 32 * (2 * number + phase)
-        value = minimum(load(t, at, 32) >> np.uint32(shift), np.uint32(limit))
+        value = minimum(load(t, at, 32), np.uint32(limit))
         store(chosen, 32 * number, to_u8(value))
         over += np.int64(sum_lanes(greater_equal(value, np.uint32(limit))))
     return over
@@ -254,12 +247,12 @@ def refine_classes(packed, starts, size, phase, first, stop, t):
             store(t, at, (load(t, at, 32) << 1) | bit)
 
 
-@kernel(f"void({U32}, int64, {U8}, uint32[::1])")
-def append_signs(t, shift, packed, joined):
-    """Give magnitudes, shifted, with their sign as one bit more."""
+@kernel(f"void({F32}, uint32[::1])")
+def append_signs(x, t):
+    """Append to the magnitude of each element its sign as one bit more, 1 if it is negative."""
     for block in range(t.size // 32):
-        sign = unpack_bits(load_as(packed, 4 * block, WORD)) & 1
-        store(joined, 32 * block, ((load(t, 32 * block, 32) >> np.uint32(shift)) << 1) | sign)
+        sign = bits(load(x, 32 * block, 32)) >> 31
+        store(t, 32 * block, (load(t, 32 * block, 32) << 1) | sign)
 
 
 @kernel("void(uint32[::1], uint8[::1])")

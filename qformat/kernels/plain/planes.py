@@ -35,11 +35,6 @@ def quantize(x: F32, widths: F64, t: U32) -> None:
     t.reshape(-1, 32)[:] = blocks / widths[np.arange(len(blocks)) % 2][:, None]
 
 
-def signs(x: F32, packed: U8) -> None:
-    """Give one bit for each element: 1 if it is negative."""
-    packed[:] = np.packbits(np.signbit(x), bitorder="little")
-
-
 def _halves(values: F32) -> tuple[F32, F32]:
     return values[:, :LANES], values[:, LANES:]
 
@@ -75,10 +70,10 @@ def measure(
         np.add.at(sums.reshape(-1, LANES), cell + depth, np.add(*_halves(errors)))
 
 
-def symbols(t: U32, size: int, shift: int, phase: int, limit: int, chosen: U8) -> int:
-    """Give the magnitudes of a phase, shifted and limited; return how many of them reach the limit."""
+def symbols(t: U32, size: int, phase: int, limit: int, chosen: U8) -> int:
+    """Give the magnitudes of a phase, limited; return how many of them reach the limit."""
     blocks = _section(size, phase, 0, 32)
-    values = np.minimum(t.reshape(-1, 32)[blocks] >> np.uint32(shift), limit).reshape(-1)
+    values = np.minimum(t.reshape(-1, 32)[blocks], limit).reshape(-1)
     chosen[: values.size] = values
     return int(np.count_nonzero(values >= limit))
 
@@ -154,9 +149,9 @@ def refine_classes(packed: U8, starts: I64, size: int, phase: int, first: int, s
     t[elements] = values << np.uint32(1) | bits
 
 
-def append_signs(t: U32, shift: int, packed: U8, joined: U32) -> None:
-    """Give magnitudes, shifted, with their sign as one bit more."""
-    joined[:] = t >> np.uint32(shift) << np.uint32(1) | np.unpackbits(packed, bitorder="little", count=t.size)
+def append_signs(x: F32, t: U32) -> None:
+    """Append to the magnitude of each element its sign as one bit more, 1 if it is negative."""
+    t[:] = t << np.uint32(1) | np.signbit(x)
 
 
 def detach_signs(joined: U32, packed: U8) -> None:
