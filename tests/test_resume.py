@@ -53,15 +53,19 @@ class Stopped(BaseException):
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Let a conversion end after so many pieces."""
-    real, left = encode.encode_piece, [number]
+    left = [number]
 
-    def piece(*args: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Stopped
-        return real(*args)
+    def stopping(real: Any) -> Any:
+        def piece(*args: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stopped
+            return real(*args)
 
-    monkeypatch.setattr(encode, "encode_piece", piece)
+        return piece
+
+    for name in ("encode_piece", "_encoded"):  # of layered tensors
+        monkeypatch.setattr(encode, name, stopping(getattr(encode, name)))
 
 
 def interrupted(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: str = "q4_0") -> None:
