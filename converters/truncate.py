@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.converters.sources.container import check_layers
+from qformat.converters.sources.container import check_layers, check_not_source
 from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
 from qformat.container.reader import ContainerReader
 from qformat.container.target import check_target
 from qformat.container.writer import ContainerWriter
-from qformat.errors import TargetError
 from qformat.quality import Quality
 
 
@@ -61,9 +60,8 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
         If the file cannot be written; nothing is left at `output` then.
     """
     check_target(output, overwrite=overwrite)
-    if output.exists() and source.exists() and output.samefile(source):
-        raise TargetError(f"{output}: is the file that is to be truncated; give another name")
     with ContainerReader(source) as container:
+        check_not_source(container, output)
         check_layers(container, quality)
         checker = SegmentChecker(enabled=True)
         index = container.index

@@ -13,14 +13,14 @@ from qformat.converters.exports.gguf import export_gguf
 from qformat.converters.exports.hf import export_hf
 from qformat.converters.exports.outputs import DEFAULT_SHARD, Export, Job
 from qformat.converters.exports.safetensors import export_safetensors
-from qformat.converters.sources.container import ContainerTensor, check_layers
+from qformat.converters.sources.container import ContainerTensor, check_layers, check_not_source
 from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
 from qformat.codecs.base import Codec
 from qformat.codecs.registry import parse_type
 from qformat.container.reader import ContainerReader
 from qformat.encode import Progress
-from qformat.errors import TargetError, TypeSpecError
+from qformat.errors import TypeSpecError
 from qformat.parallel import default_jobs
 from qformat.quality import Quality
 
@@ -86,8 +86,7 @@ def export(
     chosen = None if dtype is None else _parse_dtype(dtype, to)
     asked = Quality.parse(quality)
     with closing(ContainerReader(source)) as container:
-        if output.exists() and any(output.samefile(home.path) for home in (container, *container.shards)):
-            raise TargetError(f"{output}: is the file that is to be exported, or a part of it; give another name")
+        check_not_source(container, output)
         check_layers(container, asked)
         checker = SegmentChecker(enabled=True)
         tensors = {

@@ -98,7 +98,9 @@ def _again(job: Job, output: Path, label: str) -> Export:
         for start, stop in reversed([*header.gaps(size)]):  # the header last
             at -= stop - start
             target.write(rest[at : at + stop - start], start)
-    return Export(output, {output.name: size}, outputs, identical=True)
+    # a tensor that was made anew of the same type differs, though
+    identical = all(tensor.copied and not tensor.source.decoder.record.encoder for tensor in outputs)
+    return Export(output, {output.name: size}, outputs, identical=identical)
 
 
 def _write(job: Job, output: Path, header: Header, outputs: Sequence[Written]) -> int:

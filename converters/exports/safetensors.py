@@ -36,6 +36,10 @@ def write_safetensors(job: Job, path: Path, outputs: Sequence[Output], metadata:
     places: list[tuple[Output, int]] = []
     at = 0
     for output in sorted(outputs, key=lambda output: (-output.element_size, output.name)):
+        if output.name in header:
+            raise SourceError(
+                f"{path}: tensor {output.name!r} cannot be in a .safetensors file, where it means metadata"
+            )
         header[output.name] = {
             "dtype": _NAMES[output.codec.id],
             "shape": list(output.shape),

@@ -12,7 +12,7 @@ from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DType, Elements
-from qformat.errors import FormatError, QualityError, SourceError
+from qformat.errors import FormatError, QualityError, SourceError, TargetError
 from qformat.files import on_this_machine
 from qformat.quality import Quality
 from qformat.source import Checkpoint
@@ -96,7 +96,14 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
             f"tensor {lossy[0].name!r}{more} of {path.name} is not as it once was, but of type {kind}; errors are against what it "
             "decodes to"
         )
-    return Checkpoint(tensors, assets, warnings, [path], container.index.metadata, str(quality))
+    files = [path, *(shard.path for shard in container.shards)]
+    return Checkpoint(tensors, assets, warnings, files, container.index.metadata, str(quality))
+
+
+def check_not_source(container: ContainerReader, output: Path) -> None:
+    """Raise `TargetError` if a file is the container, or one of its shards."""
+    if output.exists() and any(output.samefile(home.path) for home in (container, *container.shards)):
+        raise TargetError(f"{output}: is the file that is to be read, or a part of it; give another name")
 
 
 def check_layers(container: ContainerReader, quality: Quality) -> None:
