@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,10 +24,10 @@ def parse_size(text: str) -> int:
         If it is none.
     """
     match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()]) if match else 0
-    if size < 1:
+    size = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()] if match else 0
+    if not 1 <= size < math.inf:
         raise ValueError(f"{text!r} is no size such as 5GB or 500MiB")
-    return size
+    return int(size)
 
 
 def split(plans: Sequence[Plan], limit: int) -> Iterator[list[Plan]]:

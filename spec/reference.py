@@ -576,7 +576,7 @@ def _decompress(frame: bytes, size: int, where: str) -> bytes:
 
 
 def _report(path: str) -> None:
-    file = read(Path(path).read_bytes())
+    file = read_path(Path(path))
     for tensor in file.tensors.values():
         decode(tensor)
         error = tensor.record.get("error")

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qformat.container.index import check_sorted
 from qformat.container.layout import MAGIC, align
 from qformat.container.reader import ContainerReader
 from qformat.errors import FormatError, PathLike
@@ -153,29 +154,34 @@ def _cannot_read(error: OSError) -> str:
 
 def _verify_containers(path: str, pool: ThreadPoolExecutor, progress: Progress, *, quick: bool) -> list[FileReport]:
     """Check a container, and its shards if it is the head of some."""
-    head, shards = _verify_container(path, pool, progress, quick=quick)
+    head, shards, names = _verify_container(path, pool, progress, quick=quick)
     reports = [head]
     for shard in shards:
         beside = str(Path(path).parent / shard.name)
         try:
-            report, _ = _verify_container(beside, pool, progress, quick=quick, shard=shard)
+            report, _, more = _verify_container(beside, pool, progress, quick=quick, shard=shard)
+            names += more
         except OSError as error:
             report = FileReport(beside, [Damage(_cannot_read(error))])
         reports.append(report)
+    try:
+        check_sorted("tensor", names)
+    except FormatError as error:
+        head.errors.append(Damage(f"its shards do not fit together: {error.cause}"))
     return reports
 
 
 def _verify_container(
     path: str, pool: ThreadPoolExecutor, progress: Progress, *, quick: bool, shard: ShardRecord | None = None
-) -> tuple[FileReport, tuple[ShardRecord, ...]]:
-    """Check one file, which may have to be a certain shard, and return the shards that it names."""
+) -> tuple[FileReport, tuple[ShardRecord, ...], list[str]]:
+    """Check one file, which may have to be a certain shard, and return the shards and the tensors that it names."""
     report = FileReport(path)
     try:
         container = ContainerReader(path, alone=True)
     except FormatError as error:
         at = f" (at byte {error.offset})" if error.offset is not None else ""
         report.errors.append(Damage(error.cause + at))
-        return report, ()
+        return report, (), []
     with container:
         if shard:
             try:
@@ -187,7 +193,7 @@ def _verify_container(
         if not quick:
             _check_segments(container, report, pool, progress)
             _check_assets(container, report)
-        return report, container.index.shards
+        return report, container.index.shards, [record.name for record in container.index.tensors]
 
 
 def _check_segments(
