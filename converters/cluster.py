@@ -6,6 +6,7 @@ All of them have to see the files of the checkpoint and of the result under the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 from qformat.converters.request import Request
 from qformat.converters.written import Beside, WriteOptions, Written, write_file
 
+import qformat
 from qformat.encode import Plan
-from qformat.errors import SourceError
+from qformat.errors import QFormatError, SourceError
 from qformat.parallel import default_jobs
 
 _RETRIES = 3
@@ -27,31 +29,42 @@ class Part:
 
     Attributes
     ----------
+    source
+        Identifies the checkpoint as it is now, and all that is asked for.
     path
         The file.
     digest
         Identifies what decides its bytes, so that a worker goes on with what a lost one has left.
     elements
         Number of weights.
+    version
+        Of the package that asks: another one may write other bytes.
     """
 
     request: Request
+    source: str
     start: int
     stop: int
     path: Path
     digest: str
     elements: int
     options: WriteOptions
+    version: str = qformat.__version__
 
 
-@lru_cache(2)  # jobs of the same conversion come to the same workers
-def _plans(request: Request) -> list[Plan]:
+@lru_cache(2)  # jobs of the same conversion come to the same workers; a source that has changed is another one
+def _plans(request: Request, source: str) -> list[Plan]:
+    del source
     return request.plans()
 
 
 def write_part(part: Part) -> Written:
     """Do a job; anywhere, any number of times."""
-    plans = _plans(part.request)[part.start : part.stop]
+    if part.version != qformat.__version__:
+        raise SourceError(
+            f"a worker has qformat {qformat.__version__} and not {part.version}; install the same everywhere"
+        )
+    plans = _plans(part.request, part.source)[part.start : part.stop]
     return write_file(part.path, plans, Beside(part.digest), part.options)
 
 
@@ -82,38 +95,50 @@ class Cluster:
             If the cluster cannot be reached or a job loses all its workers; and whatever jobs raise.
         """
         try:
-            from distributed import Client, KilledWorker, LocalCluster, as_completed
+            from distributed import Client, KilledWorker, LocalCluster
         except ImportError:
             raise SourceError("dask is needed to convert on a cluster; pip install 'qformat[dask]'") from None
-        local = None
-        try:
-            if self.address is None:
-                local = LocalCluster(
-                    n_workers=self.workers or default_jobs(),
-                    threads_per_worker=1,
-                    dashboard_address=":0",
-                    silence_logs="ERROR",
+        with ExitStack() as stack:
+            try:
+                address = self.address or stack.enter_context(
+                    LocalCluster(
+                        n_workers=self.workers or default_jobs(),
+                        threads_per_worker=1,
+                        dashboard_address=":0",
+                        silence_logs="ERROR",
+                    )
                 )
-            client = Client(local or self.address, timeout="30s")
-        except (OSError, ValueError, TimeoutError) as error:
-            if local:
-                local.close()
-            raise SourceError(f"the cluster at {self.address or 'this machine'} cannot be reached: {error}") from None
-        try:
-            futures = client.map(write_part, parts, pure=False, retries=_RETRIES)
-            numbers = {future.key: number for number, future in enumerate(futures)}
-            written: dict[int, Any] = {}
-            for future in as_completed(futures):
-                number = numbers[future.key]
-                written[number] = future.result()
-                if progress:
-                    progress(parts[number].elements)
-            return [written[number] for number in range(len(parts))]
-        except KilledWorker as error:
-            raise SourceError(
-                f"workers died at the same part again and again, out of memory perhaps: {error}"
-            ) from None
-        finally:
-            client.close()
-            if local:
-                local.close()
+                client = stack.enter_context(Client(address, timeout="30s"))
+            except Exception as error:  # noqa: BLE001  of many kinds, by protocol
+                where = self.address or "this machine"
+                raise SourceError(f"the cluster at {where} cannot be reached: {_line(error)}") from None
+            try:
+                return _done(client, parts, progress)
+            except KilledWorker as error:
+                raise SourceError(
+                    f"workers died at the same part again and again, out of memory perhaps: {_line(error)}"
+                ) from None
+            except (QFormatError, MemoryError):
+                raise
+            except Exception as error:  # noqa: BLE001  what jobs raise, and what befalls the scheduler
+                raise SourceError(f"the work on the cluster failed: {_line(error)}") from None
+
+
+def _done(client: Any, parts: Sequence[Part], progress: Callable[[int], None] | None) -> list[Written]:
+    """Do jobs, and return what they do in order."""
+    from distributed import as_completed
+
+    futures = client.map(write_part, parts, pure=False, retries=_RETRIES)
+    numbers = {future.key: number for number, future in enumerate(futures)}
+    written: dict[int, Written] = {}
+    for future in as_completed(futures):
+        number = numbers[future.key]
+        written[number] = future.result()
+        if progress:
+            progress(parts[number].elements)
+    return [written[number] for number in range(len(parts))]
+
+
+def _line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from qformat.converters.cluster import Cluster, Part
+from qformat.converters.directory import new_parts
 from qformat.converters.resume import request_of
 from qformat.converters.split import shard_paths, split
-from qformat.converters.written import Beside, WriteOptions, Written, join_files, write_file
+from qformat.converters.written import Beside, WriteOptions, Written, find_written, join_files, write_file
 
-from qformat.container.target import check_target, remove_files
+from qformat.container.target import check_target, mark_at, move, sync_directory
 from qformat.encode import Plan, Progress, make_plans
 from qformat.errors import TargetError
 from qformat.files import is_remote
@@ -155,19 +156,25 @@ def convert(
     plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=allow_nonfinite)
     groups = [plans] if shard_size is None else list(split(plans, shard_size))
     paths = [] if len(groups) == 1 else shard_paths(output, len(groups))
+    cuts = [len(group) for group in groups] if paths else []
+    request = request_of(
+        checkpoint, plans, metadata, cuts, allow_nonfinite=allow_nonfinite, allow_vanished=allow_vanished
+    )
+    beside = Beside(request, checkpoint.assets, metadata)
     for path in (output, *paths):
-        check_target(path, overwrite=overwrite or dry_run or resume)
+        asked = request if path == output else _request_of_part(request, path)
+        ours = resume and bool(asked) and mark_at(path)[0] == asked
+        check_target(path, overwrite=overwrite or dry_run or ours)
         _check_not_source(checkpoint, path)
-    beside = Beside(request_of(checkpoint, plans, metadata), checkpoint.assets, metadata)
-    if dry_run:
-        cluster = None
-    if paths:
-        parts = _write_parts(paths, groups, beside.request, options, cluster)
-        shards = [
-            ShardRecord(path.name, part.nbytes, part.root or _NO_ROOT) for path, part in zip(paths, parts, strict=True)
-        ]
-        written = [*parts, write_file(output, [], replace(beside, shards=shards), options)]
-    elif cluster:
+    finished = find_written(output, request, options)
+    if finished:
+        written = [finished]
+    elif paths and dry_run:
+        parts = [write_file(path, group, Beside(""), options) for path, group in zip(paths, groups, strict=True)]
+        written = [*parts, write_file(output, [], replace(beside, shards=_shards(paths, parts)), options)]
+    elif paths:
+        written = _write_shards(output, paths, groups, beside, options, cluster)
+    elif cluster and not dry_run:
         written = [_write_joined(output, plans, beside, options, cluster)]
     else:
         written = [write_file(output, plans, beside, options)]
@@ -184,6 +191,60 @@ def convert(
     )
 
 
+def _request_of_part(request: str, path: Path) -> str:
+    """Return what identifies a shard, or a part of a file, by all that is asked for and its name."""
+    return request and f"{request}/{path.name}"
+
+
+def _shards(paths: Sequence[Path], parts: Sequence[Written]) -> list[ShardRecord]:
+    return [ShardRecord(path.name, part.nbytes, part.root or _NO_ROOT) for path, part in zip(paths, parts, strict=True)]
+
+
+def _write_shards(
+    output: Path,
+    paths: Sequence[Path],
+    groups: Sequence[list[Plan]],
+    beside: Beside,
+    options: WriteOptions,
+    cluster: Cluster | None,
+) -> list[Written]:
+    """Write shards and their head, and put them in their places when all are complete."""
+    with new_parts(output, resume=options.resume) as folder:
+        places = {folder / path.name: path for path in paths}
+        if options.resume:  # of a run that was killed while it put them in their places
+            for part, path in places.items():
+                if not part.exists() and mark_at(path)[0] == _request_of_part(beside.request, path):
+                    move(path, part, overwrite=False)
+        parts = _write_parts([*places], groups, beside.request, options, cluster)
+        head = folder / output.name
+        own = replace(options, overwrite=True, resume=False)
+        written = write_file(head, [], replace(beside, shards=_shards(paths, parts)), own)
+        _put_in_place(places | {head: output}, options)
+    return [*parts, written]
+
+
+def _put_in_place(places: Mapping[Path, Path], options: WriteOptions) -> None:
+    """Move complete files; if one cannot be, those that were not there before are removed, unless another run shall go on."""
+    new = []
+    try:
+        for part, path in places.items():
+            there = os.path.lexists(path)
+            try:
+                move(part, path, overwrite=options.overwrite)
+            except FileExistsError:
+                raise TargetError(f"{path}: a file has appeared there meanwhile; nothing was replaced") from None
+            except OSError as error:
+                raise TargetError(f"{path}: writing failed: {error.strerror}") from None
+            if not there:
+                new.append(path)
+    except BaseException:
+        for path in [] if options.resume else new:
+            with suppress(OSError):
+                path.unlink()
+        raise
+    sync_directory(path.parent)
+
+
 def _write_parts(
     paths: Sequence[Path],
     groups: Sequence[list[Plan]],
@@ -191,44 +252,31 @@ def _write_parts(
     options: WriteOptions,
     cluster: Cluster | None,
 ) -> list[Written]:
-    """Write one file for each group of plans; if one fails, none is left, unless another run shall go on with them."""
-    requests = [request and f"{request}/{path.name}" for path in paths]
-    new = [path for path in paths if not os.path.lexists(path)]
-    try:
-        if cluster:
-            # A job may be done twice if the worker that had done it is lost
-            own = replace(options, overwrite=True, resume=True, jobs=1, progress=None)
-            stops = list(accumulate(len(group) for group in groups))
-            parts = [
-                Part(cluster.request, stop - len(group), stop, path.absolute(), digest, _weights(group), own)
-                for path, group, stop, digest in zip(paths, groups, stops, requests, strict=True)
-            ]
-            return cluster.write(parts, options.progress)
-        return [
-            write_file(path, group, Beside(digest), options)
-            for path, group, digest in zip(paths, groups, requests, strict=True)
+    """Write one file for each group of plans, in a folder of our own."""
+    requests = [_request_of_part(request, path) for path in paths]
+    own = replace(options, overwrite=True)
+    if cluster:
+        # A job may be done twice if the worker that had done it is lost
+        own = replace(own, resume=True, jobs=1, progress=None)
+        stops = list(accumulate(len(group) for group in groups))
+        parts = [
+            Part(cluster.request, request, stop - len(group), stop, path, digest, _weights(group), own)
+            for path, group, stop, digest in zip(paths, groups, stops, requests, strict=True)
         ]
-    except BaseException:
-        if not options.resume and not options.dry_run:
-            for path in new:
-                remove_files(path)
-        raise
+        return cluster.write(parts, options.progress)
+    return [
+        write_file(path, group, Beside(digest), own)
+        for path, group, digest in zip(paths, groups, requests, strict=True)
+    ]
 
 
 def _write_joined(output: Path, plans: list[Plan], beside: Beside, options: WriteOptions, cluster: Cluster) -> Written:
     """Let a cluster write parts of a file, and join them."""
     groups = list(split(plans, _PART))
-    folder = output.with_name(output.name + ".parts")
-    folder.mkdir(exist_ok=True)
-    paths = [folder / f"{number:05}.qf" for number in range(len(groups))]
-    try:
+    with new_parts(output, resume=options.resume) as folder:
+        paths = [folder / f"{number:05}.qf" for number in range(len(groups))]
         parts = _write_parts(paths, groups, beside.request, options, cluster)
         joined = join_files(output, paths, beside, replace(options, progress=None))
-    except BaseException:
-        if not options.resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder)
     return replace(joined, resumed=sum(part.resumed for part in parts))
 
 

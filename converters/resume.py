@@ -8,20 +8,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import qformat
-from qformat.container.index import Index
 from qformat.container.layout import MAJOR, MINOR
 from qformat.container.reader import ContainerReader
-from qformat.container.target import request_at, tidy
+from qformat.container.target import mark_at, tidy
 from qformat.encode import Plan
 from qformat.errors import FormatError
 from qformat.files import identity
 from qformat.source import Checkpoint
 
 
-def request_of(checkpoint: Checkpoint, plans: Sequence[Plan], metadata: Mapping[str, str]) -> str:
+def request_of(
+    checkpoint: Checkpoint,
+    plans: Sequence[Plan],
+    metadata: Mapping[str, str],
+    cuts: Sequence[int] = (),
+    *,
+    allow_nonfinite: bool = False,
+    allow_vanished: bool = False,
+) -> str:
     """Return a digest of what decides the bytes of a file, with the sizes and times of the source's files for their contents.
 
-    It is empty if there are no files.
+    It is empty if there are no files. `cuts` is how many tensors each shard has, if there are some; what is allowed decides whether
+    there is a file at all.
     """
     if not checkpoint.files:
         return ""
@@ -36,17 +44,24 @@ def request_of(checkpoint: Checkpoint, plans: Sequence[Plan], metadata: Mapping[
         checkpoint.variant,
         dict(metadata),
         tensors,
+        list(cuts),
+        allow_nonfinite,
+        allow_vanished,
     ]
     return hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()
 
 
-def find_finished(output: Path, request: str) -> tuple[Index, str] | None:
-    """Return the index and the root of the complete file that an earlier run has made of the same request, or None."""
-    if not request or request_at(output) != request:
+def open_finished(output: Path, request: str) -> ContainerReader | None:
+    """Open the complete file that an earlier run has made of the same request, with its shards; None if there is none."""
+    marked, root = mark_at(output)
+    if not request or marked != request:
         return None
     try:
-        with ContainerReader(output) as container:
-            tidy(output)
-            return container.index, container.root
+        container = ContainerReader(output)
     except (FormatError, OSError):
         return None
+    if container.root != root:  # another file was written over it
+        container.close()
+        return None
+    tidy(output)
+    return container

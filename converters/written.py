@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qformat.converters.resume import find_finished
+from qformat.converters.resume import open_finished
 
 from qformat.container.reader import ContainerReader
 from qformat.container.writer import ContainerWriter, predict_size
@@ -58,7 +58,7 @@ def write_file(output: Path, plans: Sequence[Plan], beside: Beside, options: Wri
         size = predict_size(contents, records, beside.metadata, beside.shards)
         sizes = {name: len(data) for name, data in contents}
         return Written([replace(record, error=None) for record in records], sizes, size, None, 0)
-    finished = _finished(output, beside, options)
+    finished = find_written(output, beside.request, options)
     if finished:
         return finished
     with _begun(output, beside, options) as (writer, resumed):
@@ -81,7 +81,7 @@ def join_files(output: Path, parts: Sequence[Path], beside: Beside, options: Wri
     FormatError
         If a part is damaged.
     """
-    finished = _finished(output, beside, options)
+    finished = find_written(output, beside.request, options)
     if finished:
         return finished
     with _begun(output, beside, options) as (writer, resumed):
@@ -99,16 +99,17 @@ def join_files(output: Path, parts: Sequence[Path], beside: Beside, options: Wri
     return _done(writer, writer.root, resumed)
 
 
-def _finished(output: Path, beside: Beside, options: WriteOptions) -> Written | None:
+def find_written(output: Path, request: str, options: WriteOptions) -> Written | None:
     """Return what an earlier run has finished, if this one is to go on with it."""
-    found = find_finished(output, beside.request) if options.resume and not options.dry_run else None
-    if not found:
+    container = open_finished(output, request) if options.resume and not options.dry_run else None
+    if not container:
         return None
-    index, root = found
-    if options.progress:
-        options.progress(sum(record.elements for record in index.tensors))
-    sizes = {asset.name: asset.size for asset in index.assets}
-    return Written([*index.tensors], sizes, output.stat().st_size, root, len(index.tensors))
+    with container:
+        tensors = container.tensors
+        sizes = {asset.name: asset.size for asset in container.index.assets}
+        if options.progress:
+            options.progress(sum(record.elements for record in tensors))
+        return Written(tensors, sizes, container.total_size, container.root, len(tensors))
 
 
 @contextmanager

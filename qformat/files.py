@@ -15,6 +15,7 @@ from typing import BinaryIO, cast
 from qformat.errors import SourceError
 
 _AT_ONCE = 8 << 20  # bytes that are fetched of a URL
+_CHANGES = ("size", "mtime", "LastModified", "Last-Modified", "ETag", "Content-MD5", "Digest")  # as fsspec calls them
 
 
 def source_path(text: str) -> Path:
@@ -85,14 +86,17 @@ def identity(path: Path) -> tuple[str | int, ...]:
     """Return what changes when a file is changed, as far as one can tell without reading it; nothing if it is not there."""
     if is_remote(path):
         try:
-            return (path.name, path.fs.ukey(path.path))  # type: ignore[attr-defined]
+            info = path.fs.info(path.path)  # type: ignore[attr-defined]
+            told = [str(info.get(key)) for key in _CHANGES]  # of HTTP, ukey is the URL and no more
+            return (path.name, path.fs.ukey(path.path), *told)  # type: ignore[attr-defined]
         except Exception:  # noqa: BLE001  each file system has errors of its own
             return ()
     try:
         status = path.stat()
     except OSError:
         return ()
-    return (path.name, status.st_size, status.st_mtime_ns)
+    # two files may well have the same mtime, which anyone can set; nobody can set the others
+    return (path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -20,7 +20,7 @@ from qformat.converters.written import WriteOptions
 from safetensors.numpy import save_file as save_safetensors
 
 from qformat.cli import cli
-from qformat.errors import SourceError
+from qformat.errors import SourceError, TargetError
 
 distributed = pytest.importorskip("distributed")
 
@@ -81,6 +81,52 @@ def test_what_a_job_cannot_do_is_reported(source, tmp_path, scheduler):
     assert not (tmp_path / "m.qf.parts").exists()
 
 
+def test_a_source_that_was_made_again_is_read_again(tmp_path, scheduler):
+    path, request = tmp_path / "m.safetensors", Request(str(tmp_path / "m.safetensors"))
+    cluster = Cluster(request, scheduler.scheduler_address)
+    for number in range(2):
+        tensors = {"w": np.random.default_rng(number).normal(size=(64, 64)).astype(np.float32)}
+        save_safetensors(tensors, tmp_path / "new")
+        (tmp_path / "new").rename(path)
+        run(request, tmp_path / f"{number}.qf", cluster)
+        run(request, tmp_path / "alone.qf", overwrite=True)
+        assert (tmp_path / f"{number}.qf").read_bytes() == (tmp_path / "alone.qf").read_bytes()
+
+
+def test_what_is_finished_is_not_done_again(source, tmp_path, scheduler, monkeypatch):
+    request = Request(str(source))
+    for size in (None, 600_000):
+        output = tmp_path / f"{size}.qf"
+        first = run(request, output, Cluster(request, scheduler.scheduler_address), resume=True, shard_size=size)
+        with monkeypatch.context() as context:
+            context.setattr(Cluster, "write", None)
+            again = run(request, output, Cluster(request, "nonsense://1"), resume=True, shard_size=size)
+        assert (again.root, again.nbytes, again.resumed) == (first.root, first.nbytes, 16)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_what_is_in_the_way_is_kept(source, tmp_path, kind):
+    request, folder = Request(str(source)), tmp_path / "m.qf.parts"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "00000.qf").write_text("mine")
+    if kind == "folder":
+        mine.rename(folder)
+    elif kind == "link":
+        folder.symlink_to(mine)
+    else:
+        (mine / "00000.qf").rename(folder)
+    with pytest.raises(TargetError, match=r"m\.qf\.parts: is in the way"):
+        run(request, tmp_path / "m.qf", Cluster(request, "nonsense://1"))
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
+
+
+def test_another_version_is_refused(source, tmp_path):
+    part = Part(Request(str(source)), "s", 0, 1, tmp_path / "p.qf", "d", 1, WriteOptions(), version="0.0.1")
+    with pytest.raises(SourceError, match=r"a worker has qformat .* and not 0\.0\.1"):
+        write_part(part)
+
+
 def test_no_cluster(source, tmp_path):
     request = Request(str(source))
     with pytest.raises(SourceError, match=r"cluster at nonsense://1 cannot be reached"):
@@ -91,7 +137,9 @@ def test_no_cluster(source, tmp_path):
 def test_a_job_can_be_done_twice(source, tmp_path):
     request = Request(str(source), type="q8_0")
     elements = 3 * 256 * 384
-    part = Part(request, 2, 5, tmp_path / "p.qf", "digest", elements, WriteOptions(overwrite=True, resume=True))
+    part = Part(
+        request, "source", 2, 5, tmp_path / "p.qf", "digest", elements, WriteOptions(overwrite=True, resume=True)
+    )
     first = write_part(part)
     status = part.path.stat()
     again = write_part(part)

@@ -148,6 +148,12 @@ def test_values_that_do_not_fit_are_refused(tmp_path):
     assert sorted(tmp_path.iterdir()) == [path]
 
 
+def test_a_name_that_safetensors_has_not(tmp_path):
+    path = q(tmp_path / "a.qf", {"__metadata__": W})
+    with pytest.raises(SourceError, match=r"'__metadata__' cannot be in a \.safetensors file"):
+        export(path, tmp_path / "x", "safetensors")
+
+
 def test_types_are_checked(tmp_path):
     path = q(tmp_path / "a.qf", {"w": W})
     for type_, to in (
@@ -189,7 +195,7 @@ def test_what_stands_there_is_not_replaced_unasked(tmp_path, to):
     with pytest.raises(TargetError, match="exists already; use --force"):
         export(path, tmp_path / "out", to)
     export(path, tmp_path / "out", to, overwrite=True)
-    with pytest.raises(TargetError, match="is the file that is to be exported"):
+    with pytest.raises(TargetError, match="is the file that is to be read, or a part of it"):
         export(path, path, to, overwrite=True)
     with pytest.raises(TargetError, match="does not exist"):
         export(path, tmp_path / "no" / "out", to)
@@ -249,6 +255,26 @@ def test_the_rest_of_a_killed_run_is_taken_over(tmp_path, to):
     assert not (tmp_path / "out").exists()
     export(path, tmp_path / "out", to)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.qf", "out"]
+
+
+def test_a_directory_is_there_whatever_happens(tmp_path, monkeypatch):
+    path, out = q(tmp_path / "a.qf", {"w": W}, assets={"config.json": b"{}"}), tmp_path / "out"
+    export(path, out, "hf")
+    real = Path.rename
+
+    def rename(self: Path, target: Any) -> Any:
+        if self.name == "out.partial":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            export(path, out, "hf", overwrite=True)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.qf", "out"]
+    (tmp_path / "out.replaced").mkdir()
+    with pytest.raises(TargetError, match=r"out\.replaced: is in the way"):
+        export(path, out, "hf", overwrite=True)
 
 
 def test_what_is_in_the_way_stays(tmp_path):
@@ -406,6 +432,12 @@ def test_metadata_that_does_not_fit_is_refused(tmp_path):
             export(path, tmp_path / "a.gguf", "gguf")
 
 
+def test_other_values_of_the_same_types_are_not_called_identical(tmp_path):
+    source = write(tmp_path / "m.gguf", {"x": (RNG.normal(size=(4, 64)).astype(np.float16), "f16")})
+    assert not export(store(source, "nlm"), tmp_path / "out.gguf", "gguf").identical
+    assert export(store(source, "f16"), tmp_path / "same.gguf", "gguf").identical
+
+
 # --- hf ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -462,8 +494,9 @@ def test_directories_that_would_be_useless_are_told(tmp_path):
     gguf_source(tmp_path / "m.gguf")
     with pytest.raises(SourceError, match="was made of a GGUF file"):
         export(store(tmp_path / "m.gguf"), tmp_path / "gguf", "hf")
-    with pytest.raises(SourceError, match="has the name of a file of weights"):
-        export(q(tmp_path / "a.qf", {"w": W}, assets={"model.safetensors": b""}), tmp_path / "x", "hf")
+    for name in ("model.safetensors", ".qformat-partial"):
+        with pytest.raises(SourceError, match="has the name of a file of weights"):
+            export(q(tmp_path / "a.qf", {"w": W}, assets={name: b""}), tmp_path / "x", "hf")
     assert not (tmp_path / "gguf").exists()
 
 

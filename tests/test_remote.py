@@ -20,7 +20,7 @@ from safetensors.numpy import save_file as save_safetensors
 import qformat
 from qformat.cli import cli
 from qformat.errors import SourceError
-from qformat.files import source_path
+from qformat.files import identity, source_path
 from qformat.recipe import Recipe
 
 
@@ -160,3 +160,18 @@ def test_on_the_command_line(model, tmp_path):
     assert shown.exit_code == 0, shown.output
     wrong = runner.invoke(cli, ["convert", "memory://nothing", str(tmp_path / "c.qf")])
     assert wrong.exit_code == 1
+
+
+def test_a_url_is_known_by_more_than_its_address():
+    class Web:
+        info = staticmethod(lambda path: {"name": path, "size": 5, "ETag": etags[-1]})
+        ukey = staticmethod(lambda path: path)  # as fsspec has it for HTTP
+
+    class Url:
+        name, path, fs = "m.bin", "http://x/m.bin", Web
+
+    etags = ["a"]
+    first = identity(Url())  # type: ignore[arg-type]
+    etags.append("b")
+    assert first
+    assert identity(Url()) != first  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from qformat.converters.sources.detect import open_checkpoint
 from safetensors.numpy import save_file as save_safetensors
 
 from qformat import encode
+from qformat.container.reader import ContainerReader
 from qformat.errors import SourceError, TargetError
 from qformat.recipe import Recipe
 from qformat.source import Checkpoint
@@ -146,6 +147,37 @@ def test_something_else_begins_anew(source, tmp_path, monkeypatch, change):
     assert leftovers(output) == ["m.qf"]
 
 
+def test_another_source_that_looks_the_same_begins_anew(source, tmp_path):
+    other, output = tmp_path / "other", tmp_path / "m.qf"
+    shutil.copytree(source, other)
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    for folder in (source, other):
+        for path in folder.iterdir():
+            os.utime(path, ns=(1, 1))
+    run(source, output, resume=True)
+    with pytest.raises(TargetError, match="exists already"):
+        run(other, output, resume=True)
+
+
+def test_another_file_in_its_place_is_not_taken_for_it(source, tmp_path):
+    output, other = tmp_path / "m.qf", tmp_path / "other.qf"
+    run(source, output, resume=True)
+    run(source, other, "q8_0")
+    output.write_bytes(other.read_bytes())  # which keeps what the file was marked with
+    with pytest.raises(TargetError, match="exists already"):
+        run(source, output, resume=True)
+
+
+def test_what_was_only_allowed_then_is_refused(tmp_path):
+    source, output = tmp_path / "m.safetensors", tmp_path / "m.qf"
+    save_safetensors({"a": np.array([np.nan], np.float32)}, source)
+    run(source, output, resume=True, allow_nonfinite=True)
+    with pytest.raises(TargetError, match="exists already"):
+        run(source, output, resume=True)
+
+
 def test_without_resume_it_begins_anew_and_leaves_nothing(source, tmp_path, monkeypatch):
     output = tmp_path / "m.qf"
     interrupted(source, output, monkeypatch, 8)
@@ -158,7 +190,9 @@ def test_without_resume_it_begins_anew_and_leaves_nothing(source, tmp_path, monk
     assert leftovers(output) == []
 
 
-@pytest.mark.parametrize("what", ["byte", "short", "journal cut", "journal garbage", "journal gone"])
+@pytest.mark.parametrize(
+    "what", ["byte", "short", "padding", "journal digit", "journal cut", "journal garbage", "journal gone"]
+)
 def test_what_is_damaged_is_made_again(source, tmp_path, monkeypatch, what):
     output, whole = tmp_path / "m.qf", tmp_path / "whole.qf"
     run(source, whole)
@@ -170,6 +204,15 @@ def test_what_is_damaged_is_made_again(source, tmp_path, monkeypatch, what):
         partial.write_bytes(data)
     elif what == "short":
         partial.write_bytes(data[: len(data) // 2])
+    elif what == "padding":
+        with ContainerReader(whole) as container:
+            at = container.index.assets[0].segment.stop
+        assert at % 64
+        data[at] = 1
+        partial.write_bytes(data)
+    elif what == "journal digit":
+        at = lines.index(b'"rmse": "') + 10
+        journal.write_bytes(lines[:at] + (b"1" if lines[at : at + 1] == b"2" else b"2") + lines[at + 1 :])
     elif what == "journal cut":
         journal.write_bytes(lines[:-7])
     elif what == "journal garbage":
@@ -177,8 +220,8 @@ def test_what_is_damaged_is_made_again(source, tmp_path, monkeypatch, what):
     else:
         journal.unlink()
     result = run(source, output, resume=True)
-    assert result.resumed < 10
-    assert (result.resumed > 0) == (what != "journal gone")
+    assert result.resumed < 10 or what == "padding"
+    assert (result.resumed > 0) == (what not in ("journal gone", "journal digit"))
     assert output.read_bytes() == whole.read_bytes()
 
 

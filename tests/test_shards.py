@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from qformat.converters import convert as converting
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.split import parse_size
+from qformat.converters.truncate import truncate
 from qformat.readers.torch import load_file
 from safetensors.numpy import save_file as save_safetensors
 
@@ -20,7 +24,8 @@ from qformat import encode, safe_open
 from qformat.cli import cli as command
 from qformat.container.reader import ContainerReader
 from qformat.container.verify import verify
-from qformat.errors import FormatError, TargetError
+from qformat.errors import FormatError, SourceError, TargetError
+from qformat.quality import Quality
 from qformat.recipe import Recipe
 
 SIZE = 64 * 96 * 18 // 32  # bytes of a tensor as q4_0
@@ -170,14 +175,161 @@ def test_it_goes_on_in_the_middle_of_a_shard(source, tmp_path, monkeypatch):
         context.setattr(encode, "encode_piece", piece)
         with pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "m.qf", jobs=1, resume=True)
-    assert (tmp_path / "m-00001-of-00003.qf").exists()
-    first = (tmp_path / "m-00001-of-00003.qf").stat().st_ino
+    assert files(tmp_path) == []
+    first = (tmp_path / "m.qf.parts" / "m-00001-of-00003.qf").stat().st_ino
     assert run(source, tmp_path / "m.qf", resume=True).resumed >= 6
     assert (tmp_path / "m-00001-of-00003.qf").stat().st_ino == first
     assert files(tmp_path) == files(whole)
     for name in files(whole):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     assert run(source, tmp_path / "m.qf", resume=True).resumed == 10
+
+
+class Stopped(BaseException):
+    """Ends a run from inside, as little prepared for as a signal."""
+
+
+def stop_at(context: pytest.MonkeyPatch, number: int) -> None:
+    """Let a conversion end after so many pieces."""
+    real, left = encode.encode_piece, [number]
+
+    def piece(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stopped
+        return real(*args)
+
+    context.setattr(encode, "encode_piece", piece)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 3])
+def test_it_goes_on_when_it_was_killed_while_files_got_their_names(source, tmp_path, monkeypatch, moved):
+    whole, output = tmp_path / "whole", tmp_path / "m.qf"
+    whole.mkdir()
+    run(source, whole / "m.qf")
+    real, left = converting.move, [moved]
+
+    def move(*args: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stopped
+        real(*args, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(converting, "move", move)
+        with pytest.raises(Stopped):
+            run(source, output, resume=True)
+    assert len(files(tmp_path)) == moved
+    assert run(source, output, resume=True).resumed == 10
+    assert files(tmp_path) == files(whole)
+    for name in files(whole):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert not (tmp_path / "m.qf.parts").exists()
+
+
+def test_other_cuts_of_the_same_number_begin_anew(tmp_path, monkeypatch):
+    folder, whole, output = tmp_path / "model", tmp_path / "whole", tmp_path / "m.qf"
+    folder.mkdir()
+    whole.mkdir()
+    rng = np.random.default_rng(5)
+    rows = (64, 64, 192, 64, 64, 64)
+    tensors = {f"layer.{i}.weight": rng.normal(size=(n, 96)).astype(np.float32) for i, n in enumerate(rows)}
+    save_safetensors(tensors, folder / "model.safetensors")
+    run(folder, whole / "m.qf", size=4 * SIZE)  # 2, 2, 2 tensors
+    with monkeypatch.context() as context:
+        stop_at(context, 4)
+        with pytest.raises(Stopped):
+            run(folder, output, size=3 * SIZE, jobs=1, resume=True)  # 2, 1, 3
+    run(folder, output, size=4 * SIZE, resume=True)
+    assert files(tmp_path) == files(whole)
+    for name in files(whole):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("sizes", [(None, 4 * SIZE), (4 * SIZE, None), (4 * SIZE, 5 * SIZE)])
+def test_a_file_that_was_cut_otherwise_is_not_what_was_asked_for(source, tmp_path, sizes):
+    run(source, tmp_path / "m.qf", size=sizes[0], resume=True)
+    before = files(tmp_path)
+    with pytest.raises(TargetError, match="exists already"):
+        run(source, tmp_path / "m.qf", size=sizes[1], resume=True)
+    assert files(tmp_path) == before
+
+
+def test_a_head_that_fails_leaves_nothing(source, tmp_path):
+    with pytest.raises(SourceError, match="metadata must be strings"):
+        run(source, tmp_path / "m.qf", metadata={"a": "\ud800"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_failed_run_leaves_the_shards_that_were_there(source, tmp_path, monkeypatch):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    with monkeypatch.context() as context:
+        stop_at(context, 7)
+        with pytest.raises(Stopped):
+            run(source, output, "q4_0:search=exact", overwrite=True, jobs=1)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    assert not (tmp_path / "m.qf.parts").exists()
+
+
+def test_a_second_writer_is_turned_away_and_the_first_one_is_not_disturbed(source, tmp_path, monkeypatch):
+    output = tmp_path / "m.qf"
+    real, begun, go_on = encode.encode_piece, threading.Event(), threading.Event()
+
+    def piece(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(encode, "encode_piece", piece)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(run, source, output)
+        try:
+            assert begun.wait(60)
+            with pytest.raises(TargetError, match="another process is writing it"):
+                run(source, output)
+        finally:
+            go_on.set()
+        first.result()
+    assert all(report.ok for report in verify([str(output)]))
+
+
+def test_a_folder_of_something_else_is_kept(source, tmp_path):
+    folder = tmp_path / "m.qf.parts"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(TargetError, match="is in the way"):
+            run(source, tmp_path / "m.qf", resume=resume)
+    assert (folder / "thesis.txt").read_text() == "mine"
+    assert files(tmp_path) == []
+
+
+def test_a_shard_of_the_source_is_not_replaced(source, tmp_path):
+    run(source, tmp_path / "m.qf", "scm", size=150_000)
+    shard = tmp_path / "m-00001-of-00002.qf"
+    before = shard.read_bytes()
+    with pytest.raises(TargetError, match="is a file of the checkpoint"):
+        run(tmp_path / "m.qf", shard, overwrite=True)
+    with pytest.raises(TargetError, match="or a part of it"):
+        truncate(tmp_path / "m.qf", shard, Quality(bits=3), overwrite=True)
+    assert shard.read_bytes() == before
+
+
+def test_verify_finds_a_tensor_in_two_shards(source, tmp_path):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    shutil.copy(tmp_path / "m-00001-of-00003.qf", tmp_path / "m-00002-of-00003.qf")
+
+    def twice(index: Any) -> None:
+        index["shards"][1] = index["shards"][0] | {"name": index["shards"][1]["name"]}
+
+    change(output, twice)
+    with pytest.raises(FormatError, match="stands twice"):
+        safe_open(output)
+    (bad,) = [report for report in verify([str(output)]) if not report.ok]
+    assert "its shards do not fit together" in bad.errors[0].what
 
 
 def test_shards_that_are_there_are_not_replaced(source, tmp_path):
@@ -214,7 +366,7 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "GB", "-1GB", "5XB", "1e9", "0.0001"])
+@pytest.mark.parametrize("text", ["", "0", "GB", "-1GB", "5XB", "1e9", "0.0001", "9" * 400])
 def test_no_sizes(text):
     with pytest.raises(ValueError, match="is no size"):
         parse_size(text)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qformat.converters.exports.directory import new_directory
+from qformat.converters.exports.directory import MARK, new_directory
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
 from qformat.converters.exports.safetensors import write_safetensors
 from qformat.converters.sources.gguf import REST
@@ -55,7 +55,7 @@ def _assets(job: Job) -> tuple[dict[str, bytes], list[str]]:
         )
     assets = {name: job.container.asset(name) for name in names}
     for name in names:
-        if name.endswith(".safetensors") or name == INDEX:
+        if name.endswith(".safetensors") or name in (INDEX, MARK):
             raise SourceError(f"{path}: asset {name!r} has the name of a file of weights; use --to safetensors")
     if _CONFIG not in assets:
         return assets, [f"{path.name} holds no {_CONFIG}: transformers cannot load the directory without one"]

@@ -1,11 +1,13 @@
 """What a run has finished of a file, so that another one can go on if it is killed.
 
 The journal stands beside the partial file: a line of JSON that tells what was asked for, then one for each asset and tensor,
-written after all of its bytes. Nothing in it is believed before the bytes have been compared with their digests.
+written after all of its bytes. Each line begins with a digest of the rest. Nothing in it is believed before the bytes have been
+compared with their digests.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qformat.container.index import parse_asset, parse_tensor
+from qformat.container.target import journal_draft
 from qformat.errors import FormatError, TargetError
 from qformat.records import AssetRecord, TensorRecord
 
@@ -57,7 +60,7 @@ class Journal:
         TargetError
             If it cannot be written.
         """
-        new = self._path.with_name(self._path.name + ".new")
+        new = journal_draft(self._path)
         try:
             self._fd = os.open(
                 new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
@@ -85,7 +88,8 @@ class Journal:
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._fd is not None
-        os.write(self._fd, json.dumps(line).encode() + b"\n")
+        text = json.dumps(line).encode()
+        os.write(self._fd, _digest(text) + b" " + text + b"\n")
 
     def close(self) -> None:
         """Close it, and leave it to a run that goes on."""
@@ -96,15 +100,21 @@ class Journal:
     def remove(self) -> None:
         """Close it, and remove it."""
         self.close()
-        self._path.unlink(missing_ok=True)
+        for path in (self._path, journal_draft(self._path)):
+            path.unlink(missing_ok=True)
 
 
 def _parse(line: bytes) -> Any:
-    """Return what a line says, or None for one that was not finished."""
+    """Return what a line says, or None for one that was not finished or is damaged."""
+    digest, _, text = line.removesuffix(b"\n").partition(b" ")
     try:
-        return json.loads(line) if line.endswith(b"\n") else None
+        return json.loads(text) if line.endswith(b"\n") and digest == _digest(text) else None
     except ValueError:
         return None
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:16].encode()
 
 
 def _record(value: Any) -> Record | None:

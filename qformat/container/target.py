@@ -38,12 +38,13 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise TargetError(f"{path}: the directory {path.parent} is not writable")
 
 
-def request_at(path: Path) -> str:
-    """Return what the file at a path was marked with; nothing if there is none, or the file system keeps no such marks."""
+def mark_at(path: Path) -> tuple[str, str]:
+    """Return request and root that the file at a path was marked with; empty if it is not, or the file system keeps no marks."""
     try:
-        return os.getxattr(path, _ATTRIBUTE).decode("ascii", "replace")
+        request, _, root = os.getxattr(path, _ATTRIBUTE).decode("ascii", "replace").partition(" ")
     except (OSError, AttributeError):  # macOS has others
-        return ""
+        return "", ""
+    return request, root
 
 
 def tidy(path: Path) -> None:
@@ -53,13 +54,52 @@ def tidy(path: Path) -> None:
         if os.path.samestat(partial.lstat(), path.lstat()):
             partial.unlink()
     if not os.path.lexists(partial):
-        with suppress(OSError):
-            journal.unlink()
+        _remove_journal(journal)
 
 
-def remove_files(path: Path) -> None:
-    """Remove a file and what belongs to it, as far as they are there."""
-    for name in (path, *_beside(path)):
+def move(old: Path, new: Path, *, overwrite: bool) -> None:
+    """Give a complete file its name; without `overwrite`, a file that stands there is never replaced.
+
+    Raises
+    ------
+    FileExistsError
+        If there is one.
+    OSError
+        If it cannot be renamed.
+    """
+    if overwrite:
+        old.replace(new)
+        return
+    try:
+        os.link(old, new)  # fails if the name is taken
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(new):
+            raise FileExistsError from None
+        old.rename(new)
+    else:
+        with suppress(OSError):  # the file stands at its path: what follows may not fail the run
+            old.unlink()
+
+
+def sync_directory(path: Path) -> None:
+    """Let the disk have the names of the files in a directory, as far as that can be asked for."""
+    with suppress(OSError):
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def journal_draft(journal: Path) -> Path:
+    """Return where a journal is begun, which replaces the one of an earlier run then."""
+    return journal.with_name(journal.name + ".new")
+
+
+def _remove_journal(journal: Path) -> None:
+    for name in (journal, journal_draft(journal)):
         with suppress(OSError):
             name.unlink()
 
@@ -82,6 +122,9 @@ class Nowhere:
         """Do nothing."""
 
     def keep(self) -> None:
+        """Do nothing."""
+
+    def mark(self, request: str, root: str) -> None:
         """Do nothing."""
 
 
@@ -112,6 +155,7 @@ class Target:
         check_target(path, overwrite=overwrite)
         self.path = path
         self._overwrite = overwrite
+        self._resume = resume
         self._partial, self.journal_path = _beside(path)
         self._fd = self._open_locked(resume=resume)
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="qformat-sync")
@@ -164,8 +208,7 @@ class Target:
                     taken = True
                     return fd
                 self._partial.unlink()
-                with suppress(OSError):
-                    self.journal_path.unlink()
+                _remove_journal(self.journal_path)
         finally:
             if not taken:
                 os.close(fd)
@@ -220,10 +263,13 @@ class Target:
         except OSError as error:
             raise self._failed(error) from None
 
-    def mark(self, request: str) -> None:
-        """Let the file tell outside its bytes which request it was made for, if the file system keeps that."""
+    def mark(self, request: str, root: str) -> None:
+        """Let the file tell outside its bytes which request it was made for, if the file system keeps that.
+
+        The root is there because whoever writes another file over this one, as cp does, leaves the mark as it is.
+        """
         with suppress(OSError, AttributeError):
-            os.setxattr(self._fd, _ATTRIBUTE, request.encode())
+            os.setxattr(self._fd, _ATTRIBUTE, f"{request} {root}".encode())
 
     def digest(self, offset: int, length: int) -> str | None:
         """Return the SHA-256 of some bytes of the partial file in hexadecimal; None if they are not all there."""
@@ -264,10 +310,7 @@ class Target:
             if self._sync is not None:
                 self._sync.result()
             os.fsync(self._fd)
-            if self._overwrite:
-                self._partial.replace(self.path)
-            else:
-                self._link()
+            move(self._partial, self.path, overwrite=self._overwrite)
         except FileExistsError:
             raise TargetError(f"{self.path}: a file has appeared there meanwhile; nothing was replaced") from None
         except OSError as error:
@@ -275,29 +318,7 @@ class Target:
         self._syncer.shutdown()
         with suppress(OSError):  # the file is complete and in its place: nothing below may fail the run
             os.close(self._fd)
-        with suppress(OSError):
-            self._sync_directory()
-
-    def _link(self) -> None:
-        """Rename without replacing: a hard link fails if the name is taken."""
-        try:
-            os.link(self._partial, self.path)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            if os.path.lexists(self.path):
-                raise FileExistsError from None
-            self._partial.rename(self.path)
-        else:
-            with suppress(OSError):  # the file stands at its path: what follows may not fail the run
-                self._partial.unlink()
-
-    def _sync_directory(self) -> None:
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(self.path.parent)
 
     def discard(self) -> None:
         """Remove the partial file."""
@@ -320,4 +341,5 @@ class Target:
             errno.EDQUOT: "the disk quota is used up",
             errno.EFBIG: "the file would be larger than the allowed file size",
         }.get(error.errno or 0, error.strerror)
-        return TargetError(f"{self.path}: writing failed: {what}; nothing was left there")
+        left = "what was done is kept beside it" if self._resume else "nothing was left there"
+        return TargetError(f"{self.path}: writing failed: {what}; {left}")

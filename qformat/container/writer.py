@@ -184,11 +184,11 @@ class ContainerWriter:
                 raise SourceError(f"metadata must be strings of valid Unicode, not {item!r}")
         self._target: Nowhere | Target = Nowhere()
         self._journal: Journal | None = None
+        self._request = request
         self._resume = resume and path is not None and bool(request)
         if path is not None:
             self._target = Target(Path(path), overwrite=overwrite, resume=self._resume)
             if request:
-                self._target.mark(request)
                 self._journal = Journal(self._target.journal_path, request)
         self._header = Header().pack()
         self._position = len(self._header)
@@ -219,6 +219,8 @@ class ContainerWriter:
                     self._target.cut(size)
                     return
                 position = align(segment.stop)
+            for segment in segments:  # of what is in between there is no digest
+                self._target.write(bytes(align(segment.stop) - segment.stop), segment.stop)
             size, self._position = segments[-1].stop, position
             if isinstance(record, AssetRecord):
                 self.assets.append(record)
@@ -286,6 +288,8 @@ class ContainerWriter:
         digest = hashlib.sha256(index)
         trailer = Trailer(self._position, len(index), digest.digest())
         self._target.write(index + trailer.pack(), self._position)
+        if self._request:
+            self._target.mark(self._request, digest.hexdigest())
         self._target.commit()
         if self._journal:
             self._journal.remove()
