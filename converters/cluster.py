@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qformat.converters.request import Request
-from qformat.converters.written import Beside, WriteOptions, Written, write_file
+from qformat.converters.written import Extras, WriteOptions, Written, write_file
 
 import qformat
 from qformat.encode import Plan
@@ -65,7 +65,7 @@ def write_part(part: Part) -> Written:
             f"a worker has qformat {qformat.__version__} and not {part.version}; install the same everywhere"
         )
     plans = _plans(part.request, part.source)[part.start : part.stop]
-    return write_file(part.path, plans, Beside(part.digest), part.options)
+    return write_file(part.path, plans, Extras(part.digest), part.options)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from qformat.converters.cluster import Cluster, Part
-from qformat.converters.directory import new_parts
 from qformat.converters.resume import request_of
 from qformat.converters.split import shard_paths, split
-from qformat.converters.written import Beside, WriteOptions, Written, find_written, join_files, write_file
+from qformat.converters.written import Extras, WriteOptions, Written, find_written, join_files, write_file
 
+from qformat.container.directory import new_parts
+from qformat.container.reader import ContainerReader
 from qformat.container.target import check_target, mark_at, move, sync_directory
 from qformat.encode import Plan, Progress, make_plans
-from qformat.errors import TargetError
+from qformat.errors import FormatError, TargetError
 from qformat.files import is_remote
 from qformat.recipe import Recipe
 from qformat.records import ShardRecord, TensorRecord
@@ -53,6 +54,8 @@ class Conversion:
         How many tensors an earlier run had finished.
     shards
         The files that hold the tensors, if it is not `output`.
+    left
+        Shards of a head that was replaced, which no longer belong to anything.
     """
 
     output: Path
@@ -64,6 +67,7 @@ class Conversion:
     seconds: float
     resumed: int = 0
     shards: Sequence[Path] = ()
+    left: Sequence[Path] = ()
 
     @property
     def params(self) -> int:
@@ -95,6 +99,7 @@ class Conversion:
             "seconds": self.seconds,
             "resumed_tensors": self.resumed,
             "shards": [str(path) for path in self.shards],
+            "left_shards": [str(path) for path in self.left],
         }
 
 
@@ -160,24 +165,25 @@ def convert(
     request = request_of(
         checkpoint, plans, metadata, cuts, allow_nonfinite=allow_nonfinite, allow_vanished=allow_vanished
     )
-    beside = Beside(request, checkpoint.assets, metadata)
+    extras = Extras(request, checkpoint.assets, metadata)
     for path in (output, *paths):
         asked = request if path == output else _request_of_part(request, path)
         ours = resume and bool(asked) and mark_at(path)[0] == asked
         check_target(path, overwrite=overwrite or dry_run or ours)
         _check_not_source(checkpoint, path)
+    left = _shards_at(output) if overwrite else []
     finished = find_written(output, request, options)
     if finished:
         written = [finished]
     elif paths and dry_run:
-        parts = [write_file(path, group, Beside(""), options) for path, group in zip(paths, groups, strict=True)]
-        written = [*parts, write_file(output, [], replace(beside, shards=_shards(paths, parts)), options)]
+        parts = [write_file(path, group, Extras(""), options) for path, group in zip(paths, groups, strict=True)]
+        written = [*parts, write_file(output, [], replace(extras, shards=_shards(paths, parts)), options)]
     elif paths:
-        written = _write_shards(output, paths, groups, beside, options, cluster)
+        written = _write_shards(output, paths, groups, extras, options, cluster)
     elif cluster and not dry_run:
-        written = [_write_joined(output, plans, beside, options, cluster)]
+        written = [_write_joined(output, plans, extras, options, cluster)]
     else:
-        written = [write_file(output, plans, beside, options)]
+        written = [write_file(output, plans, extras, options)]
     return Conversion(
         output,
         plans,
@@ -188,7 +194,17 @@ def convert(
         time.perf_counter() - start,
         sum(file.resumed for file in written),
         paths,
+        [path for path in left if path not in paths and path.exists()],
     )
+
+
+def _shards_at(output: Path) -> list[Path]:
+    """Return the shards of a head that is about to be replaced."""
+    try:
+        with ContainerReader(output, alone=True) as head:
+            return [output.parent / shard.name for shard in head.index.shards]
+    except (FormatError, OSError):
+        return []
 
 
 def _request_of_part(request: str, path: Path) -> str:
@@ -204,7 +220,7 @@ def _write_shards(
     output: Path,
     paths: Sequence[Path],
     groups: Sequence[list[Plan]],
-    beside: Beside,
+    extras: Extras,
     options: WriteOptions,
     cluster: Cluster | None,
 ) -> list[Written]:
@@ -213,12 +229,12 @@ def _write_shards(
         places = {folder / path.name: path for path in paths}
         if options.resume:  # of a run that was killed while it put them in their places
             for part, path in places.items():
-                if not part.exists() and mark_at(path)[0] == _request_of_part(beside.request, path):
+                if not part.exists() and mark_at(path)[0] == _request_of_part(extras.request, path):
                     move(path, part, overwrite=False)
-        parts = _write_parts([*places], groups, beside.request, options, cluster)
+        parts = _write_parts([*places], groups, extras.request, options, cluster)
         head = folder / output.name
         own = replace(options, overwrite=True, resume=False)
-        written = write_file(head, [], replace(beside, shards=_shards(paths, parts)), own)
+        written = write_file(head, [], replace(extras, shards=_shards(paths, parts)), own)
         _put_in_place(places | {head: output}, options)
     return [*parts, written]
 
@@ -265,18 +281,18 @@ def _write_parts(
         ]
         return cluster.write(parts, options.progress)
     return [
-        write_file(path, group, Beside(digest), own)
+        write_file(path, group, Extras(digest), own)
         for path, group, digest in zip(paths, groups, requests, strict=True)
     ]
 
 
-def _write_joined(output: Path, plans: list[Plan], beside: Beside, options: WriteOptions, cluster: Cluster) -> Written:
+def _write_joined(output: Path, plans: list[Plan], extras: Extras, options: WriteOptions, cluster: Cluster) -> Written:
     """Let a cluster write parts of a file, and join them."""
     groups = list(split(plans, _PART))
     with new_parts(output, resume=options.resume) as folder:
         paths = [folder / f"{number:05}.qf" for number in range(len(groups))]
-        parts = _write_parts(paths, groups, beside.request, options, cluster)
-        joined = join_files(output, paths, beside, replace(options, progress=None))
+        parts = _write_parts(paths, groups, extras.request, options, cluster)
+        joined = join_files(output, paths, extras, replace(options, progress=None))
     return replace(joined, resumed=sum(part.resumed for part in parts))
 
 

@@ -30,7 +30,7 @@ class WriteOptions:
 
 
 @dataclass(frozen=True)
-class Beside:
+class Extras:
     """What a file holds beside tensors, and what identifies all that decides its bytes."""
 
     request: str
@@ -50,18 +50,18 @@ class Written:
     resumed: int
 
 
-def write_file(output: Path, plans: Sequence[Plan], beside: Beside, options: WriteOptions) -> Written:
+def write_file(output: Path, plans: Sequence[Plan], extras: Extras, options: WriteOptions) -> Written:
     """Encode tensors, sorted by name, into a file; or find out how long it would be."""
     if options.dry_run and not any(plan.codec.chunked or plan.codec.layered for plan in plans):
-        contents = [(name, read()) for name, read in sorted(beside.assets.items())]
+        contents = [(name, read()) for name, read in sorted(extras.assets.items())]
         records = [plan.record for plan in plans]
-        size = predict_size(contents, records, beside.metadata, beside.shards)
+        size = predict_size(contents, records, extras.metadata, extras.shards)
         sizes = {name: len(data) for name, data in contents}
         return Written([replace(record, error=None) for record in records], sizes, size, None, 0)
-    finished = find_written(output, beside.request, options)
+    finished = find_written(output, extras.request, options)
     if finished:
         return finished
-    with _begun(output, beside, options) as (writer, resumed):
+    with _begun(output, extras, options) as (writer, resumed):
         write_tensors(
             writer,
             plans,
@@ -73,7 +73,7 @@ def write_file(output: Path, plans: Sequence[Plan], beside: Beside, options: Wri
     return _done(writer, None if options.dry_run else writer.root, resumed)
 
 
-def join_files(output: Path, parts: Sequence[Path], beside: Beside, options: WriteOptions) -> Written:
+def join_files(output: Path, parts: Sequence[Path], extras: Extras, options: WriteOptions) -> Written:
     """Copy the tensors of several files, which follow each other by name, into one.
 
     Raises
@@ -81,10 +81,10 @@ def join_files(output: Path, parts: Sequence[Path], beside: Beside, options: Wri
     FormatError
         If a part is damaged.
     """
-    finished = find_written(output, beside.request, options)
+    finished = find_written(output, extras.request, options)
     if finished:
         return finished
-    with _begun(output, beside, options) as (writer, resumed):
+    with _begun(output, extras, options) as (writer, resumed):
         done = len(writer.records)
         for path in parts:
             with ContainerReader(path) as part:
@@ -113,18 +113,18 @@ def find_written(output: Path, request: str, options: WriteOptions) -> Written |
 
 
 @contextmanager
-def _begun(output: Path, beside: Beside, options: WriteOptions) -> Iterator[tuple[ContainerWriter, int]]:
+def _begun(output: Path, extras: Extras, options: WriteOptions) -> Iterator[tuple[ContainerWriter, int]]:
     """Begin a file, and yield its writer after the assets, and how many tensors it has already."""
     with ContainerWriter(
         None if options.dry_run else output,
         overwrite=options.overwrite,
-        metadata=beside.metadata,
-        request=beside.request,
+        metadata=extras.metadata,
+        request=extras.request,
         resume=options.resume,
     ) as writer:
-        writer.shards = [*beside.shards]
+        writer.shards = [*extras.shards]
         done = {asset.name for asset in writer.assets}
-        for name, read in sorted(beside.assets.items()):
+        for name, read in sorted(extras.assets.items()):
             if name not in done:
                 writer.asset(name, read())
         yield writer, len(writer.records)

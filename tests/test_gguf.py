@@ -43,8 +43,7 @@ def store(source: Path, type_: str | None = None) -> Path:
 
 
 def back(path: Path) -> bytes:
-    result = export(path, path.with_suffix(".out"), "gguf", overwrite=True)
-    assert result.identical
+    export(path, path.with_suffix(".out"), "gguf", overwrite=True)
     return path.with_suffix(".out").read_bytes()
 
 

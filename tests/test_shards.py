@@ -341,6 +341,13 @@ def test_shards_that_are_there_are_not_replaced(source, tmp_path):
     assert all(report.ok for report in verify([str(tmp_path / "m.qf")]))
 
 
+def test_shards_that_belong_to_nothing_any_more_are_told(source, tmp_path):
+    run(source, tmp_path / "m.qf")
+    result = run(source, tmp_path / "m.qf", size=6 * SIZE, overwrite=True)
+    assert [path.name for path in result.left] == [f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
+    assert run(source, tmp_path / "m.qf", size=6 * SIZE, overwrite=True).left == []
+
+
 def test_on_the_command_line(source, tmp_path):
     output = str(tmp_path / "m.qf")
     runner = CliRunner()

@@ -98,9 +98,7 @@ def _again(job: Job, output: Path, label: str) -> Export:
         for start, stop in reversed([*header.gaps(size)]):  # the header last
             at -= stop - start
             target.write(rest[at : at + stop - start], start)
-    # a tensor that was made anew of the same type differs, though
-    identical = all(tensor.copied and not tensor.source.decoder.record.encoder for tensor in outputs)
-    return Export(output, {output.name: size}, outputs, identical=identical)
+    return Export(output, {output.name: size}, outputs)
 
 
 def _write(job: Job, output: Path, header: Header, outputs: Sequence[Written]) -> int:

@@ -180,8 +180,6 @@ class Export:
         What became of the tensors.
     warnings
         What the user should know of it, a line each.
-    identical
-        Whether it is the file that was converted once, byte for byte.
     seconds
         Time that it took.
     """
@@ -190,7 +188,6 @@ class Export:
     files: Mapping[str, int]
     tensors: Sequence[Written]
     warnings: Sequence[str] = ()
-    identical: bool = False
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -201,7 +198,6 @@ class Export:
             "bytes": sum(self.files.values()),
             "tensors": len(self.tensors),
             "copied": sum(tensor.copied for tensor in self.tensors),
-            "identical": self.identical,
             "warnings": list(self.warnings),
             "seconds": self.seconds,
         }

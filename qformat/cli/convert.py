@@ -187,6 +187,10 @@ def command(
     unknown = any(tensor.zeros is None for tensor in pruned.values())
     zeros = None if unknown else sum(tensor.zeros or 0 for tensor in pruned.values())
     _warn_of_nothing_left(pruned.values())
+    if result.left:
+        warn(
+            f"{len(result.left)} shards of the file that was replaced are left, {result.left[0]} and so on; remove them"
+        )
     if as_json:
         echo_json(result.to_json() | {"dry_run": dry_run, "pruned_tensors": len(pruned), "pruned_weights": zeros})
         return

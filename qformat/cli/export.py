@@ -89,5 +89,3 @@ def command(
     copied = sum(tensor.copied for tensor in result.tensors)
     click.echo(f"{dst} has {human_bytes(size)} ({size} bytes)")
     click.echo(f"{len(result.tensors)} tensors, {copied} of them copied as they are; in {result.seconds:.1f} s")
-    if result.identical:
-        click.echo("it is, byte for byte, the file that was converted")

@@ -20,7 +20,7 @@ from qformat.errors import TargetError
 
 _SYNC_EVERY = 32 << 20
 _READ = 1 << 20
-_ATTRIBUTE = "user.qformat.request"
+_ATTRIBUTE, _PARTIAL = "user.qformat.request", "user.qformat.partial"
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
@@ -45,6 +45,13 @@ def mark_at(path: Path) -> tuple[str, str]:
     except (OSError, AttributeError):  # macOS has others
         return "", ""
     return request, root
+
+
+def _has(fd: int, attribute: str) -> bool:
+    try:
+        return attribute in os.listxattr(fd)
+    except (OSError, AttributeError):
+        return False
 
 
 def tidy(path: Path) -> None:
@@ -158,6 +165,8 @@ class Target:
         self._resume = resume
         self._partial, self.journal_path = _beside(path)
         self._fd = self._open_locked(resume=resume)
+        with suppress(OSError, AttributeError):  # so that it is known if this run is killed
+            os.setxattr(self._fd, _PARTIAL, b"")
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="qformat-sync")
         self._sync: Future[None] | None = None
         self._unsynced = 0
@@ -197,7 +206,8 @@ class Target:
             status = os.fstat(fd)
             own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
             complete = status.st_nlink == 2 and self._is_target(fd)  # killed between two names of the complete file
-            if not own or not (status.st_nlink == 1 or complete) or os.pread(fd, len(MAGIC), 0) not in (b"", MAGIC):
+            known = _has(fd, _PARTIAL) or os.pread(fd, len(MAGIC), 0) in (b"", MAGIC)
+            if not own or not (status.st_nlink == 1 or complete) or not known:
                 raise TargetError(f"{self._partial}: is in the way, and not the rest of a conversion; remove it")
             try:
                 self._lock(fd)
@@ -309,6 +319,8 @@ class Target:
         try:
             if self._sync is not None:
                 self._sync.result()
+            with suppress(OSError, AttributeError):
+                os.removexattr(self._fd, _PARTIAL)
             os.fsync(self._fd)
             move(self._partial, self.path, overwrite=self._overwrite)
         except FileExistsError:
