@@ -50,6 +50,8 @@ def split(
     shards = []
     for i in range(count):
         shard = {"rope.freqs": torch.ones(HEAD_DIM // 2)}
+        if embeddings == 1:  # the first Llama
+            shard["layers.0.attention.inner_attention.rope.freqs"] = torch.ones(HEAD_DIM // 2)
         for name, tensor in tensors.items():
             kind = name.split(".")[-2]
             if tensor.ndim == 1:

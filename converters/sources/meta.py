@@ -26,7 +26,7 @@ from qformat.source import Checkpoint, SourceTensor
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated(?:\.([0-9]+))?\.pth")
 _EMBEDDINGS = "tok_embeddings.weight"
-_DROPPED = "rope.freqs"  # follows from params.json
+_DROPPED = "rope.freqs"  # follows from params.json; the first Llama has it in every layer
 
 # Along which dimension the GPUs share a matrix: its outputs or its inputs.
 _DIMS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
@@ -125,7 +125,9 @@ def open_meta(directory: Path, options: SourceOptions) -> Checkpoint:
     """
     files = _complete(directory)
     shards = [open_weights(path, options, shard=True) for path in files]
-    tables = [{tensor.name: tensor for tensor in shard.tensors if tensor.name != _DROPPED} for shard in shards]
+    tables = [
+        {tensor.name: tensor for tensor in shard.tensors if not tensor.name.endswith(_DROPPED)} for shard in shards
+    ]
     for path, table in zip(files, tables, strict=True):
         _check_same(files[0], tables[0], path, table)
     layout = _Layout(directory, len(files), _read_params(directory))
