@@ -81,6 +81,8 @@ def packed_tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
         return pack(unpack_loose(read, bits)[:, :cols], bits) if loose else read.view(np.uint8)
 
     def zeros(tensor: SourceTensor, groups: int) -> U8:
+        if tensor.dtype is I8:  # as old versions have them, and new ones if there is one for the tensor
+            return _byte_zeros(tensor, stored, groups, bits)
         height = cuts(rows, 32 // bits) if loose else cuts(rows * bits, 32)
         if tensor.dtype is not I32 or tensor.shape != (height, groups):
             raise disagree(tensor, stored)
@@ -105,10 +107,7 @@ def byte_tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
         return _rows(stored, start, stop).view(np.uint8) ^ np.uint8(0x80)
 
     def zeros(tensor: SourceTensor, groups: int) -> U8:
-        if tensor.dtype is not I8 or np.prod(tensor.shape, dtype=int) not in (1, rows * groups):
-            raise disagree(tensor, stored)
-        own = whole(tensor).view(np.uint8) ^ np.uint8(0x80)
-        return np.broadcast_to(own.reshape(-1, 1 if own.size == 1 else groups), (rows, groups))
+        return _byte_zeros(tensor, stored, groups, 8)
 
     return _tensor(name, parts, claims, (rows, cols), 8, None, packed, zeros)
 
@@ -140,6 +139,16 @@ def _tensor(
         return affine_encode(codec, shape, scales, own, columns.places, packed)
 
     return CodedTensor(named(name, "weight"), shape, codec, load)
+
+
+def _byte_zeros(tensor: SourceTensor, stored: SourceTensor, groups: int, bits: int) -> U8:
+    """Return zeros that are signed bytes, for each row and group or for all, in the range of the codes."""
+    rows = stored.shape[0]
+    possible = [(), (1,), (1, 1), (rows, groups), *([(rows,)] if groups == 1 else [])]
+    if tensor.dtype is not I8 or tensor.shape not in possible:
+        raise disagree(tensor, stored)
+    own = whole(tensor).view(np.uint8) + np.uint8(1 << (bits - 1))
+    return np.broadcast_to(own.reshape(-1, 1 if own.size == 1 else groups), (rows, groups))
 
 
 def _rows(tensor: SourceTensor, start: int, stop: int) -> NDArray[Any]:
