@@ -214,6 +214,8 @@ ADAM = {
         ({"m": {"a": SMALL, "b": SMALL}, "n": LARGE}, "m", {f"{m}.{k}": v for m in "ab" for k, v in SMALL.items()}),
         ({"a": SMALL, "b": [torch.ones(2)]}, ".", {f"a.{k}": v for k, v in SMALL.items()} | {"b.0": torch.ones(2)}),
         (LARGE, ".", LARGE),
+        ({0: weights(3), "a": weights(3)}, None, {"0": weights(3), "a": weights(3)}),
+        ({"m": {0: SMALL, 1: SMALL}, "adam": ADAM}, "m", {f"{i}.{k}": v for i in range(2) for k, v in SMALL.items()}),
     ],
 )
 def test_the_state_dict_is_found(tmp_path, value, key, expected):
@@ -232,7 +234,12 @@ def test_the_state_dict_is_found(tmp_path, value, key, expected):
         ({"epoch": 3}, None, ["holds no tensors"]),
         ({}, None, ["holds no tensors"]),
         (3, None, ["holds no tensors"]),
-        ({0: weights(3), "a": weights(3)}, None, ["holds no tensors that have names"]),
+        (ADAM, None, ["holds no tensors that have names"]),
+        ({0: weights(3), "0": weights(3)}, None, ["two tensors under the key '0'"]),
+        ({(1, 2): weights(3)}, None, ["holds no tensors that have names"]),
+        ({"m": {"layers": LARGE, "embedding": SMALL}}, None, ["'m.layers'", "'m.embedding'", "--state-dict-key"]),
+        ({"m": {"embedding": SMALL, "layers": {0: LARGE, 1: LARGE}}}, None, ["'m.layers.0'", "'m.embedding'"]),
+        ({"a.b": {"c": weights(2)}, "a": {"b.c": weights(2)}}, ".", ["two tensors", "'a.b.c'"]),
         (weights(3), None, ["one tensor without a name"]),
     ],
 )
@@ -456,9 +463,9 @@ def test_a_small_file_cannot_ask_for_endless_work(tmp_path, monkeypatch):
     endless: dict[str, Any] = {"w": weights(3)}
     endless["self"] = endless
     assert "nested" in refused(save(endless, tmp_path / "z.pt"))
-    text: Any = {0: "x" * 1000}
+    text: Any = {0.5: "x" * 1000}
     for _ in range(30):
-        text = dict.fromkeys(range(10), text)
+        text = dict.fromkeys((i / 2 for i in range(10)), text)
     checkpoint = opened(save({"w": weights(3), "text": text}, tmp_path / "t.pt"))
     assert checkpoint.assets == {}
     assert "'text'" in checkpoint.warnings[0]

@@ -22,6 +22,8 @@ _DEEPEST = 50
 # Another state dict with so large a share of the weights could as well be the one that is meant
 _RIVAL = 0.1
 _NODES = (Mapping, list, tuple, torch.Tensor)
+# What each of torch's optimizers saves
+_OPTIMIZER = {"state", "param_groups"}
 _LISTED = 8
 
 
@@ -79,7 +81,14 @@ def find_state_dict(root: object, key: str | None = None) -> StateDict:
         if not taken:
             raise SourceError(f"holds no state dict {key!r}, but {_listed(groups)}")
     used = {keys[:end] for keys in taken for end in range(len(keys) + 1)}
-    names = {".".join(keys[len(chosen) :]): tensor for keys, tensor in taken.items()}
+    names: dict[str, torch.Tensor] = {}
+    for keys, tensor in taken.items():
+        name = ".".join(keys[len(chosen) :])
+        if name in names:
+            raise SourceError(
+                f"holds two tensors that would be called {name!r}; choose a part with --state-dict-key KEY"
+            )
+        names[name] = tensor
     return StateDict(_dotted(chosen), names, {_dotted(keys): value for keys, value in _beside(root, (), used)})
 
 
@@ -90,6 +99,8 @@ def _tensors(root: object) -> dict[Keys, torch.Tensor]:
     while waiting:
         keys, node = waiting.pop()
         if isinstance(node, torch.Tensor):
+            if keys in found:
+                raise SourceError(f"holds two tensors under the key {_dotted(keys)!r}, one as a number and one as text")
             found[keys] = node
             continue
         nested = [(name, child) for name, child in _children(node) if isinstance(child, _NODES)]
@@ -102,9 +113,11 @@ def _tensors(root: object) -> dict[Keys, torch.Tensor]:
 
 
 def _children(node: object) -> Iterable[tuple[str, object]]:
-    """Return what has a name; optimizers number their state, which so is left out."""
-    if isinstance(node, Mapping) and all(isinstance(key, str) for key in node):
-        return node.items()
+    """Return what has a name, or a number that is one; optimizers are left out."""
+    if isinstance(node, Mapping):
+        if node.keys() >= _OPTIMIZER or not all(type(key) in (str, int) for key in node):
+            return ()
+        return ((str(key), child) for key, child in node.items())
     if isinstance(node, list | tuple):
         return ((str(i), child) for i, child in enumerate(node))
     return ()
@@ -115,12 +128,19 @@ def _largest(groups: Mapping[Keys, dict[Keys, torch.Tensor]]) -> tuple[Keys, dic
         keys: group for keys, group in groups.items() if not any("optim" in key.lower() for key in keys)
     } or groups
     first, *others = sorted(likely, key=lambda keys: -_elements(likely[keys]))
-    if others and _elements(likely[others[0]]) >= _RIVAL * _elements(likely[first]):
+    enough = _RIVAL * _elements(likely[first])
+    if any(_elements(likely[keys]) >= enough or _belongs(first, keys, likely[keys]) for keys in others):
         raise SourceError(
             f"holds several state dicts: {_listed(likely)}; choose one with --state-dict-key KEY, where the key of what holds "
             f"several takes them all, and {WHOLE} everything"
         )
     return first, likely[first]
+
+
+def _belongs(first: Keys, keys: Keys, group: Mapping[Keys, torch.Tensor]) -> bool:
+    """Return whether matrices are kept near the largest state dict, as parts of one model are that is saved in a tree."""
+    near = bool(first) and keys[:1] == first[:1]
+    return near and any(tensor.dim() > 1 and tensor.is_floating_point() for tensor in group.values())
 
 
 def _below(found: Mapping[Keys, torch.Tensor], key: str) -> tuple[Keys, dict[Keys, torch.Tensor]]:
