@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
-from qformat.converters.prune import Pruning
+from qformat.converters.prune import Pruned, Pruning
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
 
 from qformat.encode import Plan, make_plans
+from qformat.errors import TypeSpecError
 from qformat.files import source_path
 from qformat.recipe import Recipe
-from qformat.source import Checkpoint
+from qformat.source import Checkpoint, QuantizedTensor
 
 #: what floating tensors of two or more dimensions become if nothing is said
 DEFAULT_TYPE = "q4_0"
@@ -58,12 +60,23 @@ class Request:
         """
         recipe = Recipe.parse(DEFAULT_TYPE if self.type is None else self.type, self.overrides)
         pruning = Pruning.parse(self.prune, self.prune_overrides)
-        checkpoint = open_checkpoint(source_path(self.source), self.options)
+        checkpoint = pruning.apply(open_checkpoint(source_path(self.source), self.options))
         if self.type is None and checkpoint.quantized:
+            _check_none_grows(checkpoint, recipe)
             recipe = replace(recipe, default=None)
-        return pruning.apply(checkpoint), recipe
+        return checkpoint, recipe
 
     def plans(self) -> list[Plan]:
         """Return what becomes of each tensor, as `qformat.encode.make_plans` does."""
         checkpoint, recipe = self.open()
         return make_plans(checkpoint.tensors, recipe, allow_nonfinite=self.allow_nonfinite)
+
+
+def _check_none_grows(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raise `TypeSpecError` if what is quantized would become float32 only because it is pruned."""
+    for tensor in checkpoint.tensors:
+        asked = any(fnmatchcase(tensor.name, pattern) for pattern, _ in recipe.overrides)
+        if isinstance(tensor, Pruned) and isinstance(tensor.source, QuantizedTensor) and not asked:
+            raise TypeSpecError(
+                f"tensor {tensor.name!r} is quantized already, and float32 once it is pruned; give a type with -t (f32 for that)"
+            )

@@ -108,7 +108,12 @@ def open_regular(path: Path) -> BinaryIO:
         If it cannot be opened, or is something else.
     """
     if is_remote(path):
-        return path.open("rb")
+        try:
+            return path.open("rb")
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001  each file system has errors of its own
+            raise OSError(errno.EIO, str(error) or type(error).__name__, str(path)) from None
     if "\0" in str(path):
         raise OSError(errno.ENOENT, "the name holds a NUL", str(path))
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

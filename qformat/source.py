@@ -72,6 +72,9 @@ class Checkpoint:
         Strings that are stored along.
     variant
         What was asked for that decides what the tensors hold, beside the files.
+    quantized
+        Whether another tool has quantized some of its tensors, in a way that is known or not: then floats among them may be scales,
+        and nothing is made smaller unless that is asked for.
     """
 
     tensors: Sequence[SourceTensor]
@@ -80,8 +83,4 @@ class Checkpoint:
     files: Sequence[Path] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     variant: str = ""
-
-    @property
-    def quantized(self) -> bool:
-        """Whether some of its tensors are quantized already."""
-        return any(isinstance(tensor, QuantizedTensor) for tensor in self.tensors)
+    quantized: bool = False

@@ -184,6 +184,12 @@ def test_scales_under_two_names_and_zero_points():
     assert "'a.weight_zero_point' is not zero" in refused(parts | {"weight_zero_point": ones})
 
 
+def test_scales_as_deepseek_s_own_code_names_them():
+    parts = {"weight": codes((256, 256)), "scale": scales((2, 2))}
+    (tensor,), _ = recognized(parts)
+    assert (tensor.name, str(tensor.codec)) == ("a.weight", "fp8:cols=128,rows=128")
+
+
 def test_what_has_no_scales_or_too_many_dimensions_stays_as_it_is():
     parts = {"weight": codes((4, 4)), "input_scale": scales((1,)), "bias": scales((4,))}
     found, warnings = recognized(parts)
@@ -201,7 +207,9 @@ def test_what_has_no_scales_or_too_many_dimensions_stays_as_it_is():
     }
     found, warnings = recognized(parts)
     assert [tensor.name for tensor in found] == [f"a.{name}" for name in parts]
-    assert warnings == ["tensor 'a.experts' of eight-bit floats has three dimensions: kept as it is, beside its scales"]
+    assert warnings == [
+        "tensor 'a.experts' of eight-bit floats has three dimensions: kept as it is, beside its scales, if no type is given"
+    ]
 
 
 @pytest.mark.parametrize("bad", [0x7F, 0xFF])

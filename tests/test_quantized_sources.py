@@ -18,14 +18,17 @@ from hypothesis import strategies as st
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.quantized.recognize import recognize
+from qformat.converters.request import Request
+from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.safetensors import open_safetensors
+from safetensors.numpy import save_file
 
 from qformat import safe_open
 from qformat.codecs import base
 from qformat.codecs.base import Matrix, pieces
 from qformat.dtypes import BF16, DTYPES, Elements, from_array
-from qformat.errors import SourceError
+from qformat.errors import SourceError, TypeSpecError
 from qformat.recipe import Recipe
 from qformat.source import Checkpoint, QuantizedTensor
 
@@ -291,6 +294,19 @@ def test_compressed_tensors_with_its_columns_in_order():
     check(only(parts), x.values)
     check(only(parts | {"weight_g_idx": np.full(64, -1, np.int32)}), x.values)
     check(only(parts | {"weight_shape": np.array([6, 64], np.int32)}), x.values)
+
+
+def test_zeros_of_compressed_tensors_that_are_bytes():
+    x = layer(4, 6, 64, 32)
+    zeros = (x.zeros - 8).astype(np.int8)
+    check(only(compressed(x, 4, zeros=False) | {"weight_zero_point": zeros}), x.values)
+    one = layer(4, 6, 64, 64)
+    one.zeros[:] = 3
+    for shape in ((), (1,), (6,), (6, 1)):
+        zeros = np.full(shape, 3 - 8, np.int8)
+        if shape:
+            check(only(compressed(one, 4, zeros=False) | {"weight_zero_point": zeros}), one.values)
+    assert "does not fit" in refused(compressed(x, 4, zeros=False) | {"weight_zero_point": np.zeros((2, 6), np.int8)})
 
 
 def test_scales_for_rows_and_for_the_tensor():
@@ -705,3 +721,42 @@ def test_no_configuration_breaks_anything(config, text):
         outer = {"quantization_config": config, "text_config": text, "compression_config": text}
         with suppress(SourceError):
             recognize(sources(parts), {"config.json": outer, "quantize_config.json": config}, SourceOptions())
+
+
+def save(folder: Path, parts: Mapping[str, Any], config: Any) -> Path:
+    folder.mkdir()
+    save_file(parts, folder / "model.safetensors")
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return folder
+
+
+def types(request: Request) -> dict[str, str]:
+    return {plan.source.name: str(plan.codec) for plan in request.plans()}
+
+
+def test_what_belongs_to_quantized_weights_of_a_kind_that_is_not_known_is_not_made_smaller(tmp_path):
+    parts = {"a.W_q": np.ones((8, 8), np.uint8), "a.scale": np.ones((8, 8), np.float16)}
+    config = {"quantization_config": {"quant_method": "hqq"}}
+    source = str(save(tmp_path / "m", parts, config))
+    assert types(Request(source)) == {"a.W_q": "u8", "a.scale": "f16"}
+    assert types(Request(source, type="q8_0"))["a.scale"] == "q8_0"
+
+
+def test_a_configuration_that_cannot_be_read_is_not_ignored(tmp_path):
+    parts = {f"a.{role}": part for role, part in gptq(layer(4, 8, 64, 32), 4).items() if role != "scales"}
+    parts["a.scales"] = np.ones((2, 8), np.float16)
+    source = save(tmp_path / "m", parts, '{"quantization_config": {"quant_method": "gptq", "checkpoint_f')
+    with pytest.raises(SourceError, match=r"config\.json: cannot be read as JSON"):
+        open_checkpoint(source)
+    assert len(open_checkpoint(save(tmp_path / "plain", {"a": np.ones((2, 2), np.float32)}, "{")).tensors) == 1
+
+
+def test_pruning_what_is_quantized_needs_a_type():
+    source = str(DATA / "gptqmodel-gptq4-sym")
+    with pytest.raises(TypeSpecError, match="is quantized already, and float32 once it is pruned"):
+        Request(source, prune=0.5).open()
+    for request in (
+        Request(source, prune=0.5, type="q4_0"),
+        Request(source, prune=0.5, overrides=("*proj.weight=q4_0",)),
+    ):
+        assert types(request)["model.layers.0.self_attn.q_proj.weight"] == "q4_0"

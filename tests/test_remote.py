@@ -175,3 +175,18 @@ def test_a_url_is_known_by_more_than_its_address():
     etags.append("b")
     assert first
     assert identity(Url()) != first  # type: ignore[arg-type]
+
+
+def test_a_server_may_forbid_what_is_not_there(model, memory, monkeypatch):
+    upload(memory, model)
+    files = type(memory)
+    find = files._open
+
+    def forbid(self, path, *args, **kwargs):
+        try:
+            return find(self, path, *args, **kwargs)
+        except FileNotFoundError:
+            raise RuntimeError("403, message='Forbidden'") from None
+
+    monkeypatch.setattr(files, "_open", forbid)
+    assert len(open_checkpoint(source_path("memory://bucket/model-00001-of-00002.safetensors")).tensors) == 2

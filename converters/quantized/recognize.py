@@ -75,7 +75,9 @@ def recognize(
     rebuilt, more = gptq.gptq_tensors(found.gptq, claims, options.gptq_format)
     found.coded += [*rebuilt, *awq.awq_tensors(found.awq, claims)]
     if not found.coded and claims.method:
-        more.append(f"{claims.method}, but no tensor is quantized in a way that is known: all are taken as they are")
+        more.append(
+            f"{claims.method}, but no tensor is quantized in a way that is known: they stay as they are if no type is given"
+        )
     return found.result(), [*warnings, *more]
 
 
@@ -198,7 +200,10 @@ def _take_fp8(found: _Found, claims: Claims) -> list[str]:
     for tensor in found.tensors:
         if tensor.dtype not in FORMATS:
             continue
-        scales = [found.by_name[tensor.name + suffix] for suffix in SUFFIXES if tensor.name + suffix in found.by_name]
+        names = [tensor.name + suffix for suffix in SUFFIXES]
+        if tensor.name.rpartition(".")[2] == "weight":
+            names.append(tensor.name.removesuffix("weight") + "scale")  # as DeepSeek's own code has them
+        scales = [found.by_name[name] for name in names if name in found.by_name]
         if len(scales) > 1:
             raise SourceError(f"tensor {tensor.name!r} has both {scales[0].name!r} and {scales[1].name!r}; remove one")
         if not scales or 0 in tensor.shape:
@@ -215,4 +220,6 @@ def _take_fp8(found: _Found, claims: Claims) -> list[str]:
     if not left:
         return []
     more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-    return [f"tensor {left[0]!r}{more} of eight-bit floats has three dimensions: kept as it is, beside its scales"]
+    return [
+        f"tensor {left[0]!r}{more} of eight-bit floats has three dimensions: kept as it is, beside its scales, if no type is given"
+    ]

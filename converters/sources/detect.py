@@ -12,7 +12,7 @@ from qformat.container.layout import MAGIC
 from qformat.errors import QFormatError, QualityError, SourceError
 from qformat.files import is_remote
 from qformat.quality import Quality
-from qformat.source import Checkpoint
+from qformat.source import Checkpoint, QuantizedTensor
 
 _GGUF = b"GGUF"
 
@@ -94,11 +94,23 @@ def _open_file(path: Path, options: SourceOptions, *, alone: bool = True) -> Che
 
 def _recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions) -> Checkpoint:
     """Return a checkpoint with what other tools have quantized as tensors whose codes are copied."""
+    from qformat.converters.quantized.claims import Claims
     from qformat.converters.quantized.recognize import recognize
     from qformat.converters.sources.hf import read_configs
 
-    tensors, warnings = recognize(checkpoint.tensors, read_configs(directory), options)
-    return replace(checkpoint, tensors=tensors, warnings=[*checkpoint.warnings, *warnings])
+    configs, damaged = read_configs(directory)
+    tensors, warnings = recognize(checkpoint.tensors, configs, options)
+    known = any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
+    if known and damaged:
+        raise SourceError(
+            f"{damaged[0]}: cannot be read as JSON, and may say how the weights beside it are quantized; download it again"
+        )
+    return replace(
+        checkpoint,
+        tensors=tensors,
+        warnings=[*checkpoint.warnings, *warnings],
+        quantized=known or Claims.of(configs).method is not None,
+    )
 
 
 def _check_quality(path: Path, quality: Quality) -> None:

@@ -93,7 +93,13 @@ def open_gguf(path: Path) -> Checkpoint:
         raise SourceError(f"{path}: {spare} of its bytes belong to no tensor, more than can be taken along")
     shared = SharedFile(path)
     tensors = [_tensor(tensor, shared) for tensor in header.tensors]
-    return Checkpoint(tensors, {REST: partial(_rest, shared, header, size)}, _warnings(path, header), [path])
+    return Checkpoint(
+        tensors,
+        {REST: partial(_rest, shared, header, size)},
+        _warnings(path, header),
+        [path],
+        quantized=any(isinstance(tensor, BlockTensor) for tensor in tensors),
+    )
 
 
 def _tensor(info: TensorInfo, file: SharedFile) -> SourceTensor:

@@ -16,7 +16,7 @@ from qformat.converters.sources.weights import open_weights
 
 from qformat.container.index import MAX_ASSET_BYTES, check_asset_name
 from qformat.errors import FormatError, SourceError
-from qformat.files import open_regular
+from qformat.files import is_remote, open_regular
 from qformat.source import Checkpoint
 
 SINGLE = "model.safetensors"
@@ -124,18 +124,26 @@ def with_assets(directory: Path, checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def read_configs(directory: Path) -> dict[str, Mapping[str, Any]]:
-    """Return what is configured for the weights in a directory, by file, as far as it is there and can be read."""
+def read_configs(directory: Path) -> tuple[dict[str, Mapping[str, Any]], list[Path]]:
+    """Return what is configured for the weights in a directory, by file, and the files that are there but say nothing."""
     configs: dict[str, Mapping[str, Any]] = {}
+    damaged = []
     for name in _CONFIGS:
+        path = directory / name
         try:
-            with open_regular(directory / name) as file:
+            with open_regular(path) as file:
                 config = json.loads(file.read(MAX_ASSET_BYTES))
-        except (OSError, ValueError, RecursionError):
+            if not isinstance(config, dict):
+                raise TypeError
+        except FileNotFoundError:
             continue
-        if isinstance(config, dict):
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            # servers that list nothing forbid what is not there
+            if not (is_remote(path) and isinstance(error, OSError)):
+                damaged.append(path)
+        else:
             configs[name] = config
-    return configs
+    return configs, damaged
 
 
 def _find_assets(directory: Path) -> tuple[dict[str, Path], list[str]]:
