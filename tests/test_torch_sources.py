@@ -10,6 +10,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -21,10 +22,12 @@ import torch
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
+from qformat.converters.sources.torch import TorchTensor
 from qformat.readers.torch import TORCH_DTYPES, load_file
 from safetensors.torch import save_file
 
 import qformat
+from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.recipe import Recipe
 from qformat.source import Checkpoint
@@ -136,6 +139,17 @@ def test_reading_a_plain_tensor_of_an_archive_does_not_copy_it(tmp_path):
     (tensor,) = opened(save({"w": weights(100, 100)}, tmp_path / "x.pt")).tensors
     a, b = tensor.read(slice(0, 10_000)).data, tensor.read(slice(5000, 6000)).data
     assert np.shares_memory(a, b)
+
+
+def test_of_a_view_with_long_rows_no_more_is_copied_than_is_read():
+    tensor = TorchTensor("x", DTYPES["f32"], np.zeros((3, 1 << 21), np.float32)[:, ::2])
+    tracemalloc.start()
+    try:
+        assert tensor.read(slice((1 << 20) - 5, (1 << 20) + 5)).data.size == 10
+        assert tensor.read(slice(3 << 20, 3 << 20)).data.size == 0
+        assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    finally:
+        tracemalloc.stop()
 
 
 def test_tensors_at_odd_offsets_are_aligned_when_read(tmp_path):
@@ -350,6 +364,12 @@ def test_a_pickle_of_another_protocol_is_not_run_either(tmp_path):
     (tmp_path / "z.pt").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + data)
     refused(tmp_path / "z.pt")
     assert not witness.exists()
+
+
+def test_torch_s_advice_is_not_repeated(tmp_path):
+    message = refused(save({"w": weights(3), "x": 10**5000}, tmp_path / "x.pt"))
+    assert "asks for more than tensors (Unsupported operand" in message
+    assert "weights_only" not in message
 
 
 def test_a_saved_module_is_refused_with_what_to_do(tmp_path):

@@ -60,17 +60,26 @@ class TorchTensor:
 
 
 def _in_order(array: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
-    """Return elements of a view in row-major order, of which little more is copied than that."""
+    """Return elements of a view in row-major order, of which no more is copied than that."""
     if array.flags.c_contiguous:
         return np.require(array.reshape(-1)[start:stop], requirements="A")
+    if start == stop:
+        return np.empty(0, array.dtype)
     if array.ndim == 1:
         return np.ascontiguousarray(array[start:stop])
     row = math.prod(array.shape[1:])
-    first, last = start // row, max(start, stop - 1) // row
-    if first == last:
+    first = start // row
+    if first == (stop - 1) // row:
         return _in_order(array[first], start - first * row, stop - first * row)
-    rows = np.ascontiguousarray(array[first : last + 1]).reshape(-1)
-    return rows[start - first * row : stop - first * row]
+    found = np.empty(stop - start, array.dtype)
+    inner = slice(-(-start // row), stop // row)  # the rows of which all is asked for
+    head, tail = inner.start * row - start, stop - inner.stop * row
+    if head:
+        found[:head] = _in_order(array[first], row - head, row)
+    found[head : found.size - tail].reshape(-1, *array.shape[1:])[:] = array[inner]
+    if tail:
+        found[found.size - tail :] = _in_order(array[inner.stop], 0, tail)
+    return found
 
 
 def open_torch(path: Path, options: SourceOptions, *, shard: bool = False) -> Checkpoint:
@@ -168,7 +177,9 @@ def _refusal(message: str) -> str:
     )
     if named:
         return f"asks for {named[1][:200]!r} to be imported, {advice}"
-    return f"asks for more than tensors ({_brief(message.strip().splitlines()[0])}), {advice}"
+    # what torch says before is how to do it all the same
+    cause = message.rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [""]
+    return f"asks for more than tensors ({_brief(cause[0])}), {advice}"
 
 
 def _brief(error: object) -> str:
