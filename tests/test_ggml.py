@@ -90,3 +90,8 @@ def test_the_package_is_imported_to_decode_only(tmp_path):
         print([name for name in ("gguf", "torch", "numba") if name in sys.modules])
     """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_nothing_decodes_to_nothing():
+    out = np.empty((1, 0), np.float32)
+    Ggml("q4_k").decode((b"",), out)

@@ -93,6 +93,8 @@ class Ggml(QuantizedCodec):
 
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
         check_length(parts[0], out.size // self.unit * self.block_bytes, "blocks")
+        if not out.size:  # which gguf does not expect
+            return
         blocks = np.frombuffer(parts[0], np.uint8).reshape(len(out), -1)
         with np.errstate(all="ignore"):  # of infinities and NaNs the caller makes what it likes
             out[:] = _decoder(self.type)(blocks)
