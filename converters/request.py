@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from qformat.converters.prune import Pruned, Pruning
+from qformat.converters.sources.container import lossy_warning
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
 
@@ -13,7 +14,7 @@ from qformat.encode import Plan, make_plans
 from qformat.errors import TypeSpecError
 from qformat.files import source_path
 from qformat.recipe import Recipe
-from qformat.source import Checkpoint, QuantizedTensor
+from qformat.source import Checkpoint, QuantizedTensor, SourceTensor, StoredTensor
 
 #: what floating tensors of two or more dimensions become if nothing is said
 DEFAULT_TYPE = "q4_0"
@@ -64,7 +65,8 @@ class Request:
         if self.type is None and checkpoint.quantized:
             _check_none_grows(checkpoint, recipe)
             recipe = replace(recipe, default=None)
-        return checkpoint, recipe
+        warnings = [*checkpoint.warnings, *lossy_warning(_made_anew(checkpoint, recipe))]
+        return replace(checkpoint, warnings=warnings), recipe
 
     def plans(self) -> list[Plan]:
         """Return what becomes of each tensor, as `qformat.encode.make_plans` does."""
@@ -72,11 +74,23 @@ class Request:
         return make_plans(checkpoint.tensors, recipe, allow_nonfinite=self.allow_nonfinite)
 
 
+def _made_anew(checkpoint: Checkpoint, recipe: Recipe) -> list[StoredTensor]:
+    """Return the tensors of a container that are given another type."""
+    stored = [tensor for tensor in checkpoint.tensors if isinstance(tensor, StoredTensor)]
+    return [tensor for tensor in stored if recipe.codec_for(tensor) is not tensor.codec]
+
+
 def _check_none_grows(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raise `TypeSpecError` if what is quantized would become float32 only because it is pruned."""
     for tensor in checkpoint.tensors:
         asked = any(fnmatchcase(tensor.name, pattern) for pattern, _ in recipe.overrides)
-        if isinstance(tensor, Pruned) and isinstance(tensor.source, QuantizedTensor) and not asked:
+        if isinstance(tensor, Pruned) and _has_codes(tensor.source) and not asked:
             raise TypeSpecError(
                 f"tensor {tensor.name!r} is quantized already, and float32 once it is pruned; give a type with -t (f32 for that)"
             )
+
+
+def _has_codes(tensor: SourceTensor) -> bool:
+    if isinstance(tensor, StoredTensor):
+        return tensor.record.error is not None
+    return isinstance(tensor, QuantizedTensor)

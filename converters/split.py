@@ -48,7 +48,7 @@ def split(plans: Sequence[Plan], limit: int) -> Iterator[list[Plan]]:
 
 
 def _most(plan: Plan) -> int:
-    if plan.codec.chunked or plan.codec.layered:
+    if not plan.sized:
         return align(plan.matrix.elements * plan.source.dtype.size)
     return sum(align(segment.length) for segment in plan.record.segments)
 

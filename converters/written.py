@@ -52,7 +52,7 @@ class Written:
 
 def write_file(output: Path, plans: Sequence[Plan], extras: Extras, options: WriteOptions) -> Written:
     """Encode tensors, sorted by name, into a file; or find out how long it would be."""
-    if options.dry_run and not any(plan.codec.chunked or plan.codec.layered for plan in plans):
+    if options.dry_run and all(plan.sized for plan in plans):
         contents = [(name, read()) for name, read in sorted(extras.assets.items())]
         records = [plan.record for plan in plans]
         size = predict_size(contents, records, extras.metadata, extras.shards)

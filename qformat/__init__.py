@@ -31,6 +31,10 @@ __all__ = [
 _LAZY = {"safe_open": "qformat.readers.arrays", "save_file": "qformat.converters.arrays"}
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from qformat.errors import FormatError, MissingDecoderError, SourceError
 from qformat.parallel import ahead, default_jobs
 from qformat.recipe import Recipe, override_for
 from qformat.records import MeasuredError, Segment, TensorRecord
-from qformat.source import QuantizedTensor, SourceTensor
+from qformat.source import QuantizedTensor, SourceTensor, StoredTensor
 
 #: called with the number of elements that were just written
 Progress = Callable[[int], None]
@@ -45,14 +45,27 @@ class Plan:
         """The tensor seen as rows."""
         return Matrix.of(self.source.shape)
 
+    @cached_property
+    def stored(self) -> StoredTensor | None:
+        """The source, if all of its bytes are taken as they are."""
+        source = self.source
+        return source if isinstance(source, StoredTensor) and source.codec is self.codec else None
+
+    @property
+    def sized(self) -> bool:
+        """Whether its size does not depend on values."""
+        return self.stored is not None or not (self.codec.chunked or self.codec.layered)
+
     @property
     def source_bytes(self) -> int:
         """Bytes of the tensor in the checkpoint."""
+        if isinstance(self.source, StoredTensor):
+            return self.source.record.nbytes
         if isinstance(self.source, QuantizedTensor):
             return self.source.codec.nbytes(self.source.shape)
         return self.matrix.elements * self.source.dtype.size
 
-    @property
+    @cached_property
     def copied(self) -> QuantizedTensor | None:
         """The source, if its codes are taken as they are, or entropy-coded."""
         source = self.source
@@ -71,7 +84,9 @@ class Plan:
 
     @property
     def record(self) -> TensorRecord:
-        """The tensor's record, without offsets, digests and measured values."""
+        """The tensor's record, without offsets, digests and measured values; of one that is taken as it is, the one that it has."""
+        if self.stored:
+            return self.stored.record
         lossless = self.codec.keeps(self.source.dtype)
         return TensorRecord(
             name=self.source.name,
@@ -123,7 +138,12 @@ def make_plans(tensors: Iterable[SourceTensor], recipe: Recipe, *, allow_nonfini
         except FormatError as error:
             raise SourceError(error.cause) from None
         plan = Plan(tensor, recipe.codec_for(tensor))
-        if allow_nonfinite and not plan.codec.holds_nonfinite(tensor.dtype) and not _all_finite(plan):
+        if (
+            allow_nonfinite
+            and not plan.stored
+            and not plan.codec.holds_nonfinite(tensor.dtype)
+            and not _all_finite(plan)
+        ):
             raw = parse_type(tensor.dtype.name)
             plan = Plan(
                 tensor, raw, f"tensor {tensor.name!r} holds NaN or infinity and is kept as {raw}, not {plan.codec}"
@@ -237,6 +257,9 @@ def write_tensors(
         run = on_pool(pool, window)
         waiting = ahead(pool, _tasks(plans, run), window)
         for plan in plans:
+            if plan.stored:
+                _write_stored(writer, plan.stored, progress)
+                continue
             if not plan.codec.layered:
                 _write_pieces(writer, plan, waiting, accept, progress)
                 continue
@@ -275,6 +298,15 @@ def _write_pieces(
     writer.finish(tensor.finish(error))
 
 
+def _write_stored(writer: ContainerWriter, source: StoredTensor, progress: Progress | None) -> None:
+    record = source.record
+    tensor = writer.tensor(record)
+    tensor.write(source.segments())
+    writer.finish(tensor.finish(record.error))
+    if progress:
+        progress(record.elements)
+
+
 def _write_layers(writer: ContainerWriter, plan: Plan, assembled: Assembled, progress: Progress | None) -> None:
     segments = tuple(
         Segment(content.name, 0, len(content.data), "0" * 64, content.error) for content in assembled.segments
@@ -294,6 +326,8 @@ def _is_large(plan: Plan) -> bool:
 
 def _tasks(plans: Sequence[Plan], run: Run) -> Iterator[Callable[[], Any]]:
     for plan in plans:
+        if plan.stored:
+            continue
         if plan.codec.layered:
             if not _is_large(plan):
                 yield partial(assemble, plan, map)

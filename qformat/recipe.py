@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 
 from qformat.codecs.base import Codec
 from qformat.codecs.blocks import coded
 from qformat.codecs.registry import codecs, parse_type
 from qformat.errors import SourceError, TypeSpecError
-from qformat.source import QuantizedTensor, SourceTensor
+from qformat.source import QuantizedTensor, SourceTensor, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Recipe:
         SourceError
             If the codec that was asked for cannot hold the tensor's dtype.
         """
-        same = tensor.codec if isinstance(tensor, QuantizedTensor) else parse_type(tensor.dtype.name)
+        same = tensor.codec if isinstance(tensor, (QuantizedTensor, StoredTensor)) else parse_type(tensor.dtype.name)
         if not tensor.dtype.floating:
             return same
         codec = same if self.default is None or len(tensor.shape) < 2 else self.default
@@ -90,8 +90,11 @@ class Recipe:
 
 
 def _same_bytes(codec: Codec, other: Codec) -> bool:
-    """Return whether two codecs differ in nothing that a decoder needs to know."""
-    return codec.id == other.id and codec.params() == other.params()
+    """Return whether a codec differs from another one in nothing that a decoder needs to know, and asks for nothing else."""
+    # a search for better codes than those that are there is in vain; another choice, a sparsity say, is not
+    requests = [f for f in fields(codec) if f.metadata.get("encoder") and f.name != "search"]
+    wants = any(getattr(codec, f.name) != f.default for f in requests)
+    return codec.id == other.id and codec.params() == other.params() and not wants
 
 
 def _split(item: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from qformat.codecs.base import Buffer, Codec, Piece
 from qformat.dtypes import DType, Elements
+from qformat.records import TensorRecord
 
 
 class SourceTensor(Protocol):
@@ -46,6 +47,28 @@ class QuantizedTensor(SourceTensor, Protocol):
 
     def encoded(self, piece: Piece) -> tuple[Buffer, ...]:
         """Return the bytes of a piece, for each segment of the codec where `Codec.spans` says.
+
+        Raises
+        ------
+        SourceError
+            If they cannot be read.
+        """
+
+
+@runtime_checkable
+class StoredTensor(SourceTensor, Protocol):
+    """A tensor of a container file. What `read` returns is what it decodes to."""
+
+    @property
+    def codec(self) -> Codec:
+        """Its type."""
+
+    @property
+    def record(self) -> TensorRecord:
+        """What the file says of it."""
+
+    def segments(self) -> Sequence[Buffer]:
+        """Return the bytes of its segments.
 
         Raises
         ------

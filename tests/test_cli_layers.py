@@ -200,12 +200,12 @@ def test_it_is_read_at_a_quality(layered, source, tmp_path):
             assert found.tobytes() == values[name].astype(found.dtype).tobytes()
         warned = [line for line in result.stderr.splitlines() if line.startswith("Warning: tensor ")]
         if quality == "lossless":
-            assert not [line for line in warned if "not as it once was" in line]
+            assert not [line for line in warned if "once were" in line]
             continue
-        (line,) = [line for line in warned if "not as it once was" in line]
+        (line,) = [line for line in warned if "once were" in line]
         assert re.fullmatch(
-            r"Warning: tensor '(empty|layers\.10)\.weight' and [12] more of all\.qf is not as it once was, but of type scm; "
-            "errors are against what it decodes to",
+            r"Warning: tensor '(empty|layers\.10)\.weight' and [12] more: no longer what they once were, but of type scm; "
+            "errors are against what that decodes to",
             line,
         )
 
@@ -227,7 +227,7 @@ def test_errors_are_against_what_was_read(layered, tmp_path):
 def test_quantized_sources_are_warned_of(tmp_path):
     qformat.save_file({"w": weights()["layers.2.weight"], "b": np.ones(3, np.float32)}, tmp_path / "q.qf", "q4_0")
     result = run("convert", tmp_path / "q.qf", tmp_path / "x.qf", "-t", "scm")
-    assert "Warning: tensor 'w' of q.qf is not as it once was, but of type q4_0; errors are against" in result.stderr
+    assert "Warning: tensor 'w': no longer what it once was, but of type q4_0; errors are against" in result.stderr
     same(arrays_of(tmp_path / "x.qf"), arrays_of(tmp_path / "q.qf"))
 
 
@@ -559,7 +559,7 @@ def test_quantize_stats_prints_a_line_for_scm(source):
 
 def test_quantize_stats_of_a_quality(layered, tmp_path):
     result = run("quantize-stats", layered, "-q", "3", "-t", "q8_0", "-t", "scm", "--json", "-")
-    assert "is not as it once was, but of type scm; errors are against what it decodes to" in result.stderr
+    assert "no longer what they once were, but of type scm; errors are against what that decodes to" in result.stderr
     found = json.loads(result.stdout)
     run("convert", layered, tmp_path / "x.qf", "-q", "3", "-t", "q8_0")
     with qformat.safe_open(tmp_path / "x.qf") as f:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
+from qformat.converters.request import Request
 
 from qformat import safe_open
 from qformat.codecs.affine import Affine
@@ -152,3 +153,42 @@ def test_a_group_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(SourceError, match="a column is in group 2 of 2"):
         store([Codes("w", tensor.shape, tensor.codec, (scales, zeros, places, codes))], tmp_path / "a.qf")
     assert not (tmp_path / "a.qf").exists()
+
+
+@pytest.mark.parametrize(
+    "type_", ["q4_0", "q4_1:coded=true", "affine:sym=false", "nlm", "ternary", "levels", "lossless", "scm", "bf16"]
+)
+def test_a_container_is_copied_if_nothing_else_is_asked_for(tmp_path, type_):
+    values = np.random.default_rng(4).normal(size=(300, 96)).astype(np.float32)
+    first, again = tmp_path / "first.qf", tmp_path / "again.qf"
+    convert(Checkpoint([ArrayTensor(name, from_array(values)) for name in ("v", "w")]), first, Recipe.parse(type_))
+    checkpoint, recipe = Request(str(first)).open()
+    assert bool(checkpoint.warnings) == (type_ == "bf16")
+    size = convert(checkpoint, again, recipe, dry_run=True).nbytes
+    convert(checkpoint, again, recipe)
+    assert again.stat().st_size == size
+    if type_ == "bf16":  # plain numbers, of which the default type is made
+        assert again.stat().st_size < first.stat().st_size
+    else:
+        assert again.read_bytes() == first.read_bytes()
+
+
+def test_a_container_is_cut_into_shards_and_joined(tmp_path):
+    values = np.random.default_rng(4).normal(size=(300, 96)).astype(np.float32)
+    first, cut, joined = (tmp_path / f"{name}.qf" for name in ("first", "cut", "joined"))
+    convert(Checkpoint([ArrayTensor(name, from_array(values)) for name in "abc"]), first, Recipe.parse("scm:bpw=3"))
+    for source, output, size in ((first, cut, 12_000), (cut, joined, None)):
+        checkpoint, recipe = Request(str(source)).open()
+        convert(checkpoint, output, recipe, shard_size=size)
+    assert len(list(tmp_path.glob("cut-*"))) == 3
+    assert joined.read_bytes() == first.read_bytes()
+
+
+def test_what_is_asked_for_of_the_same_type_is_done(tmp_path):
+    values = np.random.default_rng(4).normal(size=(300, 96)).astype(np.float32)
+    path, sparse = tmp_path / "a.qf", tmp_path / "b.qf"
+    convert(Checkpoint([ArrayTensor("w", from_array(values))]), path, Recipe.parse("ternary"))
+    checkpoint, recipe = Request(str(path), type="ternary:sparsity=0.9").open()
+    convert(checkpoint, sparse, recipe, allow_vanished=True)
+    with safe_open(sparse) as file:
+        assert (file.get_tensor("w") == 0).mean() >= 0.9

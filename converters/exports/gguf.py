@@ -33,6 +33,7 @@ from qformat.converters.sources.gguf_file import (
 from qformat.codecs.base import Codec
 from qformat.codecs.blocks import plain
 from qformat.codecs.ggml import Ggml
+from qformat.codecs.raw import Raw
 from qformat.codecs.registry import parse_type
 from qformat.container.target import Target, check_target
 from qformat.errors import SourceError
@@ -158,7 +159,7 @@ def _outputs(job: Job, header: Header, label: str) -> list[Output]:
 
 
 def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
-    """Return the type that a tensor gets in a GGUF file: its own, if GGUF has it.
+    """Return the type that a tensor gets in a GGUF file: its own, if GGUF has it, but `dtype` for matrices of plain numbers.
 
     Raises
     ------
@@ -168,11 +169,14 @@ def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
     decoder = tensor.decoder
     own = plain(decoder.codec)
     row = tensor.shape[-1] if tensor.shape else 1
-    if type_name(own) in TYPE_NUMBERS and row % _block(own) == 0:
+    exact = decoder.record.error is None
+    numbers = exact or isinstance(decoder.codec, Raw)  # and no codes, which would lose more
+    anew = dtype is not None and numbers and decoder.decoded.floating and len(tensor.shape) >= 2
+    if not anew and type_name(own) in TYPE_NUMBERS and row % _block(own) == 0:
         return own
-    exact = parse_type(decoder.decoded.name)
-    if decoder.record.error is None and type_name(exact) in TYPE_NUMBERS:
-        return exact
+    same = parse_type(decoder.decoded.name)
+    if not anew and exact and type_name(same) in TYPE_NUMBERS:
+        return same
     if not decoder.decoded.floating:
         raise SourceError(f"tensor {tensor.name!r} is of type {own}, which GGUF has not")
     if len(tensor.shape) < 2:

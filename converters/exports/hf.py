@@ -20,6 +20,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _CONFIG = "config.json"
+_QUANTIZATIONS = ("quantize_config.json", "quantization_config.json")
 _QUANTIZATION = "quantization_config"
 _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
@@ -53,17 +54,23 @@ def _assets(job: Job) -> tuple[dict[str, bytes], list[str]]:
             f"{path}: was made of a GGUF file, so that its tensors have GGUF's names and there is no {_CONFIG}; use --to gguf, "
             "or --to safetensors for the tensors alone"
         )
-    assets = {name: job.container.asset(name) for name in names}
+    assets = {name: job.container.asset(name) for name in names if name not in _QUANTIZATIONS}
+    left_out = [
+        f"{name} is left out, for the weights are plain numbers now" for name in names if name in _QUANTIZATIONS
+    ]
     for name in names:
         if name.endswith(".safetensors") or name in (INDEX, MARK):
             raise SourceError(f"{path}: asset {name!r} has the name of a file of weights; use --to safetensors")
     if _CONFIG not in assets:
-        return assets, [f"{path.name} holds no {_CONFIG}: transformers cannot load the directory without one"]
+        return assets, [
+            *left_out,
+            f"{path.name} holds no {_CONFIG}: transformers cannot load the directory without one",
+        ]
     plain = _without_quantization(assets[_CONFIG])
     if plain is None:
-        return assets, []
+        return assets, left_out
     assets[_CONFIG] = plain
-    return assets, [f"{_QUANTIZATION} is left out of {_CONFIG}, for the weights are plain numbers now"]
+    return assets, [*left_out, f"{_QUANTIZATION} is left out of {_CONFIG}, for the weights are plain numbers now"]
 
 
 def _without_quantization(config: bytes) -> bytes | None:

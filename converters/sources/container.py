@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
+from qformat.codecs.base import Buffer, Codec, Piece
+from qformat.codecs.raw import Raw
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DType, Elements
 from qformat.errors import FormatError, QualityError, SourceError, TargetError
 from qformat.files import on_this_machine
 from qformat.quality import Quality
-from qformat.source import Checkpoint
+from qformat.records import TensorRecord
+from qformat.source import Checkpoint, SourceTensor, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,42 @@ class ContainerTensor:
         """Its shape."""
         return self.decoder.record.shape
 
+    @property
+    def codec(self) -> Codec:
+        """Its type."""
+        return self.decoder.codec
+
+    @property
+    def record(self) -> TensorRecord:
+        """What the file says of it, up to the layers that are read."""
+        return self.decoder.record
+
+    def segments(self) -> list[memoryview]:
+        """Return the bytes of its segments."""
+        try:
+            self.checker.check(self.decoder)
+        except FormatError as error:
+            raise SourceError(str(error)) from None
+        return [data for _, data in self.decoder.segments()]
+
+    def encoded(self, piece: Piece) -> tuple[Buffer, ...]:
+        """Return the bytes of a piece, if it is not layered; of coded blocks the plain ones."""
+        self.segments()
+        return tuple(self.decoder.blocks(piece))
+
+    @cached_property
+    def _pieces(self) -> tuple[list[Piece], list[int]]:
+        """The pieces, and where each begins."""
+        pieces = self.decoder.pieces()
+        return pieces, [piece.elements(self.decoder.matrix).start for piece in pieces]
+
     def read(self, elements: slice) -> Elements:
         """Return some elements, decoding the pieces that hold them."""
+        pieces, starts = self._pieces
         try:
             self.checker.check(self.decoder)
             parts = []
-            for piece in self.decoder.pieces():
+            for piece in pieces[max(0, bisect_right(starts, elements.start) - 1) : bisect_left(starts, elements.stop)]:
                 there = piece.elements(self.decoder.matrix)
                 start, stop = max(there.start, elements.start), min(there.stop, elements.stop)
                 if start < stop:
@@ -87,17 +121,23 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
     assets: dict[str, Callable[[], bytes]] = {
         asset.name: partial(_asset, container, asset.name) for asset in container.index.assets
     }
-    lossy = [tensor for tensor in tensors if tensor.decoder.record.error and tensor.decoder.record.elements]
-    warnings = []
-    if lossy:
-        more = f" and {len(lossy) - 1} more" if len(lossy) > 1 else ""
-        kind = lossy[0].decoder.record.codec
-        warnings.append(
-            f"tensor {lossy[0].name!r}{more} of {path.name} is not as it once was, but of type {kind}; errors are against what it "
-            "decodes to"
-        )
+    quantized = any(not isinstance(tensor.codec, Raw) for tensor in tensors)
     files = [path, *(shard.path for shard in container.shards)]
-    return Checkpoint(tensors, assets, warnings, files, container.index.metadata, str(quality))
+    return Checkpoint(tensors, assets, (), files, container.index.metadata, str(quality), quantized)
+
+
+def lossy_warning(tensors: Iterable[SourceTensor]) -> list[str]:
+    """Return a warning if tensors of a container are no longer what they once were, and something else is made of them."""
+    lossy = [tensor for tensor in tensors if isinstance(tensor, StoredTensor) and tensor.record.error]
+    lossy = [tensor for tensor in lossy if tensor.record.elements]
+    if not lossy:
+        return []
+    more = (
+        f" and {len(lossy) - 1} more: no longer what they once were"
+        if len(lossy) > 1
+        else ": no longer what it once was"
+    )
+    return [f"tensor {lossy[0].name!r}{more}, but of type {lossy[0].codec.id}; errors are against what that decodes to"]
 
 
 def check_not_source(container: ContainerReader, output: Path) -> None:

@@ -99,12 +99,13 @@ def command(
     are entropy-coded, entropy is what an ideal coder would need in bits for each weight, scales aside.
     """
     from qformat.codecs.registry import parse_type
+    from qformat.converters.sources.container import lossy_warning
     from qformat.converters.sources.detect import open_checkpoint
     from qformat.stats import collect, measure
 
     codecs = [parse_type(text) for text in dict.fromkeys(types)]
     checkpoint = open_checkpoint(src, options)
-    for warning in checkpoint.warnings:
+    for warning in (*checkpoint.warnings, *lossy_warning(checkpoint.tensors)):
         warn(warning)
     tensors = [
         tensor

@@ -27,7 +27,7 @@ def check_directory(path: Path, replaceable: Callable[[str], bool], *, overwrite
             raise TargetError(f"{path}: exists already; use --force (or overwrite=True) to replace it")
         if path.is_symlink() or not path.is_dir():
             raise TargetError(f"{path}: is not a directory; give another name")
-        for file in sorted(path.rglob("*")):
+        for file in path.rglob("*"):  # no more than the first that is in the way
             name = file.relative_to(path).as_posix()
             if (file.is_symlink() or not file.is_dir()) and not replaceable(name):
                 raise TargetError(f"{path}: holds {name}, which would be lost; remove it or give another name")

@@ -47,11 +47,12 @@ def mark_at(path: Path) -> tuple[str, str]:
     return request, root
 
 
-def _has(fd: int, attribute: str) -> bool:
-    try:
-        return attribute in os.listxattr(fd)
-    except (OSError, AttributeError):
-        return False
+def _is_partial(fd: int) -> bool:
+    """Return whether a regular file is one that a run has begun: by its mark, or as it begins like a container."""
+    with suppress(OSError, AttributeError):
+        if _PARTIAL in os.listxattr(fd):
+            return True
+    return os.pread(fd, len(MAGIC), 0) in (b"", MAGIC)
 
 
 def tidy(path: Path) -> None:
@@ -206,8 +207,7 @@ class Target:
             status = os.fstat(fd)
             own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
             complete = status.st_nlink == 2 and self._is_target(fd)  # killed between two names of the complete file
-            known = _has(fd, _PARTIAL) or os.pread(fd, len(MAGIC), 0) in (b"", MAGIC)
-            if not own or not (status.st_nlink == 1 or complete) or not known:
+            if not own or not (status.st_nlink == 1 or complete) or not _is_partial(fd):
                 raise TargetError(f"{self._partial}: is in the way, and not the rest of a conversion; remove it")
             try:
                 self._lock(fd)
