@@ -38,6 +38,11 @@ class _Source(click.ParamType[Path]):
 SOURCE = _Source()
 
 
+def plural(count: int, what: str) -> str:
+    """Return how many there are of something."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Return the bytes that an option such as 5GB means."""
     from qformat.converters.split import parse_size as parse

@@ -21,6 +21,7 @@ from qformat.cli.common import (
     jobs_option,
     natural_key,
     parse_size,
+    plural,
     printable,
     progress_bar,
     warn,
@@ -199,8 +200,8 @@ def command(
     _warn_of_growth(result)
     click.echo(f"{dst} {'would have' if dry_run else 'has'} {human_bytes(result.nbytes)} ({result.nbytes} bytes)")
     click.echo(
-        f"{len(result.plans)} tensors, {human_count(result.params)} weights, {human_bytes(result.source_bytes)} -> "
-        f"{result.bpw:.3f} bits/weight; {len(result.assets)} other files"
+        f"{plural(len(result.plans), 'tensor')}, {human_count(result.params)} weights, {human_bytes(result.source_bytes)} -> "
+        f"{result.bpw:.3f} bits/weight; {plural(len(result.assets), 'other file')}"
         + ("" if dry_run else f"; in {result.seconds:.1f} s")
     )
     if result.shards:

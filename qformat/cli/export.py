@@ -54,7 +54,7 @@ def command(
 
     gguf: the GGUF file that SRC was made of, byte for byte if no tensor has another type now; or a new one, of a Hugging Face
     model like Llama, Mistral or Qwen2 with a byte-level BPE tokenizer. Types that GGUF knows are copied and others become TYPE, f16
-    unless it is given; one-dimensional ones f32.
+    unless it is given; if it is, matrices of plain numbers become it, too. One-dimensional tensors become f32.
 
     safetensors: a file of all tensors as numbers.
 

@@ -9,7 +9,17 @@ from typing import Any
 
 import click
 
-from qformat.cli.common import PATH, echo_json, echo_table, human_bytes, human_count, natural_key, printable, warn
+from qformat.cli.common import (
+    PATH,
+    echo_json,
+    echo_table,
+    human_bytes,
+    human_count,
+    natural_key,
+    plural,
+    printable,
+    warn,
+)
 from qformat.container.layout import MAJOR, MINOR
 from qformat.container.reader import ContainerReader
 from qformat.quality import Metric, Quality, relative
@@ -154,7 +164,9 @@ def _echo(file: Path, summary: dict[str, Any]) -> None:
     echo_table(("tensor", "shape", "dtype", "type", "size", "bpw", "rmse", "maxerr", "encoder"), rows, left=4)
     total = summary["total"]
     size = human_bytes(total["bytes"])
-    click.echo(f"{len(rows)} tensors, {human_count(total['params'])} weights, {size}, {total['bpw']:.3f} bits/weight")
+    click.echo(
+        f"{plural(len(rows), 'tensor')}, {human_count(total['params'])} weights, {size}, {total['bpw']:.3f} bits/weight"
+    )
     if summary["ladder"]:
         _echo_ladder(summary["ladder"])
 

@@ -88,6 +88,8 @@ def _explain_magic(data: bytes) -> str:
     )
     if data.startswith(damaged):
         return "a qformat file damaged in transfer (as text, or with its first bytes changed): copy it again in binary mode"
+    if data.startswith((b"GGUF", b"PK")) or data[8:9] == b"{":  # GGUF, torch, safetensors
+        return "not a qformat file; qformat convert makes one of it"
     return "not a qformat file"
 
 
