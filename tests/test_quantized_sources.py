@@ -258,6 +258,17 @@ def test_without_g_idx_columns_are_in_order(group, config):
     assert tensor.codec.group == ("row" if group == 128 else group)
 
 
+@pytest.mark.parametrize("model", ["gpt2", "llama", 3, ["gpt2"]])
+def test_models_that_keep_their_matrices_the_other_way_round_are_told(model):
+    config = {"config.json": {"model_type": model}}
+    _, warnings = recognize(sources(gptq(layer(4, 8, 64, 32), 4)), config, SourceOptions())
+    assert [warning for warning in warnings if "[in, out]" in warning] == (
+        ["GPTQ: models of type gpt2 keep some matrices as [in, out], and those of quantized layers are [out, in] here"]
+        if model == "gpt2"
+        else []
+    )
+
+
 def test_groups_of_which_the_last_is_short():
     x = layer(4, 8, 80, 32)
     check(only(gptq(x, 4)), x.values)  # g_idx tells

@@ -16,6 +16,8 @@ from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.source import SourceTensor
 
+# Models whose code multiplies from the other side in some layers (transformers' Conv1D), which GPTQ's layout does not tell
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _I8, _I32, _U8 = DTYPES["i8"], DTYPES["i32"], DTYPES["u8"]
 # Formats that cannot be read, by parts of a layer that only they have together
 _REFUSED = {
@@ -77,6 +79,11 @@ def recognize(
     if not found.coded and claims.method:
         more.append(
             f"{claims.method}, but no tensor is quantized in a way that is known: they stay as they are if no type is given"
+        )
+    model = configs.get("config.json", {}).get("model_type")
+    if rebuilt and isinstance(model, str) and model in _TRANSPOSED:
+        more.append(
+            f"GPTQ: models of type {model} keep some matrices as [in, out], and those of quantized layers are [out, in] here"
         )
     return found.result(), [*warnings, *more]
 
