@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qformat.converters.exports.hf_to_gguf import Model
-from qformat.converters.exports.outputs import Constant, Export, Job, Output, Written, new_file
+from qformat.converters.exports.outputs import Constant, Export, Job, Output, Placed, new_file
 from qformat.converters.exports.rotated import RotatedOutput, check_heads
 from qformat.converters.sources.container import ContainerTensor
 from qformat.converters.sources.gguf import REST
@@ -102,7 +102,7 @@ def _again(job: Job, output: Path, label: str) -> Export:
     return Export(output, {output.name: size}, outputs)
 
 
-def _write(job: Job, output: Path, header: Header, outputs: Sequence[Written]) -> int:
+def _write(job: Job, output: Path, header: Header, outputs: Sequence[Placed]) -> int:
     """Write a file with zeros between the tensors and after the last, and return its length."""
     end = max((tensor.stop for tensor in header.tensors), default=header.data_start)
     size = align(end, header.alignment)
@@ -114,15 +114,15 @@ def _write(job: Job, output: Path, header: Header, outputs: Sequence[Written]) -
     return size
 
 
-def _write_tensors(job: Job, target: Target, header: Header, outputs: Sequence[Written]) -> None:
+def _write_tensors(job: Job, target: Target, header: Header, outputs: Sequence[Placed]) -> None:
     job.write(target, [(output, info.offset) for output, info in zip(outputs, header.tensors, strict=True)])
 
 
-def _anew(job: Job, label: str) -> tuple[Header, list[Written]]:
+def _anew(job: Job, label: str) -> tuple[Header, list[Placed]]:
     """Return the header of a file that is made of a Hugging Face model, and its tensors."""
     assets = {asset.name: job.container.asset(asset.name) for asset in job.container.index.assets}
     model = Model(assets, label)
-    named: dict[str, Written] = {}
+    named: dict[str, Placed] = {}
     frequencies = model.frequencies()
     if frequencies is not None:
         named["rope_freqs.weight"] = Constant("rope_freqs.weight", frequencies)

@@ -29,7 +29,7 @@ from qformat.parallel import ahead
 DEFAULT_SHARD = 5_000_000_000
 
 
-class Written(Protocol):
+class Placed(Protocol):
     """A tensor as it gets into a file."""
 
     @property
@@ -186,7 +186,7 @@ class Export:
 
     output: Path
     files: Mapping[str, int]
-    tensors: Sequence[Written]
+    tensors: Sequence[Placed]
     warnings: Sequence[str] = ()
     seconds: float = 0.0
 
@@ -227,7 +227,7 @@ class Job:
     progress: Progress | None = None
     shard_size: int = DEFAULT_SHARD
 
-    def write(self, target: Target, placed: Sequence[tuple[Written, int]]) -> None:
+    def write(self, target: Target, placed: Sequence[tuple[Placed, int]]) -> None:
         """Write tensors at offsets, encoding them on threads; no more than some pieces are in memory."""
         tasks = [(output, offset) for output, offset in placed if output.nbytes]
         with ThreadPoolExecutor(self.jobs, thread_name_prefix="qformat-export") as pool:
@@ -246,7 +246,7 @@ class Job:
                 raise
 
 
-def _tasks(placed: Sequence[tuple[Written, int]]) -> Iterator[Callable[[], Buffer]]:
+def _tasks(placed: Sequence[tuple[Placed, int]]) -> Iterator[Callable[[], Buffer]]:
     for output, _ in placed:
         for piece in output.pieces():
             yield partial(output.encoded, piece)

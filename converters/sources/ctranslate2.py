@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from qformat.converters.sources.files import SharedFile
+from qformat.converters.sources.files import FileTensor, SharedFile
 
-from qformat.dtypes import DTYPES, DType, Elements
+from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.files import open_regular
 from qformat.source import Checkpoint
@@ -22,21 +21,6 @@ from qformat.source import Checkpoint
 _VERSIONS = range(4, 7)
 _DTYPES = tuple(DTYPES[name] for name in ("f32", "i8", "i16", "i32", "f16", "bf16"))  # by number
 _MOST_DIMENSIONS = 16
-
-
-@dataclass(frozen=True)
-class Variable:
-    """A variable of a file."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    file: SharedFile
-    offset: int
-
-    def read(self, elements: slice) -> Elements:
-        """Return some elements."""
-        return self.file.elements(self.dtype, self.offset, elements)
 
 
 class _Reader:
@@ -106,14 +90,14 @@ def open_ctranslate2(path: Path) -> Checkpoint:
     return Checkpoint(tensors, warnings=warnings, files=[path], metadata=metadata)
 
 
-def _parse(reader: _Reader, shared: SharedFile) -> tuple[list[Variable], dict[str, str]]:
+def _parse(reader: _Reader, shared: SharedFile) -> tuple[list[FileTensor], dict[str, str]]:
     version = reader.number(4)
     kind, _ = reader.string(), reader.number(4)
     if version not in _VERSIONS:
         raise SourceError(
             f"{kind} of CTranslate2's version {version} is not known, only {_VERSIONS[0]} to {_VERSIONS[-1]}"
         )
-    found: dict[str, Variable] = {}
+    found: dict[str, FileTensor] = {}
     for _ in range(reader.number(4)):
         variable = _variable(reader, shared)
         if variable.name in found:
@@ -130,7 +114,7 @@ def _parse(reader: _Reader, shared: SharedFile) -> tuple[list[Variable], dict[st
     return list(found.values()), aliases
 
 
-def _variable(reader: _Reader, shared: SharedFile) -> Variable:
+def _variable(reader: _Reader, shared: SharedFile) -> FileTensor:
     name = reader.string()
     rank = reader.number(1)
     if rank > _MOST_DIMENSIONS:
@@ -145,4 +129,4 @@ def _variable(reader: _Reader, shared: SharedFile) -> Variable:
             f"variable {name!r} has {size} bytes, which is not what its shape needs or more than there are"
         )
     reader.offset += size
-    return Variable(name, dtype, shape, shared, offset)
+    return FileTensor(name, dtype, shape, shared, offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,18 @@ class SharedFile:
     ) -> None:  # kept, as modules go before the last objects do
         if self._fd is not None:
             close(self._fd)
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor whose elements stand in a file as they are, one after the other."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: SharedFile
+    offset: int
+
+    def read(self, elements: slice) -> Elements:
+        """Return some elements."""
+        return self.file.elements(self.dtype, self.offset, elements)

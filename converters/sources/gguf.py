@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from qformat.converters.sources.files import SharedFile
+from qformat.converters.sources.files import FileTensor, SharedFile
 from qformat.converters.sources.gguf_file import Header, TensorInfo, TensorType, check_layout, parse
 
 from qformat.codecs.base import Buffer, Codec, Matrix, Piece
@@ -23,21 +23,6 @@ from qformat.source import Checkpoint, SourceTensor
 
 #: the asset that holds every byte of the file that belongs to no tensor, in order: the header, and what fills up between tensors
 REST = "model.gguf-header"
-
-
-@dataclass(frozen=True)
-class PlainTensor:
-    """A tensor of numbers."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    file: SharedFile
-    offset: int
-
-    def read(self, elements: slice) -> Elements:
-        """Return some elements."""
-        return self.file.elements(self.dtype, self.offset, elements)
 
 
 @dataclass(frozen=True)
@@ -104,7 +89,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
 def _tensor(info: TensorInfo, file: SharedFile) -> SourceTensor:
     if info.type.name in DTYPES:
-        return PlainTensor(info.name, DTYPES[info.type.name], info.shape, file, info.offset)
+        return FileTensor(info.name, DTYPES[info.type.name], info.shape, file, info.offset)
     return BlockTensor(info.name, info.shape, _codec(info.type), info.type.nbytes, file, info.offset)
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.converters.sources.files import SharedFile
+from qformat.converters.sources.files import FileTensor, SharedFile
 from safetensors import SafetensorError, safe_open
 
-from qformat.dtypes import DTYPES, DType, Elements
+from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.files import is_remote
 
@@ -29,22 +28,7 @@ DTYPE_NAMES = {
 MAX_HEADER = 100_000_000  # the library's own limit
 
 
-@dataclass(frozen=True)
-class SafetensorsTensor:
-    """A tensor of a .safetensors file."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    file: SharedFile
-    offset: int
-
-    def read(self, elements: slice) -> Elements:
-        """Return some elements."""
-        return self.file.elements(self.dtype, self.offset, elements)
-
-
-def open_safetensors(path: Path) -> list[SafetensorsTensor]:
+def open_safetensors(path: Path) -> list[FileTensor]:
     """Return the tensors of a .safetensors file.
 
     Raises
@@ -64,9 +48,7 @@ def open_safetensors(path: Path) -> list[SafetensorsTensor]:
         if entry["dtype"] not in DTYPE_NAMES:
             raise SourceError(f"{path}: tensor {name!r} is of dtype {entry['dtype']}, which cannot be stored")
         dtype = DTYPES[DTYPE_NAMES[entry["dtype"]]]
-        tensors.append(
-            SafetensorsTensor(name, dtype, tuple(entry["shape"]), shared, 8 + length + entry["data_offsets"][0])
-        )
+        tensors.append(FileTensor(name, dtype, tuple(entry["shape"]), shared, 8 + length + entry["data_offsets"][0]))
     return tensors
 
 
