@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,19 @@ def load_script(path: Path) -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> None:
+    """Skip where the file system keeps no extended attributes, by which finished files are known."""
+    file = tmp_path / "marked"
+    file.touch()
+    try:
+        os.setxattr(file, "user.qformat.test", b"")
+    except (OSError, AttributeError):
+        pytest.skip("this file system keeps no extended attributes")
+    finally:
+        file.unlink()
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,7 @@ def test_a_source_that_was_made_again_is_read_again(tmp_path, scheduler):
         assert (tmp_path / f"{number}.qf").read_bytes() == (tmp_path / "alone.qf").read_bytes()
 
 
+@pytest.mark.usefixtures("marks")
 def test_what_is_finished_is_not_done_again(source, tmp_path, scheduler, monkeypatch):
     request = Request(str(source))
     for size in (None, 600_000):
@@ -134,6 +135,7 @@ def test_no_cluster(source, tmp_path):
     assert files(tmp_path) == {}
 
 
+@pytest.mark.usefixtures("marks")
 def test_a_job_can_be_done_twice(source, tmp_path):
     request = Request(str(source), type="q8_0")
     elements = 3 * 256 * 384

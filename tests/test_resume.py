@@ -103,6 +103,7 @@ def test_progress_counts_what_was_done(source, tmp_path, monkeypatch):
     assert seen[0] >= 5 * 64 * 96
 
 
+@pytest.mark.usefixtures("marks")
 def test_a_finished_file_is_left_alone(source, tmp_path):
     output = tmp_path / "m.qf"
     first = run(source, output, resume=True)
@@ -251,6 +252,7 @@ def test_a_run_that_fails_can_be_mended(source, tmp_path):
     assert output.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.usefixtures("marks")
 def test_killed_between_two_names_of_the_complete_file(source, tmp_path):
     output = tmp_path / "m.qf"
     run(source, output, resume=True)
@@ -276,6 +278,7 @@ def _killed(command: list[str], seconds: float, begun: Path | None) -> bool:
     return False
 
 
+@pytest.mark.usefixtures("marks")
 @pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random(tmp_path, count):
     source = tmp_path / "model"

@@ -159,6 +159,7 @@ def test_a_failed_run_leaves_nothing(source, tmp_path, monkeypatch):
     assert files(tmp_path) == []
 
 
+@pytest.mark.usefixtures("marks")
 def test_it_goes_on_in_the_middle_of_a_shard(source, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -202,6 +203,7 @@ def stop_at(context: pytest.MonkeyPatch, number: int) -> None:
     context.setattr(encode, "encode_piece", piece)
 
 
+@pytest.mark.usefixtures("marks")
 @pytest.mark.parametrize("moved", [0, 1, 3])
 def test_it_goes_on_when_it_was_killed_while_files_got_their_names(source, tmp_path, monkeypatch, moved):
     whole, output = tmp_path / "whole", tmp_path / "m.qf"
