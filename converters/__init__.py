@@ -1,1 +1,4 @@
-"""Checkpoints into containers, one module for each kind of source. Imported as ``qformat.converters``."""
+"""Checkpoints into containers and back. Imported as ``qformat.converters``."""
+
+#: what floating tensors of two or more dimensions become if nothing is said
+DEFAULT_TYPE = "q4_0"

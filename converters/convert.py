@@ -13,7 +13,7 @@ from typing import Any
 
 from qformat.converters.cluster import Cluster, Part
 from qformat.converters.resume import request_of
-from qformat.converters.split import shard_paths, split
+from qformat.converters.split import shard_paths, split, stored_bytes
 from qformat.converters.written import Extras, WriteOptions, Written, find_written, join_files, write_file
 
 from qformat.container.directory import new_parts
@@ -159,7 +159,7 @@ def convert(
     options = WriteOptions(overwrite, dry_run, resume, jobs, allow_nonfinite, allow_vanished, progress)
     check_target(output, overwrite=overwrite or dry_run or resume)
     plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=allow_nonfinite)
-    groups = [plans] if shard_size is None else list(split(plans, shard_size))
+    groups = [plans] if shard_size is None else list(split(plans, stored_bytes, shard_size))
     paths = [] if len(groups) == 1 else shard_paths(output, len(groups))
     cuts = [len(group) for group in groups] if paths else []
     request = request_of(
@@ -288,7 +288,7 @@ def _write_parts(
 
 def _write_joined(output: Path, plans: list[Plan], extras: Extras, options: WriteOptions, cluster: Cluster) -> Written:
     """Let a cluster write parts of a file, and join them."""
-    groups = list(split(plans, _PART))
+    groups = list(split(plans, stored_bytes, _PART))
     with new_parts(output, resume=options.resume) as folder:
         paths = [folder / f"{number:05}.qf" for number in range(len(groups))]
         parts = _write_parts(paths, groups, extras.request, options, cluster)

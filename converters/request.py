@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
+from qformat.converters import DEFAULT_TYPE
 from qformat.converters.prune import Pruned, Pruning
 from qformat.converters.sources.container import lossy_warning
 from qformat.converters.sources.detect import open_checkpoint
@@ -15,9 +16,6 @@ from qformat.errors import TypeSpecError
 from qformat.files import source_path
 from qformat.recipe import Recipe
 from qformat.source import Checkpoint, QuantizedTensor, SourceTensor, StoredTensor
-
-#: what floating tensors of two or more dimensions become if nothing is said
-DEFAULT_TYPE = "q4_0"
 
 
 @dataclass(frozen=True)

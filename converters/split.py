@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from qformat.container.layout import align
 from qformat.encode import Plan
 from qformat.errors import TargetError
 
+_T = TypeVar("_T")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -30,24 +32,25 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def split(plans: Sequence[Plan], limit: int) -> Iterator[list[Plan]]:
-    """Cut plans, in their order, into shards whose tensors take no more than `limit` bytes, or are a single larger one.
+def split(tensors: Iterable[_T], nbytes: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:
+    """Cut tensors, in their order, into shards that take no more than `limit` bytes, or are a single larger one.
 
-    What a tensor takes whose size depends on its values is taken to be what it takes in the source, so such shards are smaller.
+    There is one shard at least, which is empty if there are no tensors.
     """
-    shard: list[Plan] = []
+    shard: list[_T] = []
     total = 0
-    for plan in plans:
-        size = _most(plan)
+    for tensor in tensors:
+        size = nbytes(tensor)
         if shard and total + size > limit:
             yield shard
             shard, total = [], 0
-        shard.append(plan)
+        shard.append(tensor)
         total += size
     yield shard
 
 
-def _most(plan: Plan) -> int:
+def stored_bytes(plan: Plan) -> int:
+    """Return what a tensor takes in a file; if that depends on its values, what it takes in the source."""
     if not plan.sized:
         return align(plan.matrix.elements * plan.source.dtype.size)
     return sum(align(segment.length) for segment in plan.record.segments)

@@ -71,9 +71,7 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
                 writer.asset(asset.name, container.asset(asset.name))
             for decoder in decoders:
                 checker.check(decoder)
-                tensor = writer.tensor(decoder.record)
-                tensor.write([data for _, data in decoder.segments()])
-                writer.finish(tensor.finish(decoder.record.error))
+                writer.copy(decoder.record, [data for _, data in decoder.segments()])
         weights = sum(record.elements for record in writer.records)
         stored = sum(record.nbytes for record in writer.records)
         bpw = 8 * stored / weights if weights else 0.0

@@ -89,12 +89,10 @@ def join_files(output: Path, parts: Sequence[Path], extras: Extras, options: Wri
         for path in parts:
             with ContainerReader(path) as part:
                 for record in part.tensors[done:]:
-                    tensor = writer.tensor(record)
-                    tensor.write(part.segments(record.segments))
-                    copied = tensor.finish(record.error)
-                    if [s.sha256 for s in copied.segments] != [s.sha256 for s in record.segments]:
-                        raise FormatError(f"tensor {record.name!r} is damaged: its SHA-256 does not match", path=path)
-                    writer.finish(copied)
+                    try:
+                        writer.copy(record, part.segments(record.segments))
+                    except FormatError as error:
+                        raise FormatError(error.cause, path=path) from None
                 done = max(0, done - len(part.tensors))
     return _done(writer, writer.root, resumed)
 

@@ -54,7 +54,7 @@ class Plan:
     @property
     def sized(self) -> bool:
         """Whether its size does not depend on values."""
-        return self.stored is not None or not (self.codec.chunked or self.codec.layered)
+        return self.stored is not None or self.codec.sized
 
     @property
     def source_bytes(self) -> int:
@@ -299,12 +299,9 @@ def _write_pieces(
 
 
 def _write_stored(writer: ContainerWriter, source: StoredTensor, progress: Progress | None) -> None:
-    record = source.record
-    tensor = writer.tensor(record)
-    tensor.write(source.segments())
-    writer.finish(tensor.finish(record.error))
+    writer.copy(source.record, source.segments())
     if progress:
-        progress(record.elements)
+        progress(source.record.elements)
 
 
 def _write_layers(writer: ContainerWriter, plan: Plan, assembled: Assembled, progress: Progress | None) -> None:

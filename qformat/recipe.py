@@ -94,7 +94,7 @@ def _same_bytes(codec: Codec, other: Codec) -> bool:
     # a search for better codes than those that are there is in vain; another choice, a sparsity say, is not
     requests = [f for f in fields(codec) if f.metadata.get("encoder") and f.name != "search"]
     wants = any(getattr(codec, f.name) != f.default for f in requests)
-    return codec.id == other.id and codec.params() == other.params() and not wants
+    return codec.decodes_like(other) and not wants
 
 
 def _split(item: str) -> tuple[str, str]:

@@ -119,7 +119,7 @@ class TensorDecoder:
         result = np.empty((len(indices), self.matrix.cols), dtype.storage)
         if not result.size:
             return result
-        if not (self.codec.chunked or self.codec.layered):
+        if self.codec.sized:
             for start, piece in runs(indices, self.matrix.cols, self._grain):
                 result[start : start + piece.rows] = self.decode(piece).cast(dtype)
             return result

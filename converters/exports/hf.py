@@ -12,6 +12,7 @@ from typing import Any
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
 from qformat.converters.exports.safetensors import write_safetensors
 from qformat.converters.sources.gguf import REST
+from qformat.converters.split import split
 
 from qformat.container.directory import MARK, new_directory
 from qformat.errors import SourceError
@@ -29,7 +30,7 @@ def export_hf(job: Job, output: Path) -> Export:
     """Write a directory that transformers can load, if the container was made of one that it could."""
     assets, warnings = _assets(job)
     outputs = [as_floats(tensor, job.dtype) for tensor in job.tensors.values()]
-    shards = _shards(outputs, job.shard_size)
+    shards = list(split(outputs, lambda output: output.nbytes, job.shard_size))
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         assets[INDEX] = _index(names, shards)
@@ -83,19 +84,6 @@ def _without_quantization(config: bytes) -> bytes | None:
         return None
     del values[_QUANTIZATION]
     return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-def _shards(outputs: Sequence[Output], most: int) -> list[list[Output]]:
-    """Cut tensors into groups that have no more bytes than is asked for, unless it is one tensor."""
-    shards: list[list[Output]] = [[]]
-    size = 0
-    for output in outputs:
-        if shards[-1] and size + output.nbytes > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(output)
-        size += output.nbytes
-    return shards
 
 
 def _index(names: Sequence[str], shards: Sequence[Sequence[Output]]) -> bytes:

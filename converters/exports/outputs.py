@@ -97,8 +97,7 @@ class Output:
     @property
     def copied(self) -> bool:
         """Whether the bytes are those of the container."""
-        stored = plain(self.source.decoder.codec)
-        return (stored.id, stored.params()) == (self.codec.id, self.codec.params())
+        return plain(self.source.decoder.codec).decodes_like(self.codec)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the pieces in order."""

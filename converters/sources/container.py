@@ -128,8 +128,8 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
 
 def lossy_warning(tensors: Iterable[SourceTensor]) -> list[str]:
     """Return a warning if tensors of a container are no longer what they once were, and something else is made of them."""
-    lossy = [tensor for tensor in tensors if isinstance(tensor, StoredTensor) and tensor.record.error]
-    lossy = [tensor for tensor in lossy if tensor.record.elements]
+    stored = (tensor for tensor in tensors if isinstance(tensor, StoredTensor))
+    lossy = [tensor for tensor in stored if tensor.record.error and tensor.record.elements]
     if not lossy:
         return []
     more = (

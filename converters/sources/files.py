@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from qformat.container.index import MAX_ASSET_BYTES
 from qformat.dtypes import DType, Elements
 from qformat.errors import SourceError
-from qformat.files import is_remote, read_range
+from qformat.files import is_remote, open_regular, read_range
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If it holds none.
+    """
+    with open_regular(path) as file:
+        data = file.read(MAX_ASSET_BYTES)
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")  # noqa: TRY004  like all else that is wrong with it
+    return value
 
 
 class SharedFile:
@@ -69,9 +93,8 @@ class SharedFile:
     def _shorter(self) -> SourceError:
         return SourceError(f"{self.path}: the file became shorter while it was read")
 
-    def __del__(
-        self, close: Callable[[int], None] = os.close
-    ) -> None:  # kept, as modules go before the last objects do
+    # The function is kept, as modules go before the last objects do
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self._fd is not None:
             close(self._fd)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -10,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qformat.converters.sources.files import read_object
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.shards import numbered, open_indexed, open_unlisted
 from qformat.converters.sources.weights import open_weights
 
 from qformat.container.index import MAX_ASSET_BYTES, check_asset_name
 from qformat.errors import FormatError, SourceError
-from qformat.files import is_remote, open_regular
+from qformat.files import is_remote
 from qformat.source import Checkpoint
 
 SINGLE = "model.safetensors"
@@ -131,18 +131,13 @@ def read_configs(directory: Path) -> tuple[dict[str, Mapping[str, Any]], list[Pa
     for name in _CONFIGS:
         path = directory / name
         try:
-            with open_regular(path) as file:
-                config = json.loads(file.read(MAX_ASSET_BYTES))
-            if not isinstance(config, dict):
-                raise TypeError
+            configs[name] = read_object(path)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             # servers that list nothing forbid what is not there
             if not (is_remote(path) and isinstance(error, OSError)):
                 damaged.append(path)
-        else:
-            configs[name] = config
     return configs, damaged
 
 

@@ -5,7 +5,6 @@ The parts of a matrix are joined again, while they are read; nothing else is cha
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qformat.converters.sources.files import read_object
 from qformat.converters.sources.hf import with_assets
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.weights import open_weights
 
-from qformat.container.index import MAX_ASSET_BYTES
 from qformat.dtypes import DType, Elements
 from qformat.errors import SourceError
-from qformat.files import open_regular
 from qformat.source import Checkpoint, SourceTensor
 
 PARAMS = "params.json"
@@ -244,14 +242,10 @@ def _what(tensor: SourceTensor) -> str:
 def _read_params(directory: Path) -> dict[str, Any]:
     path = directory / PARAMS
     try:
-        with open_regular(path) as file:
-            params = json.loads(file.read(MAX_ASSET_BYTES))
-        if not isinstance(params, dict):
-            raise TypeError
+        return read_object(path)
     except FileNotFoundError:
         raise SourceError(f"{path}: is missing, and says how the shards belong together; download it") from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, RecursionError):
+    except ValueError:
         raise SourceError(f"{path}: is not a JSON object; download it again") from None
-    return params

@@ -27,13 +27,12 @@ from qformat.cli.common import (
     warn,
 )
 from qformat.cli.source import source_options
+from qformat.converters import DEFAULT_TYPE
 from qformat.converters.sources.options import SourceOptions
 
 if TYPE_CHECKING:
     from qformat.converters.convert import Conversion
     from qformat.converters.prune import Pruned
-
-_DEFAULT = "q4_0"  # as qformat.converters.request has it, which takes long to import
 
 
 @click.command()
@@ -45,7 +44,8 @@ _DEFAULT = "q4_0"  # as qformat.converters.request has it, which takes long to i
     "type_",
     default=None,
     metavar="TYPE",
-    help=f"For tensors of two or more dimensions: {_DEFAULT} unless given, or if the checkpoint is quantized already, as they are.",
+    help=f"For tensors of two or more dimensions: {DEFAULT_TYPE} unless given, or if the checkpoint is quantized already, as they "
+    "are.",
 )
 @click.option(
     "--tensor-type",

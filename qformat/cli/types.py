@@ -26,7 +26,7 @@ def command(as_json: bool) -> None:
     types: list[dict[str, Any]] = []
     for name, codec in sorted(types_for_weights().items()):
         hints = get_type_hints(codec)
-        varies = codec().chunked or codec().layered
+        varies = not codec().sized
         bpw = None if varies else codec().nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])
         about = (inspect.getdoc(codec) or "").partition("\n")[0]
         params = {f.name: _values(f, hints[f.name]) for f in fields(codec) if not f.metadata.get("found")}

@@ -202,6 +202,15 @@ class Codec(ABC):
         """Whether tensors can be read with their first segments only; see `qformat.codecs.layered`."""
         return False
 
+    @property
+    def sized(self) -> bool:
+        """Whether the shape decides how many bytes a tensor takes."""
+        return not (self.chunked or self.layered)
+
+    def decodes_like(self, other: Codec) -> bool:
+        """Return whether another codec differs in nothing that a decoder needs to know."""
+        return self.id == other.id and self.params() == other.params()
+
     def holds_nonfinite(self, dtype: DType) -> bool:
         """Return whether tensors of this dtype may hold NaN and infinity."""
         return self.keeps(dtype)

@@ -132,7 +132,7 @@ def codec_of(record: TensorRecord) -> Codec:
         name == other and length in (None, actual)
         for (name, length), (other, actual) in zip(expected, found, strict=True)
     )
-    if fits and (codec.chunked or codec.layered):
+    if fits and not codec.sized:
         first = found[1][1] if codec.layered else found[0][1]
         fits = record.elements <= CHUNK_DENSITY * first and (record.elements > 0 or first == 0)
     if not fits:

@@ -22,7 +22,7 @@ from qformat.container.index import (
 from qformat.container.journal import Journal
 from qformat.container.layout import HEADER_SIZE, TRAILER_SIZE, Header, Trailer, align
 from qformat.container.target import Nowhere, Target
-from qformat.errors import SourceError
+from qformat.errors import FormatError, SourceError
 from qformat.records import AssetRecord, MeasuredError, Segment, ShardRecord, TensorRecord
 
 Bytes = bytes | bytearray | memoryview
@@ -273,6 +273,28 @@ class ContainerWriter:
         self._position = align(record.segments[-1].stop)
         if self._journal:
             self._journal.add(record)
+
+    def copy(self, record: TensorRecord, segments: Sequence[Bytes]) -> None:
+        """Add a tensor of another file as it is.
+
+        Parameters
+        ----------
+        record
+            What that file says of it.
+        segments
+            The bytes of its segments.
+
+        Raises
+        ------
+        FormatError
+            If they are not those of the record.
+        """
+        tensor = self.tensor(record)
+        tensor.write(segments)
+        copied = tensor.finish(record.error)
+        if [segment.sha256 for segment in copied.segments] != [segment.sha256 for segment in record.segments]:
+            raise FormatError(f"{record.label} is damaged: its SHA-256 does not match")
+        self.finish(copied)
 
     def _commit(self) -> None:
         check_folders(asset.name for asset in self.assets)
