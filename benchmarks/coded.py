@@ -16,7 +16,7 @@ from benchmarks.scoring import totals
 from benchmarks.timing import interleaved, processor_seconds
 from qformat.codecs.base import Buffer, Codec
 from qformat.codecs.registry import parse_type
-from qformat.encode import Plan, encode_piece, fit
+from qformat.pipeline.encode import Plan, encode_chunk, fit
 
 #: types, and about how many bits MiniLM shall take with them; their decoders do not depend on the search
 _WANTED = {"q4_0:search=naive": 4.12, "q4_1:search=naive": 4.5, "q5_0": None, "q5_1": None, "q8_0": 8.0, "nlm": None}
@@ -48,15 +48,15 @@ def _sizes(name: str, tensors: Mapping[str, np.ndarray], *, judged: bool) -> Sec
 
 
 def _encoded(codec: Codec, model: Model, out: np.ndarray) -> Parts:
-    """Return the bytes of every piece, and where its weights go."""
+    """Return the bytes of every chunk, and where its weights go."""
     work: Parts = []
     start = 0
     for source in model.sources:
         plan = fit(Plan(source, codec), map)
         flat = out[start : start + math.prod(source.shape)]
-        for piece in plan.pieces():
-            target = flat[piece.elements(plan.matrix)].reshape(piece.rows, piece.cols)
-            work.append((tuple(bytes(part) for part in encode_piece(plan, piece).parts), target))
+        for chunk in plan.chunks():
+            target = flat[chunk.elements(plan.matrix)].reshape(chunk.rows, chunk.cols)
+            work.append((tuple(bytes(part) for part in encode_chunk(plan, chunk).parts), target))
         start += flat.size
     return work
 

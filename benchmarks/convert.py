@@ -14,15 +14,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from qformat.converters.convert import convert
-from qformat.converters.sources.detect import open_checkpoint
-
 from benchmarks.context import Context
 from benchmarks.inputs import Llama, normal
 from benchmarks.report import Row, Section, below, figure
 from benchmarks.timing import QFORMAT, interleaved, run_process
 from benchmarks.yardsticks import REFERENCE_GGUF, REFERENCE_MEMCPY, gguf_quantizer, memcpy, read_files, write_file
-from qformat.recipe import Recipe
+from qformat.converters.convert import convert
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.pipeline.recipe import Recipe
 
 _BASELINE = 350.0  # MB/s of source on the reference machine; four times that is asked for
 _PEAK = 600.0  # MB

@@ -17,14 +17,14 @@ from benchmarks.report import Row, Section, figure
 from benchmarks.scoring import totals
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
-from qformat.codecs.base import Buffer, Matrix, Piece, pieces
+from qformat.codecs.base import Buffer, Chunk, Matrix, chunks
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, Elements
 from qformat.entropy.frequencies import symbols_each
 from qformat.entropy.streams import StreamWriter, letter_count
 from qformat.kernels import load
-from qformat.stats import ErrorStats
+from qformat.pipeline.measure import ErrorStats
 
 _TENSOR_SCALE = "levels:n={},scale=tensor"
 _SLOWER = 15.0  # than this project's decoder, at least: constriction's
@@ -61,7 +61,7 @@ class _Coded:
 
     codec: LevelCodec
     codes: np.ndarray
-    pieces: list[Piece]
+    chunks: list[Chunk]
     matrix: Matrix
     parts: list[tuple[Buffer, ...]]
 
@@ -72,17 +72,17 @@ class _Coded:
         assert isinstance(codec, LevelCodec)
         codes = np.random.default_rng(0).choice(len(target.shares), count, p=target.shares).astype(np.uint8)
         matrix = Matrix(count // 4096, 4096)
-        cut = list(pieces(matrix, codec.grain(matrix)))
+        cut = list(chunks(matrix, codec.chunk_alignment(matrix)))
         coded = cls(codec, codes, cut, matrix, [])
         fitted = codec.fitted_to(codec.survey(elements) for elements in coded.elements())
         coded.parts = [codec.encode(elements, fitted).parts for elements in coded.elements()]
         return coded
 
     def elements(self) -> Iterator[Elements]:
-        """Yield the weights of each piece."""
+        """Yield the weights of each chunk."""
         weights = (self.codes.astype(np.float32) - self.codec.size // 2) * np.float32(0.25)
-        for piece in self.pieces:
-            yield Elements(F32, weights[piece.elements(self.matrix)].reshape(piece.rows, piece.cols))
+        for chunk in self.chunks:
+            yield Elements(F32, weights[chunk.elements(self.matrix)].reshape(chunk.rows, chunk.cols))
 
     @property
     def bits(self) -> float:
@@ -91,20 +91,20 @@ class _Coded:
 
     def to_codes(self, out: np.ndarray) -> None:
         """Decode to int8."""
-        for piece, parts in zip(self.pieces, self.parts, strict=True):
-            self.codec.decode_codes(parts, out[piece.elements(self.matrix)].reshape(piece.rows, piece.cols))
+        for chunk, parts in zip(self.chunks, self.parts, strict=True):
+            self.codec.decode_codes(parts, out[chunk.elements(self.matrix)].reshape(chunk.rows, chunk.cols))
 
     def to_f32(self, out: np.ndarray) -> None:
         """Decode to float32."""
-        for piece, parts in zip(self.pieces, self.parts, strict=True):
-            self.codec.decode(parts, out[piece.elements(self.matrix)].reshape(piece.rows, piece.cols))
+        for chunk, parts in zip(self.chunks, self.parts, strict=True):
+            self.codec.decode(parts, out[chunk.elements(self.matrix)].reshape(chunk.rows, chunk.cols))
 
     def to_bf16(self, out: np.ndarray) -> None:
-        """Decode to bfloat16 as the readers do: float32, a piece at a time, then rounded."""
-        for piece, parts in zip(self.pieces, self.parts, strict=True):
-            values = np.empty((piece.rows, piece.cols), np.float32)
+        """Decode to bfloat16 as the readers do: float32, a chunk at a time, then rounded."""
+        for chunk, parts in zip(self.chunks, self.parts, strict=True):
+            values = np.empty((chunk.rows, chunk.cols), np.float32)
             self.codec.decode(parts, values)
-            out[piece.elements(self.matrix)] = Elements(F32, values).cast(BF16).reshape(-1)
+            out[chunk.elements(self.matrix)] = Elements(F32, values).cast(BF16).reshape(-1)
 
     def encoder(self) -> Callable[[], None]:
         """Return a function that chooses codes and codes them, errors measured."""
@@ -122,10 +122,10 @@ class _Coded:
         size, each = self.codec.size, symbols_each(self.codec.size)
 
         def code() -> None:
-            for piece in self.pieces:
-                codes = self.codes[piece.elements(self.matrix)]
+            for chunk in self.chunks:
+                codes = self.codes[chunk.elements(self.matrix)]
                 letters = np.empty(letter_count(codes.size, size), np.uint8)
-                load("letters").join(np.pad(codes, (0, letters.size * each - codes.size)), size, each, letters)
+                load("symbols").join(np.pad(codes, (0, letters.size * each - codes.size)), size, each, letters)
                 writer = StreamWriter()
                 writer.stream(letters, size)
                 writer.chunk(codes.size)

@@ -19,7 +19,7 @@ from qformat.container.reader import ContainerReader
 from qformat.container.verify import sha256_of
 
 _DTYPES = {"float32": "F32", "int64": "I64"}
-_LARGE, _SMALL = 1500, 64  # rows of 384 for each type: more than one piece, and few enough for the slow kernels
+_LARGE, _SMALL = 1500, 64  # rows of 384 for each type: more than one chunk, and few enough for the slow kernels
 
 
 def _stored(array: np.ndarray) -> Stored:

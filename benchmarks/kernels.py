@@ -1,4 +1,4 @@
-"""The hot loops on one thread, from memory to memory, called piece by piece as the codec calls them."""
+"""The hot loops on one thread, from memory to memory, called chunk by chunk as the codec calls them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from benchmarks.inputs import normal, to_bf16
 from benchmarks.report import Section, at_least
 from benchmarks.timing import interleaved
 from benchmarks.yardsticks import gguf_quantizer, memcpy
-from qformat.codecs.base import PIECE
+from qformat.codecs.base import CHUNK_ELEMENTS
 from qformat.kernels import load
-from qformat.kernels.plain import q4_0 as plain
+from qformat.kernels.numpy import q4_0 as plain
 
 
 def _pieces(weights: np.ndarray, blocks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, weights.size, PIECE):
-        stop = min(start + PIECE, weights.size)
+    for start in range(0, weights.size, CHUNK_ELEMENTS):
+        stop = min(start + CHUNK_ELEMENTS, weights.size)
         yield weights[start:stop], blocks[start // 32 * 18 : stop // 32 * 18]
 
 

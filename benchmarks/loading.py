@@ -7,12 +7,12 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from qformat.readers import torch as reader
 
 from benchmarks.context import Context
 from benchmarks.inputs import minilm
 from benchmarks.report import Row, Section, figure
 from benchmarks.timing import interleaved
+from qformat.readers import torch as reader
 
 
 def run(context: Context) -> Section:

@@ -1,4 +1,4 @@
-"""Models to be quantized in memory: trained ones and random weights, cut into pieces of whole rows."""
+"""Models to be quantized in memory: trained ones and random weights, cut into chunks of whole rows."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from qformat.converters.arrays import ArrayTensor
 
-from qformat.codecs.base import Matrix, Piece, pieces
+from qformat.codecs.base import Chunk, Matrix, chunks
+from qformat.converters.arrays import ArrayTensor
 from qformat.dtypes import from_array
 
-_GRAIN = 256  # a multiple of every block, so that pieces are the same for all types
+_GRAIN = 256  # a multiple of every block, so that chunks are the same for all types
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a tensor: the number of the tensor, the piece, the rows as float32."""
+    """Some rows of a tensor: the number of the tensor, the chunk, the rows as float32."""
 
     tensor: int
-    piece: Piece
+    chunk: Chunk
     rows: np.ndarray
 
 
@@ -68,17 +68,17 @@ class Model:
         return [ArrayTensor(name, from_array(array)) for name, array in self.tensors]
 
     @cached_property
-    def cuts(self) -> list[tuple[int, Piece]]:
-        """Every part: the tensor's number and the piece."""
+    def cuts(self) -> list[tuple[int, Chunk]]:
+        """Every part: the tensor's number and the chunk."""
         shapes = [Matrix.of(array.shape) for _, array in self.tensors]
-        return [(number, piece) for number, matrix in enumerate(shapes) for piece in pieces(matrix, _GRAIN)]
+        return [(number, chunk) for number, matrix in enumerate(shapes) for chunk in chunks(matrix, _GRAIN)]
 
     def part(self, number: int) -> Part:
         """Return one part, its weights widened."""
-        tensor, piece = self.cuts[number]
+        tensor, chunk = self.cuts[number]
         matrix = Matrix.of(self.tensors[tensor][1].shape)
-        flat = self.tensors[tensor][1].reshape(-1)[piece.elements(matrix)]
-        return Part(tensor, piece, flat.reshape(piece.rows, piece.cols).astype(np.float32))
+        flat = self.tensors[tensor][1].reshape(-1)[chunk.elements(matrix)]
+        return Part(tensor, chunk, flat.reshape(chunk.rows, chunk.cols).astype(np.float32))
 
     @property
     def weights(self) -> int:
@@ -88,12 +88,12 @@ class Model:
     @cached_property
     def counts(self) -> np.ndarray:
         """Weights of each part."""
-        return np.array([piece.rows * piece.cols for _, piece in self.cuts])
+        return np.array([chunk.rows * chunk.cols for _, chunk in self.cuts])
 
     @cached_property
     def columns(self) -> np.ndarray:
         """Length of the rows of each part."""
-        return np.array([piece.cols for _, piece in self.cuts])
+        return np.array([chunk.cols for _, chunk in self.cuts])
 
     @cached_property
     def _sums(self) -> tuple[np.ndarray, np.ndarray]:

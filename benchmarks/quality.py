@@ -6,16 +6,16 @@ import math
 
 import numpy as np
 from gguf import GGMLQuantizationType, quants
-from qformat.converters.sources.detect import open_checkpoint
 
 from benchmarks.catalogue import Q4_0
 from benchmarks.context import Context
 from benchmarks.inputs import minilm
 from benchmarks.report import Row, Section
 from qformat.codecs.registry import parse_type
-from qformat.encode import Plan, encode_piece
-from qformat.source import SourceTensor
-from qformat.stats import collect, measure
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.pipeline.encode import Plan, encode_chunk
+from qformat.pipeline.measure import collect, measure
+from qformat.pipeline.source import SourceTensor
 
 _Q4_0 = GGMLQuantizationType.Q4_0
 
@@ -28,7 +28,7 @@ def _source(tensor: SourceTensor) -> np.ndarray:
 def _encode(tensor: SourceTensor) -> tuple[bytes, np.ndarray]:
     """Return the blocks that `convert` would write, and the weights that a reader gets."""
     plan = Plan(tensor, parse_type(Q4_0[0]))
-    blocks = b"".join(bytes(part) for piece in plan.pieces() for part in encode_piece(plan, piece).parts)
+    blocks = b"".join(bytes(part) for chunk in plan.chunks() for part in encode_chunk(plan, chunk).parts)
     decoded = np.empty((plan.matrix.rows, plan.matrix.cols), np.float32)
     plan.codec.decode([blocks], decoded)
     return blocks, decoded.reshape(tensor.shape)

@@ -12,8 +12,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from qformat.converters.arrays import ArrayTensor
-from qformat.converters.convert import convert
 
 from benchmarks.context import Context
 from benchmarks.inputs import minilm_matrices, normal, whisper
@@ -23,10 +21,12 @@ from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
 from qformat import safe_open, save_file
+from qformat.converters.arrays import ArrayTensor
+from qformat.converters.convert import convert
 from qformat.dtypes import BF16, F16, F32, Elements, from_array
 from qformat.parallel import default_jobs
-from qformat.recipe import Recipe
-from qformat.source import Checkpoint
+from qformat.pipeline.recipe import Recipe
+from qformat.pipeline.source import Checkpoint
 
 Tensors = dict[str, np.ndarray]
 

@@ -13,9 +13,9 @@ from benchmarks.ggml import BLOCKS, Library
 from benchmarks.models import Model, Score
 from qformat.codecs.base import Codec
 from qformat.codecs.registry import parse_type
-from qformat.encode import Plan, encode_piece, fit, on_pool
 from qformat.parallel import default_jobs
-from qformat.stats import ErrorStats, collect, measure
+from qformat.pipeline.encode import Plan, encode_chunk, fit, on_pool
+from qformat.pipeline.measure import ErrorStats, collect, measure
 
 #: takes float32 rows, returns the weights that come back
 RoundTrip = Callable[[np.ndarray], np.ndarray]
@@ -45,13 +45,13 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
     def measure(plans: list[Plan], number: int) -> tuple[float, bool, dict[str, np.ndarray]]:
         part = model.part(number)
         plan = plans[part.tensor]
-        encoded = encode_piece(plan, part.piece)
+        encoded = encode_chunk(plan, part.chunk)
         assert encoded.finite
         assert not encoded.overflowed
         decoded = np.empty(part.rows.shape, codec.decoded.storage)
         codec.decode(encoded.parts, decoded)
         same = not expected or _as_gguf(expected, part.rows, b"".join(map(bytes, encoded.parts)), decoded)
-        return _squares(part.rows, decoded), same, codec.histograms(encoded.parts, part.piece)
+        return _squares(part.rows, decoded), same, codec.histograms(encoded.parts, part.chunk)
 
     with ThreadPoolExecutor(default_jobs()) as pool:
         plans = [fit(Plan(source, codec), on_pool(pool, 3 * default_jobs())) for source in model.sources]
@@ -93,9 +93,9 @@ def score_peer(
 
     def measure(number: int) -> float:
         part = model.part(number)
-        missing = -part.piece.cols % multiple
+        missing = -part.chunk.cols % multiple
         decoded = round_trip(np.pad(part.rows, ((0, 0), (0, missing))) if missing else part.rows)
-        return _squares(part.rows, decoded[:, : part.piece.cols])
+        return _squares(part.rows, decoded[:, : part.chunk.cols])
 
     whole = model.columns % multiple == 0
     chosen = np.flatnonzero(whole | fill)[::every]

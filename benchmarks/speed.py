@@ -1,4 +1,4 @@
-"""How fast each codec encodes and decodes on one thread, from memory to memory, called piece by piece as the pipeline does."""
+"""How fast each codec encodes and decodes on one thread, from memory to memory, called chunk by chunk as the pipeline does."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from benchmarks.models import Model
 from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Scales, Yardsticks
-from qformat.codecs.base import PIECE, Codec
-from qformat.encode import Plan, encode_piece, fit
+from qformat.codecs.base import CHUNK_ELEMENTS, Codec
+from qformat.pipeline.encode import Plan, encode_chunk, fit
 
 _REAL, _NORMAL, _SPARSE, _TERNARY = "real weights", "N(0, 1)", "90 % zeros", "ternary"
 #: encoders: type, data, million weights a second of the reference machine
@@ -47,18 +47,18 @@ class _Task:
 
 def _sized(make: Callable[[int], _Task], most: int) -> _Task:
     """Return a task of so many weights, at most `most`, that it takes about `_SECONDS`."""
-    few = min(PIECE, most)
+    few = min(CHUNK_ELEMENTS, most)
     trial = make(few)
     trial.run()
     rate = trial.weights / processor_seconds(trial.run)()
-    pieces = int(rate * _SECONDS) // PIECE
-    return make(min(most, pieces * PIECE)) if pieces > 1 and most > few else trial
+    chunks = int(rate * _SECONDS) // CHUNK_ELEMENTS
+    return make(min(most, chunks * CHUNK_ELEMENTS)) if chunks > 1 and most > few else trial
 
 
 def _cut(tensors: Sequence[np.ndarray], weights: int) -> list[np.ndarray]:
     """Return tensors of about so many weights in all: whole ones, those of usual size first, and rows of the last one."""
     chosen = []
-    for array in sorted(tensors, key=lambda array: abs(math.log2(array.size / PIECE))):
+    for array in sorted(tensors, key=lambda array: abs(math.log2(array.size / CHUNK_ELEMENTS))):
         rows = min(len(array), -(-weights * len(array) // array.size))
         if rows > 0:
             chosen.append(array[:rows])
@@ -74,8 +74,8 @@ def _encoder(codec: Codec, tensors: Sequence[np.ndarray]) -> Callable[[int], _Ta
         def encode() -> None:
             for plan in plans:
                 fitted = fit(plan, map)
-                for piece in plan.pieces():
-                    encode_piece(fitted, piece)
+                for chunk in plan.chunks():
+                    encode_chunk(fitted, chunk)
 
         return _Task(encode, sum(array.size for array in cut))
 
@@ -83,19 +83,19 @@ def _encoder(codec: Codec, tensors: Sequence[np.ndarray]) -> Callable[[int], _Ta
 
 
 def _decoder(codec: Codec, rows: np.ndarray, out: np.ndarray) -> _Task:
-    """Decode a large array; its pieces are those of a few rows again and again, each with bytes of its own."""
+    """Decode a large array; its chunks are those of a few rows again and again, each with bytes of its own."""
     (source,) = Model("", [("", rows)]).sources
     plan = fit(Plan(source, codec), map)
-    encoded = [(piece, encode_piece(plan, piece).parts) for piece in plan.pieces()]
+    encoded = [(chunk, encode_chunk(plan, chunk).parts) for chunk in plan.chunks()]
     work = []
     flat = out.reshape(-1)
     start = 0
     while start < out.size:
-        for piece, parts in encoded:
-            size = piece.rows * piece.cols
+        for chunk, parts in encoded:
+            size = chunk.rows * chunk.cols
             if start + size <= out.size:
                 copies = [bytes(part) for part in parts]
-                work.append((copies, flat[start : start + size].reshape(piece.rows, piece.cols)))
+                work.append((copies, flat[start : start + size].reshape(chunk.rows, chunk.cols)))
             start += size
 
     def decode() -> None:
@@ -123,8 +123,8 @@ def _ggml(library: Library, kind: str, rows: np.ndarray, out: np.ndarray) -> dic
     blocks = np.tile(library.quantize(kind, few), out.size // few.size)
 
     def encode() -> None:
-        for start in range(0, len(few), PIECE // few.shape[1]):
-            library.quantize(kind, few[start : start + PIECE // few.shape[1]])
+        for start in range(0, len(few), CHUNK_ELEMENTS // few.shape[1]):
+            library.quantize(kind, few[start : start + CHUNK_ELEMENTS // few.shape[1]])
 
     return {
         "encode": _Task(encode, few.size),
@@ -147,7 +147,7 @@ def _tasks(context: Context, out: np.ndarray) -> dict[tuple[str, str, str], _Tas
     data = _data(context)
     (rows,) = data[_NORMAL]
     few = rows[: (1 << 21) // rows.shape[1]]
-    most = PIECE if context.quick else rows.size
+    most = CHUNK_ELEMENTS if context.quick else rows.size
     tasks = {}
     for text, codec in available(EVERY)[0].items():
         kinds = (_REAL, _NORMAL, _SPARSE, _TERNARY) if text in Q4_0[1:] else (_REAL, _NORMAL)

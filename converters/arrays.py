@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from qformat.converters.convert import convert
-from qformat.converters.prune import Pruning
 
 from qformat.container.index import check_asset_name
+from qformat.converters.convert import convert
+from qformat.converters.prune import Pruning
 from qformat.dtypes import DType, Elements, from_array
 from qformat.errors import FormatError, SourceError
-from qformat.recipe import Recipe
-from qformat.source import Checkpoint
+from qformat.pipeline.recipe import Recipe
+from qformat.pipeline.source import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def save_file(
     assets: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
-    allow_vanished: bool = False,
+    allow_zeroed: bool = False,
     jobs: int | None = None,
 ) -> str:
     """Store arrays in one file.
@@ -79,7 +79,7 @@ def save_file(
         Replace a file at `path`.
     allow_nonfinite
         Keep arrays with NaN or infinity as they are, whatever `types` says.
-    allow_vanished
+    allow_zeroed
         Accept blocks that become zero because their weights are too small for the type.
     jobs
         Threads; None is one for each processor. The bytes of the file do not depend on it.
@@ -119,7 +119,7 @@ def save_file(
         metadata=metadata,
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
-        allow_vanished=allow_vanished,
+        allow_zeroed=allow_zeroed,
         jobs=jobs,
     )
     assert result.root is not None  # it was no dry run

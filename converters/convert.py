@@ -11,20 +11,19 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from qformat.converters.cluster import Cluster, Part
-from qformat.converters.resume import request_of
-from qformat.converters.split import shard_paths, split, stored_bytes
-from qformat.converters.written import Extras, WriteOptions, Written, find_written, join_files, write_file
-
 from qformat.container.directory import new_parts
 from qformat.container.reader import ContainerReader
 from qformat.container.target import check_target, mark_at, move, sync_directory
-from qformat.encode import Plan, Progress, make_plans
+from qformat.converters.fingerprint import request_of
+from qformat.converters.output import Extras, WriteOptions, Written, find_written, join_files, write_file
+from qformat.converters.runners import Cluster, Part
+from qformat.converters.split import shard_paths, split, stored_bytes
 from qformat.errors import FormatError, TargetError
 from qformat.files import is_remote
-from qformat.recipe import Recipe
+from qformat.pipeline.encode import Plan, Progress, make_plans
+from qformat.pipeline.recipe import Recipe
+from qformat.pipeline.source import Checkpoint
 from qformat.records import ShardRecord, TensorRecord
-from qformat.source import Checkpoint
 
 _NO_ROOT = "0" * 64
 _PART = 512 << 20  # bytes of the files that a cluster writes and that are joined then
@@ -115,7 +114,7 @@ def convert(
     cluster: Cluster | None = None,
     jobs: int | None = None,
     allow_nonfinite: bool = False,
-    allow_vanished: bool = False,
+    allow_zeroed: bool = False,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -142,8 +141,8 @@ def convert(
         If the tensors take more bytes than this, they go into several files beside `output`, which is their head then.
     cluster
         Where to do the work; None is here. The bytes do not depend on it.
-    jobs, allow_nonfinite, allow_vanished, progress
-        As in `qformat.encode.write_tensors`.
+    jobs, allow_nonfinite, allow_zeroed, progress
+        As in `qformat.pipeline.encode.write_tensors`.
 
     Raises
     ------
@@ -156,15 +155,13 @@ def convert(
     """
     start = time.perf_counter()
     metadata = checkpoint.metadata if metadata is None else metadata
-    options = WriteOptions(overwrite, dry_run, resume, jobs, allow_nonfinite, allow_vanished, progress)
+    options = WriteOptions(overwrite, dry_run, resume, jobs, allow_nonfinite, allow_zeroed, progress)
     check_target(output, overwrite=overwrite or dry_run or resume)
     plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=allow_nonfinite)
     groups = [plans] if shard_size is None else list(split(plans, stored_bytes, shard_size))
     paths = [] if len(groups) == 1 else shard_paths(output, len(groups))
     cuts = [len(group) for group in groups] if paths else []
-    request = request_of(
-        checkpoint, plans, metadata, cuts, allow_nonfinite=allow_nonfinite, allow_vanished=allow_vanished
-    )
+    request = request_of(checkpoint, plans, metadata, cuts, allow_nonfinite=allow_nonfinite, allow_zeroed=allow_zeroed)
     extras = Extras(request, checkpoint.assets, metadata)
     for path in (output, *paths):
         asked = request if path == output else _request_of_part(request, path)

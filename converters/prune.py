@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import PIECE
+from qformat.codecs.base import CHUNK_ELEMENTS
 from qformat.dtypes import DType, Elements
 from qformat.errors import TypeSpecError
-from qformat.source import Checkpoint, SourceTensor
+from qformat.pipeline.source import Checkpoint, SourceTensor
 
 #: Embeddings and output heads, which lose the most: patterns of lower-case names that only an override prunes.
 NOT_PRUNED = (
@@ -235,10 +235,10 @@ def find_cut(tensor: SourceTensor, rank: int) -> Cut:
 
 
 def _magnitudes(tensor: SourceTensor) -> Iterator[NDArray[Any]]:
-    """Yield the bits of all elements without their signs, piece by piece."""
+    """Yield the bits of all elements without their signs, chunk by chunk."""
     size = math.prod(tensor.shape)
-    for start in range(0, size, PIECE):
-        yield _bits(tensor.read(slice(start, min(start + PIECE, size)))) & _magnitude(tensor.dtype)
+    for start in range(0, size, CHUNK_ELEMENTS):
+        yield _bits(tensor.read(slice(start, min(start + CHUNK_ELEMENTS, size)))) & _magnitude(tensor.dtype)
 
 
 def _bits(elements: Elements) -> NDArray[Any]:

@@ -10,12 +10,11 @@ from qformat.converters.prune import Pruned, Pruning
 from qformat.converters.sources.container import lossy_warning
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
-
-from qformat.encode import Plan, make_plans
 from qformat.errors import TypeSpecError
 from qformat.files import source_path
-from qformat.recipe import Recipe
-from qformat.source import Checkpoint, QuantizedTensor, SourceTensor, StoredTensor
+from qformat.pipeline.encode import Plan, make_plans
+from qformat.pipeline.recipe import Recipe
+from qformat.pipeline.source import Checkpoint, QuantizedTensor, SourceTensor, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Request:
     options
         How to read it.
     type, overrides
-        As for `qformat.recipe.Recipe.parse`; None is `DEFAULT_TYPE`, but of a checkpoint that is quantized already it leaves
+        As for `qformat.pipeline.recipe.Recipe.parse`; None is `DEFAULT_TYPE`, or for a checkpoint that is quantized already,
         everything as it is.
     prune, prune_overrides
         As for `qformat.converters.prune.Pruning.parse`.
@@ -67,7 +66,7 @@ class Request:
         return replace(checkpoint, warnings=warnings), recipe
 
     def plans(self) -> list[Plan]:
-        """Return what becomes of each tensor, as `qformat.encode.make_plans` does."""
+        """Return what becomes of each tensor, as `qformat.pipeline.encode.make_plans` does."""
         checkpoint, recipe = self.open()
         return make_plans(checkpoint.tensors, recipe, allow_nonfinite=self.allow_nonfinite)
 

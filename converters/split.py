@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from qformat.container.layout import align
-from qformat.encode import Plan
 from qformat.errors import TargetError
+from qformat.pipeline.encode import Plan
 
 _T = TypeVar("_T")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)

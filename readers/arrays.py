@@ -9,13 +9,13 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
 from qformat.codecs.levels import LevelCodec
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
 from qformat.parallel import default_jobs, for_each
 from qformat.quality import Quality
+from qformat.readers.decoder import SegmentChecker, TensorDecoder
 from qformat.records import TensorRecord
 
 
@@ -152,7 +152,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
             if view is not None:
                 return view.reshape(shape)
         flat = np.empty(decoder.matrix.elements, target.storage)
-        for_each(lambda piece: decoder.decode_into(flat, target, piece), decoder.pieces(), self._jobs)
+        for_each(lambda chunk: decoder.decode_into(flat, target, chunk), decoder.chunks(), self._jobs)
         return flat.reshape(shape)
 
     def get_rows(
@@ -214,7 +214,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         if not isinstance(decoder.codec, LevelCodec):
             raise TypeError(f"tensor {name!r} of type {decoder.codec.id} has no codes that name levels")
         codec, flat = decoder.codec, np.empty(decoder.matrix.elements, np.int8)
-        for_each(lambda piece: decoder.decode_codes(codec, flat, piece), decoder.pieces(), self._jobs)
+        for_each(lambda chunk: decoder.decode_codes(codec, flat, chunk), decoder.chunks(), self._jobs)
         return Codes(flat.reshape(decoder.record.shape), *decoder.levels(codec))
 
     def _decoder(self, name: str) -> TensorDecoder:

@@ -8,14 +8,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
-from qformat.codecs.base import Piece
+from qformat.codecs.base import Chunk
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
 from qformat.errors import FormatError, SourceError
 from qformat.parallel import default_jobs, for_each
 from qformat.quality import Quality
+from qformat.readers.decoder import SegmentChecker, TensorDecoder
 from qformat.records import TensorRecord
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -220,14 +220,14 @@ def _fill(decoder: TensorDecoder, target: DType, jobs: int) -> torch.Tensor:
     tensor = torch.empty(decoder.matrix.elements, dtype=TORCH_DTYPES[target.name])
     if target is decoder.decoded or target.size > 1:
         flat = tensor.view(torch.uint8).numpy().view(target.storage) if tensor.numel() else np.empty(0, target.storage)
-        work: Callable[[Piece], Any] = lambda piece: decoder.decode_into(flat, target, piece)  # noqa: E731
+        work: Callable[[Chunk], Any] = lambda chunk: decoder.decode_into(flat, target, chunk)  # noqa: E731
     else:  # a float8 source that was stored as something else: torch rounds it
 
-        def work(piece: Piece) -> None:
-            values = torch.from_numpy(decoder.decode(piece).cast(DTYPES["f32"]).reshape(-1))
-            tensor[piece.elements(decoder.matrix)] = values.to(tensor.dtype)
+        def work(chunk: Chunk) -> None:
+            values = torch.from_numpy(decoder.decode(chunk).cast(DTYPES["f32"]).reshape(-1))
+            tensor[chunk.elements(decoder.matrix)] = values.to(tensor.dtype)
 
-    for_each(work, decoder.pieces(), jobs)
+    for_each(work, decoder.chunks(), jobs)
     return tensor.reshape(decoder.record.shape)
 
 

@@ -69,8 +69,7 @@ def minilm_qf(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as q4_0."""
     from qformat.converters.convert import convert
     from qformat.converters.sources.detect import open_checkpoint
-
-    from qformat.recipe import Recipe
+    from qformat.pipeline.recipe import Recipe
 
     path = tmp_path_factory.mktemp("minilm") / "minilm.qf"
     convert(open_checkpoint(minilm), path, Recipe.parse("q4_0"))

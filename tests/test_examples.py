@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import qformat
-
-from .conftest import ROOT
+from tests.conftest import ROOT
 
 EXAMPLES = ROOT / "examples"
 

@@ -9,20 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from qformat.codecs.base import Codec
+from qformat.codecs.registry import parse_type
+from qformat.container.reader import ContainerReader
 from qformat.converters.exports.gguf import export_gguf
 from qformat.converters.exports.hf import export_hf
 from qformat.converters.exports.outputs import DEFAULT_SHARD, Export, Job
 from qformat.converters.exports.safetensors import export_safetensors
 from qformat.converters.sources.container import ContainerTensor, check_layers, check_not_source
-from qformat.readers.decoding import SegmentChecker, TensorDecoder
-
-from qformat.codecs.base import Codec
-from qformat.codecs.registry import parse_type
-from qformat.container.reader import ContainerReader
-from qformat.encode import Progress
 from qformat.errors import TypeSpecError
 from qformat.parallel import default_jobs
+from qformat.pipeline.encode import Progress
 from qformat.quality import Quality
+from qformat.readers.decoder import SegmentChecker, TensorDecoder
 
 Format = Literal["gguf", "safetensors", "hf"]
 

@@ -12,6 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from qformat.codecs.base import Codec
+from qformat.codecs.blocks import plain
+from qformat.codecs.ggml import Ggml
+from qformat.codecs.raw import Raw
+from qformat.codecs.registry import parse_type
+from qformat.container.target import Target, check_target
 from qformat.converters.exports.hf_to_gguf import Model
 from qformat.converters.exports.outputs import Constant, Export, Job, Output, Placed, new_file
 from qformat.converters.exports.rotated import RotatedOutput, check_heads
@@ -29,13 +35,6 @@ from qformat.converters.sources.gguf_file import (
     integer,
     parse,
 )
-
-from qformat.codecs.base import Codec
-from qformat.codecs.blocks import plain
-from qformat.codecs.ggml import Ggml
-from qformat.codecs.raw import Raw
-from qformat.codecs.registry import parse_type
-from qformat.container.target import Target, check_target
 from qformat.errors import SourceError
 
 _FILE_TYPE = "general.file_type"

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qformat.container.directory import MARK, new_directory
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
 from qformat.converters.exports.safetensors import write_safetensors
 from qformat.converters.sources.gguf import REST
 from qformat.converters.split import split
-
-from qformat.container.directory import MARK, new_directory
 from qformat.errors import SourceError
 
 SINGLE = "model.safetensors"

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from qformat.converters.sources.gguf_file import boolean, floating, integer, integers, text, texts
 
+from qformat.converters.sources.gguf_file import boolean, floating, integer, integers, text, texts
 from qformat.errors import SourceError
 
 JsonObject = dict[str, Any]

@@ -12,19 +12,19 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from qformat.converters.sources.container import ContainerTensor
 
-from qformat.codecs.base import Buffer, Codec, Piece
+from qformat.codecs.base import Buffer, Chunk, Codec
 from qformat.codecs.blocks import plain
 from qformat.codecs.raw import Raw
 from qformat.codecs.registry import parse_type
 from qformat.container.layout import MAGIC
 from qformat.container.reader import ContainerReader
 from qformat.container.target import Target
+from qformat.converters.sources.container import ContainerTensor
 from qformat.dtypes import DTYPES, F32, Elements
-from qformat.encode import Plan, Progress
 from qformat.errors import SourceError
-from qformat.parallel import ahead
+from qformat.parallel import prefetch
+from qformat.pipeline.encode import Plan, Progress
 
 DEFAULT_SHARD = 5_000_000_000
 
@@ -52,11 +52,11 @@ class Placed(Protocol):
     def copied(self) -> bool:
         """Whether the bytes are those of the container."""
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the pieces in order."""
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the chunks in order."""
 
-    def encoded(self, piece: Piece) -> Buffer:
-        """Return the bytes of a piece."""
+    def encoded(self, chunk: Chunk) -> Buffer:
+        """Return the bytes of a chunk."""
 
 
 @dataclass(frozen=True)
@@ -99,26 +99,26 @@ class Output:
         """Whether the bytes are those of the container."""
         return plain(self.source.decoder.codec).decodes_like(self.codec)
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the pieces in order."""
-        return iter(self.source.decoder.pieces()) if self.copied else self._plan.pieces()
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the chunks in order."""
+        return iter(self.source.decoder.chunks()) if self.copied else self._plan.chunks()
 
-    def encoded(self, piece: Piece) -> Buffer:
-        """Return the bytes of a piece."""
+    def encoded(self, chunk: Chunk) -> Buffer:
+        """Return the bytes of a chunk."""
         if self.copied:
             self.source.checker.check(self.source.decoder)
-            (part,) = self.source.decoder.blocks(piece)
+            (part,) = self.source.decoder.blocks(chunk)
             return part
-        return self.made(self._plan.read(piece))
+        return self.made(self._plan.read(chunk))
 
     def made(self, elements: Elements) -> Buffer:
-        """Return the bytes of a piece of these elements, two-dimensional."""
+        """Return the bytes of a chunk of these elements, two-dimensional."""
         try:
             encoded = self.codec.encode(elements)
         except ValueError as error:
             raise SourceError(f"tensor {self.name!r}: {error}") from None
-        if (not encoded.finite and not self.codec.keeps(elements.dtype)) or encoded.overflowed or encoded.vanished:
-            size = "small" if encoded.vanished else "large"
+        if (not encoded.finite and not self.codec.is_lossless(elements.dtype)) or encoded.overflowed or encoded.zeroed:
+            size = "small" if encoded.zeroed else "large"
             raise SourceError(f"tensor {self.name!r} holds values too {size} for {self.codec}; choose another --dtype")
         (part,) = encoded.parts
         return part
@@ -155,13 +155,13 @@ class Constant:
         """False: it was computed."""
         return False
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the only piece."""
-        yield Piece(0, 1, 0, self.values.size)
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the only chunk."""
+        yield Chunk(0, 1, 0, self.values.size)
 
-    def encoded(self, piece: Piece) -> Buffer:
+    def encoded(self, chunk: Chunk) -> Buffer:
         """Return its bytes."""
-        del piece
+        del chunk
         return self.values.tobytes()
 
 
@@ -227,19 +227,19 @@ class Job:
     shard_size: int = DEFAULT_SHARD
 
     def write(self, target: Target, placed: Sequence[tuple[Placed, int]]) -> None:
-        """Write tensors at offsets, encoding them on threads; no more than some pieces are in memory."""
+        """Write tensors at offsets, encoding them on threads; no more than some chunks are in memory."""
         tasks = [(output, offset) for output, offset in placed if output.nbytes]
         with ThreadPoolExecutor(self.jobs, thread_name_prefix="qformat-export") as pool:
-            encoded = ahead(pool, _tasks(tasks), 3 * self.jobs + 1)
+            encoded = prefetch(pool, _tasks(tasks), 3 * self.jobs + 1)
             try:
                 for output, start in tasks:
                     offset = start
-                    for piece in output.pieces():
+                    for chunk in output.chunks():
                         part = next(encoded).result()
                         target.write(part, offset)
                         offset += len(part)
                         if self.progress:
-                            self.progress(piece.rows * piece.cols)
+                            self.progress(chunk.rows * chunk.cols)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -247,8 +247,8 @@ class Job:
 
 def _tasks(placed: Sequence[tuple[Placed, int]]) -> Iterator[Callable[[], Buffer]]:
     for output, _ in placed:
-        for piece in output.pieces():
-            yield partial(output.encoded, piece)
+        for chunk in output.chunks():
+            yield partial(output.encoded, chunk)
 
 
 @contextmanager

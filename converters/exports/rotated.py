@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from qformat.codecs.base import CHUNK_ELEMENTS, Buffer, Chunk
 from qformat.converters.exports.outputs import Output
 from qformat.converters.sources.container import ContainerTensor
-
-from qformat.codecs.base import PIECE, Buffer, Piece
 from qformat.dtypes import Elements
 from qformat.errors import SourceError
 
 
 def check_heads(tensor: ContainerTensor, heads: int) -> None:
     """Raise `SourceError` if the rows of a tensor are no whole heads of an even number of rows."""
-    if not tensor.shape or tensor.shape[0] % (2 * heads) or tensor.decoder.matrix.cols > PIECE:
+    if not tensor.shape or tensor.shape[0] % (2 * heads) or tensor.decoder.matrix.cols > CHUNK_ELEMENTS:
         raise SourceError(
             f"tensor {tensor.name!r} of shape {tensor.shape} does not have {heads} heads, as config.json says"
         )
@@ -30,7 +30,7 @@ def check_heads(tensor: ContainerTensor, heads: int) -> None:
 
 @dataclass(frozen=True)
 class RotatedOutput(Output):
-    """A tensor whose rows get the other order within each head; its pieces are whole heads."""
+    """A tensor whose rows get the other order within each head; its chunks are whole heads."""
 
     heads: int
 
@@ -43,34 +43,34 @@ class RotatedOutput(Output):
     def _cols(self) -> int:
         return self.source.decoder.matrix.elements // self.shape[0]
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield heads, as many at once as make a piece."""
-        step = max(1, PIECE // (self._rows * self._cols)) * self._rows
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield heads, as many at once as make a chunk."""
+        step = max(1, CHUNK_ELEMENTS // (self._rows * self._cols)) * self._rows
         for row in range(0, self.shape[0], step):
-            yield Piece(row, min(step, self.shape[0] - row), 0, self._cols)
+            yield Chunk(row, min(step, self.shape[0] - row), 0, self._cols)
 
-    def encoded(self, piece: Piece) -> Buffer:
+    def encoded(self, chunk: Chunk) -> Buffer:
         """Return the bytes of some heads."""
         if self.copied and len(self.shape) > 1:
-            return self._turned(self._stored(piece)).reshape(-1).data
-        values = self.source.read(slice(piece.row * self._cols, (piece.row + piece.rows) * self._cols))
-        rows = self._turned(values.data.reshape(piece.rows, self._cols))
+            return self._turned(self._stored(chunk)).reshape(-1).data
+        values = self.source.read(slice(chunk.row * self._cols, (chunk.row + chunk.rows) * self._cols))
+        rows = self._turned(values.data.reshape(chunk.rows, self._cols))
         return self.made(Elements(values.dtype, rows if len(self.shape) > 1 else rows.reshape(1, -1)))
 
-    def _stored(self, piece: Piece) -> NDArray[np.uint8]:
+    def _stored(self, chunk: Chunk) -> NDArray[np.uint8]:
         """Return the bytes that are stored of some rows, two-dimensional."""
         decoder = self.source.decoder
         self.source.checker.check(decoder)
         if not decoder.codec.chunked:
-            (data,) = decoder.blocks(piece)
-            return np.frombuffer(data, np.uint8).reshape(piece.rows, -1)
-        stop, parts = piece.row + piece.rows, []
-        for chunk in decoder.pieces():
-            first, last = max(chunk.row, piece.row), min(chunk.row + chunk.rows, stop)
+            (data,) = decoder.blocks(chunk)
+            return np.frombuffer(data, np.uint8).reshape(chunk.rows, -1)
+        stop, parts = chunk.row + chunk.rows, []
+        for stored in decoder.chunks():
+            first, last = max(stored.row, chunk.row), min(stored.row + stored.rows, stop)
             if first < last:
-                (data,) = decoder.blocks(chunk)
+                (data,) = decoder.blocks(stored)
                 parts.append(
-                    np.frombuffer(data, np.uint8).reshape(chunk.rows, -1)[first - chunk.row : last - chunk.row]
+                    np.frombuffer(data, np.uint8).reshape(stored.rows, -1)[first - stored.row : last - stored.row]
                 )
         return np.concatenate(parts)
 

@@ -6,10 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qformat.container.target import check_target
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats, new_file
 from qformat.converters.sources.safetensors import DTYPE_NAMES, MAX_HEADER
-
-from qformat.container.target import check_target
 from qformat.errors import SourceError
 
 _NAMES = {ours: theirs for theirs, ours in DTYPE_NAMES.items()}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.coded import (
     I32,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.coded import (
     SCALES,
@@ -18,7 +19,6 @@ from qformat.converters.quantized.coded import (
     part,
     whole,
 )
-
 from qformat.dtypes import DTYPES, F32, Elements
 from qformat.errors import SourceError
 

@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Buffer, Codec, Matrix, Piece
+from qformat.codecs.base import Buffer, Chunk, Codec, Matrix
 from qformat.codecs.packed import cuts
 from qformat.dtypes import BF16, DTYPES, F16, F32, DType, Elements
 from qformat.errors import SourceError
 from qformat.kernels import load as kernels
-from qformat.source import SourceTensor
+from qformat.pipeline.source import SourceTensor
 
 U8 = NDArray[np.uint8]
-Encode = Callable[[Piece], tuple[Buffer, ...]]
+Encode = Callable[[Chunk], tuple[Buffer, ...]]
 #: the tensors of a layer, by the last part of their names
 Parts = Mapping[str, SourceTensor]
 Width = Literal[2, 3, 4, 8]
@@ -41,7 +41,7 @@ class CodedTensor:
     codec
         The type that holds its codes.
     load
-        Returns what encodes pieces, which may hold much of the tensor: it is kept until all elements were asked for.
+        Returns what encodes chunks, which may hold much of the tensor: it is kept until all elements were asked for.
     """
 
     dtype: DType = F32
@@ -55,26 +55,26 @@ class CodedTensor:
         self._encode: Encode | None = None
         self._left = 0
 
-    def encoded(self, piece: Piece) -> tuple[Buffer, ...]:
-        """Return the bytes of a piece for each segment."""
+    def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
+        """Return the bytes of a chunk for each segment."""
         with self._lock:  # what one thread loads, others wait for
             if self._encode is None:
                 self._encode, self._left = self._load(), math.prod(self.shape)
             encode = self._encode
-            self._left -= piece.rows * piece.cols
+            self._left -= chunk.rows * chunk.cols
             if self._left <= 0:
                 self._encode = None
-        return encode(piece)
+        return encode(chunk)
 
     def read(self, elements: slice) -> Elements:
         """Return what the codes of some elements stand for."""
         cols = Matrix.of(self.shape).cols
         first = elements.start // cols
-        piece = Piece(first, -(-elements.stop // cols) - first, 0, cols)
-        values = np.empty((piece.rows, cols), np.float32)
-        if piece.rows:
+        chunk = Chunk(first, -(-elements.stop // cols) - first, 0, cols)
+        values = np.empty((chunk.rows, cols), np.float32)
+        if chunk.rows:
             try:
-                self.codec.decode(self.encoded(piece), values)
+                self.codec.decode(self.encoded(chunk), values)
             except ValueError as error:
                 raise SourceError(f"tensor {self.name!r}: {error}") from None
         return Elements(F32, values.reshape(-1)[elements.start - first * cols : elements.stop - first * cols])
@@ -149,7 +149,7 @@ def affine_encode(
     places: NDArray[np.uint32] | None,
     packed: Callable[[int, int], U8],
 ) -> Encode:
-    """Return what encodes the pieces of an `affine` tensor.
+    """Return what encodes the chunks of an `affine` tensor.
 
     Parameters
     ----------
@@ -167,14 +167,14 @@ def affine_encode(
 
 
 def _affine_parts(
-    codec: Affine, matrix: Matrix, numbers: Sequence[memoryview], packed: Callable[[int, int], U8], piece: Piece
+    codec: Affine, matrix: Matrix, numbers: Sequence[memoryview], packed: Callable[[int, int], U8], chunk: Chunk
 ) -> tuple[Buffer, ...]:
-    *spans, span = codec.spans(matrix, piece)
-    length = codec.filled(matrix.cols) * codec.bits // 8
-    codes = packed(piece.row, piece.row + piece.rows)
+    *spans, span = codec.spans(matrix, chunk)
+    length = codec.padded(matrix.cols) * codec.bits // 8
+    codes = packed(chunk.row, chunk.row + chunk.rows)
     if codes.shape[1] < length:
         codes = np.pad(codes, ((0, 0), (0, length - codes.shape[1])))
-    start = piece.row * length
+    start = chunk.row * length
     own = as_bytes(codes)[span.start - start : span.stop - start]
     return (*(number[part] for number, part in zip(numbers, spans, strict=True)), own)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from qformat.codecs.packed import cuts
 from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.coded import (
     I32,
@@ -33,11 +35,9 @@ from qformat.converters.quantized.coded import (
     unpack_loose,
     whole,
 )
-
-from qformat.codecs.packed import cuts
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
-from qformat.source import SourceTensor
+from qformat.pipeline.source import SourceTensor
 
 METHOD = "compressed-tensors"
 PACKED_ROLES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")

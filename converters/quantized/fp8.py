@@ -8,15 +8,15 @@ from math import prod
 from typing import Any, Literal
 
 import numpy as np
-from qformat.converters.quantized.claims import Claims
-from qformat.converters.quantized.coded import SCALES, CodedTensor, Encode, as_bytes, whole
 
-from qformat.codecs.base import Buffer, Matrix, Piece
+from qformat.codecs.base import Buffer, Chunk, Matrix
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.packed import cuts
+from qformat.converters.quantized.claims import Claims
+from qformat.converters.quantized.coded import SCALES, CodedTensor, Encode, as_bytes, whole
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
-from qformat.source import SourceTensor
+from qformat.pipeline.source import SourceTensor
 
 Extent = int | Literal["all"]
 
@@ -58,10 +58,10 @@ def fp8_tensor(codes: SourceTensor, scale: SourceTensor, claims: Claims) -> Code
         if isinstance(rows, int) and rows > 1:
             numbers.append(as_bytes(np.arange(matrix.rows, dtype="<u4") // np.uint32(rows)))
 
-        def encode(piece: Piece) -> tuple[Buffer, ...]:
-            spans = codec.spans(matrix, piece)[:-1]
+        def encode(chunk: Chunk) -> tuple[Buffer, ...]:
+            spans = codec.spans(matrix, chunk)[:-1]
             own = (number[span] for number, span in zip(numbers, spans, strict=True))
-            return (*own, as_bytes(codes.read(piece.elements(matrix)).data))
+            return (*own, as_bytes(codes.read(chunk.elements(matrix)).data))
 
         return encode
 

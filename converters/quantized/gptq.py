@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qformat.converters.quantized.claims import Claim, Claims
 from qformat.converters.quantized.coded import (
     I32,
@@ -31,10 +32,9 @@ from qformat.converters.quantized.coded import (
     unpack,
     whole,
 )
-
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
-from qformat.source import SourceTensor
+from qformat.pipeline.source import SourceTensor
 
 ROLES = ("qweight", "qzeros", "scales", "g_idx")
 #: what files call the two ways of storing zeros: less one, or as they are
@@ -82,7 +82,7 @@ class _Layer:
         codec = affine_codec(self.qweight.name, self.bits, self.grouping, sym=sym, scale=self.scales.dtype)
 
         def load() -> Encode:
-            words = whole(self.qweight)  # the rows of a piece are spread all over it
+            words = whole(self.qweight)  # the rows of a chunk are spread all over it
 
             def packed(start: int, stop: int) -> U8:
                 near = np.ascontiguousarray(words[:, start:stop])  # so that transposing stays in cache

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
 from qformat.converters.quantized import awq, bitnet, compressed_tensors, gptq
 from qformat.converters.quantized.claims import Claim, Claims, contradiction
 from qformat.converters.quantized.coded import CodedTensor, Parts, as_bytes, named, whole
 from qformat.converters.quantized.fp8 import FORMATS, SUFFIXES, fp8_tensor
-
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
-from qformat.source import SourceTensor
+from qformat.pipeline.source import SourceTensor
 
 # Models whose code multiplies from the other side in some layers (transformers' Conv1D), which GPTQ's layout does not tell
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")

@@ -1,1 +1,1 @@
-"""Checkpoints of every kind as tensors that can be read piece by piece; `detect` finds out which one it is."""
+"""Checkpoints of every kind as tensors that can be read chunk by chunk; `detect` finds out which one it is."""

@@ -9,22 +9,22 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from qformat.readers.decoding import SegmentChecker, TensorDecoder
 
-from qformat.codecs.base import Buffer, Codec, Piece
+from qformat.codecs.base import Buffer, Chunk, Codec
 from qformat.codecs.raw import Raw
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DType, Elements
 from qformat.errors import FormatError, QualityError, SourceError, TargetError
 from qformat.files import on_this_machine
+from qformat.pipeline.source import Checkpoint, SourceTensor, StoredTensor
 from qformat.quality import Quality
+from qformat.readers.decoder import SegmentChecker, TensorDecoder
 from qformat.records import TensorRecord
-from qformat.source import Checkpoint, SourceTensor, StoredTensor
 
 
 @dataclass(frozen=True)
 class ContainerTensor:
-    """A tensor of a container, decoded piece by piece."""
+    """A tensor of a container, decoded chunk by chunk."""
 
     decoder: TensorDecoder
     checker: SegmentChecker
@@ -62,28 +62,28 @@ class ContainerTensor:
             raise SourceError(str(error)) from None
         return [data for _, data in self.decoder.segments()]
 
-    def encoded(self, piece: Piece) -> tuple[Buffer, ...]:
-        """Return the bytes of a piece, if it is not layered; of coded blocks the plain ones."""
+    def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
+        """Return the bytes of a chunk, if it is not layered; of coded blocks the plain ones."""
         self.segments()
-        return tuple(self.decoder.blocks(piece))
+        return tuple(self.decoder.blocks(chunk))
 
     @cached_property
-    def _pieces(self) -> tuple[list[Piece], list[int]]:
-        """The pieces, and where each begins."""
-        pieces = self.decoder.pieces()
-        return pieces, [piece.elements(self.decoder.matrix).start for piece in pieces]
+    def _pieces(self) -> tuple[list[Chunk], list[int]]:
+        """The chunks, and where each begins."""
+        chunks = self.decoder.chunks()
+        return chunks, [chunk.elements(self.decoder.matrix).start for chunk in chunks]
 
     def read(self, elements: slice) -> Elements:
-        """Return some elements, decoding the pieces that hold them."""
-        pieces, starts = self._pieces
+        """Return some elements, decoding the chunks that hold them."""
+        chunks, starts = self._pieces
         try:
             self.checker.check(self.decoder)
             parts = []
-            for piece in pieces[max(0, bisect_right(starts, elements.start) - 1) : bisect_left(starts, elements.stop)]:
-                there = piece.elements(self.decoder.matrix)
+            for chunk in chunks[max(0, bisect_right(starts, elements.start) - 1) : bisect_left(starts, elements.stop)]:
+                there = chunk.elements(self.decoder.matrix)
                 start, stop = max(there.start, elements.start), min(there.stop, elements.stop)
                 if start < stop:
-                    flat = self.decoder.decode(piece).data.reshape(-1)
+                    flat = self.decoder.decode(chunk).data.reshape(-1)
                     parts.append(flat[start - there.start : stop - there.start])
         except FormatError as error:
             raise SourceError(str(error)) from None

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qformat.converters.sources.files import FileTensor, SharedFile
-
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.files import open_regular
-from qformat.source import Checkpoint
+from qformat.pipeline.source import Checkpoint
 
 _VERSIONS = range(4, 7)
 _DTYPES = tuple(DTYPES[name] for name in ("f32", "i8", "i16", "i32", "f16", "bf16"))  # by number

@@ -6,13 +6,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from qformat.converters.sources.options import SourceOptions
-
 from qformat.container.layout import MAGIC
+from qformat.converters.sources.options import SourceOptions
 from qformat.errors import QFormatError, QualityError, SourceError
 from qformat.files import is_remote
+from qformat.pipeline.source import Checkpoint, QuantizedTensor
 from qformat.quality import Quality
-from qformat.source import Checkpoint, QuantizedTensor
 
 _GGUF = b"GGUF"
 

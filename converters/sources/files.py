@@ -1,4 +1,4 @@
-"""Files that tensors are read from, piece by piece and by several threads, without mapping them into memory."""
+"""Files that tensors are read from, chunk by chunk and by several threads, without mapping them into memory."""
 
 from __future__ import annotations
 

@@ -8,18 +8,18 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from qformat.converters.sources.files import FileTensor, SharedFile
-from qformat.converters.sources.gguf_file import Header, TensorInfo, TensorType, check_layout, parse
 
-from qformat.codecs.base import Buffer, Codec, Matrix, Piece
+from qformat.codecs.base import Buffer, Chunk, Codec, Matrix
 from qformat.codecs.ggml import GGML_BLOCKS, Ggml
 from qformat.codecs.quantized import QuantizedCodec
 from qformat.codecs.registry import parse_type
 from qformat.container.index import MAX_ASSET_BYTES
+from qformat.converters.sources.files import FileTensor, SharedFile
+from qformat.converters.sources.gguf_file import Header, TensorInfo, TensorType, check_layout, parse
 from qformat.dtypes import DTYPES, F32, DType, Elements
 from qformat.errors import MissingDecoderError, SourceError
 from qformat.files import open_regular
-from qformat.source import Checkpoint, SourceTensor
+from qformat.pipeline.source import Checkpoint, SourceTensor
 
 #: the asset that holds every byte of the file that belongs to no tensor, in order: the header, and what fills up between tensors
 REST = "model.gguf-header"
@@ -37,14 +37,14 @@ class BlockTensor:
     offset: int
     dtype: DType = F32
 
-    def encoded(self, piece: Piece) -> tuple[Buffer, ...]:
-        """Return the blocks of a piece."""
-        (span,) = self.codec.spans(Matrix.of(self.shape), piece)
+    def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
+        """Return the blocks of a chunk."""
+        (span,) = self.codec.spans(Matrix.of(self.shape), chunk)
         return (self.file.read(self.offset + span.start, span.stop - span.start),)
 
     def read(self, elements: slice) -> Elements:
         """Return what some elements are, decoding the blocks that hold them."""
-        unit = self.codec.unit
+        unit = self.codec.block_size
         first, last = elements.start // unit, -(-elements.stop // unit)
         decoded = np.empty((1, (last - first) * unit), np.float32)
         blocks = self.file.read(self.offset + first * self.block_bytes, (last - first) * self.block_bytes)

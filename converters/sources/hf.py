@@ -9,15 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qformat.container.index import MAX_ASSET_BYTES, check_asset_name
 from qformat.converters.sources.files import read_object
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.shards import numbered, open_indexed, open_unlisted
 from qformat.converters.sources.weights import open_weights
-
-from qformat.container.index import MAX_ASSET_BYTES, check_asset_name
 from qformat.errors import FormatError, SourceError
 from qformat.files import is_remote
-from qformat.source import Checkpoint
+from qformat.pipeline.source import Checkpoint
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from qformat.converters.sources.files import read_object
 from qformat.converters.sources.hf import with_assets
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.weights import open_weights
-
 from qformat.dtypes import DType, Elements
 from qformat.errors import SourceError
-from qformat.source import Checkpoint, SourceTensor
+from qformat.pipeline.source import Checkpoint, SourceTensor
 
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated(?:\.([0-9]+))?\.pth")

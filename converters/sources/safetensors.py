@@ -1,4 +1,4 @@
-"""Read tensors of a .safetensors file piece by piece, without mapping it into memory.
+"""Read tensors of a .safetensors file chunk by chunk, without mapping it into memory.
 
 The library that the format comes from checks the file; its numpy flavour cannot read bfloat16 and gives whole tensors only, so the
 bytes are read here.
@@ -10,9 +10,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from qformat.converters.sources.files import FileTensor, SharedFile
 from safetensors import SafetensorError, safe_open
 
+from qformat.converters.sources.files import FileTensor, SharedFile
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.files import is_remote

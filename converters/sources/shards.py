@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qformat.errors import SourceError
 from qformat.files import open_regular
-from qformat.source import Checkpoint, SourceTensor
+from qformat.pipeline.source import Checkpoint, SourceTensor
 
 #: how to open one file
 Opener = Callable[[Path], Checkpoint]

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.rwkv import rwkv_version
 from qformat.converters.sources.state_dict import WHOLE, StateDict, find_state_dict
-from qformat.readers.torch import TORCH_DTYPES
-
 from qformat.dtypes import DTYPES, DType, Elements
 from qformat.errors import SourceError
 from qformat.files import on_this_machine, open_regular
-from qformat.source import Checkpoint
+from qformat.pipeline.source import Checkpoint
+from qformat.readers.torch import TORCH_DTYPES
 
 #: holds what else a checkpoint says, as far as JSON can
 BESIDE = "checkpoint.json"

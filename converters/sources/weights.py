@@ -7,10 +7,9 @@ from pathlib import Path
 from qformat.converters.sources.ctranslate2 import is_ctranslate2, open_ctranslate2
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.safetensors import open_safetensors
-
 from qformat.errors import SourceError
 from qformat.files import open_regular
-from qformat.source import Checkpoint
+from qformat.pipeline.source import Checkpoint
 
 _ZIP = b"PK"
 _LEGACY = (

@@ -144,10 +144,10 @@ def command(
     --prune-tensor '*lm_head*=0.3' does not. Errors are then measured and recorded against the pruned weights. q4_1, q5_1, nlm and
     some codebooks of lut have no level at zero, and give small weights back instead.
     """
-    from qformat.converters.cluster import Cluster
     from qformat.converters.convert import convert
     from qformat.converters.prune import Pruned
     from qformat.converters.request import Request
+    from qformat.converters.runners import Cluster
     from qformat.files import is_remote
 
     if scheduler and engine != "dask":
@@ -177,7 +177,7 @@ def command(
             cluster=Cluster(request, scheduler, jobs) if engine == "dask" else None,
             jobs=jobs,
             allow_nonfinite=allow_nonfinite,
-            allow_vanished=allow_zeroed,
+            allow_zeroed=allow_zeroed,
             progress=advance,
         )
     for plan in result.plans:

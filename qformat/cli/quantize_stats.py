@@ -25,7 +25,7 @@ from qformat.cli.source import source_options
 from qformat.converters.sources.options import SourceOptions
 
 if TYPE_CHECKING:
-    from qformat.stats import ErrorStats
+    from qformat.pipeline.measure import ErrorStats
 
 
 def _regexes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[re.Pattern[str]]:
@@ -101,7 +101,7 @@ def command(
     from qformat.codecs.registry import parse_type
     from qformat.converters.sources.container import lossy_warning
     from qformat.converters.sources.detect import open_checkpoint
-    from qformat.stats import collect, measure
+    from qformat.pipeline.measure import collect, measure
 
     codecs = [parse_type(text) for text in dict.fromkeys(types)]
     checkpoint = open_checkpoint(src, options)
@@ -123,9 +123,9 @@ def command(
     if json_file is not None:
         _write_json(json_file, results, sums)
     for stats in results:
-        if stats.vanished:
+        if stats.zeroed:
             warn(
-                f"{stats.tensor}: {stats.vanished} blocks would become zero as {stats.type}; convert refuses that by default"
+                f"{stats.tensor}: {stats.zeroed} blocks would become zero as {stats.type}; convert refuses that by default"
             )
     if json_file != "-":
         for stats in [*(results if per_layer else []), *sums]:

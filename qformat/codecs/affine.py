@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Matrix, Piece, copied
+from qformat.codecs.base import Buffer, Chunk, Matrix, copied
 from qformat.codecs.packed import LONGEST, PackedCodec, cuts
 from qformat.codecs.quantized import Quantized, check_length
 from qformat.codecs.registry import register
@@ -75,10 +75,10 @@ class Affine(PackedCodec):
         """Bits of a code."""
         return self.bits
 
-    def grain(self, matrix: Matrix) -> int:
+    def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the columns of a group; or whole rows, if they are no longer or the columns of a group stand anywhere in them."""
         cols = max(1, matrix.cols)
-        return self.filled(cols if self.act_order else self._columns(cols))
+        return self.padded(cols if self.act_order else self._columns(cols))
 
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
         """Return scales, zeros and groups of columns if there are any, and codes."""
@@ -90,15 +90,15 @@ class Affine(PackedCodec):
         places = (("g_idx", _INDEX.itemsize * matrix.cols),) if self.act_order else ()
         return (scales, *zeros, *places, self._code_layout(matrix))
 
-    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
-        """Return where the groups and the codes of a piece stand."""
+    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
+        """Return where the groups and the codes of a chunk stand."""
         columns = self._columns(matrix.cols)
-        start = piece.row * cuts(matrix.cols, columns) + piece.col // columns
-        stop = start + piece.rows * cuts(piece.cols, columns)
+        start = chunk.row * cuts(matrix.cols, columns) + chunk.col // columns
+        stop = start + chunk.rows * cuts(chunk.cols, columns)
         scales = slice(start * self._scale.size, stop * self._scale.size)
         zeros = () if self.sym else (slice(start, stop),)
         places = (slice(0, _INDEX.itemsize * matrix.cols),) if self.act_order else ()
-        return (scales, *zeros, *places, self._code_span(matrix, piece))
+        return (scales, *zeros, *places, self._code_span(matrix, chunk))
 
     @property
     def _scale(self) -> Any:
@@ -113,7 +113,7 @@ class Affine(PackedCodec):
         assert not self.act_order
         x = values.reshape(-1)
         filled = values.shape[1]
-        group = self.filled(self._columns(cols))
+        group = self.padded(self._columns(cols))
         groups = len(values) * cuts(filled, group)
         scales = np.empty(groups, np.float32)
         zeros = np.full(groups, 1 << (self.bits - 1), np.uint8)
@@ -124,13 +124,13 @@ class Affine(PackedCodec):
             search.asymmetric(x, cols, group, self.bits, kind, np.array(_STEPS[self.bits], np.float32), scales, zeros)
         codes = np.empty(self._code_bytes(x.size), np.uint8)
         lanes = np.zeros(load("blocks").LANES)
-        peak, largest, vanished = load("affine").encode(x, cols, group, scales, zeros, codes, lanes, self.bits)
+        peak, largest, zeroed = load("affine").encode(x, cols, group, scales, zeros, codes, lanes, self.bits)
         overflowed = int((~np.isfinite(scales)).sum())
         with np.errstate(all="ignore"):
-            vanished += int(((scales != 0) & np.isinf(1 / scales)).sum())  # no code can be found with these
+            zeroed += int(((scales != 0) & np.isinf(1 / scales)).sum())  # no code can be found with these
         stored = Elements(F32, scales).cast(self._scale)
         parts = (stored.data.cast("B"), *(() if self.sym else (zeros.data,)), codes.data)
-        return Quantized(parts, lanes, peak, largest, overflowed, vanished)
+        return Quantized(parts, lanes, peak, largest, overflowed, zeroed)
 
     def _decode_rows(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
         if not self.act_order:
@@ -143,7 +143,7 @@ class Affine(PackedCodec):
         places = np.frombuffer(parts[-2], _INDEX)
         if places.max(initial=0) >= each:
             raise ValueError(f"a column is in group {places.max()} of {each}")
-        scales, zeros, codes = self._numbers(parts, rows * each, rows * self.filled(cols))
+        scales, zeros, codes = self._numbers(parts, rows * each, rows * self.padded(cols))
         load("affine").dequantize_mapped(scales, zeros, places, codes, out, self.bits)
 
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:

@@ -1,4 +1,4 @@
-"""What a codec is: how it cuts a tensor, and what it promises for each piece."""
+"""What a codec is: how it cuts a tensor, and what it promises for each chunk."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 Buffer = bytes | memoryview
 
-# Elements of a piece: enough work to outweigh a task's overhead, small enough to stay in cache between two kernels. The borders
+# Elements of a chunk: enough work to outweigh a task's overhead, small enough to stay in cache between two kernels. The borders
 # decide in which order errors are summed, so another number needs a new minor version.
-PIECE = 1 << 19
+CHUNK_ELEMENTS = 1 << 19
 
 # A chunk has at least a byte for so many elements, so that a small file cannot ask for much memory (spec/codecs.md, "Chunks").
 CHUNK_DENSITY = 1024
@@ -47,7 +47,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Some whole rows of a matrix, or a part of one row."""
 
     row: int
@@ -61,39 +61,39 @@ class Piece:
         return slice(start, start + self.rows * self.cols)
 
 
-def pieces(matrix: Matrix, block: int) -> Iterator[Piece]:
-    """Cut a matrix into pieces of about `PIECE` elements, counting those that fill up a row to whole blocks.
+def chunks(matrix: Matrix, block: int) -> Iterator[Chunk]:
+    """Cut a matrix into chunks of about `PIECE` elements, counting those that fill up a row to whole blocks.
 
-    Within a row, pieces begin on multiples of `block`; one that is longer than `PIECE` is not cut.
+    Within a row, chunks begin on multiples of `block`; one that is longer than `PIECE` is not cut.
     """
     if matrix.elements == 0:
         return
     rows, cols = _steps(matrix, block)
     for row in range(0, matrix.rows, rows):
         for col in range(0, matrix.cols, cols):
-            yield Piece(row, min(rows, matrix.rows - row), col, min(cols, matrix.cols - col))
+            yield Chunk(row, min(rows, matrix.rows - row), col, min(cols, matrix.cols - col))
 
 
-def piece_count(matrix: Matrix, block: int) -> int:
-    """Return how many pieces there are, without going through them."""
+def chunk_count(matrix: Matrix, block: int) -> int:
+    """Return how many chunks there are, without going through them."""
     if matrix.elements == 0:
         return 0
     rows, cols = _steps(matrix, block)
     return -(-matrix.rows // rows) * -(-matrix.cols // cols)
 
 
-def piece_number(matrix: Matrix, block: int, piece: Piece) -> int:
-    """Return how many pieces come before one of them."""
+def chunk_number(matrix: Matrix, block: int, chunk: Chunk) -> int:
+    """Return how many chunks come before one of them."""
     rows, cols = _steps(matrix, block)
-    return piece.row // rows * -(-matrix.cols // cols) + piece.col // cols
+    return chunk.row // rows * -(-matrix.cols // cols) + chunk.col // cols
 
 
 def _steps(matrix: Matrix, block: int) -> tuple[int, int]:
-    """Return the rows and columns of a piece: whole rows, or a part of one."""
+    """Return the rows and columns of a chunk: whole rows, or a part of one."""
     filled = -(-matrix.cols // block) * block
-    if filled <= max(PIECE, block):
-        return max(1, PIECE // filled), matrix.cols
-    return 1, max(1, PIECE // block) * block
+    if filled <= max(CHUNK_ELEMENTS, block):
+        return max(1, CHUNK_ELEMENTS // filled), matrix.cols
+    return 1, max(1, CHUNK_ELEMENTS // block) * block
 
 
 @dataclass(frozen=True)
@@ -119,20 +119,20 @@ class ErrorSum:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What became of a piece.
+class EncodedChunk:
+    """What became of a chunk.
 
     Attributes
     ----------
     parts
-        For each segment of `Codec.layout` the bytes of this piece, as `Codec.spans` says where they stand; the chunk comes first if
+        For each segment of `Codec.layout` the bytes of this chunk, as `Codec.spans` says where they stand; the chunk comes first if
         the codec is chunked.
     finite
         Whether the source held neither NaN nor infinity; if not, the rest is meaningless.
     error
         None if the codec keeps the dtype bit for bit.
-    overflowed, vanished
-        How many scales (or values, or squared errors) were too large for their float format; how many blocks (or pieces) that were
+    overflowed, zeroed
+        How many scales (or values, or squared errors) were too large for their float format; how many blocks (or chunks) that were
         not zero became zero.
     entropy
         If the codec is chunked, the bits that ideal coders need for the chunk's streams, knowing how often each letter occurs.
@@ -144,7 +144,7 @@ class Encoded:
     finite: bool
     error: ErrorSum | None = None
     overflowed: int = 0
-    vanished: int = 0
+    zeroed: int = 0
     entropy: float = 0.0
     entropies: tuple[float, ...] = ()
 
@@ -194,7 +194,7 @@ class Codec(ABC):
 
     @property
     def chunked(self) -> bool:
-        """Whether the encoder decides what a piece takes: segments ``chunks`` and ``lengths`` come before those of `layout`."""
+        """Whether the encoder decides what a chunk takes: segments ``chunks`` and ``lengths`` come before those of `layout`."""
         return False
 
     @property
@@ -211,9 +211,9 @@ class Codec(ABC):
         """Return whether another codec differs in nothing that a decoder needs to know."""
         return self.id == other.id and self.params() == other.params()
 
-    def holds_nonfinite(self, dtype: DType) -> bool:
+    def accepts_nonfinite(self, dtype: DType) -> bool:
         """Return whether tensors of this dtype may hold NaN and infinity."""
-        return self.keeps(dtype)
+        return self.is_lossless(dtype)
 
     def decoded_from(self, dtype: DType) -> DType:
         """Return what `decode` gives for tensors whose source has this dtype."""
@@ -225,11 +225,11 @@ class Codec(ABC):
         """Return whether tensors of this dtype can be stored."""
 
     @abstractmethod
-    def keeps(self, dtype: DType) -> bool:
+    def is_lossless(self, dtype: DType) -> bool:
         """Return whether tensors of this dtype are kept bit for bit."""
 
-    def grain(self, matrix: Matrix) -> int:
-        """Return how many elements of a row stay together: within a row, pieces begin on multiples of this."""
+    def chunk_alignment(self, matrix: Matrix) -> int:
+        """Return how many elements of a row stay together: within a row, chunks begin on multiples of this."""
         del matrix
         return 1
 
@@ -238,23 +238,23 @@ class Codec(ABC):
         """Return (name, length in bytes) of each segment whose length the shape decides."""
 
     @abstractmethod
-    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
-        """Return where in each segment of `layout` the bytes of a piece stand.
+    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
+        """Return where in each segment of `layout` the bytes of a chunk stand.
 
-        Each begins where that of the piece before ends, or is the same for all pieces.
+        Each begins where that of the chunk before ends, or is the same for all chunks.
         """
 
     def survey(self, elements: Elements) -> Any:
-        """Return what `fitted_to` needs to know of a piece, which may hold NaN or infinity."""
+        """Return what `fitted_to` needs to know of a chunk, which may hold NaN or infinity."""
         raise NotImplementedError
 
     def fitted_to(self, surveys: Iterable[Any]) -> Any:
-        """Return what `encode` needs to know of the tensor, from the surveys of its pieces in order."""
+        """Return what `encode` needs to know of the tensor, from the surveys of its chunks in order."""
         raise NotImplementedError
 
     @abstractmethod
-    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
-        """Encode one piece.
+    def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
+        """Encode one chunk.
 
         Parameters
         ----------
@@ -271,14 +271,14 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
-        """Decode one piece.
+        """Decode one chunk.
 
         Parameters
         ----------
         parts
             The chunk if there is one, and the bytes at `spans`.
         out
-            Two-dimensional C-contiguous array in the piece's shape, of the storage of `decoded_from`: the result.
+            Two-dimensional C-contiguous array in the chunk's shape, of the storage of `decoded_from`: the result.
 
         Raises
         ------
@@ -286,9 +286,9 @@ class Codec(ABC):
             If the bytes are none that an encoder can have written.
         """
 
-    def histograms(self, parts: Sequence[Buffer], piece: Piece) -> dict[str, NDArray[np.int64]]:
-        """Return how often each code occurs in a piece's bytes as ``histogram``, and other choices worth counting by name."""
-        del parts, piece
+    def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
+        """Return how often each code occurs in a chunk's bytes as ``histogram``, and other choices worth counting by name."""
+        del parts, chunk
         return {}
 
     def params(self) -> Params:
@@ -312,7 +312,7 @@ class Codec(ABC):
         """Return (name, length in bytes) of each segment in the order of the file; None if the encoder decides it."""
         if not self.chunked:
             return self.layout(matrix)
-        count = piece_count(matrix, self.grain(matrix))
+        count = chunk_count(matrix, self.chunk_alignment(matrix))
         return (("chunks", None), ("lengths", 4 * count), *self.layout(matrix))
 
     def nbytes(self, shape: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs import coded_blocks
-from qformat.codecs.base import Buffer, Codec, Encoded, Matrix, Piece, optional
+from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, Matrix, optional
 from qformat.codecs.quantized import Quantized, QuantizedCodec, check_length
 from qformat.dtypes import Elements
 from qformat.kernels import load
@@ -23,7 +23,7 @@ class BlockCodec(QuantizedCodec):
     """A codec of blocks; subclasses give the layout's numbers and have a kernel module named like their id.
 
     The kernel module has ``quantize(x, blocks, lanes)``, ``dequantize(blocks, x)`` and, if there are codes worth
-    counting, ``code_histogram(blocks, counts)``; see ``kernels/jit/q4_0.py``.
+    counting, ``code_histogram(blocks, counts)``; see ``kernels/numba/q4_0.py``.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class BlockCodec(QuantizedCodec):
         """Bytes of a block."""
 
     @property
-    def unit(self) -> int:
+    def block_size(self) -> int:
         """Elements of a block."""
         return 32
 
@@ -63,10 +63,10 @@ class BlockCodec(QuantizedCodec):
         """Whether the blocks are entropy-coded."""
         return self.coded
 
-    def grain(self, matrix: Matrix) -> int:
+    def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the elements of a block."""
         del matrix
-        return self.unit
+        return self.block_size
 
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
         """Return the one segment, unless blocks are coded; each row is filled up to whole blocks."""
@@ -75,16 +75,16 @@ class BlockCodec(QuantizedCodec):
         length = matrix.rows * self._row_bytes(matrix.cols) if matrix.elements else 0
         return (("blocks", length),)
 
-    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
-        """Return the blocks of a piece."""
+    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
+        """Return the blocks of a chunk."""
         if self.coded:
             return ()
-        start = piece.row * self._row_bytes(matrix.cols) + piece.col // self.unit * self.block_bytes
-        return (slice(start, start + piece.rows * self._row_bytes(piece.cols)),)
+        start = chunk.row * self._row_bytes(matrix.cols) + chunk.col // self.block_size * self.block_bytes
+        return (slice(start, start + chunk.rows * self._row_bytes(chunk.cols)),)
 
     def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
         del cols, fitted
-        blocks = np.empty(values.size // self.unit * self.block_bytes, np.uint8)
+        blocks = np.empty(values.size // self.block_size * self.block_bytes, np.uint8)
         lanes = np.zeros(load("blocks").LANES)
         return Quantized((blocks.data,), lanes, *self._fill(values.reshape(-1), blocks, lanes))
 
@@ -95,35 +95,35 @@ class BlockCodec(QuantizedCodec):
         return measured
 
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
-        check_length(parts[0], out.size // self.unit * self.block_bytes, "blocks")
+        check_length(parts[0], out.size // self.block_size * self.block_bytes, "blocks")
         self.kernels.dequantize(np.frombuffer(parts[0], np.uint8), out.reshape(-1))
 
-    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
-        """Quantize the rows of a piece, and code the blocks if they shall be."""
+    def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
+        """Quantize the rows of a chunk, and code the blocks if they shall be."""
         encoded = super().encode(elements, fitted)
         return self.packed(encoded, elements.data.size) if self.coded else encoded
 
-    def packed(self, encoded: Encoded, elements: int) -> Encoded:
-        """Return a piece of so many elements, whose blocks are not coded yet, with coded ones."""
+    def packed(self, encoded: EncodedChunk, elements: int) -> EncodedChunk:
+        """Return a chunk of so many elements, whose blocks are not coded yet, with coded ones."""
         blocks = np.frombuffer(encoded.parts[0], np.uint8).reshape(-1, self.block_bytes)
         chunk, entropy = coded_blocks.pack(blocks, self.header_bytes, self.codes or 256, elements)
         return replace(encoded, parts=(chunk,), entropy=entropy)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
-        """Decode the rows of a piece."""
+        """Decode the rows of a chunk."""
         self._decode_rows(self.plain(parts, *out.shape), out)
 
     def plain(self, parts: Sequence[Buffer], rows: int, cols: int) -> Sequence[Buffer]:
-        """Return the parts of a piece of so many rows and columns with blocks that are not coded."""
+        """Return the parts of a chunk of so many rows and columns with blocks that are not coded."""
         if not self.coded:
             return parts
-        blocks = np.empty((rows * self.filled(cols) // self.unit, self.block_bytes), np.uint8)
+        blocks = np.empty((rows * self.padded(cols) // self.block_size, self.block_bytes), np.uint8)
         coded_blocks.unpack(parts[0], blocks, self.header_bytes, self.codes or 256, rows * cols)
         return (blocks.reshape(-1).data,)
 
-    def histograms(self, parts: Sequence[Buffer], piece: Piece) -> dict[str, NDArray[np.int64]]:
+    def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
         """Return how often each code occurs, padding included, and what else the format chooses."""
-        blocks = self.plain(parts, piece.rows, piece.cols)[0]
+        blocks = self.plain(parts, chunk.rows, chunk.cols)[0]
         return self._counts(np.frombuffer(blocks, np.uint8))
 
     def _counts(self, blocks: NDArray[np.uint8]) -> dict[str, NDArray[np.int64]]:
@@ -134,7 +134,7 @@ class BlockCodec(QuantizedCodec):
         return {"histogram": counts}
 
     def _row_bytes(self, cols: int) -> int:
-        return -(-cols // self.unit) * self.block_bytes
+        return -(-cols // self.block_size) * self.block_bytes
 
 
 def coded(codec: Codec) -> Codec:
@@ -172,7 +172,7 @@ class SearchedBlockCodec(BlockCodec):
     ) -> tuple[int, int, int, int]:
         if self._search == "naive":
             return super()._fill(x, blocks, lanes)
-        numbers = [np.empty(x.size // self.unit, np.uint16) for _ in range(self.chosen)]
+        numbers = [np.empty(x.size // self.block_size, np.uint16) for _ in range(self.chosen)]
         load(f"{self.id}_{self._search}").choose(x, *numbers)
         measured: tuple[int, int, int, int] = self.kernels.encode(x, *numbers, blocks, lanes)
         return measured

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Codec, Encoded, Matrix, Piece
+from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, Matrix
 from qformat.codecs.packed import LONGEST, cuts
 from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
@@ -51,12 +51,12 @@ class Fp8(Codec):
         """Return whether these are floats."""
         return dtype.floating
 
-    def keeps(self, dtype: DType) -> bool:
+    def is_lossless(self, dtype: DType) -> bool:
         """Return False: codes are approximations."""
         del dtype
         return False
 
-    def grain(self, matrix: Matrix) -> int:
+    def chunk_alignment(self, matrix: Matrix) -> int:
         """Return whole rows."""
         return max(1, matrix.cols)
 
@@ -68,13 +68,13 @@ class Fp8(Codec):
         places = (("bands", _BAND.itemsize * matrix.rows),) if self._listed else ()
         return (("scales", bands * self._band_bytes(matrix.cols)), *places, ("codes", matrix.elements))
 
-    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
-        """Return the codes of a piece, and all scales unless each row has its own."""
-        stop = piece.row + piece.rows
+    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
+        """Return the codes of a chunk, and all scales unless each row has its own."""
+        stop = chunk.row + chunk.rows
         each = self._band_bytes(matrix.cols)
-        scales = slice(piece.row * each, stop * each) if self.rows == 1 else slice(0, self.layout(matrix)[0][1])
-        places = (slice(_BAND.itemsize * piece.row, _BAND.itemsize * stop),) if self._listed else ()
-        return (scales, *places, piece.elements(matrix))
+        scales = slice(chunk.row * each, stop * each) if self.rows == 1 else slice(0, self.layout(matrix)[0][1])
+        places = (slice(_BAND.itemsize * chunk.row, _BAND.itemsize * stop),) if self._listed else ()
+        return (scales, *places, chunk.elements(matrix))
 
     @property
     def _listed(self) -> bool:
@@ -92,7 +92,7 @@ class Fp8(Codec):
         """Return the bytes of a band's scales, in rows that are not empty."""
         return self._groups(cols) * self._scale.size if cols else 0
 
-    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
+    def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
         """Raise, as such tensors are only copied."""
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Matrix, Piece
+from qformat.codecs.base import Buffer, Chunk, Matrix
 from qformat.codecs.quantized import Quantized, QuantizedCodec, check_length
 from qformat.codecs.registry import register
 from qformat.errors import MissingDecoderError
@@ -62,7 +62,7 @@ class Ggml(QuantizedCodec):
             raise ValueError(f"there is no ggml type {self.type[:40]!r} that this version knows")
 
     @property
-    def unit(self) -> int:
+    def block_size(self) -> int:
         """Elements of a block."""
         return GGML_BLOCKS[self.type][0]
 
@@ -71,28 +71,28 @@ class Ggml(QuantizedCodec):
         """Bytes of a block."""
         return GGML_BLOCKS[self.type][1]
 
-    def grain(self, matrix: Matrix) -> int:
+    def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the elements of a block."""
         del matrix
-        return self.unit
+        return self.block_size
 
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
         """Return the one segment; each row is filled up to whole blocks."""
         return (("blocks", matrix.rows * self._row_bytes(matrix.cols) if matrix.elements else 0),)
 
-    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
-        """Return the blocks of a piece."""
-        start = piece.row * self._row_bytes(matrix.cols) + piece.col // self.unit * self.block_bytes
-        return (slice(start, start + piece.rows * self._row_bytes(piece.cols)),)
+    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
+        """Return the blocks of a chunk."""
+        start = chunk.row * self._row_bytes(matrix.cols) + chunk.col // self.block_size * self.block_bytes
+        return (slice(start, start + chunk.rows * self._row_bytes(chunk.cols)),)
 
     def _row_bytes(self, cols: int) -> int:
-        return self.filled(cols) // self.unit * self.block_bytes
+        return self.padded(cols) // self.block_size * self.block_bytes
 
     def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
         raise NotImplementedError("ggml tensors are only copied")
 
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
-        check_length(parts[0], out.size // self.unit * self.block_bytes, "blocks")
+        check_length(parts[0], out.size // self.block_size * self.block_bytes, "blocks")
         if not out.size:  # which gguf does not expect
             return
         blocks = np.frombuffer(parts[0], np.uint8).reshape(len(out), -1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qformat.codecs.base import Buffer, Codec, Encoded, Matrix, Piece
+from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, Matrix
 from qformat.dtypes import Elements
 from qformat.records import MeasuredError, Params
 
@@ -59,7 +59,7 @@ class Assembled:
 class LayeredCodec(Codec):
     """A codec that needs a whole tensor at once to decide what its segments hold.
 
-    A tensor is surveyed piece by piece, then tried piece by piece until `decided` is content, then encoded piece by piece until
+    A tensor is surveyed chunk by chunk, then tried chunk by chunk until `decided` is content, then encoded chunk by chunk until
     `assembled` is.
     """
 
@@ -75,28 +75,28 @@ class LayeredCodec(Codec):
 
     @abstractmethod
     def trial(self, elements: Elements, fitted: Any, tried: Any) -> Any:
-        """Return what `decided` needs to know of a piece, given what it returned the last time, or None."""
+        """Return what `decided` needs to know of a chunk, given what it returned the last time, or None."""
 
     @abstractmethod
     def decided(self, fitted: Any, trials: Sequence[Any]) -> tuple[Any, bool]:
-        """Return what is known now, and whether that is enough to encode; if not, all pieces are tried again."""
+        """Return what is known now, and whether that is enough to encode; if not, all chunks are tried again."""
 
     @abstractmethod
-    def encode(self, elements: Elements, fitted: Any = None, tried: Any = None) -> Encoded:
-        """Encode one piece, given what the last trial returned, which may be changed so that encoding it again takes less time."""
+    def encode(self, elements: Elements, fitted: Any = None, tried: Any = None) -> EncodedChunk:
+        """Encode one chunk, given what the last trial returned, which may be changed so that encoding it again takes less time."""
 
     @abstractmethod
-    def assembled(self, encoded: Sequence[Encoded], fitted: Any) -> tuple[Assembled | None, Any]:
-        """Return the tensor from what became of its pieces; or None, and what to encode them with again."""
+    def assembled(self, encoded: Sequence[EncodedChunk], fitted: Any) -> tuple[Assembled | None, Any]:
+        """Return the tensor from what became of its chunks; or None, and what to encode them with again."""
 
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
         """Return that the shape decides of no segment how long it is."""
         del matrix
         return ()
 
-    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
+    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
         """Return that there are no other segments."""
-        del matrix, piece
+        del matrix, chunk
         return ()
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Codec, Encoded, ErrorSum, Matrix, Piece, encoder_option
+from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, ErrorSum, Matrix, encoder_option
 from qformat.codecs.codebooks import Survey
 from qformat.codecs.level_fit import Levels, fit
 from qformat.codecs.packed import LONGEST, cuts
@@ -79,7 +79,7 @@ class LevelCodec(Codec):
 
     @property
     def chunked(self) -> bool:
-        """Whether what a piece takes is up to the encoder: it is."""
+        """Whether what a chunk takes is up to the encoder: it is."""
         return True
 
     @property
@@ -91,7 +91,7 @@ class LevelCodec(Codec):
         """Return whether these are floats."""
         return dtype.floating
 
-    def keeps(self, dtype: DType) -> bool:
+    def is_lossless(self, dtype: DType) -> bool:
         """Return False: levels are approximations."""
         del dtype
         return False
@@ -100,7 +100,7 @@ class LevelCodec(Codec):
         """Return how many columns share a scale."""
         return min(self.group, cols) if self.scale == "group" else cols
 
-    def grain(self, matrix: Matrix) -> int:
+    def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the columns that share a scale, or 1 if there is none."""
         return max(1, self._columns(matrix.cols)) if self.scale != "tensor" else 1
 
@@ -112,18 +112,18 @@ class LevelCodec(Codec):
             scales = matrix.rows * cuts(matrix.cols, self._columns(matrix.cols)) * DTYPES[self.dtype].size
         return (("codebook", codebook),) if self.scale == "tensor" else (("codebook", codebook), ("scales", scales))
 
-    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
-        """Return where the codebook stands, the same for all pieces, and the scales of a piece."""
+    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
+        """Return where the codebook stands, the same for all chunks, and the scales of a chunk."""
         codebook = slice(0, self.size * F32.size)
         if self.scale == "tensor":
             return (codebook,)
         columns = self._columns(matrix.cols)
-        start = piece.row * cuts(matrix.cols, columns) + piece.col // columns
+        start = chunk.row * cuts(matrix.cols, columns) + chunk.col // columns
         size = DTYPES[self.dtype].size
-        return (codebook, slice(start * size, (start + piece.rows * cuts(piece.cols, columns)) * size))
+        return (codebook, slice(start * size, (start + chunk.rows * cuts(chunk.cols, columns)) * size))
 
     def survey(self, elements: Elements) -> _Seen:
-        """Count the weights of a piece, over their scales if there are any."""
+        """Count the weights of a chunk, over their scales if there are any."""
         values = np.ascontiguousarray(elements.to_f32())
         found = Survey.empty()
         if self.scale == "tensor":
@@ -160,11 +160,11 @@ class LevelCodec(Codec):
             )
         return _Fitted(fit(survey, self.size, bits=float(self.bpw) - taken))
 
-    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
-        """Choose codes and scales for the rows of a piece."""
+    def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
+        """Choose codes and scales for the rows of a chunk."""
         values = np.ascontiguousarray(elements.to_f32())
         if not elements.all_finite():
-            return Encoded((), finite=False)
+            return EncodedChunk((), finite=False)
         kernels, cols = load("levels"), values.shape[1]
         levels: Levels = fitted.levels
         scaled = self.scale != "tensor" and fitted.scaled
@@ -175,7 +175,7 @@ class LevelCodec(Codec):
         letters = np.empty(letter_count(values.size, self.size), np.uint8)
         codes = np.full(letters.size * symbols_each(self.size), self.size // 2, np.uint8)
         kernels.classify(unscaled.reshape(-1), levels.thresholds, codes[: values.size])
-        load("letters").join(codes, self.size, symbols_each(self.size), letters)
+        load("symbols").join(codes, self.size, symbols_each(self.size), letters)
         if scaled:
             scales = self._refined(values, codes[: values.size], levels.entries, scales)
         decoded = np.empty(values.size, np.float32)
@@ -183,16 +183,16 @@ class LevelCodec(Codec):
         writer = StreamWriter()
         writer.stream(letters, self.size)
         parts: list[Buffer] = [writer.chunk(values.size), levels.entries.tobytes()]
-        vanished = int(bool(elements.data.any()) and not levels.entries.any())
+        zeroed = int(bool(elements.data.any()) and not levels.entries.any())
         if self.scale != "tensor":
-            vanished += int(self._nonzero(values)[scales == 0].sum())
+            zeroed += int(self._nonzero(values)[scales == 0].sum())
             parts.append(self._stored(scales).tobytes())
         if elements.dtype is F64:  # it may be too small for float32 itself
-            vanished += int((self._nonzero(elements.data) & ~self._nonzero(values)).sum())
+            zeroed += int((self._nonzero(elements.data) & ~self._nonzero(values)).sum())
         floats = load("floats")
         lanes = np.zeros(floats.LANES)
         error = ErrorSum.of(values.size, lanes, floats.difference(values.reshape(-1), decoded, lanes))
-        return Encoded(tuple(parts), True, error, int(not math.isfinite(error.squares)), vanished, writer.entropy)
+        return EncodedChunk(tuple(parts), True, error, int(not math.isfinite(error.squares)), zeroed, writer.entropy)
 
     def _measured(self, values: Floats) -> tuple[NDArray[np.float64], NDArray[np.uint32]]:
         """Return the sum of squares of each group, and the bits of its magnitude if all but zeros has the same, else 0."""
@@ -248,12 +248,12 @@ class LevelCodec(Codec):
     def _give(self, letters: U8, entries: Floats, scales: Floats, cols: int, out: Floats) -> None:
         """Put the values of letters into a flat array of rows."""
         table = entries[digits(self.size)].reshape(-1)
-        load("letters").values(letters, table, symbols_each(self.size), out)
+        load("symbols").values(letters, table, symbols_each(self.size), out)
         if self.scale != "tensor":
             load("levels").rescale(out, cols, self._columns(cols), scales)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
-        """Decode the rows of a piece."""
+        """Decode the rows of a chunk."""
         rows, cols = out.shape
         entries, scales = self.numbers(parts[1:], Matrix(rows, cols))
         self._give(self._letters(parts[0], out.size), entries, scales.reshape(-1), cols, out.reshape(-1))
@@ -287,14 +287,14 @@ class LevelCodec(Codec):
         return entries, scales
 
     def decode_codes(self, parts: Sequence[Buffer], out: NDArray[np.int8]) -> None:
-        """Give the codes of a piece, from -(n - 1) / 2 to (n - 1) / 2.
+        """Give the codes of a chunk, from -(n - 1) / 2 to (n - 1) / 2.
 
         Parameters
         ----------
         parts
             As for `decode`.
         out
-            Array of int8 in the piece's shape.
+            Array of int8 in the chunk's shape.
 
         Raises
         ------
@@ -303,7 +303,7 @@ class LevelCodec(Codec):
         """
         table = (digits(self.size) - np.uint8(self.size // 2)).reshape(-1)
         letters = self._letters(parts[0], out.size)
-        load("letters").split(letters, table, symbols_each(self.size), out.reshape(-1).view(np.uint8))
+        load("symbols").split(letters, table, symbols_each(self.size), out.reshape(-1).view(np.uint8))
 
     def _letters(self, chunk: Buffer, count: int) -> U8:
         reader = StreamReader(chunk)
@@ -311,9 +311,9 @@ class LevelCodec(Codec):
         reader.end(count)
         return letters
 
-    def histograms(self, parts: Sequence[Buffer], piece: Piece) -> dict[str, NDArray[np.int64]]:
+    def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
         """Return how often each code occurs, from the most negative one on."""
-        codes = np.empty(piece.rows * piece.cols, np.int8)
+        codes = np.empty(chunk.rows * chunk.cols, np.int8)
         self.decode_codes(parts, codes)
         return {"histogram": np.bincount(codes + self.size // 2, minlength=self.size)}
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Codec, Encoded, Matrix, Piece
+from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, Matrix
 from qformat.codecs.registry import register
 from qformat.codecs.row_groups import VALUES, group_rows
 from qformat.dtypes import F32, DType, Elements
@@ -39,7 +39,7 @@ class Lossless(Codec):
 
     @property
     def chunked(self) -> bool:
-        """Whether what a piece takes is up to the encoder: it is."""
+        """Whether what a chunk takes is up to the encoder: it is."""
         return True
 
     def decoded_from(self, dtype: DType) -> DType:
@@ -50,7 +50,7 @@ class Lossless(Codec):
         """Return whether these are floats."""
         return dtype.floating
 
-    def keeps(self, dtype: DType) -> bool:
+    def is_lossless(self, dtype: DType) -> bool:
         """Return whether these are floats, which are kept bit for bit."""
         return dtype.floating
 
@@ -59,13 +59,13 @@ class Lossless(Codec):
         del matrix
         return ()
 
-    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
+    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
         """Return that there are no other segments."""
-        del matrix, piece
+        del matrix, chunk
         return ()
 
-    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
-        """Encode the rows of a piece."""
+    def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
+        """Encode the rows of a chunk."""
         del fitted
         patterns = np.ascontiguousarray(elements.data).view(_unsigned(elements.data.dtype))
         groups, counts = group_rows(patterns, elements.dtype.exponent)
@@ -76,10 +76,10 @@ class Lossless(Codec):
         for number in range(len(counts)):
             rows = patterns if len(counts) == 1 else patterns[groups == number]
             _write_group(writer, rows.reshape(-1), counts[number], elements.dtype.exponent)
-        return Encoded((writer.chunk(patterns.size),), elements.all_finite(), entropy=writer.entropy)
+        return EncodedChunk((writer.chunk(patterns.size),), elements.all_finite(), entropy=writer.entropy)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
-        """Decode the rows of a piece."""
+        """Decode the rows of a chunk."""
         reader = StreamReader(parts[0])
         patterns = out.view(_unsigned(out.dtype))
         exponent = 8 if out.dtype in (np.float32, np.uint16) else 0  # bfloat16 is held as uint16, binary16 is not

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Matrix, Piece, encoder_option
+from qformat.codecs.base import Buffer, Chunk, Matrix, encoder_option
 from qformat.codecs.codebooks import (
     Codebook,
     Survey,
@@ -79,11 +79,11 @@ class Lut(PackedCodec):
         """Whether there is one codebook for the whole tensor."""
         return self.scope == "tensor"
 
-    def grain(self, matrix: Matrix) -> int:
+    def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the columns of a block; whole rows if they are no longer, or have a scale."""
         if self.scale == "row":
-            return self.filled(max(1, matrix.cols))
-        return self.filled(min(self._columns, max(1, matrix.cols))) if self._columns else self.unit
+            return self.padded(max(1, matrix.cols))
+        return self.padded(min(self._columns, max(1, matrix.cols))) if self._columns else self.block_size
 
     def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
         """Return codebooks, scales if there are any, and codes."""
@@ -93,18 +93,18 @@ class Lut(PackedCodec):
         scales = (("scales", matrix.rows * F16.size),) if self.scale == "row" else ()
         return (("codebooks", books * self.size * F16.size), *scales, self._code_layout(matrix))
 
-    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
-        """Return where the codebooks of a piece stand, the same for all pieces if there is one, its scales and its codes."""
+    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
+        """Return where the codebooks of a chunk stand, the same for all chunks if there is one, its scales and its codes."""
         start, books = 0, 1
         if self._columns:
-            start = piece.row * cuts(matrix.cols, self._columns) + piece.col // self._columns
-            books = piece.rows * cuts(piece.cols, self._columns)
+            start = chunk.row * cuts(matrix.cols, self._columns) + chunk.col // self._columns
+            books = chunk.rows * cuts(chunk.cols, self._columns)
         each = self.size * F16.size
-        scales = (slice(piece.row * F16.size, (piece.row + piece.rows) * F16.size),) if self.scale == "row" else ()
-        return (slice(start * each, (start + books) * each), *scales, self._code_span(matrix, piece))
+        scales = (slice(chunk.row * F16.size, (chunk.row + chunk.rows) * F16.size),) if self.scale == "row" else ()
+        return (slice(start * each, (start + books) * each), *scales, self._code_span(matrix, chunk))
 
     def survey(self, elements: Elements) -> Survey:
-        """Count the weights of a piece, over the scales of their rows if there are any."""
+        """Count the weights of a chunk, over the scales of their rows if there are any."""
         values = elements.to_f32()
         if self.scale == "row":
             values = self._unscaled(values)
@@ -123,7 +123,7 @@ class Lut(PackedCodec):
 
     def _unscaled(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Divide rows by their scales; of those whose scale is 0 nothing finite is left."""
-        scales = self._row_scales(self._filled(values), values.shape[1]).astype(np.float32)
+        scales = self._row_scales(self._pad(values), values.shape[1]).astype(np.float32)
         with np.errstate(all="ignore"):
             divided: NDArray[np.float32] = values / scales[:, None]
         return divided
@@ -155,14 +155,14 @@ class Lut(PackedCodec):
         numbers = (_widened(scales), book.thresholds, _widened(book.entries))
         peak, largest = load("lut").encode(x, cols, self._columns, *numbers, codes, lanes, self.width)
         overflowed = sum(int((~np.isfinite(halves)).sum()) for halves in (book.entries, scales))
-        vanished = self._vanished(book.entries, values[:, :cols])
+        zeroed = self._zeroed(book.entries, values[:, :cols])
         if self.scale == "row":
-            vanished += int((values[scales == 0] != 0).any(axis=1).sum())
+            zeroed += int((values[scales == 0] != 0).any(axis=1).sum())
         arrays: list[NDArray[Any]] = [book.entries, *([scales] if self.scale == "row" else []), codes]
         parts = tuple(array.data.cast("B") for array in arrays)
-        return Quantized(parts, lanes, peak, largest, overflowed, vanished)
+        return Quantized(parts, lanes, peak, largest, overflowed, zeroed)
 
-    def _vanished(self, entries: NDArray[np.float16], values: NDArray[np.float32]) -> int:
+    def _zeroed(self, entries: NDArray[np.float16], values: NDArray[np.float32]) -> int:
         """Return how many codebooks of zeros there are for weights that are not."""
         dead = ~entries.reshape(-1, self.size).any(axis=1)
         if not dead.any():

@@ -31,7 +31,7 @@ class Nlm(BlockCodec):
     """
 
     id: ClassVar[str] = "nlm"
-    keeps_zeros: ClassVar[bool] = False
+    pads_with_zeros: ClassVar[bool] = False
     codes: ClassVar[int] = 16
     header_bytes: ClassVar[int] = 3
 
@@ -39,7 +39,7 @@ class Nlm(BlockCodec):
     optimize: Literal["rmse", "max"] = encoder_option("rmse")
 
     @property
-    def unit(self) -> int:
+    def block_size(self) -> int:
         """Elements of a block."""
         return self.block
 

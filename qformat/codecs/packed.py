@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Matrix, Piece
+from qformat.codecs.base import Buffer, Chunk, Matrix
 from qformat.codecs.quantized import QuantizedCodec
 from qformat.kernels import load
 
@@ -27,7 +27,7 @@ class PackedCodec(QuantizedCodec):
         """Bits of a code."""
 
     @property
-    def unit(self) -> int:
+    def block_size(self) -> int:
         """Elements of a run."""
         return 32
 
@@ -36,15 +36,15 @@ class PackedCodec(QuantizedCodec):
         return elements // 8 * self.width
 
     def _code_layout(self, matrix: Matrix) -> tuple[str, int]:
-        return ("codes", self._code_bytes(matrix.rows * self.filled(matrix.cols)))
+        return ("codes", self._code_bytes(matrix.rows * self.padded(matrix.cols)))
 
-    def _code_span(self, matrix: Matrix, piece: Piece) -> slice:
-        start = piece.row * self.filled(matrix.cols) + piece.col
-        return slice(self._code_bytes(start), self._code_bytes(start + piece.rows * self.filled(piece.cols)))
+    def _code_span(self, matrix: Matrix, chunk: Chunk) -> slice:
+        start = chunk.row * self.padded(matrix.cols) + chunk.col
+        return slice(self._code_bytes(start), self._code_bytes(start + chunk.rows * self.padded(chunk.cols)))
 
-    def histograms(self, parts: Sequence[Buffer], piece: Piece) -> dict[str, NDArray[np.int64]]:
+    def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
         """Return how often each code of at most four bits occurs, those that fill up rows included."""
-        del piece
+        del chunk
         if self.width > 4:
             return {}
         packed = np.frombuffer(parts[-1], np.uint8)

@@ -23,7 +23,7 @@ class Q4_1(SearchedBlockCodec):  # noqa: N801  the format's name
     """
 
     id: ClassVar[str] = "q4_1"
-    keeps_zeros: ClassVar[bool] = False
+    pads_with_zeros: ClassVar[bool] = False
     codes: ClassVar[int] = 16
     chosen: ClassVar[int] = 2
     header_bytes: ClassVar[int] = 4

@@ -15,7 +15,7 @@ class Q5_1(BlockCodec):  # noqa: N801  the format's name
     """Six bits for each weight; the codes run from the smallest weight to the largest, as GGUF has it."""
 
     id: ClassVar[str] = "q5_1"
-    keeps_zeros: ClassVar[bool] = False
+    pads_with_zeros: ClassVar[bool] = False
     codes: ClassVar[int] = 32
     header_bytes: ClassVar[int] = 4
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Codec, Encoded, ErrorSum
+from qformat.codecs.base import Buffer, Codec, EncodedChunk, ErrorSum
 from qformat.dtypes import BF16, F32, F64, DType, Elements
 from qformat.kernels import load
 
@@ -23,7 +23,7 @@ class Quantized(NamedTuple):
     """What a kernel made of rows: the bytes of each segment, and the measured values that kernels return.
 
     ``lanes`` are partial sums of squared errors; ``peak`` and ``largest`` the bits of the largest magnitude of the source and of
-    the error; ``overflowed`` and ``vanished`` are counts as in `Encoded`.
+    the error; ``overflowed`` and ``zeroed`` are counts as in `EncodedChunk`.
     """
 
     parts: tuple[Buffer, ...]
@@ -31,7 +31,7 @@ class Quantized(NamedTuple):
     peak: int
     largest: int
     overflowed: int
-    vanished: int
+    zeroed: int
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class QuantizedCodec(Codec):
     decoded: ClassVar[DType] = F32
     #: whether rows are filled up with zeros that add nothing to the error that `_quantize` returns; if not, their last element
     #: that fills them up, and they are measured again without it
-    keeps_zeros: ClassVar[bool] = True
+    pads_with_zeros: ClassVar[bool] = True
 
     @property
     @abstractmethod
-    def unit(self) -> int:
+    def block_size(self) -> int:
         """Rows are filled up to a multiple of this number of elements, itself a multiple of 32."""
 
     @property
@@ -65,19 +65,19 @@ class QuantizedCodec(Codec):
         """Return whether these are floats."""
         return dtype.floating
 
-    def keeps(self, dtype: DType) -> bool:
+    def is_lossless(self, dtype: DType) -> bool:
         """Return False: codes are approximations."""
         del dtype
         return False
 
-    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
-        """Quantize the rows of a piece."""
-        source = self._filled(elements.data)
+    def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
+        """Quantize the rows of a chunk."""
+        source = self._pad(elements.data)
         narrow = elements.dtype is BF16 and self.takes_bf16
         values = source if narrow else Elements(elements.dtype, source).to_f32()
         cols = elements.data.shape[1]
-        parts, lanes, peak, largest, overflowed, vanished = self._quantize(values, cols, fitted)
-        if source.shape[1] != cols and not self.keeps_zeros:
+        parts, lanes, peak, largest, overflowed, zeroed = self._quantize(values, cols, fitted)
+        if source.shape[1] != cols and not self.pads_with_zeros:
             lanes, largest = self._measured(*self._again(elements, parts))
         finite = peak < INFINITY_BITS
         if elements.dtype is F64:  # it may exceed float32 itself
@@ -85,22 +85,22 @@ class QuantizedCodec(Codec):
             overflowed += int(np.isinf(values).sum())
             if finite:
                 lost = source.reshape(-1, 32).any(axis=1) & ~values.reshape(-1, 32).any(axis=1)
-                vanished += int(lost.sum())
+                zeroed += int(lost.sum())
         error = ErrorSum.of(elements.data.size, lanes, largest)
         if finite and error.maximum and not _LEAST <= error.maximum <= _MOST:
             error = self._measured_wide(*self._again(elements, parts))
             overflowed += not math.isfinite(error.squares)  # weights that decode to infinity
-        return Encoded(parts, finite, error, overflowed, vanished)
+        return EncodedChunk(parts, finite, error, overflowed, zeroed)
 
     def _again(self, elements: Elements, parts: Sequence[Buffer]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the rows of a piece and what they decode to, without what fills them up, to measure the error again."""
+        """Return the rows of a chunk and what they decode to, without what fills them up, to measure the error again."""
         decoded = np.empty(elements.data.shape, np.float32)
         self._decode_rows(parts, decoded)
         return elements.to_f32(), decoded
 
     def _measured(self, values: NDArray[np.float32], decoded: NDArray[np.float32]) -> tuple[NDArray[np.float64], int]:
         """Return the error as in `Quantized`."""
-        missing = self.filled(values.shape[1]) - values.shape[1]
+        missing = self.padded(values.shape[1]) - values.shape[1]
         rows = (np.pad(array, ((0, 0), (0, missing))).reshape(-1) for array in (values, decoded))
         lanes = np.zeros(load("blocks").LANES)
         return lanes, int(load("blocks").measure(*rows, lanes))
@@ -113,13 +113,13 @@ class QuantizedCodec(Codec):
         return ErrorSum.of(values.size, lanes, largest)
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
-        """Decode the rows of a piece."""
+        """Decode the rows of a chunk."""
         self._decode_rows(parts, out)
 
     def _decode_rows(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode the parts that `_quantize` made."""
         rows, cols = out.shape
-        filled = self.filled(cols)
+        filled = self.padded(cols)
         if filled == cols:
             self._dequantize(parts, out)
             return
@@ -127,17 +127,17 @@ class QuantizedCodec(Codec):
         self._dequantize(parts, padded)
         out[:] = padded[:, :cols]
 
-    def filled(self, cols: int) -> int:
+    def padded(self, cols: int) -> int:
         """Return the length of a row that is filled up."""
-        return -(-cols // self.unit) * self.unit
+        return -(-cols // self.block_size) * self.block_size
 
-    def _filled(self, values: NDArray[Any]) -> NDArray[Any]:
-        missing = self.filled(values.shape[1]) - values.shape[1]
-        mode: Literal["constant", "edge"] = "constant" if self.keeps_zeros else "edge"
+    def _pad(self, values: NDArray[Any]) -> NDArray[Any]:
+        missing = self.padded(values.shape[1]) - values.shape[1]
+        mode: Literal["constant", "edge"] = "constant" if self.pads_with_zeros else "edge"
         return np.pad(values, ((0, 0), (0, missing)), mode) if missing else values
 
 
 def check_length(part: Buffer, expected: int, what: str) -> None:
-    """Raise `ValueError` unless a part has the length that its piece needs."""
+    """Raise `ValueError` unless a part has the length that its chunk needs."""
     if len(part) != expected:
         raise ValueError(f"{len(part)} bytes of {what} where {expected} are needed")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Codec, Encoded, ErrorSum, Matrix, Piece
+from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, ErrorSum, Matrix
 from qformat.codecs.registry import register
 from qformat.dtypes import BF16, DTYPES, F16, F32, F64, DType, Elements
 from qformat.kernels import load
@@ -26,7 +26,7 @@ class Raw(Codec):
         """Return whether it is the same dtype, or a float to be stored as another float."""
         return dtype is self.decoded or (dtype.floating and self.decoded in (F16, BF16, F32, F64))
 
-    def keeps(self, dtype: DType) -> bool:
+    def is_lossless(self, dtype: DType) -> bool:
         """Return whether every value of the dtype is one of this."""
         return self.decoded.contains(dtype)
 
@@ -34,27 +34,27 @@ class Raw(Codec):
         """Return the one segment."""
         return (("data", matrix.elements * self.decoded.size),)
 
-    def spans(self, matrix: Matrix, piece: Piece) -> tuple[slice, ...]:
-        """Return the bytes of a piece's elements."""
-        elements = piece.elements(matrix)
+    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
+        """Return the bytes of a chunk's elements."""
+        elements = chunk.elements(matrix)
         return (slice(elements.start * self.decoded.size, elements.stop * self.decoded.size),)
 
-    def encode(self, elements: Elements, fitted: Any = None) -> Encoded:
+    def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
         """Copy the elements, or round them."""
         del fitted
         finite = elements.all_finite()
         if self.decoded.storage == "bool":
             _check_bools(elements.data.view(np.uint8))
         if elements.dtype is self.decoded:
-            return Encoded((_bytes(elements.data),), finite)
+            return EncodedChunk((_bytes(elements.data),), finite)
         stored = elements.cast(self.decoded)
-        if self.keeps(elements.dtype):
-            return Encoded((_bytes(stored),), finite)
+        if self.is_lossless(elements.dtype):
+            return EncodedChunk((_bytes(stored),), finite)
         values = Elements(self.decoded, stored).to_f32().reshape(-1)
         infinite = 0 if not finite else int(np.isinf(values).sum())
         # Rounding single weights to zero is no loss, but all of them is
-        vanished = finite and not values.any() and bool(elements.to_f64().any())
-        return Encoded((_bytes(stored),), finite, _error(elements, values), infinite, int(vanished))
+        zeroed = finite and not values.any() and bool(elements.to_f64().any())
+        return EncodedChunk((_bytes(stored),), finite, _error(elements, values), infinite, int(zeroed))
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Copy the elements."""

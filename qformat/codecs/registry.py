@@ -124,7 +124,7 @@ def codec_of(record: TensorRecord) -> Codec:
     codec = _from_params(codec_class, record, where)
     if not codec.accepts(dtype):
         raise FormatError(f"{where}: codec {codec.id} cannot hold {dtype.name}")
-    if (record.error is None) != codec.keeps(dtype):
+    if (record.error is None) != codec.is_lossless(dtype):
         raise FormatError(f"{where}: an error is recorded where none can be, or missing")
     expected = codec.segments(Matrix.of(record.shape))
     found = tuple((segment.name, segment.length) for segment in record.segments)

@@ -35,9 +35,9 @@ def load(name: str) -> ModuleType:
         raise QFormatError(f"QFORMAT_KERNELS is {wanted!r}: it may be 'numba' or 'numpy'")
     if wanted != "numpy":
         try:
-            return import_module(f"qformat.kernels.jit.{name}")
+            return import_module(f"qformat.kernels.numba.{name}")
         except ImportError as error:
             if wanted == "numba":
                 raise
             _log.warning("numba cannot be used (%s): falling back to the slower numpy kernels", error)
-    return import_module(f"qformat.kernels.plain.{name}")
+    return import_module(f"qformat.kernels.numpy.{name}")

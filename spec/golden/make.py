@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from qformat.converters.arrays import ArrayTensor
-from qformat.converters.convert import convert
 
 import qformat
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Codec, Matrix, Piece
+from qformat.codecs.base import Chunk, Codec, Matrix
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.ggml import Ggml
 from qformat.codecs.registry import parse_type
+from qformat.converters.arrays import ArrayTensor
+from qformat.converters.convert import convert
 from qformat.dtypes import F32, DType, Elements, from_array
-from qformat.recipe import Recipe
-from qformat.source import Checkpoint
+from qformat.pipeline.recipe import Recipe
+from qformat.pipeline.source import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -158,9 +158,9 @@ class Copied:
     segments: tuple[bytes, ...]
     dtype: DType = F32
 
-    def encoded(self, piece: Piece) -> tuple[bytes, ...]:
-        """Return the bytes of a piece."""
-        spans = self.codec.spans(Matrix.of(self.shape), piece)
+    def encoded(self, chunk: Chunk) -> tuple[bytes, ...]:
+        """Return the bytes of a chunk."""
+        spans = self.codec.spans(Matrix.of(self.shape), chunk)
         return tuple(segment[span] for segment, span in zip(self.segments, spans, strict=True))
 
     def read(self, elements: slice) -> Elements:

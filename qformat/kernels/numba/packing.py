@@ -1,0 +1,135 @@
+"""Codes of 2, 3, 4 or 8 bits in a string of bits, and rows in runs of 32; compiled. Twin of ``plain/packing.py``.
+
+Kernels call `unpack_32` and `pack_32`; the number of bits is the same throughout a loop, so that choosing costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qformat.kernels.numba.compiler import U8, inline, kernel
+from qformat.kernels.numba.simd import (
+    count_up,
+    even_lanes,
+    join,
+    lane,
+    load,
+    load_as,
+    odd_lanes,
+    select_less,
+    store,
+    store_as,
+    to_u8,
+    to_u32,
+)
+
+WORD = np.uint32(0)
+
+
+@inline
+def _unpack_2(packed, at):
+    """Return 32 codes of 2 bits."""
+    shifts = count_up(16) * 2
+    return join(load_as(packed, at, WORD) >> shifts, load_as(packed, at + 4, WORD) >> shifts) & 3
+
+
+@inline
+def _unpack_3(packed, at):
+    """Return 32 codes of 3 bits: 8 codes in every 3 bytes."""
+    shifts = count_up(8) * 3
+    first = join(load_as(packed, at, WORD) >> shifts, load_as(packed, at + 3, WORD) >> shifts)
+    last = np.uint32(load_as(packed, at + 8, WORD) >> 8)  # not from at + 9, which reads past the end
+    return join(first, join(load_as(packed, at + 6, WORD) >> shifts, last >> shifts)) & 7
+
+
+@inline
+def _unpack_4(packed, at):
+    """Return 32 codes of 4 bits."""
+    shifts = count_up(8) * 4
+    first = join(load_as(packed, at, WORD) >> shifts, load_as(packed, at + 4, WORD) >> shifts)
+    return join(first, join(load_as(packed, at + 8, WORD) >> shifts, load_as(packed, at + 12, WORD) >> shifts)) & 15
+
+
+@inline
+def _unpack_8(packed, at):
+    """Return 32 codes of 8 bits."""
+    return to_u32(load(packed, at, 32))
+
+
+@inline
+def _join_lanes(codes, width):
+    """Return each pair of neighbours as one lane."""
+    return even_lanes(codes) | (odd_lanes(codes) << width)
+
+
+@inline
+def _pack_2(codes, packed, at):
+    """Store 32 codes of 2 bits."""
+    store(packed, at, to_u8(_join_lanes(_join_lanes(codes, 2), 4)))
+
+
+@inline
+def _pack_3(codes, packed, at):
+    """Store 32 codes of 3 bits."""
+    triples = _join_lanes(_join_lanes(_join_lanes(codes, 3), 6), 12)  # of bytes
+    first, second, third, fourth = lane(triples, 0), lane(triples, 1), lane(triples, 2), lane(triples, 3)
+    store_as(packed, at, np.uint32(first | (second << 24)))
+    store_as(packed, at + 4, np.uint32((second >> 8) | (third << 16)))
+    store_as(packed, at + 8, np.uint32((third >> 16) | (fourth << 8)))
+
+
+@inline
+def _pack_4(codes, packed, at):
+    """Store 32 codes of 4 bits."""
+    store(packed, at, to_u8(_join_lanes(codes, 4)))
+
+
+@inline
+def _pack_8(codes, packed, at):
+    """Store 32 codes of 8 bits."""
+    store(packed, at, to_u8(codes))
+
+
+@inline
+def unpack_32(packed, number, width):
+    """Return 32 codes of ``width`` bits, the run of this number, as a vector of uint32."""
+    if width == 4:
+        return _unpack_4(packed, 16 * number)
+    if width == 3:
+        return _unpack_3(packed, 12 * number)
+    if width == 2:
+        return _unpack_2(packed, 8 * number)
+    return _unpack_8(packed, 32 * number)
+
+
+@inline
+def pack_32(codes, packed, number, width):
+    """Store 32 codes, which have no more than ``width`` bits."""
+    if width == 4:
+        _pack_4(codes, packed, 16 * number)
+    elif width == 3:
+        _pack_3(codes, packed, 12 * number)
+    elif width == 2:
+        _pack_2(codes, packed, 8 * number)
+    else:
+        _pack_8(codes, packed, 32 * number)
+
+
+@kernel(f"void({U8}, uint8[::1], int64)")
+def unpack(packed, codes, width):
+    """Write codes of ``width`` bits, a multiple of 32 of them, one to a byte."""
+    for number in range(codes.size // 32):
+        store(codes, 32 * number, to_u8(unpack_32(packed, number, width)))
+
+
+@kernel(f"void({U8}, uint8[::1], int64)")
+def pack(codes, packed, width):
+    """Do the opposite of `unpack`; codes have no more than ``width`` bits."""
+    for number in range(codes.size // 32):
+        pack_32(to_u32(load(codes, 32 * number, 32)), packed, number, width)
+
+
+@inline
+def crop(values, count):
+    """Return the first ``count`` of 32 floats, and zeros."""
+    return select_less(count_up(32), count, values, np.float32(0.0))

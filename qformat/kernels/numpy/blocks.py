@@ -1,0 +1,76 @@
+"""What the numpy kernels of block formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.kernels.numpy.floats import add_rows, peak_f32
+
+U8 = NDArray[np.uint8]
+U16 = NDArray[np.uint16]
+F32 = NDArray[np.float32]
+
+Bools = NDArray[np.bool_]
+#: takes blocks of 32 values and what a search chose for each, and fills in their bytes; returns the decoded values, where a scale
+#: overflows and where all that is stored vanishes
+Encode = Callable[..., tuple[F32, Bools, Bools]]
+
+LANES = 16
+_CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
+
+
+@np.errstate(all="ignore")
+def quantize(
+    encode: Encode, x: F32 | U16, blocks: U8, block_bytes: int, lanes: NDArray[np.float64], *chosen: NDArray[Any]
+) -> tuple[int, int, int, int]:
+    """Encode blocks of 32 and measure the error; the arguments and results are those of a compiled ``quantize``."""
+    packed = blocks.reshape(-1, block_bytes)
+    peak = largest = overflowed = zeroed = 0
+    for start in range(0, x.size, _CHUNK):
+        part = x[start : start + _CHUNK]
+        source: F32 = (
+            (part.astype(np.uint32) << 16).view(np.float32) if part.dtype == np.uint16 else part.view(np.float32)
+        )
+        values = source.reshape(-1, 32)
+        here = slice(start // 32, start // 32 + len(values))
+        decoded, too_large, too_small = encode(values, packed[here], *(array[here] for array in chosen))
+        error = values - decoded
+        peak = max(peak, peak_f32(source))
+        largest = max(largest, add_error(error, lanes))
+        overflowed += int(too_large.sum())
+        zeroed += int((too_small.reshape(-1) & values.any(axis=1)).sum())
+    return peak, largest, overflowed, zeroed
+
+
+@np.errstate(all="ignore")
+def measure(x: F32, decoded: F32, lanes: NDArray[np.float64]) -> int:
+    """Add the squared errors of whole blocks to ``lanes``; return the bits of the largest error."""
+    return add_error(x - decoded, lanes)
+
+
+def add_error(error: F32, lanes: NDArray[np.float64]) -> int:
+    """Add the squares of errors, taken 32 by 32, to ``lanes``; return the bits of the largest."""
+    squares = (error * error).reshape(-1, 32)
+    add_rows((squares[:, :16] + squares[:, 16:]).astype(np.float64), lanes)
+    return peak_f32(error.reshape(-1))
+
+
+def reciprocal(values: F32, scale: F32) -> tuple[F32, NDArray[np.bool_]]:
+    """Return 1 / scale (0 for 0), and where codes may be used: where that and the values are finite."""
+    inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    return inverse, np.isfinite(inverse) & np.isfinite(values).all(axis=1, keepdims=True)
+
+
+def first_largest(values: F32) -> F32:
+    """Return the first value of largest magnitude of each block, with its sign."""
+    first = np.abs(values).view(np.uint32).argmax(axis=1)[:, None]
+    return np.take_along_axis(values, first, axis=1)
+
+
+def scales(packed: U8) -> F32:
+    """Return the scales that the blocks begin with."""
+    return np.ascontiguousarray(packed[:, :2]).view(np.float16).astype(np.float32)

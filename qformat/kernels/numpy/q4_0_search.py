@@ -1,0 +1,67 @@
+"""What the searches for the scales of Q4_0 blocks share, in numpy. Twin of ``jit/q4_0_search.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.kernels.numpy.blocks import F32, U16, first_largest
+
+U32 = NDArray[np.uint32]
+
+SMALLEST = 0x33000000
+HALF_INFINITY = 0x7C00
+
+
+@np.errstate(all="ignore")
+def search(x: F32, scales: U16, choose: Callable[[F32, F32], U32], chunk: int) -> None:
+    """Let `choose` choose scales for blocks, `chunk` at a time, and their first largest weights; mend what is special."""
+    blocks = x.reshape(-1, 32)
+    for start in range(0, len(blocks), chunk):
+        values = blocks[start : start + chunk]
+        first = first_largest(values)[:, 0]
+        best = choose(values, first)
+        alone, one_sign = _one_magnitude(values, first)
+        if alone.any():
+            best[alone] = _for_one_magnitude(first, one_sign)[alone]
+        naive = half_bits(first * np.float32(-0.125)) & 0x7FFF
+        best = np.where(naive >= HALF_INFINITY, naive, best)
+        scales[start : start + chunk] = np.where(np.abs(first).view(np.uint32) > SMALLEST, best, 0)
+
+
+def _one_magnitude(values: F32, first: F32) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return where all weights that are not zero have one magnitude, and where they have one sign."""
+    zero = np.abs(values) == 0
+    same = np.abs(values).view(np.uint32) == np.abs(first).view(np.uint32)[:, None]
+    same_sign = values.view(np.uint32) == first.view(np.uint32)[:, None]
+    return (zero | same).all(axis=1), (zero | same_sign).all(axis=1)
+
+
+def _for_one_magnitude(first: F32, one_sign: NDArray[np.bool_]) -> U32:
+    size = np.abs(first)
+    negative = ((first.view(np.uint32) >> 16) & 0x8000) ^ 0x8000
+    best = half_bits(size)
+    rest = np.abs(size - from_half_bits(best))
+    for k in range(2, 9):
+        nearest = half_bits(size / np.float32(k))
+        for step in range(3):
+            half = np.maximum(nearest + 2 - step, 1) - 1
+            left = np.abs(size - from_half_bits(half) * np.float32(k))
+            if k == 8:
+                half = half | negative
+                left = np.where(one_sign, left, size)
+            best = np.where(left < rest, half, best)
+            rest = np.where(left < rest, left, rest)
+    return best
+
+
+def half_bits(x: NDArray[np.floating]) -> U32:
+    """Return floats rounded to binary16 as patterns."""
+    return x.astype(np.float16).view(np.uint16).astype(np.uint32)
+
+
+def from_half_bits(half: U32) -> F32:
+    """Return the floats that binary16 patterns stand for."""
+    return half.astype(np.uint16).view(np.float16).astype(np.float32)

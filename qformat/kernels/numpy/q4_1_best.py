@@ -1,0 +1,11 @@
+"""Search ``best`` for Q4_1 blocks, in numpy. Twin of ``jit/q4_1_best.py``."""
+
+from __future__ import annotations
+
+from qformat.kernels.numpy.blocks import F32, U16
+from qformat.kernels.numpy.q4_1_search import search
+
+
+def choose(x: F32, scales: U16, minima: U16) -> None:
+    """Choose scales and minima for blocks of 32, from many starts."""
+    search(x, scales, minima, thorough=True)

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qformat
+from qformat.codecs import base
+from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.raw import Raw
+from qformat.codecs.registry import codec_of, codecs, parse_type, register
+from qformat.dtypes import DTYPES, F32, Elements
+from qformat.errors import FormatError, TypeSpecError
+from qformat.records import Segment, TensorRecord
+
+ENTROPY_CODED = ("ternary", "levels", "lossless", "scm")
+COPIED = ("fp8", "ggml")  # never made of floats
+
+
+def round_trip(tmp_path, array, types, **options):
+    path = tmp_path / "x.qf"
+    qformat.save_file({"x": array}, path, types, overwrite=True, **options)
+    with qformat.safe_open(path) as f:
+        return f.get_tensor("x"), f.info("x")
+
+
+def test_ids_are_those_of_the_specification():
+    assert set(codecs()) == {
+        *DTYPES,
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
+        "affine",
+        "lut",
+        "nlm",
+        *ENTROPY_CODED,
+        *COPIED,
+    }
+
+
+def test_an_id_cannot_be_taken_twice():
+    with pytest.raises(ValueError, match="already taken by Q4_0"):
+        register(type("Other", (Raw,), {"id": "q4_0"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "q4_00",
+            "there is no codec 'q4_00'; the types for weights are affine, bf16, f16, f32, f64, levels, lossless, lut, nlm, q4_0",
+        ),
+        ("", "there is no codec ''"),
+        ("q4_0:", "no parameter ''"),
+        ("q4_0:depth=3", "q4_0 has no parameter 'depth'; it knows coded, search"),
+        ("f32:x=1", "f32 has no parameter 'x'; it has none"),
+        ("q4_0:search=best", "search may be naive or table or exact, not 'best'"),
+        ("q4_0:search", "give search once"),
+        ("q4_0:search=naive,search=naive", "give search once"),
+        ("q4_0:,", "no parameter ''"),
+    ],
+)
+def test_malformed_types_are_explained(text, message):
+    with pytest.raises(TypeSpecError) as caught:
+        parse_type(text)
+    assert message in str(caught.value)
+
+
+def test_types_print_as_they_are_written():
+    assert str(parse_type("q4_0")) == str(parse_type("q4_0:search=table")) == "q4_0"
+    assert str(parse_type("q4_0:search=exact")) == "q4_0:search=exact"
+    assert str(parse_type("bf16")) == "bf16"
+
+
+@given(st.integers(0, 50), st.integers(0, 3_000_000), st.sampled_from([1, 32]))
+def test_chunks_cover_a_matrix_once_in_order(rows, cols, block):
+    matrix = Matrix(rows, cols)
+    position = 0
+    for chunk in chunks(matrix, block):
+        elements = chunk.elements(matrix)
+        assert elements.start == position
+        assert 0 < elements.stop - elements.start <= base.CHUNK_ELEMENTS
+        assert chunk.col % block == 0
+        assert (chunk.col, chunk.cols) == (0, cols) or chunk.rows == 1
+        position = elements.stop
+    assert position == rows * cols
+
+
+#: type strings that give gguf's bytes, by gguf's name
+NAIVE = {"Q4_0": "q4_0:search=naive", "Q4_1": "q4_1:search=naive", "Q5_0": "q5_0", "Q5_1": "q5_1", "Q8_0": "q8_0"}
+
+
+@pytest.mark.parametrize("name", NAIVE)
+@pytest.mark.parametrize("shape", [(3, 64), (5, 341), (7, 1), (8, 5, 3), (2, 2, 2, 40), (33,), (), (0, 32), (4, 0)])
+def test_blocks_take_every_shape_and_fill_up_rows(tmp_path, shape, name):
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    decoded, info = round_trip(tmp_path, x, {"x": NAIVE[name]})
+    kind = gguf.GGMLQuantizationType[name]
+    matrix = Matrix.of(shape)
+    padded = np.zeros((matrix.rows, -(-matrix.cols // 32) * 32), np.float32)
+    padded[:, : matrix.cols] = x.reshape(matrix.rows, matrix.cols)
+    if name.endswith("1") and x.size:  # these cannot store a zero anywhere, and repeat the last element
+        padded[:, matrix.cols :] = padded[:, matrix.cols - 1 : matrix.cols]
+    with np.errstate(all="ignore"):
+        blocks = gguf.quants.quantize(padded, kind) if x.size else np.zeros((0, 18), np.uint8)
+        expected = gguf.quants.dequantize(blocks, kind) if x.size else padded
+    np.testing.assert_array_equal(decoded, expected[: matrix.rows, : matrix.cols].reshape(shape))
+    assert info.nbytes == blocks.size
+    if x.size:
+        error = (x - decoded).astype(np.float64)
+        assert info.error.rmse == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-6)
+        assert info.error.maximum == pytest.approx(np.abs(error).max(), rel=1e-6)
+
+
+def test_a_row_longer_than_a_chunk_is_cut_within(tmp_path, monkeypatch):
+    x = np.random.default_rng(2).standard_normal((3, 1000)).astype(np.float32)
+    whole, info = round_trip(tmp_path, x, "q4_0")
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 96)
+    cut, cut_info = round_trip(tmp_path, x, "q4_0")
+    np.testing.assert_array_equal(whole, cut)
+    assert info.segments[0].sha256 == cut_info.segments[0].sha256
+    assert cut_info.error.rmse == pytest.approx(info.error.rmse, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_every_real_weight_is_quantized_as_by_gguf(minilm, reference, tmp_path, name):
+    from safetensors.numpy import load_file
+
+    source = load_file(minilm / "model.safetensors")
+    kind = gguf.GGMLQuantizationType[name]
+    qformat.save_file(source, tmp_path / "x.qf", NAIVE[name])
+    file = reference.read((tmp_path / "x.qf").read_bytes())
+    count = 0
+    with qformat.safe_open(tmp_path / "x.qf") as f:
+        for key, tensor in file.tensors.items():
+            if tensor.codec == name.lower():
+                expected = gguf.quants.quantize(source[key], kind)
+                assert tensor.segments[0][1] == expected.tobytes()
+                np.testing.assert_array_equal(f.get_tensor(key), gguf.quants.dequantize(expected, kind))
+                count += 1
+    assert count == 40
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_narrowing_rounds_and_records_the_error(tmp_path, dtype):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(3).standard_normal((40, 50)).astype(np.float32)
+    decoded, info = round_trip(tmp_path, x, dtype)
+    expected = torch.from_numpy(x).to({"f16": torch.float16, "bf16": torch.bfloat16}[dtype]).float().numpy()
+    np.testing.assert_array_equal(decoded.astype(np.float32), expected)
+    error = (x - expected).astype(np.float64)
+    assert info.error.rmse == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-6)
+    assert info.error.maximum == pytest.approx(np.abs(error).max(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("source", "stored"), [("float16", "f32"), ("float32", "f64"), ("float16", "f64")])
+def test_widening_keeps_every_value(tmp_path, source, stored):
+    x = np.random.default_rng(3).standard_normal((4, 5)).astype(source)
+    decoded, info = round_trip(tmp_path, x, stored)
+    np.testing.assert_array_equal(decoded, x)
+    assert info.error is None
+
+
+def test_float64_is_rounded_to_float32(tmp_path):
+    x = np.random.default_rng(3).standard_normal((4, 5))
+    decoded, info = round_trip(tmp_path, x, "f32")
+    np.testing.assert_array_equal(decoded, x.astype(np.float32))
+    error = x - x.astype(np.float32)
+    assert info.error.rmse == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-9)
+    assert info.error.maximum == pytest.approx(np.abs(error).max(), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["f8_e4m3", "f8_e5m2"])
+def test_every_float8_has_the_value_that_torch_gives_it(dtype):
+    torch = pytest.importorskip("torch")
+    patterns = np.arange(256, dtype=np.uint8)
+    kind = {"f8_e4m3": torch.float8_e4m3fn, "f8_e5m2": torch.float8_e5m2}[dtype]
+    expected = torch.from_numpy(patterns).view(kind).float().numpy()
+    np.testing.assert_array_equal(Elements(DTYPES[dtype], patterns).to_f32(), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, dtype in DTYPES.items() if dtype.floating])
+def test_every_pattern_that_is_not_finite_is_found(name):
+    dtype = DTYPES[name]
+    storage = np.dtype(f"u{dtype.size}")
+    bits = 8 * dtype.size
+    count = min(bits, 16)
+    patterns = (np.arange(1 << count, dtype=np.uint64) << np.uint64(bits - count)).astype(storage)
+    values = patterns.view(dtype.storage)
+    finite = np.isfinite(Elements(dtype, values).to_f32()) if dtype.size < 4 else np.isfinite(values)
+    for value, good in zip(values[::7], finite[::7], strict=True):
+        assert Elements(dtype, np.array([value, value], dtype.storage)).all_finite() == good
+
+
+def record(**changes):
+    x = TensorRecord("x", (2, 64), "f32", "q4_0", {}, (Segment("blocks", 64, 72, "0" * 64),))
+    error = qformat.codecs.base.MeasuredError(0.0, 0.0)
+    return replace(x, **({"error": error} | changes))
+
+
+def test_a_good_record_has_a_codec():
+    assert codec_of(record()).id == "q4_0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codec": "q9"}, "unknown codec 'q9'"),
+        ({"dtype": "f9"}, "unknown dtype 'f9'"),
+        ({"dtype": "i32"}, "q4_0 cannot hold i32"),
+        ({"params": {"deep": 1}}, "parameter 'deep' is unknown"),
+        ({"error": None}, "an error is recorded where none can be, or missing"),
+        ({"shape": (2, 65)}, "needs segments"),
+        ({"segments": ()}, "needs segments"),
+        ({"refusal": "tensor 'x' needs more"}, "needs more"),
+    ],
+)
+def test_an_impossible_record_is_refused(changes, message):
+    with pytest.raises(FormatError) as caught:
+        codec_of(record(**changes))
+    assert message in str(caught.value)
+    assert "'x'" in str(caught.value)
+
+
+def test_a_new_codec_is_one_class(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Halved(Raw):
+        id = "halved"
+        decoded = F32
+
+    monkeypatch.setitem(qformat.codecs.registry._codecs, "halved", Halved)
+    decoded, info = round_trip(tmp_path, np.ones((2, 2), np.float32), "halved")
+    assert info.codec == "halved"
+    np.testing.assert_array_equal(decoded, 1)

@@ -1,0 +1,254 @@
+"""``coded=true``: the same blocks, in fewer bytes; and what chunked tensors of all kinds have in common in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import qformat
+from qformat.cli import cli
+from qformat.codecs.base import Chunk, Matrix, chunks
+from qformat.codecs.registry import codec_of, parse_type
+from qformat.dtypes import F32, from_array
+from qformat.errors import FormatError
+from qformat.readers.torch import load_file
+from tests.build import Draft, segment
+from tests.container.test_hostile import bounded_memory, compare_readers
+
+BLOCKS = ("q4_0", "q4_0:search=exact", "q4_1", "q5_0", "q5_1", "q8_0", "nlm", "nlm:block=64", "nlm:block=128")
+CHUNKED = ("q4_0:coded=true", "q5_1:coded=true", "ternary:scale=tensor", "levels:n=7,scale=group,group=64", "lossless")
+SHAPES = {
+    "a": (40, 96),
+    "odd": (7, 341),
+    "vector": (50,),
+    "one": (1, 1),
+    "none": (0, 64),
+    "long": (2, 600_000),
+    "deep": (8, 5, 3),
+}
+every_block = pytest.mark.parametrize("type_", BLOCKS)
+every_chunked = pytest.mark.parametrize("type_", CHUNKED)
+
+
+def coded(type_: str) -> str:
+    return f"{type_}{',' if ':' in type_ else ':'}coded=true"
+
+
+def tensors() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(4)
+    return {name: rng.normal(0, 0.05, shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, bytes]:
+    """A small file of each chunked type."""
+    folder = tmp_path_factory.mktemp("chunked")
+    found = {}
+    for number, type_ in enumerate(CHUNKED):
+        path = folder / f"{number}.qf"
+        some = {name: array for name, array in tensors().items() if name in ("a", "odd", "none")}
+        some["two"] = np.sign(np.arange(600_001) % 1000).astype(np.float32)  # two chunks of few bytes
+        qformat.save_file(some, path, {"*": type_})
+        found[type_] = path.read_bytes()
+    return found
+
+
+@every_block
+def test_the_blocks_are_those_of_the_type(type_, tmp_path):
+    paths = [tmp_path / "plain.qf", tmp_path / "coded.qf"]
+    for path, chosen in zip(paths, (type_, coded(type_)), strict=True):
+        qformat.save_file(tensors(), path, {"*": chosen})
+    with qformat.safe_open(paths[0]) as plain, qformat.safe_open(paths[1]) as small:
+        for name, shape in SHAPES.items():
+            info, other = plain.info(name), small.info(name)
+            assert (info.codec, info.encoder, info.error) == (other.codec, other.encoder, other.error)
+            assert other.params == {**info.params, "coded": True}
+            np.testing.assert_array_equal(plain.get_tensor(name), small.get_tensor(name))
+            if len(shape) > 1 and shape[0]:
+                rows = [shape[0] - 1, 0]
+                np.testing.assert_array_equal(small.get_rows(name, rows), plain.get_tensor(name)[rows])
+        assert small.info("long").nbytes < plain.info("long").nbytes
+    state = [load_file(path) for path in paths]
+    assert all((state[0][name] == state[1][name]).all() for name in SHAPES)
+
+
+@every_block
+def test_counts_are_those_of_the_blocks(type_):
+    array = from_array(np.random.default_rng(1).normal(size=(50, 100)).astype(np.float32))
+    counts = []
+    for codec in (parse_type(type_), parse_type(coded(type_))):
+        encoded = codec.encode(array)
+        assert (encoded.entropy > 0) == codec.chunked
+        counts.append(codec.histograms(encoded.parts, Chunk(0, 50, 0, 100)))
+    assert counts[0].keys() == counts[1].keys()
+    for name in counts[0]:
+        np.testing.assert_array_equal(counts[0][name], counts[1][name])
+
+
+def test_real_weights_shrink_as_their_entropy_says(minilm):
+    found = CliRunner().invoke(
+        cli,
+        ["quantize-stats", str(minilm), "--include", "layer.0", "--json", "-"]
+        + [f"-t{type_}" for type_ in ("q4_0:search=naive,coded=true", "q4_1:search=naive,coded=true")]
+        + ["-tq8_0:coded=true", "-tq4_0"],
+    )
+    totals = {total["type"]: total for total in json.loads(found.stdout)["totals"]}
+    for type_, most in (("q4_0", 4.2), ("q4_1", 4.6), ("q8_0", 8.1)):
+        total = next(total for name, total in totals.items() if name.startswith(type_) and total["entropy"])
+        assert total["entropy"] < total["bpw"] < 1.01 * total["entropy"]
+        assert total["bpw"] < most
+    assert totals["q4_0"]["entropy"] is None
+
+
+# ---- records
+
+
+@pytest.mark.parametrize("value", [False, 1, "true", None])
+def test_coded_is_true_or_not_there(value, tmp_path):
+    qformat.save_file({"x": np.ones((2, 32), np.float32)}, tmp_path / "x.qf", "q4_0:coded=true")
+    with qformat.safe_open(tmp_path / "x.qf") as f:
+        record = f.info("x")
+    assert codec_of(record).chunked
+    with pytest.raises(FormatError, match="coded has an impossible value"):
+        codec_of(replace(record, params={"coded": value}))
+    with pytest.raises(FormatError, match="needs segments"):
+        codec_of(replace(record, params={}))
+    qformat.save_file({"x": np.ones((2, 32), np.float32)}, tmp_path / "y.qf", "q4_0:coded=false")
+    with qformat.safe_open(tmp_path / "y.qf") as f:
+        assert f.info("x").params == {}
+
+
+@every_chunked
+def test_a_small_file_cannot_ask_for_much_memory(type_, tmp_path):
+    codec = parse_type(type_)
+    shape = (500_000, 256)
+    lengths = dict(codec.segments(Matrix.of(shape)))
+    content = {name: bytes(length if length is not None else 1000) for name, length in lengths.items()}
+    record = {
+        "name": "x",
+        "shape": list(shape),
+        "dtype": "f32",
+        "codec": codec.id,
+        "params": dict(codec.params()),
+        "segments": [segment(name, data) for name, data in content.items()],
+    }
+    if not codec.is_lossless(F32):
+        record["error"] = {"rmse": "0.000000000e+00", "max": "0.000000000e+00"}
+    path = tmp_path / "x.qf"
+    path.write_bytes(Draft(tensors=[record]).pack())
+    with bounded_memory(8 << 20), qformat.safe_open(path) as f, pytest.raises(FormatError, match="needs segments"):
+        f.get_tensor("x")
+    compare_readers(path, path.read_bytes())
+
+
+@every_chunked
+def test_lengths_of_chunks_have_to_fit(type_, files, tmp_path):
+    for change in ("sum", "shift", "huge"):
+        draft = Draft.of(files[type_])
+        record = next(tensor for tensor in draft.index["tensors"] if tensor["name"] == "two")
+        place = record["segments"][1]
+        start = place["offset"] - len(draft.header)
+        lengths = np.frombuffer(draft.body[start : start + place["length"]], "<u4").copy()
+        assert lengths.size == 2
+        first, second = lengths.tolist()
+        lengths[:] = {"sum": [first, second + 1], "shift": [first + 1, second - 1], "huge": [2**32 - 1] * 2}[change]
+        _put(draft, place, lengths.tobytes())
+        path = tmp_path / "x.qf"
+        package, _ = compare_readers(path, draft.pack())
+        assert ("tensor", "two") in package.errors
+        with qformat.safe_open(path) as f:
+            with pytest.raises(FormatError, match="'two' is damaged"):
+                f.get_tensor("two")
+            f.get_tensor("a")
+
+
+def _put(draft: Draft, record: dict, content: bytes) -> None:
+    """Put other bytes into a segment."""
+    start = record["offset"] - len(draft.header)
+    draft.body = draft.body[:start] + content + draft.body[start + len(content) :]
+    record["sha256"] = hashlib.sha256(content).hexdigest()
+
+
+# ---- conversion
+
+
+@every_chunked
+def test_a_dry_run_knows_the_size(type_, tmp_path):
+    save_file({name: array for name, array in tensors().items() if array.size}, tmp_path / "x.safetensors")
+    common = ["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "x.qf"), "-t", type_, "--json"]
+    runner = CliRunner()
+    predicted = json.loads(runner.invoke(cli, [*common, "--dry-run"]).stdout)
+    assert not (tmp_path / "x.qf").exists()
+    written = json.loads(runner.invoke(cli, common).stdout)
+    assert predicted["bytes"] == written["bytes"] == (tmp_path / "x.qf").stat().st_size
+    assert predicted["bpw"] == written["bpw"]
+    assert predicted["root_sha256"] is None
+    shown = json.loads(runner.invoke(cli, ["inspect", str(tmp_path / "x.qf"), "--json"]).stdout)
+    assert shown["total"]["bpw"] == written["bpw"]
+    assert runner.invoke(cli, ["verify", str(tmp_path / "x.qf")]).exit_code == 0
+
+
+def test_the_bytes_depend_on_nothing_but_the_weights(tmp_path):
+    types = [*CHUNKED, *(coded(type_) for type_ in ("q4_1:search=naive", "q5_0", "q8_0", "nlm"))]
+    script = """
+import sys
+from tests.codecs.test_coded_blocks import tensors
+import qformat
+some = {name: array for name, array in tensors().items() if name != "long"}
+for number, type_ in enumerate(sys.argv[2:]):
+    qformat.save_file(some, f"{sys.argv[1]}{number}.qf", {"*": type_})
+"""
+    for kernels in ("numba", "numpy"):
+        environment = os.environ | {"QFORMAT_KERNELS": kernels}
+        command = [sys.executable, "-W", "error", "-c", script, tmp_path / kernels, *types]
+        subprocess.run(command, check=True, env=environment)
+    for number, type_ in enumerate(types):
+        contents = [(tmp_path / f"{kernels}{number}.qf").read_bytes() for kernels in ("numba", "numpy")]
+        assert contents[0] == contents[1], type_
+        for jobs in (1, 4):
+            qformat.save_file(tensors(), tmp_path / f"{jobs}.qf", {"*": type_}, jobs=jobs, overwrite=True)
+        assert (tmp_path / "1.qf").read_bytes() == (tmp_path / "4.qf").read_bytes(), type_
+
+
+@pytest.mark.parametrize(("size", "header"), [(22, 2), (24, 4)])
+@pytest.mark.parametrize("kind", ["jit", "plain"])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_codes_of_5_bits_are_taken_out_and_put_back(kind, size, header, seed):
+    kernels = importlib.import_module(f"qformat.kernels.{kind}.codes_5")
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (int(rng.integers(1, 20)), size)).astype(np.uint8)
+    guarded = np.full(32 * len(blocks) + 64, 77, np.uint8)
+    kernels.unpack(blocks.reshape(-1), size, header, guarded[:-64])
+    assert (guarded[-64:] == 77).all()
+    fifth = np.unpackbits(blocks[:, header : header + 4], axis=1, bitorder="little")
+    nibbles = blocks[:, header + 4 :]
+    expected = np.hstack([nibbles & 15, nibbles >> 4]) + 16 * fifth
+    np.testing.assert_array_equal(guarded[:-64].reshape(-1, 32), expected)
+    again = np.zeros((len(blocks) + 1, size), np.uint8)
+    again[:-1, :header] = blocks[:, :header]
+    kernels.pack(guarded[:-64], again[:-1].reshape(-1), size, header)
+    np.testing.assert_array_equal(again[:-1], blocks)
+    assert not again[-1].any()
+
+
+@every_chunked
+def test_chunks_are_counted_without_going_through_them(type_):
+    codec = parse_type(type_)
+    for shape in [*SHAPES.values(), (3, 524_288), (3, 524_289), (1_000_000, 1), (1, 1_048_576)]:
+        matrix = Matrix.of(shape)
+        count = len(list(chunks(matrix, codec.chunk_alignment(matrix))))
+        assert dict(codec.segments(matrix))["lengths"] == 4 * count
+    huge = Matrix(1 << 60, 3)
+    assert dict(codec.segments(huge))["lengths"] > 1 << 40

@@ -1,0 +1,97 @@
+"""The codec `ggml`; that every type decodes as the gguf package does it is in test_gguf.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from qformat import safe_open
+from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.ggml import GGML_BLOCKS, Ggml
+from qformat.codecs.registry import codec_of, parse_type
+from qformat.converters.convert import convert
+from qformat.errors import FormatError, TypeSpecError
+from qformat.pipeline.recipe import Recipe
+from qformat.pipeline.source import Checkpoint
+from qformat.records import MeasuredError, Segment, TensorRecord
+from tests.converters.test_copied import Codes
+from tests.converters.test_gguf import random_blocks
+
+RECORD = TensorRecord(
+    "t",
+    (3, 256),
+    "f32",
+    "ggml",
+    {"type": "q4_k"},
+    (Segment("blocks", 64, 3 * 144, "0" * 64),),
+    error=MeasuredError(0.0, 0.0),
+)
+
+
+def replaced(**changes):
+    return TensorRecord(**({name: getattr(RECORD, name) for name in RECORD.__dataclass_fields__} | changes))
+
+
+def test_it_cannot_be_asked_for():
+    for text in ("ggml", "ggml:type=q4_k"):
+        with pytest.raises(TypeSpecError, match="ggml holds only tensors that are quantized already"):
+            parse_type(text)
+
+
+def test_records_are_checked():
+    assert codec_of(RECORD) == Ggml("q4_k")
+    for params in ({}, {"type": "Q4_K"}, {"type": "q4_0"}, {"type": 12}, {"type": "q4_k", "coded": True}):
+        with pytest.raises(FormatError, match="codec ggml"):
+            codec_of(replaced(params=params))
+    for shape, dtype in (((3, 257), "f32"), ((2, 256), "f32"), ((3, 256), "i32")):
+        with pytest.raises(FormatError):
+            codec_of(replaced(shape=shape, dtype=dtype))
+    with pytest.raises(FormatError, match="an error is recorded where none can be, or missing"):
+        codec_of(replaced(error=None))
+
+
+@pytest.mark.parametrize("name", ["q4_k", "iq4_nl", "nvfp4"])
+def test_rows_of_any_length(tmp_path, name):
+    unit = GGML_BLOCKS[name][0]
+    data = random_blocks(name, 3, 3)
+    values = dequantize(data, GGMLQuantizationType[name.upper()])
+    path = tmp_path / "a.qf"
+    convert(Checkpoint([Codes("w", (3, 3 * unit - 5), Ggml(name), (data.tobytes(),))]), path, Recipe())
+    with safe_open(path) as file:
+        assert np.array_equal(file.get_tensor("w"), values[:, :-5])
+        assert np.array_equal(file.get_rows("w", [2]), values[2:, :-5])
+
+
+def test_chunks_hold_whole_blocks():
+    codec = Ggml("q6_k")
+    for shape in ((5000, 512), (3, 1_000_192), (256,)):
+        matrix = Matrix.of(shape)
+        spans = [codec.spans(matrix, chunk)[0] for chunk in chunks(matrix, codec.chunk_alignment(matrix))]
+        assert spans[0].start == 0
+        assert spans[-1].stop == codec.nbytes(shape)
+        assert all(before.stop == after.start for before, after in pairwise(spans))
+
+
+def test_the_package_is_imported_to_decode_only(tmp_path):
+    path = tmp_path / "a.qf"
+    convert(Checkpoint([Codes("w", (1, 256), Ggml("q4_k"), (bytes(144),))]), path, Recipe())
+    code = f"""if True:
+        import sys, subprocess
+        from click.testing import CliRunner
+        from qformat.cli import cli
+        for arguments in (["--help"], ["export", "--help"], ["inspect", {str(path)!r}], ["verify", {str(path)!r}]):
+            assert CliRunner().invoke(cli, arguments).exit_code == 0, arguments
+        print([name for name in ("gguf", "torch", "numba") if name in sys.modules])
+    """
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_nothing_decodes_to_nothing():
+    out = np.empty((1, 0), np.float32)
+    Ggml("q4_k").decode((b"",), out)

@@ -1,0 +1,526 @@
+"""What is exported: judged by the libraries that read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from click.testing import CliRunner
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize, quantize
+
+from qformat import safe_open
+from qformat.cli import cli
+from qformat.converters.arrays import ArrayTensor
+from qformat.converters.convert import convert
+from qformat.converters.exports.export import export
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.converters.sources.gguf import open_gguf
+from qformat.dtypes import DTYPES, F32, Elements, from_array
+from qformat.errors import FormatError, QualityError, SourceError, TargetError, TypeSpecError
+from qformat.pipeline.recipe import Recipe
+from qformat.pipeline.source import Checkpoint
+from qformat.readers.torch import TORCH_DTYPES, load_file
+from tests.converters.test_gguf import Draft, pair, random_blocks, store, string, u32, write
+
+RNG = np.random.default_rng(0)
+W = RNG.normal(size=(70, 64)).astype(np.float32)
+
+
+def q(path: Path, tensors: dict[str, Any], types: Any = None, *, assets: Any = None, **kwargs: Any) -> Path:
+    recipe = Recipe.parse(None, types) if isinstance(types, dict) else Recipe.parse(types)
+    sources = [
+        ArrayTensor(name, array if isinstance(array, Elements) else from_array(array))
+        for name, array in tensors.items()
+    ]
+    readers = {name: data.__bytes__ for name, data in (assets or {}).items()}
+    convert(Checkpoint(sources, readers), path, recipe, overwrite=True, **kwargs)
+    return path
+
+
+def as_(array: Any, dtype: str) -> Elements:
+    return Elements(DTYPES[dtype], Elements(F32, array).cast(DTYPES[dtype]))
+
+
+# --- safetensors -------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_keep_their_dtype(tmp_path):
+    tensors = {
+        "f32": W,
+        "f16": W.astype(np.float16),
+        "f64": W.astype(np.float64),
+        "bf16": as_(W, "bf16"),
+        "i8": np.arange(-5, 6, dtype=np.int8),
+        "u16": np.arange(3, dtype=np.uint16),
+        "bool": np.array([True, False, True]),
+        "scalar": np.asarray(np.float32(3.5)),
+        "none": np.zeros((0, 4), np.float32),
+        "nan": np.array([np.nan, np.inf], np.float32),
+    }
+    path = q(tmp_path / "a.qf", tensors, allow_nonfinite=True, metadata={"who": "me"})
+    result = export(path, tmp_path / "a.safetensors", "safetensors")
+    assert all(tensor.copied for tensor in result.tensors)
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "who": "me"}
+    found = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    expected = load_file(path)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        if name not in ("scalar", "none"):
+            assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "type_", ["q4_0", "q8_0:coded=true", "nlm", "affine", "lut", "levels", "ternary", "bf16", "scm:bpw=4"]
+)
+@pytest.mark.parametrize("source", ["f32", "f16", "bf16"])
+def test_quantized_tensors_get_the_dtype_that_they_had(tmp_path, type_, source):
+    path = q(tmp_path / "a.qf", {"w": as_(W, source), "v": as_(W[0], source)}, {"w": type_})
+    export(path, tmp_path / "a.safetensors", "safetensors")
+    found = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    with safe_open(path) as file:
+        values = torch.from_numpy(file.get_tensor("w", np.float32))
+    dtype = torch.bfloat16 if type_ == "bf16" else TORCH_DTYPES[source]
+    assert found["w"].dtype == dtype
+    assert torch.equal(found["w"], values.to(dtype))
+    for name in ("f32", "f16", "bf16"):
+        export(path, tmp_path / "a.safetensors", "safetensors", dtype=name, overwrite=True)
+        found = safetensors.torch.load_file(tmp_path / "a.safetensors")
+        stored = torch.bfloat16 if type_ == "bf16" else TORCH_DTYPES[name]  # numbers are not rounded again
+        assert torch.equal(found["w"], values.to(stored))
+        assert found["v"].dtype == TORCH_DTYPES[source]
+
+
+def test_lossless_tensors_come_back(tmp_path):
+    tensors = {dtype: as_(W, dtype) for dtype in ("f32", "f16", "bf16")}
+    path = q(
+        tmp_path / "a.qf", tensors | {"nan": np.full((2, 3), np.nan, np.float32)}, "lossless", allow_nonfinite=True
+    )
+    export(path, tmp_path / "a.safetensors", "safetensors", dtype="f16")
+    found = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    for name, elements in tensors.items():
+        assert found[name].view(torch.uint8).numpy().tobytes() == elements.data.tobytes()
+    assert torch.isnan(found["nan"]).all()
+
+
+def test_a_quality_of_layers(tmp_path):
+    path = q(tmp_path / "a.qf", {"w": W}, "scm")
+    export(path, tmp_path / "a.safetensors", "safetensors", quality=3)
+    with safe_open(path, quality=3) as file:
+        assert np.array_equal(safetensors.numpy.load_file(tmp_path / "a.safetensors")["w"], file.get_tensor("w"))
+    with pytest.raises(QualityError):
+        export(q(tmp_path / "b.qf", {"w": W}), tmp_path / "b.safetensors", "safetensors", quality=3)
+
+
+def test_many_chunks_and_any_number_of_threads(tmp_path):
+    tensors = {f"w{i}": RNG.normal(size=(3000, 500)).astype(np.float32) for i in range(3)}
+    path = q(tmp_path / "a.qf", tensors | {"long": np.ones((1, 1_100_000), np.float32)}, "q4_1")
+    for jobs in (1, 4):
+        export(path, tmp_path / f"{jobs}.safetensors", "safetensors", jobs=jobs)
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "4.safetensors").read_bytes()
+    found = safetensors.numpy.load_file(tmp_path / "1.safetensors")
+    with safe_open(path) as file:
+        for name in file.keys():  # noqa: SIM118  it is no mapping
+            assert np.array_equal(found[name], file.get_tensor(name))
+
+
+def test_values_that_do_not_fit_are_refused(tmp_path):
+    path = q(tmp_path / "a.qf", {"w": np.full((2, 32), 1e6, np.float32)}, "q8_0")
+    with pytest.raises(SourceError, match="'w' holds values too large for f16; choose another --dtype"):
+        export(path, tmp_path / "a.safetensors", "safetensors", dtype="f16")
+    path = q(tmp_path / "a.qf", {"w": np.full((2, 32), 1e-9, np.float32)}, "affine:scale=f32")
+    with pytest.raises(SourceError, match="'w' holds values too small for f16"):
+        export(path, tmp_path / "a.safetensors", "safetensors", dtype="f16")
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_safetensors_has_not(tmp_path):
+    path = q(tmp_path / "a.qf", {"__metadata__": W})
+    with pytest.raises(SourceError, match=r"'__metadata__' cannot be in a \.safetensors file"):
+        export(path, tmp_path / "x", "safetensors")
+
+
+def test_types_are_checked(tmp_path):
+    path = q(tmp_path / "a.qf", {"w": W})
+    for type_, to in (
+        ("q8_0", "safetensors"),
+        ("q4_0:coded=true", "gguf"),
+        ("nlm", "gguf"),
+        ("i8", "hf"),
+        ("xx", "hf"),
+    ):
+        with pytest.raises(TypeSpecError):
+            export(path, tmp_path / "x", to, dtype=type_)
+
+
+# --- care with the target ----------------------------------------------------------------------------------------------------
+
+
+def test_mode_follows_the_umask(tmp_path):
+    path = q(tmp_path / "a.qf", {"w": W}, assets={"config.json": b"{}"})
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        try:
+            export(path, tmp_path / "a.safetensors", "safetensors", overwrite=True)
+            export(path, tmp_path / "hf", "hf", overwrite=True)
+        finally:
+            os.umask(before)
+        for file in (
+            tmp_path / "a.safetensors",
+            tmp_path / "hf" / "model.safetensors",
+            tmp_path / "hf" / "config.json",
+        ):
+            assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+        assert stat.S_IMODE((tmp_path / "hf").stat().st_mode) == 0o777 & ~mask
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hf"])
+def test_what_stands_there_is_not_replaced_unasked(tmp_path, to):
+    path = q(tmp_path / "a.qf", {"w": W})
+    export(path, tmp_path / "out", to)
+    with pytest.raises(TargetError, match="exists already; use --force"):
+        export(path, tmp_path / "out", to)
+    export(path, tmp_path / "out", to, overwrite=True)
+    with pytest.raises(TargetError, match="is the file that is to be read, or a part of it"):
+        export(path, path, to, overwrite=True)
+    with pytest.raises(TargetError, match="does not exist"):
+        export(path, tmp_path / "no" / "out", to)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.qf", "out"]
+
+
+def test_a_directory_of_something_else_is_not_replaced(tmp_path):
+    path = q(tmp_path / "a.qf", {"w": W})
+    out = tmp_path / "out"
+    export(path, out, "hf", shard_size=100)
+    export(path, out, "hf", overwrite=True)  # other shards
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(TargetError, match=r"holds thesis\.txt, which would be lost"):
+        export(path, out, "hf", overwrite=True)
+    with pytest.raises(TargetError, match="is a directory"):
+        export(path, out, "safetensors", overwrite=True)
+    assert (out / "thesis.txt").read_text() == "mine"
+    with pytest.raises(TargetError, match="is not a directory"):
+        export(path, q(tmp_path / "b.qf", {"w": W}), "hf", overwrite=True)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hf", "gguf"])
+def test_damage_leaves_nothing(tmp_path, to):
+    source = write(tmp_path / "m.gguf", {"x": (random_blocks("q4_0", 40, 4), "q4_0")})
+    path = store(source) if to == "gguf" else q(tmp_path / "a.qf", {"x": W}, "q4_0", assets={"config.json": b"{}"})
+    with safe_open(path) as file:
+        at = file.info("x").segments[0].offset
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises((FormatError, SourceError), match="'x', segment 'blocks' is damaged"):
+        export(path, tmp_path / "out", to)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hf"])
+def test_the_rest_of_a_killed_run_is_taken_over(tmp_path, to):
+    path = q(tmp_path / "a.qf", {f"w{i}": W for i in range(4)})
+    code = f"""if True:
+        import time
+        from pathlib import Path
+        from qformat.converters.exports.export import export
+        wait = lambda n: (print(1, flush=True), time.sleep(99))
+        export(Path({str(path)!r}), Path({str(tmp_path / "out")!r}), {to!r}, progress=wait)
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(TargetError, match="another process is writing it"):
+            export(path, tmp_path / "out", to)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out").exists()
+    export(path, tmp_path / "out", to)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.qf", "out"]
+
+
+def test_a_directory_is_there_whatever_happens(tmp_path, monkeypatch):
+    path, out = q(tmp_path / "a.qf", {"w": W}, assets={"config.json": b"{}"}), tmp_path / "out"
+    export(path, out, "hf")
+    real = Path.rename
+
+    def rename(self: Path, target: Any) -> Any:
+        if self.name == "out.partial":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            export(path, out, "hf", overwrite=True)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.qf", "out"]
+    (tmp_path / "out.replaced").mkdir()
+    with pytest.raises(TargetError, match=r"out\.replaced: is in the way"):
+        export(path, out, "hf", overwrite=True)
+
+
+def test_what_is_in_the_way_stays(tmp_path):
+    path = q(tmp_path / "a.qf", {"w": W})
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    export(path, tmp_path / "out", "hf")  # an empty one is nobody's loss
+    partial.mkdir()
+    (partial / "x").write_text("mine")
+    with pytest.raises(TargetError, match="is in the way"):
+        export(path, tmp_path / "out", "hf", overwrite=True)
+    assert (partial / "x").read_text() == "mine"
+
+
+# --- gguf --------------------------------------------------------------------------------------------------------------------
+
+
+def natural_blocks(name: str, rows: int, cols: int) -> np.ndarray[Any, Any]:
+    """Return rows of blocks whose values are no larger than weights are."""
+    if name != "q6_k":
+        return quantize(RNG.normal(size=(rows, cols)).astype(np.float32), GGMLQuantizationType[name.upper()])
+    blocks = random_blocks(name, rows, cols // 256)
+    blocks.reshape(-1, 210)[:, -2:] = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+    return blocks
+
+
+def gguf_source(path: Path) -> dict[str, Any]:
+    tensors = {
+        "token_embd.weight": (natural_blocks("q8_0", 50, 128), "q8_0"),
+        "a.weight": (natural_blocks("q4_1", 60, 256), "q4_1"),
+        "b.weight": (natural_blocks("q6_k", 40, 256), "q6_k"),
+        "norm.weight": (RNG.normal(size=37).astype(np.float32), "f32"),
+        "c.weight": (RNG.normal(size=(5, 96)).astype(np.float16), "f16"),
+    }
+    write(path, tensors)
+    return tensors
+
+
+def read(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    reader = GGUFReader(path)
+    return reader, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def values(tensor: Any) -> np.ndarray[Any, Any]:
+    return dequantize(tensor.data, tensor.tensor_type)
+
+
+@pytest.mark.parametrize(
+    ("type_", "dtype", "kinds", "file_type"),
+    [
+        ("q4_0", None, "Q4_0 Q4_0 Q4_0 F32 Q4_0", 2),
+        ("q5_1:coded=true", None, "Q5_1 Q5_1 Q5_1 F32 Q5_1", 9),
+        ("nlm", None, "F16 F16 F16 F32 F16", 1),
+        ("scm:bpw=4", "bf16", "BF16 BF16 BF16 F32 BF16", 32),
+        ("affine", "q8_0", "Q8_0 Q8_0 Q8_0 F32 Q8_0", 7),
+        ("lossless", "q8_0", "Q8_0 Q8_0 Q8_0 F32 Q8_0", 7),
+        ("bf16", "q8_0", "Q8_0 Q8_0 Q8_0 F32 Q8_0", 7),
+        ("bf16", None, "BF16 BF16 BF16 F32 BF16", 32),
+        ("lut", "q4_0:search=naive", "Q4_0 Q4_0 Q4_0 F32 Q4_0", 2),
+    ],
+)
+def test_other_types(tmp_path, type_, dtype, kinds, file_type):
+    tensors = gguf_source(tmp_path / "m.gguf")
+    path = store(tmp_path / "m.gguf", type_)
+    export(path, tmp_path / "out.gguf", "gguf", dtype=dtype)
+    reader, found = read(tmp_path / "out.gguf")
+    assert list(found) == list(tensors)
+    assert " ".join(tensor.tensor_type.name for tensor in found.values()) == kinds
+    assert reader.fields["general.file_type"].contents() == file_type
+    assert reader.fields["tokenizer.ggml.tokens"].contents() == [f"tok{i}" for i in range(1000)]
+    assert (tmp_path / "out.gguf").stat().st_size % 32 == 0
+    before = read(tmp_path / "m.gguf")[1]
+    with safe_open(path) as file:
+        for name, tensor in found.items():
+            assert list(tensor.shape) == list(before[name].shape)
+            stored = file.get_tensor(name, np.float32)
+            made_of_numbers = type_ in ("lossless", "bf16") and dtype is not None and stored.ndim > 1
+            if file.info(name).codec in ("nlm", "affine", "lut", "scm") or made_of_numbers:
+                spread = float(np.abs(stored).max())
+                assert np.abs(values(tensor) - stored).max() <= spread / (8 if "Q4" in kinds else 100)
+            else:
+                assert np.array_equal(values(tensor), stored)
+    # and it is a file that comes back itself
+    again = store(tmp_path / "out.gguf")
+    export(again, tmp_path / "again.gguf", "gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("make", [natural_blocks, lambda name, rows, cols: random_blocks(name, rows, cols // 32)])
+def test_blocks_that_are_entropy_coded_come_back(tmp_path, make):
+    tensors = {name: (make(name, 700, 960), name) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")}
+    source = write(tmp_path / "m.gguf", tensors)
+    path = tmp_path / "m.qf"
+    recipe = Recipe.parse(None, [f"{name}={name}:coded=true" for name in tensors])
+    convert(open_gguf(source), path, recipe)
+    with safe_open(path) as file:
+        for name, (blocks, _) in tensors.items():
+            info = file.info(name)
+            assert dict(info.params) == {"coded": True}
+            assert (info.error.rmse, info.error.maximum) == (0, 0)
+            expected = dequantize(blocks, GGMLQuantizationType[name.upper()])
+            assert np.array_equal(file.get_tensor(name), expected)
+    export(path, tmp_path / "out.gguf", "gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == source.read_bytes()
+    if make is natural_blocks:
+        assert path.stat().st_size < 0.97 * source.stat().st_size
+
+
+def test_mostly_the_same_type_keeps_what_the_file_says(tmp_path):
+    gguf_source(tmp_path / "m.gguf")
+    path = tmp_path / "m.qf"
+    convert(open_gguf(tmp_path / "m.gguf"), path, Recipe.parse(None, ["b.weight=nlm"]))
+    export(path, tmp_path / "out.gguf", "gguf", dtype="q5_0")
+    reader, found = read(tmp_path / "out.gguf")
+    assert reader.fields["general.file_type"].contents() == 2
+    assert [tensor.tensor_type for tensor in found.values()][2] == GGMLQuantizationType.Q5_0
+
+
+def test_rows_that_are_no_blocks_are_refused_by_name(tmp_path):
+    source = write(tmp_path / "m.gguf", {"x": (RNG.normal(size=(4, 33)).astype(np.float32), "f32")})
+    path = store(source, "nlm")
+    with pytest.raises(SourceError, match=r"'x' has rows of 33 elements.*q8_0; use --dtype f16"):
+        export(path, tmp_path / "out.gguf", "gguf", dtype="q8_0")
+    export(path, tmp_path / "out.gguf", "gguf")
+    assert read(tmp_path / "out.gguf")[1]["x"].tensor_type.name == "F16"
+    # q4_0 fills up such rows, which GGUF does not
+    export(store(source, "q4_0"), tmp_path / "out.gguf", "gguf", overwrite=True)
+    assert read(tmp_path / "out.gguf")[1]["x"].tensor_type.name == "F16"
+
+
+def test_large_alignments_take_no_memory(tmp_path):
+    source = tmp_path / "m.gguf"
+    keys = [u32("general.alignment", 1 << 20), pair("general.name", 8, string("x"))]
+    source.write_bytes(Draft(keys, alignment=1 << 20).pack())
+    export(store(source, "f32"), tmp_path / "out.gguf", "gguf")
+    assert (tmp_path / "out.gguf").stat().st_size == 2 << 20
+
+
+def test_a_container_without_gguf_metadata_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"cannot become a GGUF file: there is no config\.json"):
+        export(q(tmp_path / "a.qf", {"w": W}), tmp_path / "a.gguf", "gguf")
+
+
+def test_metadata_that_does_not_fit_is_refused(tmp_path):
+    gguf_source(tmp_path / "m.gguf")
+    with safe_open(store(tmp_path / "m.gguf")) as file:
+        asset = file.get_asset("model.gguf-header")
+    name = {"model.gguf-header": asset}
+    for tensors in ({"a.weight": W}, {}):
+        with pytest.raises(SourceError, match="does not fit the tensors"):
+            export(q(tmp_path / "a.qf", tensors, assets=name), tmp_path / "a.gguf", "gguf")
+    for broken in (b"", asset[:100], asset[:-1] + b"x", b"x" + asset):
+        path = q(tmp_path / "a.qf", {"a.weight": W}, assets={"model.gguf-header": broken})
+        with pytest.raises(SourceError):
+            export(path, tmp_path / "a.gguf", "gguf")
+
+
+# --- hf ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, dtype="float32")
+    path = tmp_path_factory.mktemp("llama") / "model"
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("shard_size", [5_000_000_000, 50_000])
+def test_transformers_loads_the_directory(llama, tmp_path, shard_size):
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path / "m.qf"
+    convert(open_checkpoint(llama), path, Recipe.parse("q8_0"))
+    result = export(path, tmp_path / "out", "hf", shard_size=shard_size)
+    assert not result.warnings
+    assert {name: (tmp_path / "out" / name).stat().st_size for name in result.files} == result.files
+    assert ("model.safetensors" in result.files) == (shard_size > 10**6)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (llama / "config.json").read_bytes()
+    if "model.safetensors" not in result.files:
+        weights = [file for file in result.files if file.endswith(".safetensors")]
+        assert len(weights) > 3
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_bytes())
+        assert set(index["weight_map"].values()) == set(weights)
+    model, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(notes.values())
+    stored = load_file(path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, stored[name]), name
+    # and it converts again, to the same
+    convert(open_checkpoint(tmp_path / "out"), tmp_path / "again.qf", Recipe.parse("q8_0:coded=true"))
+
+
+def test_the_quantization_config_is_left_out(tmp_path):
+    config = {"model_type": "llama", "quantization_config": {"bits": 4}, "name": "Ä"}
+    assets = {"config.json": json.dumps(config).encode(), "sub/config.json": b"[1]"}
+    path = q(tmp_path / "a.qf", {"w": W}, assets=assets)
+    result = export(path, tmp_path / "out", "hf")
+    assert "quantization_config is left out" in result.warnings[0]
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes()) == {"model_type": "llama", "name": "Ä"}
+    assert (tmp_path / "out" / "sub" / "config.json").read_bytes() == b"[1]"
+
+
+def test_directories_that_would_be_useless_are_told(tmp_path):
+    result = export(q(tmp_path / "a.qf", {"w": W}), tmp_path / "out", "hf")
+    assert "holds no config.json" in result.warnings[0]
+    gguf_source(tmp_path / "m.gguf")
+    with pytest.raises(SourceError, match="was made of a GGUF file"):
+        export(store(tmp_path / "m.gguf"), tmp_path / "gguf", "hf")
+    for name in ("model.safetensors", ".qformat-partial"):
+        with pytest.raises(SourceError, match="has the name of a file of weights"):
+            export(q(tmp_path / "a.qf", {"w": W}, assets={name: b""}), tmp_path / "x", "hf")
+    assert not (tmp_path / "gguf").exists()
+
+
+# --- command line ------------------------------------------------------------------------------------------------------------
+
+
+def test_command_line(tmp_path):
+    gguf_source(tmp_path / "m.gguf")
+    path = store(tmp_path / "m.gguf")
+    run = CliRunner()
+    result = run.invoke(cli, ["export", str(path), str(tmp_path / "o.gguf"), "--to", "gguf"])
+    assert result.exit_code == 0
+    assert (tmp_path / "o.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+    result = run.invoke(
+        cli, ["export", str(path), str(tmp_path / "o.safetensors"), "--to", "safetensors", "--json", "-t", "f16"]
+    )
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["tensors"], told["copied"]) == (5, 2)
+    assert told["bytes"] == (tmp_path / "o.safetensors").stat().st_size
+    assert "left out" in result.stderr
+    for arguments, code, message in (
+        (["--to", "gguf"], 1, "exists already"),
+        (["--to", "gguf", "-f", "-t", "i8"], 2, "what is exported to gguf can be"),
+        (["--to", "hf", "--shard-size", "big"], 2, "no size"),
+        ([], 2, "Missing option '--to'"),
+    ):
+        result = run.invoke(cli, ["export", str(path), str(tmp_path / "o.gguf"), *arguments])
+        assert result.exit_code == code
+        assert message in result.output
+    result = run.invoke(cli, ["export", str(tmp_path / "no.qf"), str(tmp_path / "x"), "--to", "gguf"])
+    assert result.exit_code == 1
+    assert "no.qf" in result.output

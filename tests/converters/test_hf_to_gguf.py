@@ -1,0 +1,259 @@
+"""Hugging Face models into GGUF files; judged by what transformers reads of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import GGMLQuantizationType, GGUFReader
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qformat import safe_open
+from qformat.converters.convert import convert
+from qformat.converters.exports.export import export
+from qformat.converters.exports.hf_to_gguf import _CUTS, Model
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.errors import SourceError
+from qformat.pipeline.recipe import Recipe
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "vocab_size": 300,
+    "num_attention_heads": 4,
+}
+TEXT = [
+    "the quick brown fox jumps over the lazy dog",
+    "pack my box with five dozen liquor jugs",
+    "how vexingly quick daft zebras jump",
+]
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def tokenizer() -> Tokenizer:
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    made.train_from_iterator(TEXT, trainer)
+    made.add_tokens([AddedToken("<think>", special=False)])
+    return made
+
+
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "llama with biases and wide heads": LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=24, attention_bias=True),
+    "llama 3": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "mistral": MistralConfig(**SIZES, num_key_value_heads=4, head_dim=16, rope_theta=1e6),
+    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = CONFIGS[request.param]
+    model = getattr(transformers, {"l": "Llama", "m": "Mistral", "q": "Qwen2"}[request.param[0]] + "ForCausalLM")(
+        config
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            torch.nn.init.normal_(parameter)
+    path = tmp_path_factory.mktemp("hf") / "model"
+    model.save_pretrained(path)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(path)
+    return path
+
+
+def exported(source: Path, folder: Path, type_: str | None, **options: Any) -> tuple[Path, Path]:
+    path = folder / "m.qf"
+    convert(open_checkpoint(source), path, Recipe.parse(type_), overwrite=True)
+    export(path, folder / "m.gguf", "gguf", overwrite=True, **options)
+    return path, folder / "m.gguf"
+
+
+def tensors_of(path: Path, source: Path) -> dict[str, torch.Tensor]:
+    config = transformers.AutoConfig.from_pretrained(source)
+    if config.model_type == "mistral":  # GGUF has no other name for it than llama
+        config = LlamaConfig(**SIZES)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    loaded = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    found: dict[str, torch.Tensor] = loaded["tensors"]
+    return found
+
+
+@pytest.mark.parametrize("type_", [None, "q8_0", "q4_1:coded=true", "bf16", "nlm"])
+def test_transformers_reads_the_same_weights(source, tmp_path, type_):
+    path, out = exported(source, tmp_path, type_, dtype="f32")
+    found = tensors_of(out, source)
+    with safe_open(path) as file:
+        assert set(found) >= set(file.keys())
+        for name in file.keys():  # noqa: SIM118  it is no mapping
+            assert torch.equal(found[name], torch.from_numpy(file.get_tensor(name, np.float32))), name
+    if type_ in ("q8_0", "q4_1:coded=true"):
+        kinds = {tensor.tensor_type.name for tensor in GGUFReader(out).tensors if len(tensor.shape) > 1}
+        assert kinds == {type_[:4].upper()}
+
+
+def test_what_the_file_says(source, tmp_path):
+    _, out = exported(source, tmp_path, "q8_0")
+    fields = {key: field.contents() for key, field in GGUFReader(out).fields.items()}
+    config = json.loads((source / "config.json").read_bytes())
+    arch = fields["general.architecture"]
+    assert arch == ("qwen2" if config["model_type"] == "qwen2" else "llama")
+    assert fields["general.file_type"] == 7
+    read = load_gguf_checkpoint(str(out))["config"]
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        assert read[key] == config[key]
+    for key in ("max_position_embeddings", "vocab_size", "bos_token_id", "eos_token_id"):
+        assert read[key] == (config[key] if "token" not in key else {"bos_token_id": 0, "eos_token_id": 1}[key])
+    assert read["rms_norm_eps"] == pytest.approx(config["rms_norm_eps"])
+    assert read["rope_theta"] == pytest.approx(config["rope_parameters"]["rope_theta"])
+    if config.get("head_dim") not in (None, 16):
+        assert fields[f"{arch}.attention.key_length"] == config["head_dim"]
+    assert fields[f"{arch}.rope.dimension_count"] == (config.get("head_dim") or 16)
+    assert fields["tokenizer.ggml.model"] == "gpt2"
+    assert fields["tokenizer.ggml.pre"] == "smollm"
+    assert fields["tokenizer.chat_template"] == TEMPLATE
+    made = tokenizer()
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == 300
+    assert tokens[: made.get_vocab_size()] == [made.id_to_token(i) for i in range(made.get_vocab_size())]
+    assert types[:3] == [3, 3, 1]
+    assert types[made.token_to_id("<think>")] == 4
+    assert (tokens[-1], types[-1]) == ("[PAD299]", 5)
+    # and the tokenizer that transformers makes of it
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for line in TEXT:
+        assert again(line, add_special_tokens=False)["input_ids"] == made.encode(line).ids
+
+
+def test_llama_3_frequencies():
+    config = CONFIGS["llama 3"]
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / (50000.0 ** (torch.arange(0, 16, 2) / 16))
+    found = Model({"config.json": _config(config)}, "x").frequencies()
+    assert found is not None
+    assert found == pytest.approx((plain / expected).numpy(), rel=1e-5)
+    assert found[0] == 1
+    assert found[-1] == 8
+
+
+def _config(config: Any, **changes: Any) -> bytes:
+    values = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]} | changes
+    return json.dumps(values).encode()
+
+
+def test_biases_of_rotated_matrices_are_rotated(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(CONFIGS["llama with biases and wide heads"])
+    bias = torch.arange(48.0)
+    model.model.layers[0].self_attn.k_proj.bias.data = bias
+    model.model.layers[0].self_attn.k_proj.weight.data = bias[:, None].repeat(1, 64)
+    model.save_pretrained(tmp_path / "hf")
+    tokenizer().save(str(tmp_path / "hf" / "tokenizer.json"))
+    found = {tensor.name: tensor.data for tensor in GGUFReader(exported(tmp_path / "hf", tmp_path, None)[1]).tensors}
+    assert np.array_equal(found["blk.0.attn_k.bias"], found["blk.0.attn_k.weight"][:, 0])
+    assert list(found["blk.0.attn_k.bias"][:4]) == [0, 12, 1, 13]
+
+
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [
+        ({"type": "ByteLevel", "use_regex": True}, "gpt-2"),
+        *(
+            (
+                {
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {"type": "Split", "pattern": {"Regex": cut}},
+                        {"type": "ByteLevel", "use_regex": False},
+                    ],
+                },
+                name,
+            )
+            for cut, name in _CUTS.items()
+        ),
+        ({"type": "ByteLevel", "use_regex": False}, None),
+        ({"type": "Whitespace"}, None),
+        (None, None),
+    ],
+)
+def test_names_of_pre_tokenizers(pre, name):
+    model = Model({"config.json": _config(CONFIGS["llama"])}, "x")
+    if name:
+        assert model._pre({"pre_tokenizer": pre}) == name
+        return
+    with pytest.raises(SourceError, match="cuts texts in a way that is not known"):
+        model._pre({"pre_tokenizer": pre})
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"config.json": None}, "there is no config.json"),
+    ({"config.json": b"{"}, "its config.json is not valid"),
+    ({"config.json": {"architectures": ["T5Model"]}}, r"of architecture \['T5Model'\], and only LlamaForCausalLM"),
+    ({"config.json": {"architectures": 3}}, "of architecture 3"),
+    ({"config.json": {"num_hidden_layers": "2"}}, "num_hidden_layers of config.json is '2'"),
+    ({"config.json": {"num_hidden_layers": 1}}, "a llama model has no tensor 'model.layers.1."),
+    ({"config.json": {"num_attention_heads": 7}}, "does not have 7 heads"),
+    ({"config.json": {"rms_norm_eps": None}}, "rms_norm_eps of config.json is None"),
+    ({"config.json": {"rope_parameters": {"rope_type": "dynamic"}}}, "type 'dynamic' are not supported"),
+    ({"config.json": {"rope_parameters": [1]}}, "rope_parameters"),
+    ({"tokenizer.json": None}, "there is no tokenizer.json"),
+    ({"tokenizer.json": {"model": {"type": "Unigram"}}}, "not byte-level BPE"),
+    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 300}, "merges": []}}}, "makes no sense, or has more tokens"),
+    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": 3, "merges": []}}}, "makes no sense"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_what_is_not_supported_is_refused(tmp_path, changes, message):
+    torch.manual_seed(0)
+    source = tmp_path / "hf"
+    transformers.LlamaForCausalLM(CONFIGS["llama"]).save_pretrained(source)
+    tokenizer().save(str(source / "tokenizer.json"))
+    for name, change in changes.items():
+        file = source / name
+        if change is None:
+            file.unlink()
+        else:
+            new = json.dumps(json.loads(file.read_bytes()) | change).encode() if isinstance(change, dict) else change
+            file.write_bytes(new)
+    with pytest.raises(SourceError, match=message) as caught:
+        exported(source, tmp_path, None)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_rows_that_are_no_blocks_become_what_was_asked_for(tmp_path):
+    sizes = SIZES | {"hidden_size": 40, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "hf")
+    tokenizer().save(str(tmp_path / "hf" / "tokenizer.json"))
+    _, out = exported(tmp_path / "hf", tmp_path, "q4_0")
+    kinds = {tensor.name: tensor.tensor_type for tensor in GGUFReader(out).tensors}
+    assert kinds["blk.0.attn_q.weight"] == GGMLQuantizationType.F16
+    assert kinds["blk.0.ffn_down.weight"] == GGMLQuantizationType.Q4_0

@@ -1,0 +1,315 @@
+"""Conversions that were killed, and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file as save_safetensors
+
+from qformat.container.reader import ContainerReader
+from qformat.converters.convert import convert
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.errors import SourceError, TargetError
+from qformat.pipeline import encode
+from qformat.pipeline.recipe import Recipe
+from qformat.pipeline.source import Checkpoint
+
+ASSETS = ("config.json", "tokenizer.json")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    rng = np.random.default_rng(5)
+    tensors = {f"layer.{i}.weight": rng.normal(size=(64, 96)).astype(np.float32) for i in range(12)}
+    save_safetensors(tensors, folder / "model.safetensors")
+    for name in ASSETS:
+        (folder / name).write_text(json.dumps({"name": name * 50}))
+    return folder
+
+
+def run(source: Path, output: Path, kind: str = "q4_0", **options: Any) -> Any:
+    return convert(open_checkpoint(source), output, Recipe.parse(kind), **options)
+
+
+def leftovers(output: Path) -> list[str]:
+    return sorted(path.name for path in output.parent.iterdir() if path.name.startswith(output.name))
+
+
+class Stopped(BaseException):
+    """Ends a run from inside, as little prepared for as a signal."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let a conversion end after so many chunks."""
+    left = [number]
+
+    def stopping(real: Any) -> Any:
+        def chunk(*args: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stopped
+            return real(*args)
+
+        return chunk
+
+    for name in ("encode_chunk", "_encoded"):  # of layered tensors
+        monkeypatch.setattr(encode, name, stopping(getattr(encode, name)))
+
+
+def interrupted(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: str = "q4_0") -> None:
+    with monkeypatch.context() as context:
+        stop_at(context, number)
+        with pytest.raises(Stopped):
+            run(source, output, kind, resume=True, jobs=1)
+    assert leftovers(output) == [f"{output.name}.partial", f"{output.name}.partial.journal"]
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "lossless", "scm:bpw=3"])
+@pytest.mark.parametrize("number", [0, 1, 5, 11])
+def test_it_goes_on(source, tmp_path, monkeypatch, kind, number):
+    whole, output = tmp_path / "whole.qf", tmp_path / "m.qf"
+    run(source, whole, kind)
+    interrupted(source, output, monkeypatch, number, kind)
+    with monkeypatch.context() as context:
+        read: list[str] = []
+        real = encode.Plan.read
+        context.setattr(encode.Plan, "read", lambda plan, chunk: read.append(plan.source.name) or real(plan, chunk))
+        result = run(source, output, kind, resume=True)
+    assert output.read_bytes() == whole.read_bytes()
+    assert leftovers(output) == ["m.qf"]
+    done = sorted(plan.source.name for plan in result.plans)[: result.resumed]
+    assert not set(done) & set(read)
+    assert result.resumed >= number - 1 if kind == "q4_0" else True
+
+
+def test_progress_counts_what_was_done(source, tmp_path, monkeypatch):
+    output, seen = tmp_path / "m.qf", []
+    interrupted(source, output, monkeypatch, 6)
+    run(source, output, resume=True, progress=seen.append)
+    assert sum(seen) == 12 * 64 * 96
+    assert seen[0] >= 5 * 64 * 96
+
+
+@pytest.mark.usefixtures("marks")
+def test_a_finished_file_is_left_alone(source, tmp_path):
+    output = tmp_path / "m.qf"
+    first = run(source, output, resume=True)
+    before = output.stat()
+    again = run(source, output, resume=True)
+    assert output.stat().st_ino == before.st_ino
+    assert again.root == first.root
+    assert (again.resumed, again.nbytes, again.assets) == (12, first.nbytes, first.assets)
+    with pytest.raises(TargetError, match="exists already"):
+        run(source, output, "q8_0", resume=True)
+    with pytest.raises(TargetError, match="exists already"):
+        run(source, output)
+    output.write_bytes(output.read_bytes()[:-1])
+    with pytest.raises(TargetError, match="exists already"):
+        run(source, output, resume=True)
+
+
+def change_type(source: Path) -> str:
+    del source
+    return "q4_0:search=exact"
+
+
+def change_source(source: Path) -> str:
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    return "q4_0"
+
+
+def change_assets(source: Path) -> str:
+    (source / "more.json").write_text("{}")
+    return "q4_0"
+
+
+@pytest.mark.parametrize("change", [change_type, change_source, change_assets])
+def test_something_else_begins_anew(source, tmp_path, monkeypatch, change):
+    output = tmp_path / "m.qf"
+    interrupted(source, output, monkeypatch, 8)
+    kind = change(source)
+    result = run(source, output, kind, resume=True)
+    assert result.resumed == 0
+    run(source, tmp_path / "whole.qf", kind)
+    assert output.read_bytes() == (tmp_path / "whole.qf").read_bytes()
+    assert leftovers(output) == ["m.qf"]
+
+
+def test_another_source_that_looks_the_same_begins_anew(source, tmp_path):
+    other, output = tmp_path / "other", tmp_path / "m.qf"
+    shutil.copytree(source, other)
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    for folder in (source, other):
+        for path in folder.iterdir():
+            os.utime(path, ns=(1, 1))
+    run(source, output, resume=True)
+    with pytest.raises(TargetError, match="exists already"):
+        run(other, output, resume=True)
+
+
+def test_another_file_in_its_place_is_not_taken_for_it(source, tmp_path):
+    output, other = tmp_path / "m.qf", tmp_path / "other.qf"
+    run(source, output, resume=True)
+    run(source, other, "q8_0")
+    output.write_bytes(other.read_bytes())  # which keeps what the file was marked with
+    with pytest.raises(TargetError, match="exists already"):
+        run(source, output, resume=True)
+
+
+def test_what_was_only_allowed_then_is_refused(tmp_path):
+    source, output = tmp_path / "m.safetensors", tmp_path / "m.qf"
+    save_safetensors({"a": np.array([np.nan], np.float32)}, source)
+    run(source, output, resume=True, allow_nonfinite=True)
+    with pytest.raises(TargetError, match="exists already"):
+        run(source, output, resume=True)
+
+
+def test_without_resume_it_begins_anew_and_leaves_nothing(source, tmp_path, monkeypatch):
+    output = tmp_path / "m.qf"
+    interrupted(source, output, monkeypatch, 8)
+    assert run(source, output).resumed == 0
+    assert leftovers(output) == ["m.qf"]
+    output.unlink()
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Stopped):
+        run(source, output)
+    assert leftovers(output) == []
+
+
+@pytest.mark.parametrize(
+    "what", ["byte", "short", "padding", "journal digit", "journal cut", "journal garbage", "journal gone"]
+)
+def test_what_is_damaged_is_made_again(source, tmp_path, monkeypatch, what):
+    output, whole = tmp_path / "m.qf", tmp_path / "whole.qf"
+    run(source, whole)
+    interrupted(source, output, monkeypatch, 10)
+    partial, journal = Path(f"{output}.partial"), Path(f"{output}.partial.journal")
+    data, lines = bytearray(partial.read_bytes()), journal.read_bytes()
+    if what == "byte":
+        data[len(data) // 2] ^= 1
+        partial.write_bytes(data)
+    elif what == "short":
+        partial.write_bytes(data[: len(data) // 2])
+    elif what == "padding":
+        with ContainerReader(whole) as container:
+            at = container.index.assets[0].segment.stop
+        assert at % 64
+        data[at] = 1
+        partial.write_bytes(data)
+    elif what == "journal digit":
+        at = lines.index(b'"rmse": "') + 10
+        journal.write_bytes(lines[:at] + (b"1" if lines[at : at + 1] == b"2" else b"2") + lines[at + 1 :])
+    elif what == "journal cut":
+        journal.write_bytes(lines[:-7])
+    elif what == "journal garbage":
+        journal.write_bytes(lines[: len(lines) // 2] + b"\0" * 100 + b"\n{}\n")
+    else:
+        journal.unlink()
+    result = run(source, output, resume=True)
+    assert result.resumed < 10 or what == "padding"
+    assert (result.resumed > 0) == (what not in ("journal gone", "journal digit"))
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_that_fails_can_be_mended(source, tmp_path):
+    output, whole = tmp_path / "m.qf", tmp_path / "whole.qf"
+    run(source, whole)
+
+    class Broken:
+        def __init__(self, tensor: Any) -> None:
+            self.name, self.dtype, self.shape = tensor.name, tensor.dtype, tensor.shape
+
+        def read(self, elements: slice) -> Any:
+            raise SourceError("the network is gone")
+
+    checkpoint = open_checkpoint(source)
+    tensors = [Broken(tensor) if tensor.name.endswith(".7.weight") else tensor for tensor in checkpoint.tensors]
+    with pytest.raises(SourceError, match="network"):
+        convert(
+            Checkpoint(tensors, checkpoint.assets, (), checkpoint.files),
+            output,
+            Recipe.parse("q4_0"),
+            resume=True,
+            jobs=1,
+        )
+    assert len(leftovers(output)) == 2
+    assert run(source, output, resume=True).resumed >= 5
+    assert output.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.usefixtures("marks")
+def test_killed_between_two_names_of_the_complete_file(source, tmp_path):
+    output = tmp_path / "m.qf"
+    run(source, output, resume=True)
+    partial = Path(f"{output}.partial")
+    partial.hardlink_to(output)
+    Path(f"{output}.partial.journal").write_bytes(b"{}\n")
+    assert run(source, output, resume=True).resumed == 12
+    assert leftovers(output) == ["m.qf"]
+
+
+def _killed(command: list[str], seconds: float, begun: Path | None) -> bool:
+    """Run a command, kill it after a time (of what follows after a file is there), and return whether it had not ended."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while begun and process.poll() is None and not begun.exists():
+        time.sleep(0.001)
+    try:
+        _, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return True
+    assert process.returncode == 0, err.decode()
+    return False
+
+
+@pytest.mark.usefixtures("marks")
+@pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random(tmp_path, count):
+    source = tmp_path / "model"
+    source.mkdir()
+    rng = np.random.default_rng(9)
+    tensors = {f"layer.{i:02}.weight": rng.normal(size=(512, 640)).astype(np.float32) for i in range(24)}
+    save_safetensors(tensors, source / "model.safetensors")
+    whole, output = tmp_path / "whole.qf", tmp_path / "m.qf"
+    command = [
+        sys.executable,
+        "-m",
+        "qformat",
+        "convert",
+        str(source),
+        str(output),
+        "-t",
+        "q4_0:search=exact",
+        "--jobs",
+        "1",
+    ]
+    start = time.perf_counter()
+    subprocess.run([*command[:5], str(whole), *command[6:]], check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - start
+    delays, kills = random.Random(3), 0
+    partial = Path(f"{output}.partial")
+    for number in range(count):  # at any time, or while there is something half-written
+        begun = partial if number % 2 else None
+        kills += _killed([*command, "--resume"], delays.uniform(0, seconds / 2 if begun else seconds), begun)
+        subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+        assert output.read_bytes() == whole.read_bytes()
+        assert leftovers(output) == ["m.qf"]
+        output.unlink()
+    assert kills
+    shutil.rmtree(source)

@@ -1,0 +1,448 @@
+"""Checkpoints in several files: a head that names its shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file as save_safetensors
+
+from qformat import safe_open
+from qformat.cli import cli as command
+from qformat.container.reader import ContainerReader
+from qformat.container.verify import verify
+from qformat.converters import convert as converting
+from qformat.converters.convert import convert
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.converters.split import parse_size
+from qformat.converters.truncate import truncate
+from qformat.errors import FormatError, SourceError, TargetError
+from qformat.pipeline import encode
+from qformat.pipeline.recipe import Recipe
+from qformat.quality import Quality
+from qformat.readers.torch import load_file
+
+SIZE = 64 * 96 * 18 // 32  # bytes of a tensor as q4_0
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    rng = np.random.default_rng(5)
+    tensors = {f"layer.{i}.weight": rng.normal(size=(64, 96)).astype(np.float32) for i in range(9)}
+    save_safetensors(tensors | {"norm": np.ones(96, np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    return folder
+
+
+def run(source: Path, output: Path, kind: str = "q4_0", size: int | None = 4 * SIZE, **options: Any) -> Any:
+    return convert(open_checkpoint(source), output, Recipe.parse(kind), shard_size=size, **options)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def test_a_head_and_its_shards(source, tmp_path):
+    whole, output = tmp_path / "whole.qf", tmp_path / "m.qf"
+    run(source, whole, size=None)
+    result = run(source, output)
+    names = [f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
+    assert [path.name for path in result.shards] == names
+    assert files(tmp_path) == [*names, "m.qf", "whole.qf"]
+    assert result.nbytes == sum((tmp_path / name).stat().st_size for name in (*names, "m.qf"))
+    assert max((tmp_path / name).stat().st_size for name in names) < 4 * SIZE + 6000
+    with safe_open(whole) as one, safe_open(output) as many:
+        assert one.keys() == many.keys()
+        assert many.get_asset("config.json") == one.get_asset("config.json")
+        for name in one.keys():  # noqa: SIM118
+            assert np.array_equal(one.get_tensor(name), many.get_tensor(name))
+            assert one.info(name).error == many.info(name).error
+        assert np.array_equal(many.get_rows("layer.7.weight", [3, 1]), one.get_tensor("layer.7.weight")[[3, 1]])
+    loaded = load_file(output)
+    assert list(loaded) == list(load_file(whole))
+    with safe_open(tmp_path / names[1]) as shard:
+        assert shard.keys() == [f"layer.{i}.weight" for i in (4, 5, 6, 7)]
+        assert shard.assets() == []
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "lossless", "scm:bpw=3"])
+def test_a_dry_run_predicts_all_sizes(source, tmp_path, kind):
+    expected = run(source, tmp_path / "m.qf", kind, dry_run=True)
+    assert files(tmp_path) == []
+    assert expected.nbytes == run(source, tmp_path / "m.qf", kind).nbytes
+
+
+def test_what_is_small_stays_in_one_file(source, tmp_path):
+    run(source, tmp_path / "m.qf", size=10**9)
+    assert files(tmp_path) == ["m.qf"]
+
+
+def test_a_tensor_that_is_larger_has_a_shard_of_its_own(source, tmp_path):
+    assert len(run(source, tmp_path / "m.qf", size=1).shards) == 10
+
+
+def test_the_same_bytes_each_time(source, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        run(source, tmp_path / name / "m.qf", jobs=1 if name == "a" else 3)
+    for name in files(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_verify_looks_at_the_shards(source, tmp_path):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    reports = verify([str(output)])
+    assert [Path(report.path).name for report in reports] == [
+        "m.qf",
+        *(f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)),
+    ]
+    assert all(report.ok for report in reports)
+    second = tmp_path / "m-00002-of-00003.qf"
+    data = bytearray(second.read_bytes())
+    data[2000] ^= 1
+    second.write_bytes(data)
+    bad = [report for report in verify([str(output)]) if not report.ok]
+    assert [Path(report.path).name for report in bad] == [second.name]
+    assert "SHA-256 does not match" in bad[0].errors[0].what
+    second.unlink()
+    (bad,) = [report for report in verify([str(output)]) if not report.ok]
+    assert (Path(bad.path).name, bad.errors[0].what) == (second.name, "cannot be read: No such file or directory")
+
+
+def test_another_file_in_the_place_of_a_shard_is_noticed(source, tmp_path):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    other = tmp_path / "other"
+    other.mkdir()
+    run(source, other / "m.qf", "q8_0", size=8 * SIZE)
+    name = "m-00002-of-00003.qf"
+    (tmp_path / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(FormatError, match=f"{name}: is not the shard that its head names"):
+        safe_open(output)
+    (report,) = [report for report in verify([str(output)]) if not report.ok]
+    assert "is not the shard" in report.errors[0].what
+    (tmp_path / name).unlink()
+    with pytest.raises(FormatError, match=f"shard {name} cannot be read: No such file"):
+        safe_open(output)
+
+
+def test_an_open_file_has_nothing_beside_it(source, tmp_path):
+    run(source, tmp_path / "m.qf")
+    with (
+        (tmp_path / "m.qf").open("rb") as file,
+        pytest.raises(FormatError, match="in 3 other files: open it by its path"),
+    ):
+        safe_open(file)
+
+
+def test_a_failed_run_leaves_nothing(source, tmp_path, monkeypatch):
+    real, left = encode.encode_chunk, [7]
+
+    def chunk(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(encode, "encode_chunk", chunk)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "m.qf", jobs=1)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.usefixtures("marks")
+def test_it_goes_on_in_the_middle_of_a_shard(source, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run(source, whole / "m.qf")
+    real, left = encode.encode_chunk, [7]
+
+    def chunk(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(encode, "encode_chunk", chunk)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "m.qf", jobs=1, resume=True)
+    assert files(tmp_path) == []
+    first = (tmp_path / "m.qf.parts" / "m-00001-of-00003.qf").stat().st_ino
+    assert run(source, tmp_path / "m.qf", resume=True).resumed >= 6
+    assert (tmp_path / "m-00001-of-00003.qf").stat().st_ino == first
+    assert files(tmp_path) == files(whole)
+    for name in files(whole):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert run(source, tmp_path / "m.qf", resume=True).resumed == 10
+
+
+class Stopped(BaseException):
+    """Ends a run from inside, as little prepared for as a signal."""
+
+
+def stop_at(context: pytest.MonkeyPatch, number: int) -> None:
+    """Let a conversion end after so many chunks."""
+    real, left = encode.encode_chunk, [number]
+
+    def chunk(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stopped
+        return real(*args)
+
+    context.setattr(encode, "encode_chunk", chunk)
+
+
+@pytest.mark.usefixtures("marks")
+@pytest.mark.parametrize("moved", [0, 1, 3])
+def test_it_goes_on_when_it_was_killed_while_files_got_their_names(source, tmp_path, monkeypatch, moved):
+    whole, output = tmp_path / "whole", tmp_path / "m.qf"
+    whole.mkdir()
+    run(source, whole / "m.qf")
+    real, left = converting.move, [moved]
+
+    def move(*args: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stopped
+        real(*args, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(converting, "move", move)
+        with pytest.raises(Stopped):
+            run(source, output, resume=True)
+    assert len(files(tmp_path)) == moved
+    assert run(source, output, resume=True).resumed == 10
+    assert files(tmp_path) == files(whole)
+    for name in files(whole):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert not (tmp_path / "m.qf.parts").exists()
+
+
+def test_other_cuts_of_the_same_number_begin_anew(tmp_path, monkeypatch):
+    folder, whole, output = tmp_path / "model", tmp_path / "whole", tmp_path / "m.qf"
+    folder.mkdir()
+    whole.mkdir()
+    rng = np.random.default_rng(5)
+    rows = (64, 64, 192, 64, 64, 64)
+    tensors = {f"layer.{i}.weight": rng.normal(size=(n, 96)).astype(np.float32) for i, n in enumerate(rows)}
+    save_safetensors(tensors, folder / "model.safetensors")
+    run(folder, whole / "m.qf", size=4 * SIZE)  # 2, 2, 2 tensors
+    with monkeypatch.context() as context:
+        stop_at(context, 4)
+        with pytest.raises(Stopped):
+            run(folder, output, size=3 * SIZE, jobs=1, resume=True)  # 2, 1, 3
+    run(folder, output, size=4 * SIZE, resume=True)
+    assert files(tmp_path) == files(whole)
+    for name in files(whole):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("sizes", [(None, 4 * SIZE), (4 * SIZE, None), (4 * SIZE, 5 * SIZE)])
+def test_a_file_that_was_cut_otherwise_is_not_what_was_asked_for(source, tmp_path, sizes):
+    run(source, tmp_path / "m.qf", size=sizes[0], resume=True)
+    before = files(tmp_path)
+    with pytest.raises(TargetError, match="exists already"):
+        run(source, tmp_path / "m.qf", size=sizes[1], resume=True)
+    assert files(tmp_path) == before
+
+
+def test_a_head_that_fails_leaves_nothing(source, tmp_path):
+    with pytest.raises(SourceError, match="metadata must be strings"):
+        run(source, tmp_path / "m.qf", metadata={"a": "\ud800"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_failed_run_leaves_the_shards_that_were_there(source, tmp_path, monkeypatch):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    with monkeypatch.context() as context:
+        stop_at(context, 7)
+        with pytest.raises(Stopped):
+            run(source, output, "q4_0:search=exact", overwrite=True, jobs=1)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    assert not (tmp_path / "m.qf.parts").exists()
+
+
+def test_a_second_writer_is_turned_away_and_the_first_one_is_not_disturbed(source, tmp_path, monkeypatch):
+    output = tmp_path / "m.qf"
+    real, begun, go_on = encode.encode_chunk, threading.Event(), threading.Event()
+
+    def chunk(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(encode, "encode_chunk", chunk)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(run, source, output)
+        try:
+            assert begun.wait(60)
+            with pytest.raises(TargetError, match="another process is writing it"):
+                run(source, output)
+        finally:
+            go_on.set()
+        first.result()
+    assert all(report.ok for report in verify([str(output)]))
+
+
+def test_a_folder_of_something_else_is_kept(source, tmp_path):
+    folder = tmp_path / "m.qf.parts"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(TargetError, match="is in the way"):
+            run(source, tmp_path / "m.qf", resume=resume)
+    assert (folder / "thesis.txt").read_text() == "mine"
+    assert files(tmp_path) == []
+
+
+def test_a_shard_of_the_source_is_not_replaced(source, tmp_path):
+    run(source, tmp_path / "m.qf", "scm", size=150_000)
+    shard = tmp_path / "m-00001-of-00002.qf"
+    before = shard.read_bytes()
+    with pytest.raises(TargetError, match="is a file of the checkpoint"):
+        run(tmp_path / "m.qf", shard, overwrite=True)
+    with pytest.raises(TargetError, match="or a part of it"):
+        truncate(tmp_path / "m.qf", shard, Quality(bits=3), overwrite=True)
+    assert shard.read_bytes() == before
+
+
+def test_verify_finds_a_tensor_in_two_shards(source, tmp_path):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    shutil.copy(tmp_path / "m-00001-of-00003.qf", tmp_path / "m-00002-of-00003.qf")
+
+    def twice(index: Any) -> None:
+        index["shards"][1] = index["shards"][0] | {"name": index["shards"][1]["name"]}
+
+    change(output, twice)
+    with pytest.raises(FormatError, match="stands twice"):
+        safe_open(output)
+    (bad,) = [report for report in verify([str(output)]) if not report.ok]
+    assert "its shards do not fit together" in bad.errors[0].what
+
+
+def test_shards_that_are_there_are_not_replaced(source, tmp_path):
+    (tmp_path / "m-00003-of-00003.qf").write_bytes(b"mine")
+    with pytest.raises(TargetError, match=r"m-00003-of-00003\.qf: exists already"):
+        run(source, tmp_path / "m.qf")
+    assert files(tmp_path) == ["m-00003-of-00003.qf"]
+    run(source, tmp_path / "m.qf", overwrite=True)
+    assert all(report.ok for report in verify([str(tmp_path / "m.qf")]))
+
+
+def test_shards_that_belong_to_nothing_any_more_are_told(source, tmp_path):
+    run(source, tmp_path / "m.qf")
+    result = run(source, tmp_path / "m.qf", size=6 * SIZE, overwrite=True)
+    assert [path.name for path in result.left] == [f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
+    assert run(source, tmp_path / "m.qf", size=6 * SIZE, overwrite=True).left == []
+
+
+def test_on_the_command_line(source, tmp_path):
+    output = str(tmp_path / "m.qf")
+    runner = CliRunner()
+    shown = runner.invoke(command, ["convert", str(source), output, "--shard-size", "15kB"])
+    assert shown.exit_code == 0, shown.output
+    assert "in 3 shards, m-00001-of-00003.qf and so on, and their head m.qf" in shown.output
+    found = json.loads(runner.invoke(command, ["inspect", output, "--json"]).output)
+    assert len(found["tensors"]) == 10
+    assert list(found["shards"]) == [f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
+    assert found["file_bytes"] == sum(path.stat().st_size for path in tmp_path.glob("m*.qf"))
+    assert "shard m-00002-of-00003.qf (" in runner.invoke(command, ["inspect", output]).output
+    again = runner.invoke(command, ["convert", output, str(tmp_path / "again.qf"), "-t", "f32"])
+    assert again.exit_code == 0, again.output
+    wrong = runner.invoke(command, ["convert", str(source), output, "--shard-size", "many"])
+    assert wrong.exit_code == 2
+    assert "'many' is no size such as 5GB or 500MiB" in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("7", 7), ("2k", 2000), ("3tib", 3 << 40)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "GB", "-1GB", "5XB", "1e9", "0.0001", "9" * 400])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
+
+
+def change(path: Path, edit: Any) -> None:
+    """Write a head anew with another index."""
+    from hashlib import sha256
+
+    from qformat.container.index import canonical_json
+    from qformat.container.layout import Trailer
+
+    with ContainerReader(path, alone=True) as container:
+        trailer = container.trailer
+    data = path.read_bytes()
+    index = json.loads(data[trailer.index_offset : trailer.index_offset + trailer.index_length])
+    edit(index)
+    new = canonical_json(index)
+    path.write_bytes(
+        data[: trailer.index_offset] + new + Trailer(trailer.index_offset, len(new), sha256(new).digest()).pack()
+    )
+
+
+def drop_mark(index: Any) -> None:
+    del index["must_understand"]
+
+
+def path_of_shard(index: Any) -> None:
+    index["shards"][0]["name"] = "../m.qf"
+
+
+def no_shard(index: Any) -> None:
+    index["shards"] = []
+
+
+def unsorted(index: Any) -> None:
+    index["shards"].reverse()
+
+
+def itself(index: Any) -> None:
+    index["shards"] = [{"name": "m.qf", "bytes": 1, "root_sha256": "0" * 64}]
+
+
+def root(index: Any) -> None:
+    index["shards"][0]["root_sha256"] = "x"
+
+
+def test_the_reference_reads_them_too(source, tmp_path, reference):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    file = reference.read_path(output)
+    with safe_open(output) as ours:
+        assert list(file.tensors) == ours.keys()
+        for name, tensor in file.tensors.items():
+            assert np.array_equal(reference.decode(tensor), ours.get_tensor(name))
+    shutil.copy(tmp_path / "m-00001-of-00003.qf", tmp_path / "m-00002-of-00003.qf")
+    with pytest.raises(reference.SpecError):
+        reference.read_path(output)
+
+
+@pytest.mark.parametrize("edit", [drop_mark, path_of_shard, no_shard, unsorted, itself, root])
+def test_impossible_heads(source, tmp_path, edit, reference):
+    output = tmp_path / "m.qf"
+    run(source, output)
+    change(output, edit)
+    with pytest.raises(FormatError):
+        safe_open(output)
+    with pytest.raises(reference.SpecError):
+        reference.read_path(output)

@@ -1,0 +1,716 @@
+"""Checkpoints that torch.save wrote, against torch itself: every view and dtype, nesting, wrappers, damage and malice."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import qformat
+from qformat.converters.convert import convert
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.converters.sources.options import SourceOptions
+from qformat.converters.sources.torch import TorchTensor
+from qformat.dtypes import DTYPES
+from qformat.errors import SourceError
+from qformat.pipeline.recipe import Recipe
+from qformat.pipeline.source import Checkpoint
+from qformat.readers.torch import TORCH_DTYPES, load_file
+from tests.build import run_all, run_cli
+
+FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+Tensors = dict[str, torch.Tensor]
+
+
+def save(value: object, path: Path, *, zipped: bool = True) -> Path:
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def opened(path: Path, key: str | None = None) -> Checkpoint:
+    return open_checkpoint(path, SourceOptions(state_dict_key=key))
+
+
+def names(checkpoint: Checkpoint) -> list[str]:
+    return [tensor.name for tensor in checkpoint.tensors]
+
+
+def refused(path: Path, key: str | None = None) -> str:
+    with pytest.raises(SourceError) as caught:
+        opened(path, key)
+    message = str(caught.value)
+    assert str(path) in message
+    assert message.isprintable()
+    assert len(message) < 1000
+    return message
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def check(checkpoint: Checkpoint, expected: Tensors, step: int = 10**9) -> None:
+    """Compare every element, read in parts of `step`."""
+    assert sorted(names(checkpoint)) == sorted(expected)
+    for tensor in checkpoint.tensors:
+        theirs = expected[tensor.name]
+        assert (tensor.shape, TORCH_DTYPES[tensor.dtype.name]) == (tuple(theirs.shape), theirs.dtype)
+        count = theirs.numel()
+        parts = [tensor.read(slice(i, min(i + step, count))) for i in range(0, max(count, 1), step)]
+        for part in parts:
+            assert part.dtype is tensor.dtype
+            assert part.data.dtype == tensor.dtype.storage
+            assert part.data.flags.c_contiguous
+            assert part.data.flags.aligned
+        assert b"".join(part.data.tobytes() for part in parts) == raw(theirs)
+
+
+def weights(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def every_view() -> Tensors:
+    base = weights(6, 10)
+    cube = weights(3, 4, 5, seed=1).half()
+    return {
+        "plain": base,
+        "transposed": base.T,
+        "every other": base[:, ::2],
+        "rows": base[2:5],
+        "columns": base[:, 3:7],
+        "column": base[:, 1],
+        "row": base[3],
+        "one": base[1, 2],
+        "permuted": cube.permute(2, 0, 1),
+        "swapped": cube.transpose(0, 1)[:, 1:],
+        "channels last": weights(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "expanded": weights(1, 7).expand(5, 7),
+        "repeated": weights(3, 1).expand(3, 4),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+        "empty in the middle": weights(4, 4)[:, 4:],
+        "parameter": torch.nn.Parameter(weights(4, 3)),
+        "shifted": torch.arange(9, dtype=torch.int16)[1:],
+    }
+
+
+@FORMATS
+@pytest.mark.parametrize("step", [1, 7, 16, 10**9])
+def test_every_view_is_read_in_row_major_order(tmp_path, zipped, step):
+    tensors = every_view()
+    check(opened(save(tensors, tmp_path / "x.pt", zipped=zipped)), tensors, step)
+
+
+@FORMATS
+def test_every_dtype_is_read_bit_for_bit(tmp_path, zipped):
+    patterns = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).repeat(8)
+    tensors = {}
+    for name, dtype in TORCH_DTYPES.items():
+        if not zipped and name in ("u16", "u32", "u64", "f8_e4m3", "f8_e5m2"):
+            continue  # torch itself cannot read them back
+        tensors[name] = (patterns > 0) if dtype is torch.bool else patterns.clone().view(dtype)
+        tensors[f"{name} transposed"] = tensors[name].reshape(16, -1).T
+    check(opened(save(tensors, tmp_path / "x.pt", zipped=zipped)), tensors, 77)
+
+
+@FORMATS
+def test_tied_tensors_come_under_each_name(tmp_path, zipped):
+    tied = weights(8, 4)
+    tensors = {"embed.weight": tied, "head.weight": tied, "half": tied[:4]}
+    check(opened(save(tensors, tmp_path / "x.pt", zipped=zipped)), tensors)
+
+
+def test_reading_a_plain_tensor_of_an_archive_does_not_copy_it(tmp_path):
+    (tensor,) = opened(save({"w": weights(100, 100)}, tmp_path / "x.pt")).tensors
+    a, b = tensor.read(slice(0, 10_000)).data, tensor.read(slice(5000, 6000)).data
+    assert np.shares_memory(a, b)
+
+
+def test_of_a_view_with_long_rows_no_more_is_copied_than_is_read():
+    tensor = TorchTensor("x", DTYPES["f32"], np.zeros((3, 1 << 21), np.float32)[:, ::2])
+    tracemalloc.start()
+    try:
+        assert tensor.read(slice((1 << 20) - 5, (1 << 20) + 5)).data.size == 10
+        assert tensor.read(slice(3 << 20, 3 << 20)).data.size == 0
+        assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    finally:
+        tracemalloc.stop()
+
+
+def test_tensors_at_odd_offsets_are_aligned_when_read(tmp_path):
+    tensors = {"a": weights(5, 3), "b": weights(7).double()}
+    save(tensors, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as source, zipfile.ZipFile(tmp_path / "y.pt", "w") as target:
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
+    with zipfile.ZipFile(tmp_path / "y.pt") as archive:
+        offsets = [r.header_offset + 30 + len(r.filename) for r in archive.infolist() if "/data/" in r.filename]
+    assert any(offset % 4 for offset in offsets)
+    check(opened(tmp_path / "y.pt"), tensors, 4)
+
+
+# ---- real checkpoints
+
+
+def package(name: str) -> Path:
+    """Return the folder of a package (requirements-models.txt) without importing it, for which it needs others."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def test_a_real_directory_with_pytorch_model_bin(tmp_path):
+    source = package("rxnmapper") / "models" / "transformers" / "albert_heads_8_uspto_all_1310k"
+    expected = torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    checkpoint = open_checkpoint(source)
+    check(checkpoint, expected, 1000)
+    assert {"config.json", "vocab.txt", "tokenizer_config.json"} <= set(checkpoint.assets)
+    assert checkpoint.warnings == []
+    convert(checkpoint, tmp_path / "x.qf", Recipe.parse("f32"))
+    stored = load_file(tmp_path / "x.qf")
+    assert {name: raw(tensor) for name, tensor in stored.items()} == {n: raw(t) for n, t in expected.items()}
+
+
+def test_a_real_nested_checkpoint():
+    source = package("nanoguard") / "assets" / "model.pt"
+    expected = torch.load(source, weights_only=True)
+    checkpoint = open_checkpoint(source)
+    check(checkpoint, expected["model_state_dict"])
+    assert checkpoint.warnings == []
+    beside = json.loads(checkpoint.assets["checkpoint.json"]())
+    assert beside == {key: expected[key] for key in ("config", "metrics", "version")}
+
+
+# ---- which state dict
+
+SMALL = {"w": weights(4, 4), "b": weights(4)}
+LARGE = {"w": weights(30, 30), "b": weights(30)}
+ADAM = {
+    "state": {0: {"exp_avg": weights(40, 40), "step": torch.tensor(3.0)}},
+    "param_groups": [{"lr": 0.1, "params": [0]}],
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "expected"),
+    [
+        (LARGE, None, LARGE),
+        (OrderedDict(LARGE), None, LARGE),
+        ({"state_dict": LARGE, "epoch": 3}, None, LARGE),
+        ({"anything at all": LARGE}, None, LARGE),
+        ({"a": {"b": {"c": LARGE}}}, None, LARGE),
+        ({"model": LARGE, "optimizer": ADAM}, None, LARGE),
+        ({"model": LARGE, "optim_state": {"exp_avg": LARGE, "exp_avg_sq": LARGE}}, None, LARGE),
+        ({"model": LARGE, "center": torch.ones(3)}, None, LARGE),
+        ({"model": LARGE, "head": SMALL}, None, LARGE),
+        ({"model": LARGE, "head": SMALL}, "head", SMALL),
+        ({"model": LARGE, "ema": LARGE}, "ema", LARGE),
+        ({"m": {"a": LARGE, "b": SMALL}}, "m.b", SMALL),
+        ({"m.a": LARGE, "m": {"a": {"x": torch.ones(2)}}}, "m.a", LARGE),
+        ([LARGE, 7], None, LARGE),
+        ((7, {"model": LARGE}), "1.model", LARGE),
+        ({"m": {"a": SMALL, "b": SMALL}, "n": LARGE}, "m", {f"{m}.{k}": v for m in "ab" for k, v in SMALL.items()}),
+        ({"a": SMALL, "b": [torch.ones(2)]}, ".", {f"a.{k}": v for k, v in SMALL.items()} | {"b.0": torch.ones(2)}),
+        (LARGE, ".", LARGE),
+        ({0: weights(3), "a": weights(3)}, None, {"0": weights(3), "a": weights(3)}),
+        ({"m": {0: SMALL, 1: SMALL}, "adam": ADAM}, "m", {f"{i}.{k}": v for i in range(2) for k, v in SMALL.items()}),
+    ],
+)
+def test_the_state_dict_is_found(tmp_path, value, key, expected):
+    check(opened(save(value, tmp_path / "x.pt"), key), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "says"),
+    [
+        ({"model": LARGE, "ema": LARGE}, None, ["'model' (2 tensors, 930 weights)", "'ema'", "--state-dict-key"]),
+        ({"encoder": LARGE, "decoder": {"w": weights(10, 20)}}, None, ["'encoder'", "'decoder'", "--state-dict-key"]),
+        ({"model": LARGE}, "modle", ["'modle'", "'model' (2 tensors, 930 weights)"]),
+        ({"model": LARGE}, "model.w", ["'model.w'", "'model'"]),
+        ({"model": LARGE}, "", ["''", "'model'"]),
+        ({str(i): LARGE for i in range(30)}, None, ["'0' (", "22 more"]),
+        ({"epoch": 3}, None, ["holds no tensors"]),
+        ({}, None, ["holds no tensors"]),
+        (3, None, ["holds no tensors"]),
+        (ADAM, None, ["holds no tensors that have names"]),
+        ({0: weights(3), "0": weights(3)}, None, ["two tensors under the key '0'"]),
+        ({(1, 2): weights(3)}, None, ["holds no tensors that have names"]),
+        ({"m": {"layers": LARGE, "embedding": SMALL}}, None, ["'m.layers'", "'m.embedding'", "--state-dict-key"]),
+        ({"m": {"embedding": SMALL, "layers": {0: LARGE, 1: LARGE}}}, None, ["'m.layers.0'", "'m.embedding'"]),
+        ({"a.b": {"c": weights(2)}, "a": {"b.c": weights(2)}}, ".", ["two tensors", "'a.b.c'"]),
+        (weights(3), None, ["one tensor without a name"]),
+    ],
+)
+def test_no_state_dict_is_guessed(tmp_path, value, key, says):
+    message = refused(save(value, tmp_path / "x.pt"), key)
+    for text in says:
+        assert text in message
+
+
+def test_the_command_line_chooses(tmp_path):
+    source = save({"model": LARGE, "ema": {"w": weights(30, 30, seed=5)}}, tmp_path / "x.pt")
+    wrong, right, stats = run_all(
+        ["convert", source, tmp_path / "wrong.qf"],
+        ["convert", source, tmp_path / "x.qf", "--state-dict-key", "ema", "-t", "f32"],
+        ["quantize-stats", source, "--state-dict-key", "ema", "--json", "-"],
+    )
+    assert (wrong.code, right.code) == (1, 0)
+    assert wrong.err.count("\n") == 1
+    assert raw(load_file(tmp_path / "x.qf")["w"]) == raw(weights(30, 30, seed=5))
+    assert json.loads(stats.out)["results"][0]["params"] == 900
+
+
+def test_another_choice_is_another_variant(tmp_path):
+    source = save({"model": LARGE, "ema": LARGE}, tmp_path / "x.pt")
+    assert opened(source, "model").variant != opened(source, "ema").variant
+
+
+def test_a_key_is_refused_where_there_is_nothing_to_choose(tmp_path):
+    save_file(SMALL, tmp_path / "x.safetensors")
+    assert "--state-dict-key" in refused(tmp_path / "x.safetensors", "model")
+
+
+def test_what_is_beside_the_state_dict_is_taken_along_or_named(tmp_path):
+    value = {
+        "model": LARGE | {"extra": {"a": 1}},
+        "config": {"layers": 2, "name": "\u2028x", "sizes": (1, 2)},
+        "loss": float("nan"),
+        "optimizer": ADAM,
+        "seen": {1, 2},
+        "long": "x" * 2_000_000,
+        "labels": {0: "cat"},
+    }
+    checkpoint = opened(save(value, tmp_path / "x.pt"))
+    beside = json.loads(checkpoint.assets["checkpoint.json"]())
+    assert beside == {
+        "model.extra": {"a": 1},
+        "config": {"layers": 2, "name": "\u2028x", "sizes": [1, 2]},
+        "labels": {"0": "cat"},
+    }
+    (warning,) = checkpoint.warnings
+    assert warning.startswith("x.pt: the state dict 'model' is taken")
+    for key in ("loss", "optimizer", "seen", "long"):
+        assert f"'{key}'" in warning
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_what_wrappers_add_is_taken_off(tmp_path, prefix):
+    source = save({f"{prefix}{name}": tensor for name, tensor in LARGE.items()}, tmp_path / "x.pt")
+    checkpoint = opened(source)
+    check(checkpoint, LARGE)
+    (warning,) = checkpoint.warnings
+    assert repr(prefix) in warning
+
+
+def test_a_prefix_that_some_names_have_stays(tmp_path):
+    tensors = {"module.w": weights(3, 3), "modules.w": weights(3), "n_averaged": torch.tensor(4)}
+    checkpoint = opened(save(tensors, tmp_path / "x.pt"))
+    check(checkpoint, tensors)
+    assert checkpoint.warnings == []
+
+
+# ---- hostile and broken files
+
+
+class Evil:
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(os.system, f"{os.name}.system"), (eval, "eval"), (subprocess.Popen, ".Popen"), (torch.nn.Linear, "Linear")],
+)
+def test_nothing_that_a_pickle_asks_for_is_run(tmp_path, zipped, function, name):
+    witness = tmp_path / "witness"
+    argument = {"eval": f"open({str(witness)!r}, 'w')", "Linear": 3}.get(name, f"touch {witness}")
+    source = save({"w": weights(3), "x": Evil(function, argument)}, tmp_path / "x.pt", zipped=zipped)
+    message = refused(source)
+    assert name in message
+    assert "torch.save(model.state_dict()" in message
+    assert not witness.exists()
+
+
+def test_a_pickle_of_another_protocol_is_not_run_either(tmp_path):
+    witness = tmp_path / "witness"
+    source = tmp_path / "x.pt"
+    data = pickle.dumps({"x": Evil(os.system, f"touch {witness}")}, protocol=4)
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr("x/data.pkl", data)
+        archive.writestr("x/version", "3\n")
+    refused(source)
+    (tmp_path / "y.pkl").write_bytes(data)
+    assert "is a pickle" in refused(tmp_path / "y.pkl")
+    (tmp_path / "z.pt").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + data)
+    refused(tmp_path / "z.pt")
+    assert not witness.exists()
+
+
+def test_torch_s_advice_is_not_repeated(tmp_path):
+    message = refused(save({"w": weights(3), "x": 10**5000}, tmp_path / "x.pt"))
+    assert "asks for more than tensors (Unsupported operand" in message
+    assert "weights_only" not in message
+
+
+def test_a_saved_module_is_refused_with_what_to_do(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
+    result = run_cli("convert", tmp_path / "x.pt", tmp_path / "x.qf")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert "torch.nn.modules.linear.Linear" in result.err
+
+
+@FORMATS
+def test_a_file_that_is_cut_short_is_refused(tmp_path, zipped):
+    whole = save({"model": SMALL, "epoch": 1}, tmp_path / "x.pt", zipped=zipped).read_bytes()
+    source = tmp_path / "y.pt"
+    for length in [*range(0, len(whole) - 1, 61), len(whole) - 1]:
+        source.write_bytes(whole[:length])
+        refused(source)
+
+
+@FORMATS
+def test_flipped_bits_raise_nothing_but_source_errors(tmp_path, zipped):
+    whole = save({"model": every_view(), "epoch": 1, "tag": "x"}, tmp_path / "x.pt", zipped=zipped).read_bytes()
+    rng = np.random.default_rng(0)
+    source = tmp_path / "y.pt"
+    refusals = 0
+    for position in rng.integers(0, len(whole), 250):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.integers(8)
+        source.write_bytes(damaged)
+        try:
+            for tensor in opened(source).tensors:
+                tensor.read(slice(0, int(np.prod(tensor.shape))))
+        except SourceError:
+            refusals += 1
+    assert refusals > 10
+
+
+def zipped(names_and_data: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in names_and_data.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.ones(3))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "is empty"),
+        (b"hello", "no weights of a known kind"),
+        (bytes(1000), "no weights of a known kind"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (pickle.dumps({"w": [1.0]}), "is a pickle"),
+        (b"PK\x03\x04 and no more", "cut short or damaged"),
+        (zipped({}), "holds nothing"),
+        (zipped({"[Content_Types].xml": b"<xml/>", "word/document.xml": b""}), "'[Content_Types].xml'"),
+        (zipped({"config.json": b"{}", "model.weights.h5": b"\x89HDF"}), "'model.weights.h5'"),
+        (npz(), "'a.npy'"),
+        (zipped({"m/data.pkl": b"\x80\x02}.", "m/constants.pkl": b"\x80\x02)."}), "TorchScript"),
+        (zipped({"a/data.pkl": b"", "b/data.pkl": b""}), "torch.save did not make"),
+        (zipped({"m/data.pkl": b""}), "is damaged"),
+        (zipped({"m/data.pkl": b"\x80\x02}."}, zipfile.ZIP_DEFLATED), "compressed"),
+    ],
+)
+def test_other_files_are_told_apart(tmp_path, data, says):
+    source = tmp_path / "model.bin"
+    source.write_bytes(data)
+    assert says in refused(source)
+
+
+def test_a_compressed_checkpoint_is_refused_not_misread(tmp_path):
+    save({"w": torch.zeros(10_000)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as source:
+        content = {record.filename: source.read(record) for record in source.infolist()}
+    (tmp_path / "y.pt").write_bytes(zipped(content, zipfile.ZIP_DEFLATED))
+    assert "zip -0" in refused(tmp_path / "y.pt")
+
+
+def test_a_checkpoint_under_the_name_of_another_kind(tmp_path):
+    assert "rename it" in refused(save(SMALL, tmp_path / "x.safetensors"))
+    save_file(SMALL, tmp_path / "x.bin")
+    check(opened(tmp_path / "x.bin"), SMALL)
+
+
+def test_tensors_that_cannot_be_stored_are_named(tmp_path):
+    conjugate = torch.view_as_complex(torch.ones(2, 2)).conj()
+    for value, what in [
+        (torch.ones(2, dtype=torch.complex64), "of dtype complex64"),
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.empty(3, device="meta"), "without values"),
+        (conjugate.imag, "changes signs"),
+    ]:
+        message = refused(save({"fine": weights(3), "it\n": value}, tmp_path / "x.pt"))
+        assert what in message
+        assert r"'it\n'" in message
+
+
+def test_a_small_file_cannot_ask_for_endless_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("qformat.converters.sources.state_dict._MOST_NODES", 20_000)
+    assert "repeat" in refused(save({"w": torch.ones(1).expand(10**9, 10**6)}, tmp_path / "x.pt"))
+    bomb: Any = "x" * 1000
+    for _ in range(30):
+        bomb = [bomb] * 10
+    assert "nested" in refused(save({"w": weights(3), "bomb": bomb}, tmp_path / "y.pt"))
+    endless: dict[str, Any] = {"w": weights(3)}
+    endless["self"] = endless
+    assert "nested" in refused(save(endless, tmp_path / "z.pt"))
+    text: Any = {0.5: "x" * 1000}
+    for _ in range(30):
+        text = dict.fromkeys((i / 2 for i in range(10)), text)
+    checkpoint = opened(save({"w": weights(3), "text": text}, tmp_path / "t.pt"))
+    assert checkpoint.assets == {}
+    assert "'text'" in checkpoint.warnings[0]
+
+
+@FORMATS
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, zipped):
+    """The pickle says that a tensor of 8 elements has 2000, or begins after its end."""
+    whole = save({"w": torch.arange(8, dtype=torch.int16)}, tmp_path / "x.pt", zipped=zipped).read_bytes()
+    size = b"K\x08\x85"  # the shape (8,)
+    assert whole.count(size) == 1
+    source = tmp_path / "y.pt"
+    for other in (b"M\xd0\x07\x85", b"J\xff\xff\xff\x7f\x85", b"J\xff\xff\xff\xff\x85"):
+        at = whole.index(size)
+        if zipped:
+            with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+                content = {record.filename: archive.read(record) for record in archive.infolist()}
+            content["x/data.pkl"] = content["x/data.pkl"].replace(size, other)
+            buffer = io.BytesIO()
+            with zipfile.ZipFile(buffer, "w") as archive:
+                for name, data in content.items():
+                    archive.writestr(name, data)
+            source.write_bytes(buffer.getvalue())
+        else:
+            source.write_bytes(whole[:at] + other + whole[at + len(size) :])
+        refused(source)
+
+
+def test_without_torch_the_error_says_what_to_install(tmp_path):
+    source = save(SMALL, tmp_path / "x.pt")
+    script = (
+        "import sys; sys.modules['torch'] = None; from qformat.cli import cli;"
+        f"cli(['convert', {str(source)!r}, {str(tmp_path / 'x.qf')!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"Error: {source}: torch is needed to read it; pip install 'qformat[torch]'\n"
+
+
+# ---- directories
+
+PARTS = {"a.w": weights(6, 8), "a.b": weights(8), "c.w": weights(5, 5, seed=2)}
+
+
+def sharded(directory: Path, count: int = 3, *, index: bool = True, stem: str = "pytorch_model") -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    weight_map = {}
+    for i, (name, tensor) in enumerate(PARTS.items(), 1):
+        file = f"{stem}-{i:05}-of-{count:05}.bin"
+        save({name: tensor}, directory / file)
+        weight_map[name] = file
+    if index:
+        (directory / f"{stem}.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def test_shards_of_torch_are_read_as_those_of_safetensors_are(tmp_path):
+    source = sharded(tmp_path / "bin")
+    checkpoint = open_checkpoint(source)
+    check(checkpoint, PARTS, 10)
+    assert checkpoint.warnings == []
+    assert set(checkpoint.assets) == {"config.json"}
+    other = tmp_path / "safetensors"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    save_file(PARTS, other / "model.safetensors")
+    roots = {convert(open_checkpoint(d), tmp_path / f"{d.name}.qf", Recipe.parse("q8_0")).root for d in (source, other)}
+    assert len(roots) == 1
+
+
+def test_names_in_shards_stay_as_the_index_has_them(tmp_path):
+    source = tmp_path / "x"
+    source.mkdir()
+    save({"module.a": weights(3)}, source / "1.bin")
+    save({"b": weights(4)}, source / "2.bin")
+    index = {"weight_map": {"module.a": "1.bin", "b": "2.bin"}}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert sorted(names(open_checkpoint(source))) == ["b", "module.a"]
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "says"),
+    [
+        ({"a.w": "pytorch_model-00009-of-00003.bin"}, "is missing"),
+        ({"a.w": "../x.bin"}, "not a plain file name"),
+        ({"a.w": "pytorch_model-00002-of-00003.bin"}, "it does not"),
+        ({"a.w": "config.json"}, "config.json: holds no weights"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(tmp_path, weight_map, says):
+    source = sharded(tmp_path / "x")
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert says in refused(source)
+
+
+def test_safetensors_are_preferred(tmp_path):
+    source = sharded(tmp_path / "x")
+    save({"pickled": weights(3)}, source / "pytorch_model.bin")
+    save_file({"safe": weights(3)}, source / "model.safetensors")
+    assert names(open_checkpoint(source)) == ["safe"]
+    (source / "model.safetensors").unlink()
+    assert names(open_checkpoint(source)) == ["pickled"]
+
+
+def test_shards_without_an_index_are_joined_with_a_warning(tmp_path):
+    source = sharded(tmp_path / "x", index=False)
+    checkpoint = open_checkpoint(source)
+    check(checkpoint, PARTS)
+    (warning,) = checkpoint.warnings
+    assert "no index" in warning
+    save({"a.w": weights(1)}, source / "pytorch_model-00003-of-00003.bin")
+    with pytest.raises(SourceError, match=r"'a\.w' is in another shard too"):
+        open_checkpoint(source)
+    (source / "pytorch_model-00002-of-00003.bin").unlink()
+    assert "pytorch_model-00002-of-00003.bin is missing" in refused(source)
+    assert "-00004-of-00004.bin is missing" in refused(sharded(tmp_path / "y", 4, index=False))
+    save(SMALL, source / "ema-00001-of-00001.bin")
+    assert "several checkpoints" in refused(source)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["RWKV-x.pth"], "RWKV-x.pth"),
+        (["model.fp16.safetensors"], "model.fp16.safetensors"),
+        (
+            ["adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "training_args.bin"],
+            "adapter_model.safetensors",
+        ),
+        (["adapter_model.safetensors", "adapter_model.bin"], "adapter_model.safetensors"),
+        (["adapter_model.safetensors", "model.safetensors"], "model.safetensors"),
+        (["adapter_model.safetensors", "whatever.pt"], "whatever.pt"),
+        (["diffusion_pytorch_model.safetensors", "whatever.pt"], "diffusion_pytorch_model.safetensors"),
+        (["consolidated.safetensors", "whatever.pt"], "consolidated.safetensors"),
+        (["pytorch_model.bin", "whatever.pt"], "pytorch_model.bin"),
+    ],
+)
+def test_other_names_of_weights(tmp_path, files, expected):
+    for file in files:
+        (save_file if file.endswith(".safetensors") else save)({file: weights(3)}, tmp_path / file)
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(tmp_path)
+    assert names(checkpoint) == [expected]
+    assert set(checkpoint.assets) == {"config.json"}
+    assert checkpoint.warnings == []
+
+
+def test_directories_without_weights_or_with_too_many(tmp_path):
+    assert "holds no weights" in refused(tmp_path)
+    save(SMALL, tmp_path / "a.pt")
+    save(SMALL, tmp_path / "b.ckpt")
+    assert "a.pt, b.ckpt; give one of them" in refused(tmp_path)
+
+
+def test_a_directory_with_a_gguf_file(tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "model.bin.gguf", "llama")
+    writer.add_tensor("a.weight", weights(4, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    check(open_checkpoint(tmp_path), {"a.weight": weights(4, 32)})
+    (tmp_path / "model.bin.gguf").rename(tmp_path / "x.pt")  # content counts
+    check(opened(tmp_path / "x.pt"), {"a.weight": weights(4, 32)})
+    assert "--state-dict-key" in refused(tmp_path / "x.pt", "a")
+
+
+def test_weights_in_folders_are_named(tmp_path):
+    save(SMALL, tmp_path / "pytorch_model.bin")
+    (tmp_path / "2_Dense").mkdir()
+    save(SMALL, tmp_path / "2_Dense" / "pytorch_model.bin")
+    (warning,) = open_checkpoint(tmp_path).warnings
+    assert "2_Dense/pytorch_model.bin is not taken along" in warning
+
+
+# ---- RWKV
+
+
+def rwkv(**more: torch.Tensor) -> Tensors:
+    common = {name: torch.ones(2, 2) for name in ("emb.weight", "head.weight")}
+    common |= {name: torch.ones(2) for name in ("ln_out.weight", "blocks.0.ln0.weight", "blocks.0.ln1.weight")}
+    return common | {"blocks.0.att.key.weight": torch.ones(2, 2)} | {f"blocks.0.att.{k}": v for k, v in more.items()}
+
+
+LN_X = {"ln_x.weight": torch.ones(2)}
+GATE = LN_X | {"gate.weight": torch.ones(2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("more", "version"),
+    [
+        ({"time_decay": torch.ones(2), "time_mix_k": torch.ones(1, 1, 2)}, "4"),
+        (LN_X | {"time_decay": torch.ones(2)}, "5"),
+        (GATE | {"time_decay": torch.ones(2)}, "5.1"),
+        (GATE | {"time_decay": torch.ones(2, 1)}, "5.1"),
+        (GATE | {"time_decay": torch.ones(2, 4)}, "5.2"),
+        (GATE | {"time_maa_x": torch.ones(1, 1, 2)}, "6"),
+        (LN_X | {"r_k": torch.ones(2, 2)}, "7"),
+    ],
+)
+def test_the_version_of_rwkv_is_told_by_its_keys(tmp_path, more, version):
+    source = save(rwkv(**more), tmp_path / "RWKV.pth")
+    assert open_checkpoint(source).metadata == {"rwkv_version": version}
+
+
+def test_metadata_goes_into_the_file(tmp_path):
+    source = save(rwkv(), tmp_path / "RWKV.pth")
+    convert(open_checkpoint(source), tmp_path / "x.qf", Recipe.parse(None))
+    with qformat.safe_open(tmp_path / "x.qf") as f:
+        assert f.metadata == {"rwkv_version": "4"}
+
+
+def test_other_models_are_not_taken_for_rwkv(tmp_path):
+    tensors = rwkv()
+    del tensors["blocks.0.ln0.weight"]
+    assert open_checkpoint(save(tensors, tmp_path / "x.pth")).metadata == {}
+
+
+def test_a_legacy_file_that_claims_more_than_it_has(tmp_path):
+    whole = save({"w": torch.zeros(8)}, tmp_path / "x.pt", zipped=False).read_bytes()
+    # the storage's size, in the pickle and before its bytes
+    claimed = whole.replace(b"K\x08N", b"J\x00\x00\x00\x40N").replace(struct.pack("<Q", 8), struct.pack("<Q", 1 << 30))
+    assert len(claimed) > len(whole)
+    (tmp_path / "y.pt").write_bytes(claimed)
+    refused(tmp_path / "y.pt")

@@ -1,0 +1,103 @@
+"""Compiling, caching and falling back, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys, numpy as np
+from qformat.kernels import load
+x = np.arange(-3200, 3200, dtype=np.float32) ** 3
+blocks = np.zeros(x.size // 32 * 18, np.uint8)
+load("q4_0").quantize(x, blocks, np.zeros(16))
+import hashlib
+print(load("q4_0").__name__, hashlib.sha256(blocks).hexdigest())
+"""
+
+
+def run(cache: Path | None = None, script: str = SCRIPT, **environment: str) -> tuple[str, str, str]:
+    """Return (module, digest, stderr)."""
+    env = os.environ | environment | ({} if cache is None else {"QFORMAT_CACHE_DIR": str(cache)})
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    module, digest = done.stdout.split()
+    return module, digest, done.stderr
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    cache = tmp_path_factory.mktemp("cache")
+    module, digest, stderr = run(cache)
+    assert module == "qformat.kernels.numba.q4_0"
+    assert not stderr
+    return cache, digest
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.suffix in (".nbi", ".nbc"))
+
+
+def test_machine_code_is_kept_and_used_again(filled):
+    cache, digest = filled
+    before = {path: path.stat().st_mtime_ns for path in files(cache)}
+    assert before
+    assert run(cache)[1] == digest
+    assert {path: path.stat().st_mtime_ns for path in files(cache)} == before
+    assert all((path.stat().st_mode & 0o077) == 0 for path in cache.glob("kernels-*"))
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("content", [b"", b"\x80\x04 garbage", "half"])
+def test_a_damaged_cache_is_made_anew(filled, suffix, content):
+    cache, digest = filled
+    for path in files(cache):
+        if path.suffix == suffix:
+            whole = path.read_bytes()
+            path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    assert run(cache)[:2] == ("qformat.kernels.numba.q4_0", digest)
+    assert run(cache)[:2] == ("qformat.kernels.numba.q4_0", digest)
+    assert all(path.stat().st_size > 20 for path in files(cache))
+
+
+def test_no_place_for_a_cache_is_no_error(filled, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    assert run(blocked)[:2] == ("qformat.kernels.numba.q4_0", filled[1])
+
+
+def test_a_cache_that_others_may_write_is_not_used(filled, tmp_path):
+    run(tmp_path)
+    (directory,) = tmp_path.glob("kernels-*")
+    directory.chmod(0o777)
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    for path in before:
+        path.write_bytes(b"evil")
+    _, digest, stderr = run(tmp_path)
+    assert digest == filled[1]
+    assert "not safe" in stderr
+    assert all(path.read_bytes() == b"evil" for path in before)
+
+
+def test_a_processor_without_extensions_gives_the_same_bytes(filled, tmp_path):
+    assert run(tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")[1] == filled[1]
+
+
+def test_numpy_gives_the_same_bytes(filled):
+    assert run(QFORMAT_KERNELS="numpy") == ("qformat.kernels.numpy.q4_0", filled[1], "")
+
+
+def test_without_numba_numpy_takes_over_and_says_so(filled):
+    script = "import sys; sys.modules['numba'] = None\n" + SCRIPT
+    module, digest, stderr = run(script=script)
+    assert (module, digest) == ("qformat.kernels.numpy.q4_0", filled[1])
+    assert "slower numpy kernels" in stderr
+
+
+def test_numba_can_be_demanded():
+    script = "import sys; sys.modules['numba'] = None\n" + SCRIPT
+    with pytest.raises(subprocess.CalledProcessError):
+        run(script=script, QFORMAT_KERNELS="numba")

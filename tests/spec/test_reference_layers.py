@@ -1,0 +1,926 @@
+"""Layered tensors made from the text of spec/codecs.md, and what the independent reader has to make of them."""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from itertools import groupby
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.build import Draft, drop, put, raw_tensor
+from tests.spec.test_reference_entropy import (
+    CHUNK_ELEMENTS,
+    CODED,
+    CONSTANT,
+    RAW,
+    filled_up,
+    join,
+    random_letters,
+    stream,
+)
+
+ZERO = "0.000000000e+00"
+MANTISSA = {"f16": 10, "bf16": 7, "f32": 23}
+BIAS = {"f16": 15, "bf16": 127, "f32": 127}
+LARGEST = {"f16": 0x7BFF, "bf16": 0x7F7F, "f32": 0x7F7FFFFF}
+SIGN = {"f16": 1 << 15, "bf16": 1 << 15, "f32": 1 << 31}
+UNSIGNED = {"f16": "<u2", "bf16": "<u2", "f32": "<u4"}
+
+
+# ---- a small encoder, written from the text
+
+
+@cache
+def value(dtype: str, pattern: int) -> Fraction:
+    """That of a pattern without its sign."""
+    m = MANTISSA[dtype]
+    exponent, mantissa = pattern >> m, pattern % (1 << m)
+    scale: Fraction = Fraction(2) ** (max(exponent, 1) - BIAS[dtype] - m)
+    return (mantissa + (1 << m if exponent else 0)) * scale
+
+
+@cache
+def largest_below(dtype: str, v: Fraction) -> int:
+    """F before its lowest bits are left out."""
+    return bisect_right(range(LARGEST[dtype] + 1), v, key=lambda pattern: value(dtype, pattern)) - 1
+
+
+@dataclass
+class Element:
+    """An element of a chunk that counts."""
+
+    dtype: str
+    index: int
+    pattern: int
+    phase: int
+    part: int
+    step: Fraction
+    depth: int = 0
+    t: int = 0
+
+    @property
+    def magnitude(self) -> int:
+        return self.pattern % SIGN[self.dtype]
+
+    @property
+    def negative(self) -> int:
+        return self.pattern // SIGN[self.dtype]
+
+    @property
+    def width(self) -> Fraction:
+        return self.step * Fraction(1, 2**self.depth)
+
+    def refine(self) -> None:
+        """Find the cell again."""
+        self.t = int(value(self.dtype, self.magnitude) / self.width)
+
+
+@dataclass
+class Choices:
+    """What an encoder may choose."""
+
+    steps: tuple[Fraction, Fraction]
+    offsets: bytes = bytes([128] * 32)
+    ends: Sequence[int] = (0,)
+    sparse: bool = False
+    wide: bool = False
+    z: Sequence[int] | None = None  # of each row; None: not lossless
+    modes: Callable[[], bool] = lambda: False  # whether to do otherwise than simplest
+
+
+def any_stream(letters: Sequence[int], s: int, choices: Choices) -> bytes:
+    if letters and len(set(letters)) == 1 and not choices.modes():
+        return stream(letters, s, CONSTANT)
+    return stream(letters, s, CODED if choices.modes() and len(letters) > 5 else RAW)
+
+
+def bit_stream(bits: Sequence[int], choices: Choices) -> bytes:
+    return any_stream(join(bits, 2, 1), 2, choices)
+
+
+def encode_chunk(
+    patterns: Sequence[int], dtype: str, choices: Choices
+) -> tuple[list[bytes], list[list[tuple[int, Fraction, float]]]]:
+    """The bytes of each layer, and of `rest`; and after each layer of each element cell, width and value."""
+    counted = [i for i, pattern in enumerate(patterns) if pattern % SIGN[dtype] or not choices.sparse]
+    elements = [
+        Element(dtype, i, patterns[i], n // 32 % 2, n // 64 % 32, choices.steps[n // 32 % 2])
+        for n, i in enumerate(counted)
+    ]
+    first = bytes([choices.sparse + 2 * choices.wide])
+    if choices.sparse:
+        first += bit_stream([int(pattern % SIGN[dtype] != 0) for pattern in patterns], choices)
+    for phase in (0, 1):
+        members = [element for element in elements if element.phase == phase]
+        s = 256 if choices.wide else 16
+        for element in members:
+            element.refine()
+        if members:
+            first += any_stream(join([min(element.t, s - 1) for element in members], s), s, choices)
+            first += b"".join(struct.pack("<I", element.t) for element in members if element.t >= s - 1)
+            first += encode_section([(element.t, element.negative) for element in members], choices)
+    contents, known, before = [], [], 0
+    for layer, end in enumerate(choices.ends):
+        content = struct.pack("<H", end) + first * (layer == 0)
+        for _, run in groupby(range(before, end), key=lambda number: number // 32):
+            content += encode_range([(number // 32 % 2, number % 32) for number in run], elements, choices)
+        contents.append(filled_up(content, len(patterns)) if layer == 0 else content)
+        known.append(decoded(elements, len(patterns), choices))
+        before = end
+    if choices.z is not None:
+        contents.append(encode_rest(patterns, elements, dtype, choices))
+    return contents, known
+
+
+def encode_range(places: list[tuple[int, int]], elements: list[Element], choices: Choices) -> bytes:
+    """The next bits of these phases and parts."""
+    members = [element for element in elements if (element.phase, element.part) in places]
+    before = [element.t for element in members]
+    for element in members:
+        element.depth += 1
+        element.refine()
+    bits = [element.t - 2 * t for element, t in zip(members, before, strict=True)]
+    return encode_section(list(zip(before, bits, strict=True)), choices) if members else b""
+
+
+def encode_section(pairs: list[tuple[int, int]], choices: Choices) -> bytes:
+    """Of magnitudes and bits."""
+    if not choices.modes():
+        return b"\0" + bit_stream([bit for _, bit in pairs], choices)
+    classes = [[bit for t, bit in pairs if min(t, 2) == which] for which in range(3)]
+    return b"\1" + b"".join(bit_stream(bits, choices) for bits in classes)
+
+
+def decoded(elements: list[Element], count: int, choices: Choices) -> list[tuple[int, Fraction, float]]:
+    result = [(0, Fraction(0), 0.0)] * count
+    for e in elements:
+        place = 16 * e.phase + 4 * e.depth + min(e.t >> e.depth, 3)
+        o = choices.offsets[place] if e.depth < 4 else 128
+        with np.errstate(over="ignore"):
+            magnitude = (np.float32(e.t) + np.float32(o / 256)) * np.float32(float(e.width))
+        result[e.index] = (e.t, e.width, float(-magnitude if e.negative else magnitude))
+    return result
+
+
+def encode_rest(patterns: Sequence[int], elements: list[Element], dtype: str, choices: Choices) -> bytes:
+    assert choices.z is not None
+    content = any_stream(choices.z, 256, choices)
+    counted = {element.index for element in elements}
+    if choices.sparse:
+        content += bit_stream([p // SIGN[dtype] for i, p in enumerate(patterns) if i not in counted], choices)
+    parts = []
+    for element in elements:
+        z = choices.z[element.index * len(choices.z) // len(patterns)]
+        assert element.magnitude % 2**z == 0
+        p = element.magnitude >> z
+        a, end = (largest_below(dtype, (element.t + i) * element.width) >> z for i in (0, 1))
+        assert a <= p <= end
+        b = (end - a).bit_length()
+        y = max(0, b - 6)
+        r = end - a
+        which = r if r < 16 else {5: 16, 6: 17}.get(b, 18) + 3 * element.phase
+        parts.append((which, y, (p >> y) - (a >> y), p % 2**y))
+        assert r or parts[-1] == (0, 0, 0, 0)
+    for which in range(1, 22):
+        if upper := [part[2] for part in parts if part[0] == which]:
+            content += any_stream(upper, 256, choices)
+    for j in range(3):
+        if lower := [part[3] >> 8 * j & 255 for part in parts if part[1] >= 8 * j + 8]:
+            content += any_stream(lower, 256, choices)
+    bits = [part[3] >> i & 1 for part in parts for i in range(part[1] // 8 * 8, part[1])]
+    return content + (bit_stream(bits, choices) if bits else b"")
+
+
+def grid(choices: Choices) -> bytes:
+    return np.array([float(step) for step in choices.steps], "<f4").tobytes() + choices.offsets
+
+
+def cut(chunks: Sequence[bytes]) -> bytes:
+    return struct.pack(f"<{len(chunks)}I", *map(len, chunks)) + b"".join(chunks)
+
+
+@dataclass
+class Case:
+    """A tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    params: dict[str, Any]
+    segments: dict[str, bytes]
+    measures: str = "1.000000000e+00"
+    record: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        measures = dict.fromkeys(["rmse", "max", "mean"], self.measures)
+        self.record = {"params": self.params, "range": self.measures, "segments": [{"name": n} for n in self.segments]}
+        for segment in self.record["segments"]:
+            if segment["name"].startswith("layer."):
+                segment["error"] = measures
+        if self.params.get("lossless") is not True:
+            self.record["error"] = {"rmse": self.measures, "max": self.measures}
+
+    def with_segments(self, **segments: bytes) -> Case:
+        """Other segments, `layer_1` being `layer.1`."""
+        changed = {name.replace("_", "."): content for name, content in segments.items()}
+        assert changed.keys() <= self.segments.keys()
+        return Case(self.dtype, self.shape, self.params, self.segments | changed, self.measures)
+
+    def draft(self) -> Draft:
+        segments = [{**deepcopy(s), "bytes": self.segments[s["name"]]} for s in self.record["segments"]]
+        others = {"name": "t", "shape": list(self.shape), "dtype": self.dtype, "codec": "scm"}
+        return Draft(tensors=[{**deepcopy(self.record), **others, "segments": segments}])
+
+
+def encode(chunks: Sequence[tuple[Sequence[int], Choices]], dtype: str, shape: tuple[int, ...]) -> tuple[Case, Any]:
+    choices = chunks[0][1]
+    made = [encode_chunk(patterns, dtype, c) for patterns, c in chunks]
+    names = ["grid", *[f"layer.{k + 1}" for k in range(len(choices.ends))], *["rest"] * (choices.z is not None)]
+    contents = [grid(choices), *[cut(column) for column in zip(*[contents for contents, _ in made], strict=True)]]
+    params = {"layers": len(choices.ends), "lossless": choices.z is not None}
+    known = [[cell for chunk in layer for cell in chunk] for layer in zip(*[k for _, k in made], strict=True)]
+    return Case(dtype, shape, params, dict(zip(names, contents, strict=True))), known
+
+
+def decode(reference: ModuleType, case: Case, layers: int | None = None) -> Any:
+    tensor = reference.Tensor("t", case.shape, case.dtype, "scm", case.record, tuple(case.segments.items()), "")
+    return reference.decode(tensor, layers=layers)
+
+
+def source(patterns: Sequence[int], dtype: str) -> np.ndarray:
+    stored = np.array(patterns, UNSIGNED[dtype])
+    if dtype == "bf16":
+        return (stored.astype("<u4") << 16).view("<f4")
+    return stored.view("<f2" if dtype == "f16" else "<f4")
+
+
+def check(reference: ModuleType, chunks: Sequence[tuple[Sequence[int], Choices]], dtype: str, shape: Any) -> Case:
+    """What every layer decodes to, and everything."""
+    case, known = encode(chunks, dtype, shape)
+    x = source([pattern for patterns, _ in chunks for pattern in patterns], dtype)
+    before: list[tuple[int, Fraction, float]] = []
+    for number, layer in enumerate(known):
+        values = decode(reference, case, number + 1)
+        assert values.dtype == np.float32
+        assert values.shape == shape
+        values = values.reshape(-1)
+        assert values.tobytes() == np.array([found for _, _, found in layer], np.float32).tobytes()
+        widths = np.array([float(width) for _, width, _ in layer])
+        if before:
+            assert np.all(widths <= [float(width) for _, width, _ in before])
+        errors = np.abs(values.astype(np.float64) - x.astype(np.float64))
+        errors[np.isinf(values)] = 0  # writers refuse that
+        offset = bytes([128] * 32) == chunks[0][1].offsets
+        # Beyond the cell there is only the rounding to binary32.
+        assert np.all(errors <= widths * (0.5 if offset else 1) + np.abs(x.astype(np.float64)) * 2.0**-22)
+        before = layer
+    everything = decode(reference, case)
+    if case.params["lossless"]:
+        assert everything.dtype == x.dtype
+        assert everything.reshape(-1).tobytes() == x.tobytes()
+    else:
+        assert everything.tobytes() == decode(reference, case, len(known)).tobytes()
+    assert everything.shape == shape
+    return case
+
+
+# ---- round trips
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> tuple[str, list[int], Choices, tuple[int, int]]:
+    dtype = draw(st.sampled_from(sorted(MANTISSA)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    exponent = draw(st.integers(-8, 8) if dtype == "f16" else st.integers(-100, 125))
+    first, second = (
+        min(Fraction(int(mantissa)) * Fraction(2) ** (exponent - 15 + int(more)), Fraction(2) ** 126)
+        for mantissa, more in zip(rng.integers(2**15, 2**16, 2), rng.integers(0, 2, 2), strict=True)
+    )
+    steps = (first, second)
+    shape = draw(st.sampled_from([(1, 1), (1, 2), (31, 1), (3, 11), (1, 64), (13, 5), (2, 65), (5, 40)]))
+    count = shape[0] * shape[1]
+    z = [int(rng.choice([0, 1, 3, MANTISSA[dtype] - 1, MANTISSA[dtype]])) for _ in range(shape[0])]
+    if draw(st.booleans()):
+        z = [0] * shape[0]
+    # Magnitudes of all exponents, and such near the steps; the largest of all that are below 2^22 steps; zeros.
+    top = largest_below(dtype, min(steps) * 2**22 - Fraction(1, 2**200))
+    magnitudes = [int(magnitude) for magnitude in rng.integers(0, top, count, endpoint=True)]
+    usual = [min(top, largest_below(dtype, min(steps) * Fraction(float(u)))) for u in rng.exponential(4, count)]
+    special = [0, 1, 2 ** MANTISSA[dtype] - 1, 2 ** MANTISSA[dtype], top]
+    kinds = rng.choice(3, count, p=draw(st.sampled_from([(0.1, 0.8, 0.1), (0.05, 0.05, 0.9), (1, 0, 0), (0, 1, 0)])))
+    chosen = [
+        (magnitudes[i], usual[i], special[int(rng.integers(5))] * int(rng.integers(2)))[kind]
+        for i, kind in enumerate(kinds)
+    ]
+    chosen = [magnitude >> z[i // shape[1]] << z[i // shape[1]] for i, magnitude in enumerate(chosen)]
+    patterns = [magnitude + SIGN[dtype] * int(rng.integers(2)) for magnitude in chosen]
+    ends = sorted(draw(st.lists(st.integers(0, 512) | st.sampled_from([1, 31, 32, 33, 64]), min_size=1, max_size=6)))
+    offsets = bytes([128] * 32) if draw(st.booleans()) else rng.bytes(32)
+    otherwise = draw(st.sampled_from([0, 0.3, 1]))
+    sparse, wide, lossless = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    modes = lambda: bool(rng.random() < otherwise)  # noqa: E731
+    return dtype, patterns, Choices(steps, offsets, ends, sparse, wide, z if lossless else None, modes), shape
+
+
+@settings(max_examples=150)
+@given(tensors())
+def test_round_trips(reference: ModuleType, drawn: tuple[str, list[int], Choices, tuple[int, int]]) -> None:
+    dtype, patterns, choices, shape = drawn
+    check(reference, [(patterns, choices)], dtype, shape)
+
+
+@pytest.mark.parametrize("dtype", MANTISSA)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_every_part(reference: ModuleType, dtype: str, sparse: bool) -> None:
+    """More than 2048 elements, so that parts come again; ends in the midst of each part's turn, each with its own section."""
+    rng = np.random.default_rng(sparse)
+    magnitudes = [largest_below(dtype, Fraction(float(u))) for u in rng.exponential(1, 2500)]
+    patterns = [int(m) + SIGN[dtype] * int(rng.integers(2)) for m in magnitudes]
+    for i in range(0, len(patterns), 7):
+        patterns[i] &= SIGN[dtype]
+    ends = [0, 5, 32, 33, 70, 70, 128, 200, 511, 512]
+    modes = iter(lambda: bool(rng.integers(2)), None)
+    choices = Choices(
+        (Fraction(1, 8), Fraction(3, 16)), rng.bytes(32), ends, sparse, False, [0] * 25, lambda: next(modes)
+    )
+    check(reference, [(patterns, choices)], dtype, (25, 10, 10))
+
+
+@pytest.mark.parametrize("dtype", MANTISSA)
+def test_extremes(reference: ModuleType, dtype: str) -> None:
+    """The largest finite number, the smallest subnormal one, both zeros, in cells of all widths."""
+    m = MANTISSA[dtype]
+    for exponent in (-100, -30, -6, 0, 15, 100, 126):
+        step = Fraction(2) ** exponent
+        top = largest_below(dtype, 2**22 * step - Fraction(1, 2**200))
+        magnitudes = [0, 1, 2, 2**m - 1, 2**m, top, top - 1, top // 2]
+        magnitudes += [largest_below(dtype, step), largest_below(dtype, step) - 1, largest_below(dtype, 7 * step) + 1]
+        both = [s + min(max(p, 0), top) for p in magnitudes for s in (0, SIGN[dtype])]
+        for sparse in (False, True):
+            for ends in ((0,), (512,), (3, 64, 65, 400)):
+                choices = Choices((step, step), ends=ends, sparse=sparse, z=(0,))
+                check(reference, [(both, choices)], dtype, (1, len(both)))
+    assert top == LARGEST[dtype]
+
+
+def test_sparse_chunks_without_elements(reference: ModuleType) -> None:
+    for z in (None, (0, 1, 2), (23, 23, 23)):
+        for wide in (False, True):
+            choices = Choices((Fraction(1), Fraction(2)), ends=(3, 512), sparse=True, wide=wide, z=z)
+            check(reference, [([0, 1 << 31, 0, 1 << 31, 0, 0, 0, 0, 1 << 31], choices)], "f32", (3, 3))
+    # All count.
+    choices = Choices((Fraction(1), Fraction(2)), ends=(3, 512), sparse=True, z=(0,))
+    check(reference, [([0x3F800000, 0xBF800001], choices)], "f32", (2,))
+    check(reference, [([0xBF800001], choices)], "f32", ())
+
+
+@pytest.mark.parametrize("shape", [(5, 200_000), (2, CHUNK_ELEMENTS + 1), (CHUNK_ELEMENTS + 1,)])
+def test_chunks(reference: ModuleType, shape: tuple[int, ...]) -> None:
+    """Each with its own end, and each of another kind; most elements are zeros."""
+    sizes = {5: [400_000, 400_000, 200_000], 2: [CHUNK_ELEMENTS, 1] * 2}.get(shape[0], [CHUNK_ELEMENTS, 1])
+    chunks: list[tuple[list[int], Choices]] = []
+    for number, size in enumerate(sizes):
+        patterns = [0] * size
+        patterns[-1] = 0xBC00 + number
+        patterns[:: size // 90 + 1] = [0x3C01 + number + i for i in range(-(-size // (size // 90 + 1)))]
+        ends = (number, 40 + number, 512 - number)
+        rows = size // 200_000 if shape[0] == 5 else 1
+        chunks.append((patterns, Choices((Fraction(1, 4), Fraction(1)), ends=ends, sparse=True, z=[0] * rows)))
+    case, _ = encode(chunks, "f16", shape)
+    x = source([pattern for patterns, _ in chunks for pattern in patterns], "f16")
+    assert decode(reference, case).tobytes() == x.tobytes()
+    for k in (1, 2, 3):
+        values = decode(reference, case, k).reshape(-1)
+        assert np.abs(values - x).max() <= (0.5, 0.5, 2**-8)[k - 1]
+        assert np.all(values[x == 0] == 0)
+
+
+def test_many_dense_elements(reference: ModuleType) -> None:
+    """Two chunks of 300,000 weights, with coded streams; the reader needs some seconds."""
+    count = 300_000
+    # All of one phase's elements take turns with the other's, in blocks of 32.
+    block = np.arange(count) // 32
+    t = np.array(random_letters(count, 15, 3))
+    first = [struct.pack("<HB", 0, 0)]
+    signs = np.array(random_letters(count, 2, 4))
+    for phase in (0, 1):
+        first.append(stream(join(t[block % 2 == phase].tolist(), 16), 16))
+        first += [b"\0", stream(join(signs[block % 2 == phase].tolist(), 2), 2, RAW)]
+    bits = np.random.default_rng(0).integers(0, 2, count)
+    second = [struct.pack("<H", 64)]
+    for phase in (0, 1):
+        second += [b"\0", stream(join(bits[block % 2 == phase].tolist(), 2), 2, RAW)]
+    choices = Choices((Fraction(1), Fraction(3)))
+    segments = {"grid": grid(choices), "layer.1": cut([b"".join(first)] * 2), "layer.2": cut([b"".join(second)] * 2)}
+    case = Case("bf16", (2, count), {"layers": 2, "lossless": False}, segments)
+    steps = np.where(block % 2 == 0, 1, 3) * np.where(signs == 1, -1, 1)
+    expected = ((2 * t + bits + 0.5) * steps / 2).astype(np.float32)
+    assert decode(reference, case).tobytes() == expected.tobytes() * 2
+    assert decode(reference, case, 1).tobytes() == ((t + 0.5) * steps).astype(np.float32).tobytes() * 2
+
+
+# ---- by hand
+
+# Steps 1 and 2; o is 128 but for phase 0, depth 1, cell 1, where it is 64.
+GRID = bytes.fromhex("0000803f 00000040") + bytes([*[128] * 5, 64, *[128] * 26])
+# 1.25, -0.5, 20. Magnitudes 1, 0, elsewhere: letters 0x01, 0x0f; 20; a section with the signs 0, 1, 0.
+LAYER_1 = bytes.fromhex("0000 00 03000000 00 010f 14000000 00 020000000102")
+# To position 0: cells half as wide; bits 0, 1, 0. Then to position 64, with three streams: magnitudes 2, 1, 40.
+LAYER_2 = bytes.fromhex("0100 00 020000000102")
+LAYER_3 = bytes.fromhex("4100 01 00000000 020000000100 020000000101")
+# 1.25 is 0x3fa00000, and the cell from 1.25 to 1.5; -0.5 0xbf000000, from 0.5 to 0.75; 20 0x41a00000, from 20 to 20.25.
+# z = 20: a is 0x3fa, 0x3f0, 0x41a; r, the class, is 2, 4, 0; upper parts 0, 0.
+REST = bytes.fromhex("020000000114 020000000100 020000000100")
+BY_HAND = Case(
+    "f32",
+    (3,),
+    {"layers": 3, "lossless": True},
+    {
+        "grid": GRID,
+        "layer.1": cut([LAYER_1]),
+        "layer.2": cut([LAYER_2]),
+        "layer.3": cut([LAYER_3]),
+        "rest": cut([REST]),
+    },
+)
+LOSSY = Case(
+    "f32",
+    (3,),
+    {"layers": 2, "lossless": False},
+    {"grid": GRID, "layer.1": cut([LAYER_1]), "layer.2": cut([LAYER_2])},
+)
+# The same with zeros: 1.25, 0, -0, -0.5, 20, 0, 0, 0, -0. Bits 1, 0, 0, 1, 1, 0, 0, 0; 0: 0x19, 0x00.
+SPARSE_1 = bytes.fromhex("0000 01 0300000000 1900") + LAYER_1[3:]
+# z = 21, 0, 5 in the three rows. Signs 0, 1, 0, 0, 0, 1: 0x22. Cells are half as wide as the steps. F is 0x1fc and 0x1fe of
+# 1.25, which is 0x1fd: class 2, upper part 1. Of -0.5 0x3f000000, which it is, and 0x3f800000: b = 24, y = 18. Of 20
+# 0x41a00000, which it is, and 0x41a40000: b = 19, y = 13. Both are of class 18 with upper parts 0, 0; bits 0 to 7 of both, 8 to
+# 15 of the first, 7 bits more, all 0.
+SPARSE_REST = bytes.fromhex("0400000000150005 020000000122 020000000101") + bytes.fromhex("020000000100") * 4
+SPARSE = Case(
+    "f32",
+    (3, 3),
+    {"layers": 2, "lossless": True},
+    {"grid": GRID, "layer.1": cut([SPARSE_1]), "layer.2": cut([LAYER_2]), "rest": cut([SPARSE_REST])},
+)
+
+
+def test_by_hand(reference: ModuleType) -> None:
+    assert decode(reference, BY_HAND, 1).tolist() == [1.5, -0.5, 20.5]
+    # Magnitudes 2, 1, 40 and cells 1, 0, 3: only the first one has the other o.
+    assert decode(reference, BY_HAND, 2).tolist() == [1.125, -0.75, 20.25]
+    assert decode(reference, BY_HAND, 3).tolist() == [1.375, -0.625, 20.125]
+    assert decode(reference, BY_HAND).tolist() == [1.25, -0.5, 20]
+    assert decode(reference, LOSSY).tolist() == [1.125, -0.75, 20.25]
+    assert decode(reference, SPARSE, 2).tolist() == [[1.125, 0, 0], [-0.75, 20.25, 0], [0, 0, 0]]
+    expected = np.array([[1.25, 0, -0.0], [-0.5, 20, 0], [0, 0, -0.0]], np.float32)
+    assert decode(reference, SPARSE).tobytes() == expected.tobytes()
+    assert not np.any(np.signbit(decode(reference, SPARSE, 1)[expected == 0]))
+    for layers in (0, 4, -1):
+        with pytest.raises(reference.SpecError, match="there are 3 layers"):
+            decode(reference, BY_HAND, layers)
+
+
+def test_records_that_name_fewer_layers(reference: ModuleType) -> None:
+    for case, most in ((BY_HAND, 3), (LOSSY, 2), (SPARSE, 2)):
+        for count in range(1, most + 1):
+            names = list(case.segments)[: count + 1]
+            segments = {name: case.segments[name] for name in names}
+            fewer = Case(case.dtype, case.shape, {"layers": count, "lossless": False}, segments)
+            assert (
+                read_and_decode(reference, fewer.draft().pack()).tobytes() == decode(reference, case, count).tobytes()
+            )
+
+
+def test_only_the_layers_that_are_asked_for_are_read(reference: ModuleType) -> None:
+    broken = BY_HAND.with_segments(layer_3=b"", rest=b"\0")
+    assert decode(reference, broken, 2).tolist() == [1.125, -0.75, 20.25]
+    for layers in (3, None):
+        with pytest.raises(reference.SpecError, match="are needed"):
+            decode(reference, broken, layers)
+    other = reference.Tensor("t", (0,), "f32", "f32", {"params": {}}, (("data", b""),), "")
+    assert reference.decode(other).shape == (0,)
+    with pytest.raises(reference.SpecError, match="has no layers"):
+        reference.decode(other, layers=1)
+
+
+def test_a_magnitude_then_the_sum_are_rounded_before_the_product(reference: ModuleType) -> None:
+    """Magnitude 2^21 + 1, then the bits 0, 0, 1: t = 2^24 + 9, which is rounded to 2^24 + 8; with ½ it would not be."""
+    step = bytes.fromhex("00002040")  # 2.5
+    first = bytes.fromhex("0000 00 02000000010f 01002000 00020000000100")
+    second = bytes.fromhex("8100 00020000000100 00020000000100 00020000000101")
+    segments = {"grid": step * 2 + bytes([128] * 32), "layer.1": cut([first]), "layer.2": cut([second])}
+    case = Case("f32", (), {"layers": 2, "lossless": False}, segments)
+    expected = np.float32(2**24 + 8) * np.float32(2.5 / 8)
+    assert decode(reference, case).tobytes() == expected.tobytes()
+
+
+def test_signs_by_classes(reference: ModuleType) -> None:
+    """Signs of magnitudes 0, 1, and 2 and more: those of one element each."""
+    signs = bytes.fromhex("00 020000000102")
+    assert LAYER_1.endswith(signs)
+    first = LAYER_1.removesuffix(signs) + bytes.fromhex("01 020000000100 020000000101 020000000101")
+    case = BY_HAND.with_segments(layer_1=cut([first]))
+    assert decode(reference, case, 1).tolist() == [-1.5, 0.5, -20.5]
+    assert decode(reference, case).tolist() == [-1.25, 0.5, -20]
+
+
+def test_zeros_with_a_sign(reference: ModuleType) -> None:
+    case = LOSSY.with_segments(grid=GRID[:8] + bytes(32))
+    expected = np.array([1, -0.0, 20], np.float32)
+    assert decode(reference, case, 1).tobytes() == expected.tobytes()
+
+
+def test_two_phases_by_hand(reference: ModuleType) -> None:
+    """Elements from 32 on are in phase 1: signs stand with their phase's magnitudes; r < 16 is a class of both phases."""
+    patterns = [*[0x3C00 + i % 2 for i in range(31)], 0x3009, 0xC401, 0x4400, 0x380F, 0x3025]
+    # From 1 on in cells of 2^-9, from 4 on of 2^-7: class 2. From 1/8 on of 2^-9, from 1/2 on of 2^-7: r = 16 and classes
+    # 16 and 19. From 1/8 on of 2^-7: r = 64, class 21, y = 1.
+    first = bytes.fromhex("0000 00") + stream([0xFF] * 16, 256, CONSTANT) + struct.pack("<32I", *[512] * 31, 64)
+    first += b"\0" + stream([0] * 4, 256, CONSTANT)
+    first += stream([0xFF] * 2, 256, CONSTANT) + struct.pack("<4I", 512, 512, 64, 16) + b"\0" + constant(1)
+    rest = constant(0) + stream([*[i % 2 for i in range(31)], 1, 0], 256, RAW) + constant(9, 15, 18, 1)
+    steps = np.array([2.0**-9, 2.0**-7], "<f4").tobytes()
+    segments = {"grid": steps + bytes(32), "layer.1": cut([first]), "rest": cut([rest])}
+    case = Case("f16", (36,), {"layers": 1, "lossless": True}, segments)
+    assert decode(reference, case, 1).tolist() == [*[1] * 31, 0.125, -4, 4, 0.5, 0.125]
+    assert decode(reference, case).view(np.uint16).tolist() == patterns
+
+
+def test_elsewhere_without_need(reference: ModuleType) -> None:
+    first = LAYER_1.replace(bytes.fromhex("010f 14000000"), bytes.fromhex("0f0f 01000000 14000000"))
+    assert decode(reference, BY_HAND.with_segments(layer_1=cut([first]))).tolist() == [1.25, -0.5, 20]
+
+
+def test_what_fills_up_letters_of_symbols_is_ignored(reference: ModuleType) -> None:
+    changed = {
+        "layer_1": cut([LAYER_1.replace(b"\1\x0f", b"\1\xff").replace(b"\1\2", b"\1\xfa")]),
+        "layer_2": cut([LAYER_2.replace(b"\1\2", b"\1\xfa")]),
+    }
+    assert decode(reference, BY_HAND.with_segments(**changed)).tolist() == [1.25, -0.5, 20]
+    # A bit for each element that counts, signs of the others, and the last bits of the rest.
+    changed = {
+        "layer_1": cut([SPARSE_1.replace(b"\x19\0", b"\x19\xfe")]),
+        "rest": cut([SPARSE_REST.replace(b"\1\x22", b"\1\xe2")[:-1] + b"\x80"]),
+    }
+    assert decode(reference, SPARSE.with_segments(**changed)).tobytes() == decode(reference, SPARSE).tobytes()
+
+
+# ---- what is wrong
+# Segment, its one chunk (or all of it), old and new bytes, message.
+WRONG: list[tuple[Case, str, bytes, str, str, str]] = [
+    (BY_HAND, "layer.1", LAYER_1, "0000 00 03", "0102 00 03", "end 513 is not 0 to 512"),
+    (BY_HAND, "layer.2", LAYER_2, "0100 00", "ffff 00", "end 65535 is not 0 to 512"),
+    (BY_HAND, "layer.3", LAYER_3, "4100 01", "0000 01", "end 0 is not 1 to 512"),
+    (BY_HAND, "layer.1", LAYER_1, "0000 00 03", "0000 04 03", "marked with 4"),
+    (BY_HAND, "layer.1", LAYER_1, "0000 00 03", "0000 80 03", "marked with 128"),
+    (BY_HAND, "layer.1", LAYER_1, "0000 00 03", "0000 02 03", "are needed"),  # wide, and one letter too few
+    (BY_HAND, "layer.1", LAYER_1, "0000 00 03", "0100 00 03", "are needed"),  # no section
+    (BY_HAND, "layer.1", LAYER_1, "14000000", "00004000", "4194304 is not below"),
+    (BY_HAND, "layer.1", LAYER_1, "14000000", "000000ff", "is not below"),
+    (BY_HAND, "layer.1", LAYER_1, "14000000", "", "are needed"),
+    (BY_HAND, "layer.1", LAYER_1, "14000000", "14000000 14000000", "section is marked with 20"),
+    (BY_HAND, "layer.1", LAYER_1, "00 010f 14", "00 010e 14", "section is marked with 20"),
+    (BY_HAND, "layer.1", LAYER_1, "00 020000000102", "01 020000000102", "are needed"),  # three streams
+    (BY_HAND, "layer.1", LAYER_1, "00 020000000102", "01 020000000102 0000000000000000", "are needed"),
+    (BY_HAND, "layer.1", LAYER_1, "00 020000000102", "02 020000000102", "section is marked with 2"),
+    (BY_HAND, "layer.1", LAYER_1, "00 020000000102", "ff 020000000102", "section is marked with 255"),
+    (BY_HAND, "layer.1", LAYER_1, "020000000102", "020000000102 00", "1 bytes are left over"),
+    (BY_HAND, "layer.1", LAYER_1, "020000000102", "03000000010200", "left over"),
+    (BY_HAND, "layer.2", LAYER_2, "0100 00", "0100 02", "section is marked with 2"),
+    (BY_HAND, "layer.2", LAYER_2, "0100 00", "0100 01", "are needed"),
+    (BY_HAND, "layer.2", LAYER_2, "020000000102", "020000000102 00", "1 bytes are left over"),
+    (BY_HAND, "layer.2", LAYER_2, "020000000102", "", "are needed"),
+    (BY_HAND, "layer.2", LAYER_2, "0100 00", "0000 00", "7 bytes are left over"),
+    (BY_HAND, "layer.2", LAYER_2, "0100 00", "4100 00", "are needed"),  # only one of two sections
+    (BY_HAND, "layer.3", LAYER_3, "4100 01", "4100 00", "are needed"),
+    (BY_HAND, "layer.3", LAYER_3, "01 00000000 02", "01 02000000 0100 02", "left over"),  # a letter of no element
+    (BY_HAND, "layer.3", LAYER_3, "00000000 020000000100", "00000000 00000000", "are needed"),
+    (BY_HAND, "rest", REST, "0114 02", "0118 02", "24 bits are left out, more than 23"),
+    (BY_HAND, "rest", REST, "020000000100 020000000100", "020000000100", "are needed"),
+    (BY_HAND, "rest", REST, "14 020000000100", "14 020000000100 020000000100", "left over"),
+    (BY_HAND, "rest", REST, "14 020000000100", "17 020000000100", "left over"),
+    (BY_HAND, "rest", REST, "020000000114", "03000000001414", "left over"),  # there is one row
+    (BY_HAND, "rest", REST, "020000000114", "", "left over|are needed"),
+    (SPARSE, "layer.1", SPARSE_1, "00 1900", "00 0900", "left over|unknown way|are needed"),
+    (SPARSE, "layer.1", SPARSE_1, "0300000000 1900", "02000000 0019", "are needed"),
+    (SPARSE, "rest", SPARSE_REST, "00 150005", "00 180005", "24 bits are left out, more than 23"),
+    (SPARSE, "rest", SPARSE_REST, "00 150005", "00 15ff05", "255 bits are left out, more than 23"),
+    (SPARSE, "rest", SPARSE_REST, "00 150005", "00 150018", "24 bits are left out, more than 23"),  # of no element
+    (SPARSE, "rest", SPARSE_REST, "0400000000 150005", "0300000000 1500", "are needed"),
+    (SPARSE, "rest", SPARSE_REST, "020000000122", "", "are needed"),
+    (SPARSE, "rest", SPARSE_REST, "020000000122", "00000000", "are needed"),
+    (SPARSE, "rest", SPARSE_REST, "020000000122", "020000000122 020000000122", "left over"),
+    (SPARSE, "rest", SPARSE_REST, "020000000101 020000000100 02", "020000000101 02", "are needed"),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "chunk", "old", "new", "message"),
+    WRONG,
+    ids=[f"{number} {wrong[1]}" for number, wrong in enumerate(WRONG)],
+)
+def test_wrong_chunks(
+    reference: ModuleType, case: Case, name: str, chunk: bytes, old: str, new: str, message: str
+) -> None:
+    assert case.segments[name] == cut([chunk])
+    assert bytes.fromhex(old) in chunk
+    wrong = case.with_segments(**{name: cut([chunk.replace(bytes.fromhex(old), bytes.fromhex(new), 1)])})
+    with pytest.raises(reference.SpecError, match=f"^tensor 't': {name}.*({message})"):
+        decode(reference, wrong)
+
+
+def constant(*letters: int) -> bytes:
+    """Streams of one letter each."""
+    return b"".join(stream([letter], 256, CONSTANT) for letter in letters)
+
+
+def test_patterns_have_to_be_finite(reference: ModuleType) -> None:
+    """One element of the cell from 0 to 2^100."""
+    first = bytes.fromhex("0000 00 020000000100 00020000000100")
+    segments = {"grid": bytes.fromhex("00008071") * 2 + bytes(32), "layer.1": cut([first])}
+    not_finite = "is not that of a finite number"
+
+    def values(dtype: str, rest: bytes) -> np.ndarray:
+        case = Case(dtype, (1,), {"layers": 1, "lossless": True}, segments | {"rest": cut([rest])})
+        found: np.ndarray = decode(reference, case)
+        return found
+
+    # Of f16, z = 0: a = 0, r = 0x7bff, b = 15, y = 9. The upper part, bits 0 to 7, bit 8.
+    assert values("f16", constant(0, 0x3D, 0xFF, 1)).tolist() == [65504]
+    for wrong in ((0, 0x3E, 0, 0), (0, 0x3E, 1, 0), (0, 0xFF, 0xFF, 1)):
+        with pytest.raises(reference.SpecError, match=not_finite):
+            values("f16", constant(*wrong))
+    # Of bf16, z = 7: r = 227, b = 8, y = 2. The upper part, bits 0 and 1.
+    assert values("bf16", constant(7, 0x3F, 2)).tolist() == [2.0**127]
+    assert values("bf16", constant(7, 0x3F, 0xFE)).tolist() == [2.0**127]
+    for upper, lower in ((0x3F, 3), (0x40, 0), (0xFF, 3)):
+        with pytest.raises(reference.SpecError, match=not_finite):
+            values("bf16", constant(7, upper, lower))
+    # Of f32, z = 0: r = 0x71800000, b = 31, y = 25. The upper part, bits 0 to 7, 8 to 15, 16 to 23, bit 24.
+    assert values("f32", constant(0, 0x20, 1, 2, 3, 1)).view(np.uint32).tolist() == [0x41030201]
+    assert values("f32", constant(0, 0x3F, 1, 2, 0x7F, 1)).view(np.uint32).tolist() == [0x7F7F0201]
+    for wrong in (
+        (0x3F, 1, 2, 0x80, 1),
+        (0x80, 0, 0, 0, 0),
+        (0xFF, 1, 2, 3, 1),
+    ):  # 2^32 and more would be finite in 32 bits
+        with pytest.raises(reference.SpecError, match=not_finite):
+            values("f32", constant(0, *wrong))
+
+
+def test_infinities(reference: ModuleType) -> None:
+    """That of the last is too large for binary32, which writers refuse; what follows may still be right."""
+    step = bytes.fromhex("0000807e")  # 2^126
+    assert decode(reference, LOSSY.with_segments(grid=step * 2 + GRID[8:]), 1).tolist() == [
+        1.5 * 2.0**126,
+        -(2.0**125),
+        float("inf"),
+    ]
+    # The largest number of f32 in the cell from 1.875 × 2^126 × 2 on, and o = 255 / 256 of it.
+    for dtype, largest in (("f32", 0x7F7FFFFF), ("bf16", 0x7F7F)):
+        choices = Choices((Fraction(15, 8) * 2**125,) * 2, bytes([255] * 32), z=(0,))
+        case = check(reference, [([largest, largest + SIGN[dtype]], choices)], dtype, (2,))
+        assert decode(reference, case, 1).tolist() == [float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (b"", "0 bytes"),
+        (GRID[:-1], "39 bytes"),
+        (GRID + b"\0", "41 bytes"),
+        *((bytes.fromhex(step) + GRID[4:], "a step of") for step in ("00000000", "000080bf", "0100803f", "8000803f")),
+        *(
+            (GRID[:4] + bytes.fromhex(step) + GRID[8:], "a step of")
+            for step in ("0000807f", "0000c07f", "0001807e", "0000007f")
+        ),
+        *(
+            (GRID[:4] + bytes.fromhex(step) + GRID[8:], "a step of")
+            for step in ("00ff7f0d", "000080f1", "00000080", "00010000")
+        ),
+    ],
+)
+def test_wrong_grids(reference: ModuleType, grid: bytes, message: str) -> None:
+    with pytest.raises(reference.SpecError, match=message):
+        decode(reference, BY_HAND.with_segments(grid=grid))
+
+
+def test_the_smallest_and_the_largest_step(reference: ModuleType) -> None:
+    for step, size in (("0000800d", 2.0**-100), ("0000007c", 2.0**121), ("00ffff3f", 2 - 2.0**-15)):
+        case = LOSSY.with_segments(grid=bytes.fromhex(step) * 2 + GRID[8:])
+        assert decode(reference, case, 1).tolist() == [1.5 * size, -0.5 * size, 20.5 * size]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"layers": layers} for layers in (0, 65, 2**53 - 1, True, "3", 2, 4)),
+        *({"lossless": lossless} for lossless in (1, 0, "true", False)),
+        {"unit": 1},
+        {"coded": True},
+    ],
+)
+def test_params(reference: ModuleType, change: dict[str, Any]) -> None:
+    wrong = Case("f32", (3,), BY_HAND.params | change, BY_HAND.segments)
+    with pytest.raises(reference.SpecError, match=r"'layers'|'lossless'|unknown params|segments are|segment .* must"):
+        decode(reference, wrong)
+    for key in BY_HAND.params:
+        params = {k: v for k, v in BY_HAND.params.items() if k != key}
+        with pytest.raises(reference.SpecError, match=f"'{key}' is missing"):
+            decode(reference, Case("f32", (3,), params, BY_HAND.segments))
+
+
+def test_sixty_four_layers(reference: ModuleType) -> None:
+    choices = Choices((Fraction(1), Fraction(2)), ends=tuple(range(64)), z=(0,))
+    check(reference, [([0x3F800001] * 70, choices)], "f32", (70,))
+    choices.ends = tuple(range(65))
+    with pytest.raises(reference.SpecError, match="'layers' 65 is not 1 to 64"):
+        check(reference, [([0x3F800001] * 70, choices)], "f32", (70,))
+
+
+@pytest.mark.parametrize("dtype", ["f64", "f8_e4m3", "f8_e5m2", "i32", "bool", "f128"])
+def test_dtypes(reference: ModuleType, dtype: str) -> None:
+    with pytest.raises(reference.SpecError, match="dtype"):
+        decode(reference, Case(dtype, (3,), BY_HAND.params, BY_HAND.segments))
+
+
+def test_segments(reference: ModuleType) -> None:
+    every = BY_HAND.segments
+    for shape in ((3,), (0,)):
+        segments = every if shape == (3,) else dict.fromkeys(every, b"")
+        measures = BY_HAND.measures if shape == (3,) else ZERO
+        decode(reference, Case("f32", shape, BY_HAND.params, segments, measures))
+        without = [{k: v for k, v in segments.items() if k != name} for name in segments]
+        backwards = dict(reversed(segments.items()))
+        renamed = {name.replace(".", ""): content for name, content in segments.items()}
+        for wrong in (*without, backwards, renamed, segments | {"layer.4": b""}, segments | {"more": b""}, {}):
+            with pytest.raises(reference.SpecError, match=r"segments are|segment .* must (not )?have"):
+                decode(reference, Case("f32", shape, BY_HAND.params, wrong, measures))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 70), (3, 0), (0, 2**53 - 1), (2**53 - 1, 0)])
+@pytest.mark.parametrize("dtype", MANTISSA)
+def test_no_elements(reference: ModuleType, dtype: str, shape: tuple[int, ...]) -> None:
+    for lossless in (False, True):
+        names = ["grid", "layer.1", "layer.2", *["rest"] * lossless]
+        params = {"layers": 2, "lossless": lossless}
+        case = Case(dtype, shape, params, dict.fromkeys(names, b""), ZERO)
+        values = decode(reference, case)
+        assert values.shape == shape
+        assert values.dtype == (np.float16 if lossless and dtype == "f16" else np.float32)
+        assert decode(reference, case, 1).dtype == np.float32
+        for name in names:
+            with pytest.raises(reference.SpecError, match="is not empty"):
+                decode(reference, case.with_segments(**{name: bytes(40 if name == "grid" else 4)}))
+        with pytest.raises(reference.SpecError, match="no elements"):
+            decode(reference, Case(dtype, shape, params, case.segments))
+
+
+def test_the_lengths_of_chunks(reference: ModuleType) -> None:
+    for name, content in BY_HAND.segments.items():
+        if name == "grid":
+            continue
+        for wrong, message in (
+            (b"", "are needed|too few"),
+            (content[:3], "are needed"),
+            (content[:-1], "have the sum"),
+            (content + b"\0", "have the sum"),
+            (content[1:2] + content[1:], "have the sum"),
+            (struct.pack("<I", len(content) - 3) + content[4:] + b"\0", "left over"),
+            (struct.pack("<I", len(content) - 3) + bytes(4) + content[4:], "have the sum"),
+            (bytes(4), "are needed|fewer than 1"),
+        ):
+            with pytest.raises(reference.SpecError, match=message):
+                decode(reference, BY_HAND.with_segments(**{name: wrong}))
+
+
+def test_only_chunks_of_the_first_layer_are_filled_up(reference: ModuleType) -> None:
+    """40,000 elements, which need 40 bytes; all of them are zeros and do not count."""
+    stored = {"layer.1": bytes.fromhex("0000 01") + constant(0), "layer.2": bytes(2), "rest": constant(0, 0)}
+    right = {"grid": GRID} | {
+        name: cut([chunk.ljust(40 * (name == "layer.1"), b"\0")]) for name, chunk in stored.items()
+    }
+    case = Case("f32", (200, 200), {"layers": 2, "lossless": True}, right)
+    assert not np.any(decode(reference, case))
+    for name, chunk in stored.items():
+        for size in (30, 39, 40, 41) if name == "layer.1" else (len(chunk) + 1, 40):
+            wrong = case.with_segments(**{name: cut([chunk.ljust(size, b"\0")])})
+            if (name, size) != ("layer.1", 40):
+                with pytest.raises(reference.SpecError, match=r"left over|fewer than 40|too few for 40000"):
+                    decode(reference, wrong)
+    for filling in (b"\1".rjust(31, b"\0"), b"\1".ljust(31, b"\0")):
+        with pytest.raises(reference.SpecError, match="left over"):
+            decode(reference, case.with_segments(layer_1=cut([stored["layer.1"] + filling])))
+
+
+def test_a_tensor_of_too_many_elements(reference: ModuleType) -> None:
+    """Refused before the list of chunks or the result is made."""
+    for shape in ((2**53 - 1,), (2**50, 8), (1, 2**52), (2**26, 2**26), (64 * 1024,)):
+        case = Case("f32", shape, BY_HAND.params, BY_HAND.segments)
+        with pytest.raises(reference.SpecError, match="too few for"):
+            decode(reference, case)
+
+
+def test_what_is_cut_or_changed_is_refused_or_decodes(reference: ModuleType) -> None:
+    """No other error than `SpecError` leaves the reader."""
+    rng = np.random.default_rng(0)
+    patterns = [largest_below("f32", Fraction(float(u))) for u in rng.exponential(4, 300)]
+    patterns = [0 if i % 5 == 0 else int(pattern) for i, pattern in enumerate(patterns)]
+    modes = iter(lambda: bool(rng.integers(2)), None)
+    choices = Choices(
+        (Fraction(1), Fraction(2)), rng.bytes(32), (0, 40, 200), True, False, [0] * 10, lambda: next(modes)
+    )
+    case, _ = encode([(patterns, choices)], "f32", (10, 30))
+    decode(reference, case)
+    refused = 0
+    for name, content in case.segments.items():
+        for end in rng.integers(4, len(content), 6):
+            body = content[4:end]
+            cuts = [content[:end], body, struct.pack("<I", len(body)) + body]
+            for wrong in cuts:
+                with pytest.raises(reference.SpecError):
+                    decode(reference, case.with_segments(**{name: wrong}))
+        for _ in range(60):
+            changed = bytearray(content)
+            changed[rng.integers(len(content))] ^= rng.integers(1, 256)
+            try:
+                decode(reference, case.with_segments(**{name: bytes(changed)}))
+            except reference.SpecError:
+                refused += 1
+    assert refused > 60
+
+
+# ---- records
+
+LAST = ("segments", -1, "error")  # of LOSSY, that of its last layer
+TENSOR = ("tensors", "t")
+OTHER = {"rmse": "2.000000000e+00", "max": "1.000000000e+00"}
+WRONG_RECORDS: dict[str, tuple[Case, Any, str]] = {
+    "no range": (LOSSY, drop(*TENSOR, "range"), "'range' is missing"),
+    "no error": (LOSSY, drop(*TENSOR, "error"), "must have an error"),
+    "no error of a layer": (LOSSY, drop(*TENSOR, *LAST), "'layer.2' must have an error"),
+    "no error of the first layer": (BY_HAND, drop(*TENSOR, "segments", 1, "error"), "'layer.1' must have an error"),
+    "an error of all that is kept": (BY_HAND, put(*TENSOR, "error", OTHER), "must not have an error"),
+    "an error of the grid": (LOSSY, put(*TENSOR, "segments", 0, "error", OTHER | {"mean": ZERO}), "'grid' must not"),
+    "an error of the rest": (BY_HAND, put(*TENSOR, *LAST, OTHER | {"mean": ZERO}), "'rest' must not have an error"),
+    "another root mean square": (LOSSY, put(*TENSOR, "error", OTHER), "not that of its last layer"),
+    "another largest error": (LOSSY, put(*TENSOR, *LAST, "max", ZERO), "not that of its last layer"),
+    "no mean": (LOSSY, drop(*TENSOR, *LAST, "mean"), "'mean' is missing"),
+    "no root mean square": (LOSSY, drop(*TENSOR, "segments", 1, "error", "rmse"), "'rmse' is missing"),
+    "no largest error": (LOSSY, drop(*TENSOR, "segments", 1, "error", "max"), "'max' is missing"),
+    "a mean of another form": (LOSSY, put(*TENSOR, *LAST, "mean", "1.0e+00"), "mean is not in the form"),
+    "a mean below 0": (LOSSY, put(*TENSOR, *LAST, "mean", "-1.000000000e+00"), "mean is not in the form"),
+    "a mean that is a number": (LOSSY, put(*TENSOR, *LAST, "mean", 0), "'mean' is missing or not of type"),
+    "an error that is a list": (LOSSY, put(*TENSOR, *LAST, []), "'error' is missing or not of type"),
+    "a range of another form": (LOSSY, put(*TENSOR, "range", "1"), "range is not in the form"),
+    "a range below 0": (LOSSY, put(*TENSOR, "range", "-1.000000000e+00"), "range is not in the form"),
+    "a range of three digits": (LOSSY, put(*TENSOR, "range", "1.000000000e-100"), "range is not in the form"),
+    "a range that is a number": (LOSSY, put(*TENSOR, "range", 1), "'range' is missing or not of type"),
+    "an unknown key of a layer": (LOSSY, put(*TENSOR, "segments", 1, "must_understand", ["mean"]), "'mean'"),
+}
+
+
+def read_and_decode(reference: ModuleType, data: bytes) -> np.ndarray:
+    values: np.ndarray = reference.decode(reference.read(data).tensors["t"])
+    return values
+
+
+@pytest.mark.parametrize("name", WRONG_RECORDS)
+def test_wrong_records(reference: ModuleType, name: str) -> None:
+    case, edit, message = WRONG_RECORDS[name]
+    assert read_and_decode(reference, case.draft().pack()).tobytes() == decode(reference, case).tobytes()
+    draft = case.draft()
+    edit(draft)
+    with pytest.raises(reference.SpecError, match=message):
+        read_and_decode(reference, draft.pack())
+
+
+def test_known_keys_may_have_to_be_understood(reference: ModuleType) -> None:
+    draft = BY_HAND.draft()
+    put(*TENSOR, "must_understand", ["range", "error"])(draft)
+    put(*TENSOR, "segments", 1, "must_understand", ["error"])(draft)
+    put(*TENSOR, "segments", 1, "error", "more", 7)(draft)
+    assert read_and_decode(reference, draft.pack()).tolist() == [1.25, -0.5, 20]
+
+
+def test_only_layered_tensors_have_a_range_and_layers_an_error(reference: ModuleType) -> None:
+    error = dict.fromkeys(["rmse", "max", "mean"], ZERO)
+    for edit in (put(*TENSOR, "range", ZERO), put(*TENSOR, "segments", 0, "error", error)):
+        draft = Draft(tensors=[raw_tensor("t", "f32", np.ones(3, "<f4"))])
+        assert read_and_decode(reference, draft.pack()).tolist() == [1, 1, 1]
+        edit(draft)
+        with pytest.raises(reference.SpecError, match="is not layered"):
+            read_and_decode(reference, draft.pack())
+        put(*TENSOR, "codec", "other")(draft)
+        with pytest.raises(reference.SpecError, match="unknown codec"):
+            read_and_decode(reference, draft.pack())
