@@ -24,6 +24,7 @@ BENCHMARKS = {
     "lossless": "lossless",
     "scm": "scm",
     "convert": "convert",
+    "small": "small",
     "sources": "sources",
     "identical": "identical",
     "startup": "startup",

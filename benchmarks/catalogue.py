@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qformat.codecs.base import Codec
-from qformat.codecs.registry import parse_type
+from benchmarks.encoding import Codec, parse_type
 from qformat.errors import TypeSpecError
 
 #: four bits in blocks, the searches of each from the quickest to the best

@@ -15,13 +15,11 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.context import Context
+from benchmarks.encoding import convert_directory
 from benchmarks.inputs import Llama, normal
 from benchmarks.report import Row, Section, below, figure
 from benchmarks.timing import QFORMAT, interleaved, run_process
 from benchmarks.yardsticks import REFERENCE_GGUF, REFERENCE_MEMCPY, gguf_quantizer, memcpy, read_files, write_file
-from qformat.converters.convert import convert
-from qformat.converters.sources.detect import open_checkpoint
-from qformat.pipeline.recipe import Recipe
 
 _BASELINE = 350.0  # MB/s of source on the reference machine; four times that is asked for
 _PEAK = 600.0  # MB
@@ -40,7 +38,7 @@ class _Runs:
     def in_process(self, output: Path) -> float:
         output.unlink(missing_ok=True)
         start = time.perf_counter()
-        convert(open_checkpoint(self.checkpoint.directory), output, Recipe.parse("q4_0"))
+        convert_directory(self.checkpoint.directory, output, "q4_0")
         return time.perf_counter() - start
 
     def command(self, output: Path) -> float:

@@ -19,14 +19,12 @@ import numpy as np
 import zstandard
 
 from benchmarks.context import Context
+from benchmarks.encoding import Encoder, Parts, chunk_slice, decode_all, default_jobs, encode_all, parse_type
 from benchmarks.inputs import Stored, minilm_matrices, whisper, write_safetensors
 from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
-from qformat.codecs.base import Buffer, Matrix, chunks
-from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F16, F32, DType, Elements
-from qformat.parallel import default_jobs
 
 Tensors = Sequence[Elements]
 
@@ -117,31 +115,31 @@ class _Coded:
         return sum(tensor.data.nbytes for tensor in self.tensors)
 
     def __post_init__(self) -> None:
-        self.work: list[tuple[Elements, tuple[Buffer, ...], np.ndarray]] = []
+        self.work: list[tuple[Elements, Parts, np.ndarray]] = []
         self.nbytes = 0
         for tensor in self.tensors:
-            matrix, flat = Matrix.of(tensor.data.shape), tensor.data.reshape(-1)
-            for chunk in chunks(matrix, 1):
-                part = flat[chunk.elements(matrix)].reshape(chunk.rows, chunk.cols)
-                encoded = _CODEC.encode(Elements(tensor.dtype, part))
-                self.work.append((Elements(tensor.dtype, part), encoded.parts, np.empty_like(part)))
-                self.nbytes += len(encoded.parts[0]) + 4
+            shape, flat = tensor.data.shape, tensor.data.reshape(-1)
+            for chunk, parts in encode_all(_CODEC, tensor):
+                part = flat[chunk_slice(shape, chunk)].reshape(chunk.rows, chunk.cols)
+                self.work.append((Elements(tensor.dtype, part), parts, np.empty_like(part)))
+                self.nbytes += len(parts[0]) + 4
 
     def encode(self) -> None:
         """Encode everything again."""
-        for elements, _, _ in self.work:
-            _CODEC.encode(elements)
+        for tensor in self.tensors:
+            encoder = Encoder(_CODEC, tensor)
+            for chunk in encoder.chunks:
+                encoder.encode(chunk)
 
     def decode(self) -> None:
         """Decode everything."""
-        for _, parts, out in self.work:
-            _CODEC.decode(parts, out)
+        decode_all(_CODEC, ((parts, out) for _, parts, out in self.work))
 
     def check(self) -> None:
-        """Raise if it is not what it was."""
+        """Raise if the decoded weights differ from the source."""
         self.decode()
         if any(elements.data.tobytes() != out.tobytes() for elements, _, out in self.work):
-            raise RuntimeError("lossless lost something")
+            raise RuntimeError("lossless did not give the source's weights back")
 
 
 def _joined(tensors: Tensors) -> dict[str, bytes]:

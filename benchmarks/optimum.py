@@ -12,14 +12,12 @@ import numpy as np
 
 from benchmarks.catalogue import LUT_LLOYD, Q4_0, Q4_1, available
 from benchmarks.context import Context
+from benchmarks.encoding import Codec, default_jobs, encode_all
 from benchmarks.models import Model, models
 from benchmarks.oracle_lut import long_lloyd, near_optimum
 from benchmarks.oracle_q4_0 import DISTRIBUTIONS, SIZE, exact_q4_0, sample
 from benchmarks.report import Row, Section
 from benchmarks.scoring import score_codec
-from qformat.codecs.base import Codec
-from qformat.dtypes import F32, Elements
-from qformat.parallel import default_jobs
 
 _TOLERANCE = 1e-9
 _NEAR_LLOYD = 1.005  # of the root mean square error
@@ -29,7 +27,8 @@ _TENSORS, _LARGEST = 12, 1 << 19  # a long run of Lloyd's algorithm gets so many
 def _errors(codec: Codec, blocks: np.ndarray) -> np.ndarray:
     """Return the sum of squared errors of each block, in float64."""
     decoded = np.empty(blocks.shape, np.float32)
-    codec.decode(codec.encode(Elements(F32, blocks)).parts, decoded)
+    ((_, parts),) = encode_all(codec, blocks)
+    codec.decode(parts, decoded)
     return np.square(blocks.astype(np.float64) - decoded).sum(axis=1)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.context import Context
+from benchmarks.encoding import default_jobs, save_elements
 from benchmarks.inputs import minilm_matrices, normal, whisper
 from benchmarks.models import Model, thinned
 from benchmarks.oracle_scm import Uniform, decoded
@@ -21,12 +22,7 @@ from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
 from qformat import safe_open, save_file
-from qformat.converters.arrays import ArrayTensor
-from qformat.converters.convert import convert
 from qformat.dtypes import BF16, F16, F32, Elements, from_array
-from qformat.parallel import default_jobs
-from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
 
 Tensors = dict[str, np.ndarray]
 
@@ -284,7 +280,7 @@ def _layer(name: str, ratios: np.ndarray) -> Row:
 
 def _bits(path: Path, kind: str, tensors: Mapping[str, Elements]) -> float:
     """Return the bits of a whole file for each weight."""
-    convert(Checkpoint([ArrayTensor(name, elements) for name, elements in tensors.items()]), path, Recipe.parse(kind))
+    save_elements(path, tensors, kind)
     size = path.stat().st_size
     path.unlink()
     return 8 * size / sum(elements.data.size for elements in tensors.values())

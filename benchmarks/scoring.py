@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
+from benchmarks.encoding import Codec, Encoder, default_jobs, on_threads
 from benchmarks.ggml import BLOCKS, Library
 from benchmarks.models import Model, Score
-from qformat.codecs.base import Codec
-from qformat.codecs.registry import parse_type
-from qformat.parallel import default_jobs
-from qformat.pipeline.encode import Plan, encode_chunk, fit, on_pool
-from qformat.pipeline.measure import ErrorStats, collect, measure
 
 #: takes float32 rows, returns the weights that come back
 RoundTrip = Callable[[np.ndarray], np.ndarray]
@@ -42,10 +38,9 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
         none.
     """
 
-    def measure(plans: list[Plan], number: int) -> tuple[float, bool, dict[str, np.ndarray]]:
+    def measure(encoders: list[Encoder], number: int) -> tuple[float, bool, dict[str, np.ndarray]]:
         part = model.part(number)
-        plan = plans[part.tensor]
-        encoded = encode_chunk(plan, part.chunk)
+        encoded = encoders[part.tensor].encode(part.chunk)
         assert encoded.finite
         assert not encoded.overflowed
         decoded = np.empty(part.rows.shape, codec.decoded.storage)
@@ -54,20 +49,13 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
         return _squares(part.rows, decoded), same, codec.histograms(encoded.parts, part.chunk)
 
     with ThreadPoolExecutor(default_jobs()) as pool:
-        plans = [fit(Plan(source, codec), on_pool(pool, 3 * default_jobs())) for source in model.sources]
-        results = list(pool.map(partial(measure, plans), range(len(model.cuts))))
+        encoders = [Encoder(codec, array, on_threads(pool)) for _, array in model.tensors]
+        results = list(pool.map(partial(measure, encoders), range(len(model.cuts))))
     squares, same, histograms = zip(*results, strict=True)
     names = {name for found in histograms for name in found}
     choices = {name: sum(found[name] for found in histograms) for name in names}
-    nbytes = sum(codec.nbytes(source.shape) for source in model.sources)
+    nbytes = sum(codec.nbytes(array.shape) for _, array in model.tensors)
     return Score(np.array(squares), nbytes * 8 / model.weights, np.array(same if expected else (), bool), choices)
-
-
-def totals(tensors: Mapping[str, np.ndarray], types: Iterable[str]) -> dict[str, ErrorStats]:
-    """Return what each type makes of all tensors together, as ``quantize-stats`` measures it, by type string."""
-    texts = {str(parse_type(text)): text for text in types}
-    _, sums = collect(measure(Model("", list(tensors.items())).sources, [parse_type(text) for text in texts.values()]))
-    return {texts[total.type]: total for total in sums}
 
 
 def score_peer(

@@ -11,14 +11,12 @@ from gguf import GGMLQuantizationType, quants
 
 from benchmarks.catalogue import AFFINE, EVERY, GGUF, LUT, NLM, NLM_MAX, Q4_0, Q4_1, available
 from benchmarks.context import Context
+from benchmarks.encoding import CHUNK_ELEMENTS, Codec, Encoder, decode_all, encode_all
 from benchmarks.ggml import BLOCKS, NONE, SEARCHING, Library
 from benchmarks.inputs import minilm_matrices, normal
-from benchmarks.models import Model
 from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Scales, Yardsticks
-from qformat.codecs.base import CHUNK_ELEMENTS, Codec
-from qformat.pipeline.encode import Plan, encode_chunk, fit
 
 _REAL, _NORMAL, _SPARSE, _TERNARY = "real weights", "N(0, 1)", "90 % zeros", "ternary"
 #: encoders: type, data, million weights a second of the reference machine
@@ -69,13 +67,12 @@ def _cut(tensors: Sequence[np.ndarray], weights: int) -> list[np.ndarray]:
 def _encoder(codec: Codec, tensors: Sequence[np.ndarray]) -> Callable[[int], _Task]:
     def make(weights: int) -> _Task:
         cut = _cut(tensors, weights)
-        plans = [Plan(source, codec) for source in Model("", [("", array) for array in cut]).sources]
 
         def encode() -> None:
-            for plan in plans:
-                fitted = fit(plan, map)
-                for chunk in plan.chunks():
-                    encode_chunk(fitted, chunk)
+            for array in cut:
+                encoder = Encoder(codec, array)
+                for chunk in encoder.chunks:
+                    encoder.encode(chunk)
 
         return _Task(encode, sum(array.size for array in cut))
 
@@ -84,9 +81,7 @@ def _encoder(codec: Codec, tensors: Sequence[np.ndarray]) -> Callable[[int], _Ta
 
 def _decoder(codec: Codec, rows: np.ndarray, out: np.ndarray) -> _Task:
     """Decode a large array; its chunks are those of a few rows again and again, each with bytes of its own."""
-    (source,) = Model("", [("", rows)]).sources
-    plan = fit(Plan(source, codec), map)
-    encoded = [(chunk, encode_chunk(plan, chunk).parts) for chunk in plan.chunks()]
+    encoded = encode_all(codec, rows)
     work = []
     flat = out.reshape(-1)
     start = 0
@@ -94,15 +89,11 @@ def _decoder(codec: Codec, rows: np.ndarray, out: np.ndarray) -> _Task:
         for chunk, parts in encoded:
             size = chunk.rows * chunk.cols
             if start + size <= out.size:
-                copies = [bytes(part) for part in parts]
+                copies = tuple(bytes(bytearray(part)) for part in parts)
                 work.append((copies, flat[start : start + size].reshape(chunk.rows, chunk.cols)))
             start += size
 
-    def decode() -> None:
-        for parts, target in work:
-            codec.decode(parts, target)
-
-    return _Task(decode, sum(target.size for _, target in work))
+    return _Task(lambda: decode_all(codec, work), sum(target.size for _, target in work))
 
 
 def _gguf(kind: str, rows: np.ndarray) -> dict[str, _Task]:
