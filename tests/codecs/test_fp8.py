@@ -329,7 +329,7 @@ def test_both_decoders_agree(reference, shape, rows, cols, kind, dtype, seed):
     assert np.array_equal(same, out, equal_nan=True)
     if "bands" in segments and out.size:
         segments["bands"] = np.full(shape[0], bands, "<u4").tobytes()
-        with pytest.raises(reference.SpecError, match="band that is not there"):
+        with pytest.raises(reference.SpecError, match="band that does not exist"):
             reference_codecs.decode(
                 "fp8", "f32", shape, codec.params(), list(segments.items()), has_error=True, where="x"
             )

@@ -71,7 +71,7 @@ def test_every_length_comes_back_in_both_readers(count, base, streams):
     np.testing.assert_array_equal(reader.stream(count, base), letters)
     reader.end(0)
     cursor = streams.Cursor(stream, "here")
-    np.testing.assert_array_equal(streams.letters(cursor, count, base), letters)
+    np.testing.assert_array_equal(streams.symbols(cursor, count, base), letters)
     assert cursor.rest == b""
     assert count < 4000 or len(stream) < count
 
@@ -194,7 +194,7 @@ def test_every_change_is_refused_or_read_alike(base, count, streams):
         results = []
         for read in (
             lambda stream=stream: StreamReader(stream).stream(count, base),
-            lambda stream=stream: streams.letters(streams.Cursor(stream, "here"), count, base),
+            lambda stream=stream: streams.symbols(streams.Cursor(stream, "here"), count, base),
         ):
             try:
                 results.append(read().tolist())
