@@ -21,7 +21,7 @@ from qformat.dtypes import Elements
 from qformat.errors import FormatError, MissingDecoderError, SourceError
 from qformat.parallel import default_jobs, prefetch
 from qformat.pipeline.recipe import Recipe, override_for
-from qformat.pipeline.source import QuantizedTensor, SourceTensor, StoredTensor
+from qformat.pipeline.source import QuantizedSource, SourceTensor, StoredSource
 from qformat.records import MeasuredError, Segment, TensorRecord
 
 #: called with the number of elements that were just written
@@ -46,10 +46,10 @@ class Plan:
         return Matrix.of(self.source.shape)
 
     @cached_property
-    def stored(self) -> StoredTensor | None:
+    def stored(self) -> StoredSource | None:
         """The source, if all of its bytes are taken as they are."""
         source = self.source
-        return source if isinstance(source, StoredTensor) and source.codec is self.codec else None
+        return source if isinstance(source, StoredSource) and source.codec is self.codec else None
 
     @property
     def sized(self) -> bool:
@@ -59,19 +59,19 @@ class Plan:
     @property
     def source_bytes(self) -> int:
         """Bytes of the tensor in the checkpoint."""
-        if isinstance(self.source, StoredTensor):
+        if isinstance(self.source, StoredSource):
             return self.source.record.nbytes
-        if isinstance(self.source, QuantizedTensor):
+        if isinstance(self.source, QuantizedSource):
             return self.source.codec.nbytes(self.source.shape)
         return self.matrix.elements * self.source.dtype.size
 
     @cached_property
-    def copied(self) -> QuantizedTensor | None:
+    def copied(self) -> QuantizedSource | StoredSource | None:
         """The source, if its codes are taken as they are, or entropy-coded."""
         source = self.source
-        if not isinstance(source, QuantizedTensor) or self.codec not in (source.codec, coded(source.codec)):
+        if not isinstance(source, (QuantizedSource, StoredSource)):
             return None
-        return source
+        return source if self.codec in (source.codec, coded(source.codec)) else None
 
     def read(self, chunk: Chunk) -> Elements:
         """Return the source's elements of a chunk, two-dimensional."""
@@ -167,7 +167,7 @@ def encode_chunk(plan: Plan, chunk: Chunk) -> EncodedChunk:
         raise SourceError(f"tensor {plan.source.name!r}: {error}") from None
 
 
-def _copied(source: QuantizedTensor, codec: Codec, chunk: Chunk) -> EncodedChunk:
+def _copied(source: QuantizedSource | StoredSource, codec: Codec, chunk: Chunk) -> EncodedChunk:
     """Return the codes of a chunk, which decode to what the source says that it holds."""
     parts = source.encoded(chunk)
     decoded = np.empty((chunk.rows, chunk.cols), source.dtype.storage)
@@ -298,7 +298,7 @@ def _write_chunks(
     writer.finish(tensor.finish(error))
 
 
-def _write_stored(writer: ContainerWriter, source: StoredTensor, progress: Progress | None) -> None:
+def _write_stored(writer: ContainerWriter, source: StoredSource, progress: Progress | None) -> None:
     writer.copy(source.record, source.segments())
     if progress:
         progress(source.record.elements)

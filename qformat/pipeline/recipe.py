@@ -12,7 +12,7 @@ from qformat.codecs.base import Codec
 from qformat.codecs.blocks import coded
 from qformat.codecs.registry import codecs, parse_type
 from qformat.errors import SourceError, TypeSpecError
-from qformat.pipeline.source import QuantizedTensor, SourceTensor, StoredTensor
+from qformat.pipeline.source import QuantizedSource, SourceTensor, StoredSource
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Recipe:
         SourceError
             If the codec that was asked for cannot hold the tensor's dtype.
         """
-        same = tensor.codec if isinstance(tensor, (QuantizedTensor, StoredTensor)) else parse_type(tensor.dtype.name)
+        same = tensor.codec if isinstance(tensor, (QuantizedSource, StoredSource)) else parse_type(tensor.dtype.name)
         if not tensor.dtype.floating:
             return same
         codec = same if self.default is None or len(tensor.shape) < 2 else self.default

@@ -1,32 +1,35 @@
-"""What a converter hands over: tensors that can be read chunk by chunk, and the files that belong to them."""
+"""Input of a conversion: tensors that are read chunk by chunk, and the files that belong to them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from qformat.codecs.base import Buffer, Chunk, Codec
 from qformat.dtypes import DType, Elements
 from qformat.records import TensorRecord
 
 
-class SourceTensor(Protocol):
-    """A tensor of a checkpoint. `read` may be called from several threads at once."""
+class SourceTensor(ABC):
+    """A tensor of a checkpoint, read in ranges of elements. Threads may call its methods at the same time.
 
-    @property
-    def name(self) -> str:
-        """Its name, as the model's code knows it."""
+    Attributes
+    ----------
+    name
+        Its name in the model.
+    dtype
+        The element type that `read` returns.
+    shape
+        Its shape.
+    """
 
-    @property
-    def dtype(self) -> DType:
-        """Its element type."""
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-
+    @abstractmethod
     def read(self, elements: slice) -> Elements:
         """Return elements ``start:stop`` in row-major order, one-dimensional.
 
@@ -37,14 +40,18 @@ class SourceTensor(Protocol):
         """
 
 
-@runtime_checkable
-class QuantizedTensor(SourceTensor, Protocol):
-    """A tensor that is quantized already. What `read` returns is what its codes stand for, as float32."""
+class QuantizedSource(SourceTensor):
+    """A tensor that another tool has quantized. `read` returns the values of its codes.
 
-    @property
-    def codec(self) -> Codec:
-        """The type of the format that holds the same codes."""
+    Attributes
+    ----------
+    codec
+        The type that holds the same codes.
+    """
 
+    codec: Codec
+
+    @abstractmethod
     def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
         """Return the bytes of a chunk, for each segment of the codec where `Codec.spans` says.
 
@@ -55,20 +62,33 @@ class QuantizedTensor(SourceTensor, Protocol):
         """
 
 
-@runtime_checkable
-class StoredTensor(SourceTensor, Protocol):
-    """A tensor of a container file. What `read` returns is what it decodes to."""
+class StoredSource(SourceTensor):
+    """A tensor of a container file. `read` returns its decoded values.
 
-    @property
-    def codec(self) -> Codec:
-        """Its type."""
+    Attributes
+    ----------
+    codec
+        Its type.
+    record
+        Its record in the file.
+    """
 
-    @property
-    def record(self) -> TensorRecord:
-        """What the file says of it."""
+    codec: Codec
+    record: TensorRecord
 
+    @abstractmethod
     def segments(self) -> Sequence[Buffer]:
         """Return the bytes of its segments.
+
+        Raises
+        ------
+        SourceError
+            If they cannot be read.
+        """
+
+    @abstractmethod
+    def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
+        """Return the bytes of a chunk as `QuantizedSource.encoded` does; of entropy-coded blocks, the plain ones.
 
         Raises
         ------
