@@ -18,7 +18,7 @@ from qformat.codecs.packed import cuts
 from qformat.dtypes import BF16, DTYPES, F16, F32, DType, Elements
 from qformat.errors import SourceError
 from qformat.kernels import load as kernels
-from qformat.pipeline.source import SourceTensor
+from qformat.pipeline.source import QuantizedSource, SourceTensor
 
 U8 = NDArray[np.uint8]
 Encode = Callable[[Chunk], tuple[Buffer, ...]]
@@ -31,7 +31,7 @@ SCALES = (F16, BF16, F32)
 I32 = DTYPES["i32"]
 
 
-class CodedTensor:
+class CodedTensor(QuantizedSource):
     """A quantized tensor whose codes are copied.
 
     Parameters

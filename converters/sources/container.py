@@ -4,55 +4,30 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
-from qformat.codecs.base import Buffer, Chunk, Codec
+from qformat.codecs.base import Buffer, Chunk
 from qformat.codecs.raw import Raw
 from qformat.container.reader import ContainerReader
-from qformat.dtypes import DType, Elements
+from qformat.dtypes import Elements
 from qformat.errors import FormatError, QualityError, SourceError, TargetError
 from qformat.files import on_this_machine
-from qformat.pipeline.source import Checkpoint, SourceTensor, StoredTensor
+from qformat.pipeline.source import Checkpoint, SourceTensor, StoredSource
 from qformat.quality import Quality
 from qformat.readers.decoder import SegmentChecker, TensorDecoder
-from qformat.records import TensorRecord
 
 
-@dataclass(frozen=True)
-class ContainerTensor:
-    """A tensor of a container, decoded chunk by chunk."""
+class ContainerTensor(StoredSource):
+    """A tensor of a container, decoded chunk by chunk; its record ends at the last layer that is read."""
 
-    decoder: TensorDecoder
-    checker: SegmentChecker
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.decoder.record.name
-
-    @property
-    def dtype(self) -> DType:
-        """What it decodes to: float32 if it is quantized."""
-        return self.decoder.decoded
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.decoder.record.shape
-
-    @property
-    def codec(self) -> Codec:
-        """Its type."""
-        return self.decoder.codec
-
-    @property
-    def record(self) -> TensorRecord:
-        """What the file says of it, up to the layers that are read."""
-        return self.decoder.record
+    def __init__(self, decoder: TensorDecoder, checker: SegmentChecker) -> None:
+        self.name, self.shape = decoder.record.name, decoder.record.shape
+        self.dtype = decoder.decoded
+        self.codec, self.record = decoder.codec, decoder.record
+        self.decoder, self.checker = decoder, checker
 
     def segments(self) -> list[memoryview]:
         """Return the bytes of its segments."""
@@ -128,7 +103,7 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
 
 def lossy_warning(tensors: Iterable[SourceTensor]) -> list[str]:
     """Return a warning if tensors of a container are no longer what they once were, and something else is made of them."""
-    stored = (tensor for tensor in tensors if isinstance(tensor, StoredTensor))
+    stored = (tensor for tensor in tensors if isinstance(tensor, StoredSource))
     lossy = [tensor for tensor in stored if tensor.record.error and tensor.record.elements]
     if not lossy:
         return []

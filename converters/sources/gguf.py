@@ -19,14 +19,14 @@ from qformat.converters.sources.gguf_file import Header, TensorInfo, TensorType,
 from qformat.dtypes import DTYPES, F32, DType, Elements
 from qformat.errors import MissingDecoderError, SourceError
 from qformat.files import open_regular
-from qformat.pipeline.source import Checkpoint, SourceTensor
+from qformat.pipeline.source import Checkpoint, QuantizedSource, SourceTensor
 
 #: the asset that holds every byte of the file that belongs to no tensor, in order: the header, and what fills up between tensors
 REST = "model.gguf-header"
 
 
 @dataclass(frozen=True)
-class BlockTensor:
+class BlockTensor(QuantizedSource):
     """A tensor of blocks, which are copied."""
 
     name: str

@@ -29,7 +29,7 @@ from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.dtypes import F32, DType, Elements, from_array
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, QuantizedSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -149,7 +149,7 @@ def sources() -> dict[str, dict[str, Array]]:
 
 
 @dataclass(frozen=True)
-class Copied:
+class Copied(QuantizedSource):
     """A tensor that is quantized already."""
 
     name: str

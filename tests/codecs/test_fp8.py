@@ -22,7 +22,7 @@ from qformat.converters.sources.options import SourceOptions
 from qformat.dtypes import BF16, DTYPES, Elements, from_array
 from qformat.errors import FormatError, SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedTensor
+from qformat.pipeline.source import Checkpoint, QuantizedSource
 from qformat.records import MeasuredError, Segment, TensorRecord
 
 FORMATS = ("e4m3", "e5m2")
@@ -51,7 +51,7 @@ def only(weight: Elements, scale: Elements, config: Any = None, role: str = "wei
     found, warnings = recognized({"weight": weight, role: scale}, config)
     assert not warnings
     assert [tensor.name for tensor in found] == ["a.weight"]
-    assert isinstance(found[0], QuantizedTensor)
+    assert isinstance(found[0], QuantizedSource)
     return found[0]
 
 

@@ -19,12 +19,12 @@ from qformat.dtypes import F32, DType, Elements, from_array
 from qformat.errors import SourceError
 from qformat.kernels import load
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, QuantizedSource
 from qformat.records import TensorRecord, type_string
 
 
 @dataclass(frozen=True)
-class Codes:
+class Codes(QuantizedSource):
     """A tensor of some codec, in memory."""
 
     name: str
