@@ -328,7 +328,8 @@ def draft_record(
         params=codec.params(),
         encoder=options or {},
         segments=tuple(
-            Segment(name, 0, length or 0, _NO_DIGEST, errors.get(name)) for name, length in codec.segments(tensor.matrix)
+            Segment(name, 0, length or 0, _NO_DIGEST, errors.get(name))
+            for name, length in codec.segments(tensor.matrix)
         ),
         error=None if codec.is_lossless(tensor.dtype) else MeasuredError(0.0, 0.0),
         range=spread,

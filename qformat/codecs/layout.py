@@ -148,6 +148,11 @@ Layout = tuple[Array | Chunks, ...]
 PartReader = Callable[[Chunk], memoryview]
 
 
+def spans(layout: Layout, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
+    """Return the range of the bytes of a chunk in each segment of a layout of arrays."""
+    return tuple(part.span(matrix, chunk) for part in layout if isinstance(part, Array))
+
+
 def segment_lengths(layout: Layout, matrix: Matrix, alignment: int) -> tuple[tuple[str, int | None], ...]:
     """Return (name, length in bytes) of each segment in the order of the file; None if values decide the length."""
     found: list[tuple[str, int | None]] = []

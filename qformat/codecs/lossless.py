@@ -36,6 +36,7 @@ class Lossless(ChunkEncoder):
     """Floats bit for bit, in fewer bytes: exponents are entropy-coded, and all else that does not look random."""
 
     id: ClassVar[str] = "lossless"
+
     def decoded_from(self, dtype: DType) -> DType:
         """Return the dtype of the source."""
         return dtype

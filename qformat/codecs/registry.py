@@ -29,11 +29,11 @@ def register(class_: _C) -> _C:
     ValueError
         If the id is taken.
     """
-    for base, table in ((Codec, _codecs), (Encoder, _encoders)):
-        if issubclass(class_, base):
-            if class_.id in table:
-                raise ValueError(f"codec id {class_.id!r} is already taken by {table[class_.id].__name__}")
-            table[class_.id] = class_
+    kinds: tuple[tuple[type, dict[str, Any]], ...] = ((Codec, _codecs), (Encoder, _encoders))
+    for table in (table for kind, table in kinds if issubclass(class_, kind)):
+        if class_.id in table:
+            raise ValueError(f"codec id {class_.id!r} is already taken by {table[class_.id].__name__}")
+        table[class_.id] = class_
     return class_
 
 

@@ -94,7 +94,11 @@ def _is_fulfilled(encoder: Encoder, codec: Codec) -> bool:
     if not isinstance(encoder, ChunkEncoder) or not encoder.decodes_like(codec):
         return False
     # a search for better codes than those that are there is in vain; another option, a sparsity say, is not
-    return all(f.default == getattr(encoder, f.name) for f in fields(encoder) if f.metadata.get("option") and f.name != "search")
+    return all(
+        f.default == getattr(encoder, f.name)
+        for f in fields(encoder)
+        if f.metadata.get("option") and f.name != "search"
+    )
 
 
 def _split(item: str) -> tuple[str, str]:

@@ -19,7 +19,6 @@ from qformat.dtypes import DType, Elements
 from qformat.errors import MissingDecoderError
 from qformat.records import TensorRecord
 
-
 #: a codec, and the encoder that makes it of a tensor by copying
 Copy = tuple[Codec, Encoder]
 

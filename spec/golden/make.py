@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 import qformat
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Chunk, Codec, Matrix
+from qformat.codecs.base import Codec
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.ggml import Ggml
 from qformat.codecs.registry import parse_type

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qformat import safe_open
 from qformat.codecs import base
-from qformat.codecs.base import Chunk, Matrix
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.registry import codec_of, codecs, parse_type, types_for_weights
 from qformat.converters.arrays import ArrayTensor

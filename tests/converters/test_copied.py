@@ -10,7 +10,8 @@ import pytest
 
 from qformat import safe_open
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Chunk, Codec, Matrix, chunks
+from qformat.codecs.base import Codec, chunks
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert

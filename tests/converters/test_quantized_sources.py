@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 from qformat import safe_open
 from qformat.codecs import base
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Matrix
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.quantized.recognize import recognize

@@ -1,8 +1,8 @@
 """Rate control of `scm`: from a target and statistics of a tensor to its grid and the positions that each layer holds.
 
-A tensor is quantized once, to the deepest bits. A layer is then a range of positions: one position is one bit plane of one phase
-(half of the weights) in one of `PARTS` parts of that plane. So choosing layers is choosing where to cut a list of positions, and what
-each cut costs in bytes and leaves in error can be summed over the chunks without encoding any of them.
+A tensor is quantized once, to the deepest bits. A layer is then a range of positions: a position is one part (of `PARTS`) of one
+bit plane of one phase, half of the weights. So choosing layers is choosing where to cut a list of positions. What each cut costs in
+bytes and leaves in error is summed over the chunks, without encoding any of them.
 """
 
 from __future__ import annotations
@@ -206,7 +206,9 @@ def _full(target: RateTarget, distribution: Distribution, precision: int) -> int
     return PARTS * PHASES * max(0, min(DEEPEST, precision - 1))
 
 
-def rate_control_step(target: RateTarget, state: RateState, trials: Sequence[TrialResult | None]) -> tuple[RateState, bool]:
+def rate_control_step(
+    target: RateTarget, state: RateState, trials: Sequence[TrialResult | None]
+) -> tuple[RateState, bool]:
     """Take one step from the results of trials: another grid to try, a deeper measurement, or the layers.
 
     The first layer holds the base (signs and magnitudes of depth 0), whose size depends only on the grid's step: the step is moved
