@@ -7,25 +7,13 @@ import numpy as np
 import pytest
 
 from qformat.codecs.base import Chunk
-from qformat.codecs.codebooks import Points, Survey, deviation, fit_gauss, fit_lloyd, fit_percentile, lloyd
+from qformat.codecs.codebooks import Points, deviation, fit_gauss, fit_lloyd, fit_percentile, lloyd
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import from_array
-from qformat.kernels import load
+from tests.helpers.arrays import distance
+from tests.helpers.codecs import survey_of
 
 every_size = pytest.mark.parametrize("size", [4, 8, 16])
-
-
-def survey_of(x: np.ndarray) -> Survey:
-    found = Survey.empty()
-    load("lut").survey(np.ascontiguousarray(x, np.float32).reshape(-1), found.counts, found.sums)
-    return found
-
-
-def distance(x: np.ndarray, entries: np.ndarray) -> float:
-    """The rms error with the nearest entries."""
-    entries = np.asarray(entries, np.float64)
-    borders = (entries[1:] + entries[:-1]) / 2
-    return float(np.sqrt(np.mean((x - entries[np.searchsorted(borders, x)]) ** 2)))
 
 
 def distributions() -> dict[str, np.ndarray]:

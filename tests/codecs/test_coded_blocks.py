@@ -24,8 +24,9 @@ from qformat.codecs.registry import codec_of, parse_type
 from qformat.dtypes import F32, from_array
 from qformat.errors import FormatError
 from qformat.readers.torch import load_file
-from tests.build import Draft, segment
-from tests.container.test_hostile import bounded_memory, compare_readers
+from tests.helpers.files import Draft, segment
+from tests.helpers.hostile import bounded_memory, compare_readers
+from tests.helpers.kernels import every_family
 
 BLOCKS = ("q4_0", "q4_0:search=exact", "q4_1", "q5_0", "q5_1", "q8_0", "nlm", "nlm:block=64", "nlm:block=128")
 CHUNKED = ("q4_0:coded=true", "q5_1:coded=true", "ternary:scale=tensor", "levels:n=7,scale=group,group=64", "lossless")
@@ -223,10 +224,10 @@ for number, type_ in enumerate(sys.argv[2:]):
 
 
 @pytest.mark.parametrize(("size", "header"), [(22, 2), (24, 4)])
-@pytest.mark.parametrize("kind", ["jit", "plain"])
+@every_family
 @given(seed=st.integers(0, 2**32 - 1))
-def test_codes_of_5_bits_are_taken_out_and_put_back(kind, size, header, seed):
-    kernels = importlib.import_module(f"qformat.kernels.{kind}.codes_5")
+def test_codes_of_5_bits_are_taken_out_and_put_back(family, size, header, seed):
+    kernels = importlib.import_module(f"qformat.kernels.{family}.codes_5")
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (int(rng.integers(1, 20)), size)).astype(np.uint8)
     guarded = np.full(32 * len(blocks) + 64, 77, np.uint8)

@@ -20,8 +20,8 @@ from qformat.errors import FormatError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.records import MeasuredError, Segment, TensorRecord
-from tests.converters.test_copied import Codes
-from tests.converters.test_gguf import random_blocks
+from tests.helpers.gguf import random_blocks
+from tests.helpers.quantized import Codes
 
 RECORD = TensorRecord(
     "t",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import numpy as np
@@ -13,26 +12,21 @@ from safetensors.numpy import load_file
 
 import qformat
 from qformat.codecs.base import Chunk, Matrix, chunks
-from qformat.codecs.codebooks import Survey
 from qformat.codecs.level_fit import fit
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, Elements, from_array
 from qformat.errors import SourceError, TypeSpecError
+from tests.helpers.codecs import survey_of
+from tests.helpers.kernels import modules
 
-JIT, PLAIN = (importlib.import_module(f"qformat.kernels.{kind}.levels") for kind in ("numba", "numpy"))
+BOTH = NUMBA, NUMPY = [each["levels"] for each in modules("levels")]
 SCALES = ("scale=tensor", "scale=row", "scale=group,group=64")
 every_scale = pytest.mark.parametrize("scale", SCALES)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
-def survey_of(values: np.ndarray) -> Survey:
-    found = Survey.empty()
-    importlib.import_module("qformat.kernels.numba.lut").survey(values.astype(np.float32), found.counts, found.sums)
-    return found
 
 
 def saved(tmp_path, array, type_, **options):
@@ -77,7 +71,7 @@ def test_no_other_cells_are_better(numbers, size):
     values = np.array(numbers, np.float64)
     levels = fit(survey_of(values), size)
     codes = np.empty(values.size, np.uint8)
-    JIT.classify(values.astype(np.float32), levels.thresholds, codes)
+    NUMBA.classify(values.astype(np.float32), levels.thresholds, codes)
     error = np.sum((values - levels.entries[codes].astype(np.float64)) ** 2)
     assert error <= _least_error(np.sort(values), size // 2) * (1 + 1e-6) + 1e-9
 
@@ -389,7 +383,7 @@ def test_both_kinds_of_kernels_agree(seed):
     count = rows * -(-cols // group)
     entries = np.array([-1.5, -0.5, 0, 0.5, 1.5], np.float32)
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in BOTH:
         squares, magnitudes = np.empty(count), np.empty(count, np.uint32)
         kernels.measure(x, cols, group, squares, magnitudes)
         scales = np.where(squares > 0, np.sqrt(squares / group), 1).astype(np.float32)

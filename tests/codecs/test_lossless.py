@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
@@ -21,10 +19,11 @@ from qformat.errors import SourceError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.readers.torch import TORCH_DTYPES, load_file
+from tests.helpers.kernels import modules
 
 FLOATS = ("f8_e4m3", "f8_e5m2", "f16", "bf16", "f32", "f64")
 every_float = pytest.mark.parametrize("name", FLOATS)
-JIT, PLAIN = (importlib.import_module(f"qformat.kernels.{kind}.float_parts") for kind in ("numba", "numpy"))
+BOTH = [each["float_parts"] for each in modules("float_parts")]
 CODEC = parse_type("lossless")
 
 
@@ -238,7 +237,7 @@ def test_both_kinds_of_kernels_agree(seed, count):
     upper = (patterns >> 16).astype(np.uint16)
     base = int(rng.integers(0, 1024))
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in BOTH:
         heads, low, high = (np.zeros(-(-count // each), np.uint8) for each in (1, 2, 4))
         elsewhere = kernels.split_upper(upper, base, heads, low, high)
         values = (upper[heads == 255] >> 5) & 1023
