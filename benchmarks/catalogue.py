@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from benchmarks.encoding import Codec, parse_type
+from benchmarks.encoding import ChunkEncoder, parse_type
 from qformat.errors import TypeSpecError
 
 #: four bits in blocks, the searches of each from the quickest to the best
@@ -44,9 +44,9 @@ CODED = (
 EVERY = (*Q4_0, *Q4_1, "q5_0", "q5_1", "q8_0", *NLM.values(), *NLM_MAX.values(), *LUT, *AFFINE)
 
 
-def available(texts: Iterable[str]) -> tuple[dict[str, Codec], list[str]]:
+def available(texts: Iterable[str]) -> tuple[dict[str, ChunkEncoder], list[str]]:
     """Return the codecs by type string, and for what is not known a note (or none)."""
-    codecs: dict[str, Codec] = {}
+    codecs: dict[str, ChunkEncoder] = {}
     unknown = []
     for text in texts:
         try:

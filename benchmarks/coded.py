@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from benchmarks.context import Context
-from benchmarks.encoding import Codec, Parts, decode_all, encode_all, parse_type, totals
+from benchmarks.encoding import Encoder, Parts, decode_all, encode_all, parse_type, totals
 from benchmarks.inputs import minilm_matrices, whisper
 from benchmarks.models import Model, thinned
 from benchmarks.report import Row, Section, at_least
@@ -41,12 +41,12 @@ def _sizes(name: str, tensors: Mapping[str, np.ndarray], *, judged: bool) -> Sec
     return Section(f"Coded blocks: bits for each weight of {name}, everything included", rows, notes)
 
 
-def _encoded(codec: Codec, model: Model, out: np.ndarray) -> list[tuple[Parts, np.ndarray]]:
+def _encoded(encoder: Encoder, model: Model, out: np.ndarray) -> list[tuple[Parts, np.ndarray]]:
     """Return the bytes of every chunk, and the array for its weights."""
     work = []
     start = 0
     for _, array in model.tensors:
-        for chunk, parts in encode_all(codec, array):
+        for chunk, parts in encode_all(encoder, array):
             stop = start + chunk.rows * chunk.cols
             work.append((parts, out[start:stop].reshape(chunk.rows, chunk.cols)))
             start = stop

@@ -8,27 +8,33 @@ from pathlib import Path
 
 import numpy as np
 
-from qformat.codecs.base import CHUNK_ELEMENTS, Buffer, Chunk, Codec, EncodedChunk, Matrix, chunks
+from qformat.codecs.base import ChunkEncoder, Codec, EncodedChunk, Encoder, Run
+from qformat.codecs.layout import CHUNK_ELEMENTS, Buffer, Chunk, Matrix
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.dtypes import Elements, from_array
+from qformat.entropy.frequencies import symbols_each
+from qformat.entropy.streams import StreamWriter, letter_count
+from qformat.kernels import load
 from qformat.parallel import default_jobs
-from qformat.pipeline.encode import Plan, Run, encode_chunk, fit, on_pool
+from qformat.pipeline.encode import on_pool
 from qformat.pipeline.measure import ErrorStats, collect, measure
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 
 __all__ = [
     "CHUNK_ELEMENTS",
-    "Buffer",
     "Chunk",
+    "ChunkEncoder",
     "Codec",
     "Encoder",
     "ErrorStats",
     "Parts",
+    "Prepared",
     "chunk_slice",
+    "code_stream",
     "convert_directory",
     "cut",
     "decode_all",
@@ -37,6 +43,7 @@ __all__ = [
     "on_threads",
     "parse_type",
     "save_elements",
+    "symbols_each",
     "totals",
 ]
 
@@ -45,13 +52,13 @@ Parts = tuple[Buffer, ...]
 Values = np.ndarray | Elements
 
 
-class Encoder:
-    """One tensor in memory, after all passes over it that its codec needs.
+class Prepared:
+    """One tensor in memory, after all passes over it that its encoder needs.
 
     Parameters
     ----------
-    codec
-        The codec, which must not be layered.
+    encoder
+        The encoder, as `parse_type` returns it.
     values
         The tensor.
     run
@@ -59,17 +66,21 @@ class Encoder:
 
     Attributes
     ----------
+    codec
+        The codec that decodes the chunks.
     chunks
         The chunks that `convert` would cut the tensor into.
     """
 
-    def __init__(self, codec: Codec, values: Values, run: Run = map) -> None:
-        self._plan = fit(Plan(ArrayTensor("", _elements(values)), codec), run)
-        self.chunks: list[Chunk] = list(self._plan.chunks())
+    def __init__(self, encoder: Encoder, values: Values, run: Run = map) -> None:
+        tensor = ArrayTensor("", _elements(values))
+        self._encoder = encoder.prepare(tensor, run)
+        self.codec: Codec = self._encoder.codec
+        self.chunks: list[Chunk] = list(tensor.matrix.chunks(self.codec.chunk_alignment(tensor.matrix)))
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
-        """Encode one chunk, which may also be another one than those of `chunks` if it begins on the codec's alignment."""
-        return encode_chunk(self._plan, chunk)
+        """Encode one of `chunks`, or another chunk that begins on the codec's alignment."""
+        return self._encoder.encode(chunk)
 
 
 def _elements(values: Values) -> Elements:
@@ -78,7 +89,7 @@ def _elements(values: Values) -> Elements:
 
 def cut(shape: Sequence[int], alignment: int) -> list[Chunk]:
     """Return the chunks of a tensor of this shape that begin on multiples of `alignment` columns."""
-    return list(chunks(Matrix.of(shape), alignment))
+    return list(Matrix.of(shape).chunks(alignment))
 
 
 def chunk_slice(shape: Sequence[int], chunk: Chunk) -> slice:
@@ -91,10 +102,10 @@ def on_threads(pool: Executor) -> Run:
     return on_pool(pool, 3 * default_jobs())
 
 
-def encode_all(codec: Codec, values: Values) -> list[tuple[Chunk, Parts]]:
+def encode_all(encoder: Encoder, values: Values) -> list[tuple[Chunk, Parts]]:
     """Encode a tensor; return its chunks with copies of their bytes."""
-    encoder = Encoder(codec, values)
-    return [(chunk, tuple(bytes(part) for part in encoder.encode(chunk).parts)) for chunk in encoder.chunks]
+    tensor = Prepared(encoder, values)
+    return [(chunk, tuple(bytes(part) for part in tensor.encode(chunk).parts)) for chunk in tensor.chunks]
 
 
 def decode_all(codec: Codec, work: Iterable[tuple[Parts, np.ndarray]]) -> None:
@@ -119,3 +130,13 @@ def save_elements(path: Path, tensors: Mapping[str, Elements], kind: str) -> Non
 def convert_directory(source: Path, target: Path, kind: str) -> None:
     """Convert a checkpoint in this process."""
     convert(open_checkpoint(source), target, Recipe.parse(kind))
+
+
+def code_stream(codes: np.ndarray, base: int) -> bytes:
+    """Return the chunk of codes below `base`, entropy-coded as by ``levels``."""
+    each = symbols_each(base)
+    letters = np.empty(letter_count(codes.size, base), np.uint8)
+    load("symbols").join(np.pad(codes, (0, letters.size * each - codes.size)), base, each, letters)
+    writer = StreamWriter()
+    writer.stream(letters, base)
+    return writer.chunk(codes.size)

@@ -14,13 +14,15 @@ from gguf import GGMLQuantizationType, quants
 from benchmarks.context import Context
 from benchmarks.encoding import (
     Chunk,
-    Encoder,
     ErrorStats,
     Parts,
+    Prepared,
     chunk_slice,
+    code_stream,
     decode_all,
     encode_all,
     parse_type,
+    symbols_each,
     totals,
 )
 from benchmarks.inputs import minilm_matrices, normal
@@ -29,9 +31,6 @@ from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
 from qformat.codecs.levels import LevelCodec
 from qformat.dtypes import BF16, F32, Elements
-from qformat.entropy.frequencies import symbols_each
-from qformat.entropy.streams import StreamWriter, letter_count
-from qformat.kernels import load
 
 _TENSOR_SCALE = "levels:n={},scale=tensor"
 _SLOWER = 15.0  # than this project's decoder, at least: constriction's
@@ -112,27 +111,21 @@ class _Coded:
 
     def encoder(self) -> Callable[[], None]:
         """Return a function that encodes the weights and measures errors, after levels have been fitted."""
-        encoder = Encoder(self.codec, self.weights())
+        tensor = Prepared(self.codec, self.weights())
 
         def encode() -> None:
-            for chunk in encoder.chunks:
-                encoder.encode(chunk)
+            for chunk in tensor.chunks:
+                tensor.encode(chunk)
 
         return encode
 
     def coder(self) -> Callable[[], None]:
         """Return a function that entropy-codes the codes alone."""
-        size, each = self.codec.size, symbols_each(self.codec.size)
         flat = self.codes.reshape(-1)
 
         def code() -> None:
             for chunk, _ in self.chunks:
-                codes = flat[chunk_slice(self.codes.shape, chunk)]
-                letters = np.empty(letter_count(codes.size, size), np.uint8)
-                load("symbols").join(np.pad(codes, (0, letters.size * each - codes.size)), size, each, letters)
-                writer = StreamWriter()
-                writer.stream(letters, size)
-                writer.chunk(codes.size)
+                code_stream(flat[chunk_slice(self.codes.shape, chunk)], self.codec.size)
 
         return code
 

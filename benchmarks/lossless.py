@@ -19,7 +19,7 @@ import numpy as np
 import zstandard
 
 from benchmarks.context import Context
-from benchmarks.encoding import Encoder, Parts, chunk_slice, decode_all, default_jobs, encode_all, parse_type
+from benchmarks.encoding import Parts, Prepared, chunk_slice, decode_all, default_jobs, encode_all, parse_type
 from benchmarks.inputs import Stored, minilm_matrices, whisper, write_safetensors
 from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
@@ -127,9 +127,9 @@ class _Coded:
     def encode(self) -> None:
         """Encode everything again."""
         for tensor in self.tensors:
-            encoder = Encoder(_CODEC, tensor)
-            for chunk in encoder.chunks:
-                encoder.encode(chunk)
+            prepared = Prepared(_CODEC, tensor)
+            for chunk in prepared.chunks:
+                prepared.encode(chunk)
 
     def decode(self) -> None:
         """Decode everything."""

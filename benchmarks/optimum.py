@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.catalogue import LUT_LLOYD, Q4_0, Q4_1, available
 from benchmarks.context import Context
-from benchmarks.encoding import Codec, default_jobs, encode_all
+from benchmarks.encoding import ChunkEncoder, default_jobs, encode_all
 from benchmarks.models import Model, models
 from benchmarks.oracle_lut import long_lloyd, near_optimum
 from benchmarks.oracle_q4_0 import DISTRIBUTIONS, SIZE, exact_q4_0, sample
@@ -24,7 +24,7 @@ _NEAR_LLOYD = 1.005  # of the root mean square error
 _TENSORS, _LARGEST = 12, 1 << 19  # a long run of Lloyd's algorithm gets so many of a model, and so many weights of each
 
 
-def _errors(codec: Codec, blocks: np.ndarray) -> np.ndarray:
+def _errors(codec: ChunkEncoder, blocks: np.ndarray) -> np.ndarray:
     """Return the sum of squared errors of each block, in float64."""
     decoded = np.empty(blocks.shape, np.float32)
     ((_, parts),) = encode_all(codec, blocks)

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from benchmarks.encoding import Codec, Encoder, default_jobs, on_threads
+from benchmarks.encoding import ChunkEncoder, Prepared, default_jobs, on_threads
 from benchmarks.ggml import BLOCKS, Library
 from benchmarks.models import Model, Score
 
@@ -24,7 +24,7 @@ def _squares(rows: np.ndarray, decoded: np.ndarray) -> float:
     return float(np.vdot(error, error))
 
 
-def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
+def score_codec(codec: ChunkEncoder, model: Model, expected: str = "") -> Score:
     """Score one of qformat's codecs, through the steps that `convert` takes.
 
     Parameters
@@ -38,19 +38,19 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
         none.
     """
 
-    def measure(encoders: list[Encoder], number: int) -> tuple[float, bool, dict[str, np.ndarray]]:
+    def measure(prepared: list[Prepared], number: int) -> tuple[float, bool, dict[str, np.ndarray]]:
         part = model.part(number)
-        encoded = encoders[part.tensor].encode(part.chunk)
+        encoded = prepared[part.tensor].encode(part.chunk)
         assert encoded.finite
         assert not encoded.overflowed
-        decoded = np.empty(part.rows.shape, codec.decoded.storage)
+        decoded = np.empty(part.rows.shape, np.float32)
         codec.decode(encoded.parts, decoded)
         same = not expected or _as_gguf(expected, part.rows, b"".join(map(bytes, encoded.parts)), decoded)
         return _squares(part.rows, decoded), same, codec.histograms(encoded.parts, part.chunk)
 
     with ThreadPoolExecutor(default_jobs()) as pool:
-        encoders = [Encoder(codec, array, on_threads(pool)) for _, array in model.tensors]
-        results = list(pool.map(partial(measure, encoders), range(len(model.cuts))))
+        prepared = [Prepared(codec, array, on_threads(pool)) for _, array in model.tensors]
+        results = list(pool.map(partial(measure, prepared), range(len(model.cuts))))
     squares, same, histograms = zip(*results, strict=True)
     names = {name for found in histograms for name in found}
     choices = {name: sum(found[name] for found in histograms) for name in names}

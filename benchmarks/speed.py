@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, quants
 
 from benchmarks.catalogue import AFFINE, EVERY, GGUF, LUT, NLM, NLM_MAX, Q4_0, Q4_1, available
 from benchmarks.context import Context
-from benchmarks.encoding import CHUNK_ELEMENTS, Codec, Encoder, decode_all, encode_all
+from benchmarks.encoding import CHUNK_ELEMENTS, ChunkEncoder, Prepared, decode_all, encode_all
 from benchmarks.ggml import BLOCKS, NONE, SEARCHING, Library
 from benchmarks.inputs import minilm_matrices, normal
 from benchmarks.report import Row, Section
@@ -64,22 +64,22 @@ def _cut(tensors: Sequence[np.ndarray], weights: int) -> list[np.ndarray]:
     return chosen
 
 
-def _encoder(codec: Codec, tensors: Sequence[np.ndarray]) -> Callable[[int], _Task]:
+def _encoder(codec: ChunkEncoder, tensors: Sequence[np.ndarray]) -> Callable[[int], _Task]:
     def make(weights: int) -> _Task:
         cut = _cut(tensors, weights)
 
         def encode() -> None:
             for array in cut:
-                encoder = Encoder(codec, array)
-                for chunk in encoder.chunks:
-                    encoder.encode(chunk)
+                tensor = Prepared(codec, array)
+                for chunk in tensor.chunks:
+                    tensor.encode(chunk)
 
         return _Task(encode, sum(array.size for array in cut))
 
     return make
 
 
-def _decoder(codec: Codec, rows: np.ndarray, out: np.ndarray) -> _Task:
+def _decoder(codec: ChunkEncoder, rows: np.ndarray, out: np.ndarray) -> _Task:
     """Decode a large array; its chunks are those of a few rows again and again, each with bytes of its own."""
     encoded = encode_all(codec, rows)
     work = []
