@@ -1,4 +1,4 @@
-"""``coded=true``: what entropy coding takes off blocks of real weights, and what decoding them costs."""
+"""``coded=true``: bits that entropy coding saves on blocks of real weights, and the cost of decoding them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from benchmarks.models import Model, thinned
 from benchmarks.report import Row, Section, at_least
 from benchmarks.timing import interleaved, processor_seconds
 
-#: types, and about how many bits MiniLM shall take with them; their decoders do not depend on the search
+#: types, and the target for the bits per weight of MiniLM; their decoders do not depend on the search
 _WANTED = {"q4_0:search=naive": 4.12, "q4_1:search=naive": 4.5, "q5_0": None, "q5_1": None, "q8_0": 8.0, "nlm": None}
-_SEARCHED = ("q4_0", "q4_1")  # with their default search, which makes use of more codes
+_SEARCHED = ("q4_0", "q4_1")  # with their default search, which uses more codes
 _ABOUT = 0.02  # bits
 
 

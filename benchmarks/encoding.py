@@ -98,7 +98,7 @@ def chunk_slice(shape: Sequence[int], chunk: Chunk) -> slice:
 
 
 def on_threads(pool: Executor) -> Run:
-    """Return what maps a function over chunks on the threads of a pool."""
+    """Return a `map` that runs on the threads of a pool."""
     return on_pool(pool, 3 * default_jobs())
 
 

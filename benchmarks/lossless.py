@@ -33,7 +33,7 @@ _LIMITS = {"MiniLM as f32": 26.2, "MiniLM as f16": 13.55, "MiniLM as bf16": 10.6
 _ZIPNN = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _DECODE, _ENCODE = 1000.0, 300.0  # MB/s of the reference machine
 _LARGE = 1 << 24  # bytes of a model that is judged by its speed
-_MISSING = "Left out, for they are not installed (benchmarks/peers.txt): {}."
+_MISSING = "Left out, because not installed (benchmarks/peers.txt): {}."
 
 
 def _as(dtype: DType, arrays: Sequence[np.ndarray]) -> Tensors:
@@ -72,7 +72,7 @@ def _torch(path: Path, key: str = "") -> Tensors:
 
 
 def _models(context: Context) -> tuple[dict[str, Tensors], list[str]]:
-    """Return what is measured, and the packages that are missing."""
+    """Return the models by name, and the missing packages."""
     minilm = list(minilm_matrices().values())
     models = {f"MiniLM as {dtype.name}": _as(dtype, minilm) for dtype in (F32, F16, BF16)}
     models["Whisper-base"] = _arrays(list(whisper().values()))
@@ -153,12 +153,12 @@ def _each(tensors: Tensors) -> list[tuple[str, bytes]]:
 
 
 class _Peer(ABC):
-    """Another compressor, with what it made of a model.
+    """Another compressor and the compressed model.
 
     Attributes
     ----------
     nbytes
-        The fewest bytes that it found, the tensors given one by one or joined.
+        The smallest size, of tensors compressed one by one and joined.
     """
 
     nbytes: int
@@ -168,7 +168,7 @@ class _Peer(ABC):
 
     @abstractmethod
     def encode(self) -> object:
-        """Compress the model again, or return the seconds that it took when it was done."""
+        """Compress the model again, or return the seconds that it took before."""
 
     @abstractmethod
     def decode(self) -> object:
@@ -176,7 +176,7 @@ class _Peer(ABC):
 
 
 class _Zstd(_Peer):
-    """zstandard at level 19, on all processors at once because it is slow; its seconds are summed."""
+    """zstandard at level 19, on all processors because it is slow; `encode` returns the summed seconds."""
 
     def __init__(self, tensors: Tensors, workdir: Path) -> None:
         del workdir
@@ -204,7 +204,7 @@ class _Zstd(_Peer):
 
 
 class _ZipNN(_Peer):
-    """zipnn; for its speed the tensors are joined, which takes fewer calls."""
+    """zipnn; its speed is measured on joined tensors, which needs fewer calls."""
 
     def __init__(self, tensors: Tensors, workdir: Path) -> None:
         del workdir
@@ -227,7 +227,7 @@ class _ZipNN(_Peer):
 
 
 class _Lmzip(_Peer):
-    """lmzip, which reads and writes files: all tensors in one, with its own chunks and smaller ones, and each in one of its own."""
+    """lmzip, which reads and writes files: all tensors in one file, with default and smaller chunks, and one file each."""
 
     def __init__(self, tensors: Tensors, workdir: Path) -> None:
         self._folder = Path(tempfile.mkdtemp(dir=workdir))
@@ -259,7 +259,7 @@ class _Lmzip(_Peer):
         import_module("lmz").decompress(str(archive), str(back), workers=1, overwrite=True)
 
 
-#: by name: the module, and what calls it
+#: module and class of each peer, by name
 _PEERS: dict[str, tuple[str, type[_Peer]]] = {
     "zstd -19": ("zstandard", _Zstd),
     "zipnn": ("zipnn", _ZipNN),

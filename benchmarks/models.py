@@ -1,4 +1,4 @@
-"""Models to be quantized in memory: trained ones and random weights, cut into chunks of whole rows."""
+"""Models in memory, trained and random, cut into chunks of whole rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Score:
-    """What a type made of a model: the squared errors of each part, and how often each choice was made.
+    """Result of quantizing a model: the squared errors of each part, and the counts of each choice.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class Score:
     bits
         Bits for each weight that was not left out.
     as_expected
-        Of each part whether it came out as a peer makes it; empty if there is no peer.
+        For each part, whether it equals the peer's result; empty if there is no peer.
     choices
         Counts by name, from `Codec.histograms`.
     """
@@ -47,7 +47,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Model:
-    """Named matrices, and what is known of their parts.
+    """Named matrices, and statistics of their parts.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Quantize models in memory, part by part on all processors, and measure what comes back."""
+"""Quantize models in memory, part by part on all processors, decode them and measure the error."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def score_codec(codec: ChunkEncoder, model: Model, expected: str = "") -> Score:
     model
         What to quantize.
     expected
-        The GGUF type whose bytes these should be, as gguf's numpy code makes them, and decode to what it decodes; empty if there is
-        none.
+        The GGUF type for which gguf's numpy code should give the same blocks and decoded weights; empty if there is none.
     """
 
     def measure(prepared: list[Prepared], number: int) -> tuple[float, bool, dict[str, np.ndarray]]:
@@ -61,7 +60,7 @@ def score_codec(codec: ChunkEncoder, model: Model, expected: str = "") -> Score:
 def score_peer(
     round_trip: RoundTrip, model: Model, bits: float, *, multiple: int = 32, every: int = 1, fill: bool = True
 ) -> Score:
-    """Score something else.
+    """Score another quantizer.
 
     Parameters
     ----------
@@ -72,11 +71,11 @@ def score_peer(
     bits
         Bits for each weight, nominally.
     multiple
-        Rows have to be a multiple of this.
+        Length of rows, or a divisor of it.
     every
-        Take one of so many parts (for what is slow).
+        Measure every n-th part only (for slow quantizers).
     fill
-        Fill up other rows with zeros; if not, they are left out.
+        Pad other rows with zeros; if not, they are left out.
     """
 
     def measure(number: int) -> float:
@@ -103,7 +102,7 @@ def _as_gguf(kind: str, rows: np.ndarray, blocks: bytes, decoded: np.ndarray) ->
     """Return whether gguf's numpy code gives the same blocks and the same weights."""
     type_ = GGMLQuantizationType[kind.upper()]
     missing = -rows.shape[1] % 32
-    fill = "edge" if kind.endswith("_1") else "constant"  # as qformat fills up rows
+    fill = "edge" if kind.endswith("_1") else "constant"  # as qformat pads rows
     expected = quants.quantize(np.pad(rows, ((0, 0), (0, missing)), fill) if missing else rows, type_)
     weights = quants.dequantize(expected, type_)[:, : rows.shape[1]]
     return expected.tobytes() == blocks and weights.tobytes() == decoded.tobytes()

@@ -28,23 +28,23 @@ _ENCODERS = {
     **{(text, data): 400 for text in NLM.values() for data in (_REAL, _NORMAL)},
 }
 _DECODERS = {text: 1500 if text.startswith(("lut", "nlm")) else 2000 for text in EVERY}
-#: whose decoder sees nothing but what it sees for another one
+#: types whose decoder runs on the same input as that of another type
 _SAME_DECODER = {*Q4_0[1:], *Q4_1[1:], *NLM_MAX.values(), *LUT[1:3], *AFFINE[1:3]}
-_SECONDS = 0.08  # what a run should take; slow encoders get fewer weights
+_SECONDS = 0.08  # aim for a run; slow encoders get fewer weights
 
 Timed = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A function to be timed and the number of weights that it treats."""
+    """A function to be timed and the number of weights that it processes."""
 
     run: Timed
     weights: int
 
 
 def _sized(make: Callable[[int], _Task], most: int) -> _Task:
-    """Return a task of so many weights, at most `most`, that it takes about `_SECONDS`."""
+    """Return a task that takes about `_SECONDS`, of at most `most` weights."""
     few = min(CHUNK_ELEMENTS, most)
     trial = make(few)
     trial.run()
@@ -54,7 +54,7 @@ def _sized(make: Callable[[int], _Task], most: int) -> _Task:
 
 
 def _cut(tensors: Sequence[np.ndarray], weights: int) -> list[np.ndarray]:
-    """Return tensors of about so many weights in all: whole ones, those of usual size first, and rows of the last one."""
+    """Return tensors of about `weights` weights in all: whole ones, typical sizes first, and rows of the last one."""
     chosen = []
     for array in sorted(tensors, key=lambda array: abs(math.log2(array.size / CHUNK_ELEMENTS))):
         rows = min(len(array), -(-weights * len(array) // array.size))
@@ -134,7 +134,7 @@ def _data(context: Context) -> dict[str, list[np.ndarray]]:
 
 
 def _tasks(context: Context, out: np.ndarray) -> dict[tuple[str, str, str], _Task]:
-    """Return what is timed, by (who, encode or decode, data)."""
+    """Return the tasks by (who, encode or decode, data)."""
     data = _data(context)
     (rows,) = data[_NORMAL]
     few = rows[: (1 << 21) // rows.shape[1]]
