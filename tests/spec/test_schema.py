@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.reference import ROOT
 
 SPEC = ROOT / "spec"
 GOLDEN = sorted((SPEC / "golden").glob("*/*.qf"))
