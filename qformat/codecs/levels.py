@@ -18,8 +18,8 @@ from qformat.codecs.packed import LONGEST, cuts
 from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
 from qformat.dtypes import DTYPES, F32, F64, DType, Elements
-from qformat.entropy.frequencies import digits, symbols_each
-from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
+from qformat.entropy.frequencies import digit_table, digits_per_symbol
+from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
 
 U8 = NDArray[np.uint8]
@@ -172,10 +172,10 @@ class LevelCodec(Codec):
         if scaled:
             scales = self._scales(values.shape, *self._measured(values))
         unscaled = self._unscaled(values, scales) if scaled else values
-        letters = np.empty(letter_count(values.size, self.size), np.uint8)
-        codes = np.full(letters.size * symbols_each(self.size), self.size // 2, np.uint8)
+        letters = np.empty(symbol_count(values.size, self.size), np.uint8)
+        codes = np.full(letters.size * digits_per_symbol(self.size), self.size // 2, np.uint8)
         kernels.classify(unscaled.reshape(-1), levels.thresholds, codes[: values.size])
-        load("symbols").join(codes, self.size, symbols_each(self.size), letters)
+        load("symbols").join(codes, self.size, digits_per_symbol(self.size), letters)
         if scaled:
             scales = self._refined(values, codes[: values.size], levels.entries, scales)
         decoded = np.empty(values.size, np.float32)
@@ -247,8 +247,8 @@ class LevelCodec(Codec):
 
     def _give(self, letters: U8, entries: Floats, scales: Floats, cols: int, out: Floats) -> None:
         """Put the values of letters into a flat array of rows."""
-        table = entries[digits(self.size)].reshape(-1)
-        load("symbols").values(letters, table, symbols_each(self.size), out)
+        table = entries[digit_table(self.size)].reshape(-1)
+        load("symbols").values(letters, table, digits_per_symbol(self.size), out)
         if self.scale != "tensor":
             load("levels").rescale(out, cols, self._columns(cols), scales)
 
@@ -301,13 +301,13 @@ class LevelCodec(Codec):
         ValueError
             If the bytes are none that an encoder can have written.
         """
-        table = (digits(self.size) - np.uint8(self.size // 2)).reshape(-1)
+        table = (digit_table(self.size) - np.uint8(self.size // 2)).reshape(-1)
         letters = self._letters(parts[0], out.size)
-        load("symbols").split(letters, table, symbols_each(self.size), out.reshape(-1).view(np.uint8))
+        load("symbols").split(letters, table, digits_per_symbol(self.size), out.reshape(-1).view(np.uint8))
 
     def _letters(self, chunk: Buffer, count: int) -> U8:
         reader = StreamReader(chunk)
-        letters = reader.stream(letter_count(count, self.size), self.size)
+        letters = reader.stream(symbol_count(count, self.size), self.size)
         reader.end(count)
         return letters
 

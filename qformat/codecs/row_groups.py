@@ -18,7 +18,7 @@ VALUES = 1024
 _FINEST = 8  # groups of about the same magnitude
 _SHORT = 2  # groups of fewer bits of mantissa
 _WORTH = 1 << 15  # elements, for which more than one group by magnitude may pay
-_OVERHEAD = 250  # bytes that a group takes besides its letters, about
+_OVERHEAD = 250  # bytes that a group takes besides its symbols, about
 
 
 def group_rows(patterns: NDArray[Any], exponent: int) -> tuple[U8, I64]:
@@ -101,5 +101,5 @@ def _cost(counts: I64, rows: int) -> int:
     """Return what magnitudes and groups take, in units of 2^-16 bits, about."""
     totals = counts.sum(axis=1)
     occurring = counts[counts > 0]
-    letters = int((totals * log2(totals)).sum() - (occurring * log2(occurring)).sum())
-    return letters + (8 * _OVERHEAD * len(counts) << COST_BITS) + rows * int(log2(np.array([len(counts)]))[0])
+    symbols = int((totals * log2(totals)).sum() - (occurring * log2(occurring)).sum())
+    return symbols + (8 * _OVERHEAD * len(counts) << COST_BITS) + rows * int(log2(np.array([len(counts)]))[0])

@@ -1,4 +1,4 @@
-"""How often letters occur: as integers of a fixed sum that encoder and decoder share, and what that costs.
+"""How often symbols occur: as integers of a fixed sum that encoder and decoder share, and what that costs.
 
 All in integers, because the choices that depend on it decide the bytes of a file.
 """
@@ -15,39 +15,39 @@ from qformat.kernels import load
 I64 = NDArray[np.int64]
 U32 = NDArray[np.uint32]
 
-LETTERS = 256
+SYMBOLS = 256
 #: costs are in units of 2^-16 bits
 COST_BITS = 16
 _TABLE_BITS = 15
 
 
 @cache
-def symbols_each(base: int) -> int:
-    """Return how many symbols below `base` a letter stands for: as many as a byte can."""
+def digits_per_symbol(base: int) -> int:
+    """Return how many digits below `base` a symbol stands for: as many as a byte can."""
     each = 1
-    while base ** (each + 1) <= LETTERS:
+    while base ** (each + 1) <= SYMBOLS:
         each += 1
     return each
 
 
 @cache
-def digits(base: int) -> NDArray[np.uint8]:
-    """Return the symbols of each letter, up to 8 of them, as an array of shape (256, 8); zeros for what is no letter."""
-    table = np.zeros((LETTERS, 8), np.uint8)
-    letters = np.arange(base ** symbols_each(base))
-    for i in range(symbols_each(base)):
-        table[letters, i] = letters // base**i % base
+def digit_table(base: int) -> NDArray[np.uint8]:
+    """Return the digits of each symbol, up to 8 of them, as an array of shape (256, 8); zeros for what is no symbol."""
+    table = np.zeros((SYMBOLS, 8), np.uint8)
+    symbols = np.arange(base ** digits_per_symbol(base))
+    for i in range(digits_per_symbol(base)):
+        table[symbols, i] = symbols // base**i % base
     table.flags.writeable = False
     return table
 
 
 def normalized(counts: I64, precision: int) -> U32:
-    """Return frequencies of the sum 2^precision, about in proportion to the counts; letters that occur have at least 1.
+    """Return frequencies of the sum 2^precision, about in proportion to the counts; symbols that occur have at least 1.
 
     Parameters
     ----------
     counts
-        How often each letter occurs; no more than 2^precision of them are not 0.
+        How often each symbol occurs; no more than 2^precision of them are not 0.
     precision
         At most 15.
     """
@@ -56,40 +56,40 @@ def normalized(counts: I64, precision: int) -> U32:
     missing = (1 << precision) - int(scaled.sum())
     largest = scaled.argmax()
     scaled[largest] += missing
-    while scaled[largest] < 1:  # many rare letters were rounded up; the others give, one by one
+    while scaled[largest] < 1:  # many rare symbols were rounded up; the others give, one by one
         scaled[scaled.argmax()] -= 1
         scaled[largest] += 1
     frequencies: U32 = scaled.astype(np.uint32)
     return frequencies
 
 
-def of_letters(symbols: U32, base: int, precision: int) -> U32 | None:
-    """Return the frequencies of letters whose symbols are independent; None if they do not add up (spec/codecs.md, "Streams").
+def symbol_frequencies(digits: U32, base: int, precision: int) -> U32 | None:
+    """Return the frequencies of symbols whose digits are independent; None if they do not add up (spec/codecs.md, "Streams").
 
     Parameters
     ----------
-    symbols
-        The frequencies of symbols, of the sum 2^precision.
+    digits
+        The frequencies of digits, of the sum 2^precision.
     base
-        How many symbols there are.
+        How many digits there are.
     precision
         At most 15.
     """
-    frequencies = np.zeros(LETTERS, np.uint32)
-    fit = load("frequencies").letter_frequencies(symbols, base, symbols_each(base), precision, frequencies)
+    frequencies = np.zeros(SYMBOLS, np.uint32)
+    fit = load("frequencies").symbol_frequencies(digits, base, digits_per_symbol(base), precision, frequencies)
     return frequencies if fit else None
 
 
-def of_symbols(counts: I64, base: int) -> I64:
-    """Return how often each symbol occurs, from how often each letter does."""
-    each = symbols_each(base)
-    table = digits(base)[: base**each, :each]
+def digit_counts(counts: I64, base: int) -> I64:
+    """Return how often each digit occurs, from how often each symbol does."""
+    each = digits_per_symbol(base)
+    table = digit_table(base)[: base**each, :each]
     return sum(
         (
-            np.bincount(table[:, i], weights=counts[: len(table)], minlength=LETTERS).astype(np.int64)
+            np.bincount(table[:, i], weights=counts[: len(table)], minlength=SYMBOLS).astype(np.int64)
             for i in range(each)
         ),
-        start=np.zeros(LETTERS, np.int64),
+        start=np.zeros(SYMBOLS, np.int64),
     )
 
 
@@ -119,11 +119,11 @@ def log2(numbers: I64) -> I64:
 
 
 def cost(counts: I64, frequencies: U32, precision: int) -> int:
-    """Return the size of letters coded with some frequencies, in units of 2^-16 bits."""
+    """Return the size of symbols coded with some frequencies, in units of 2^-16 bits."""
     return int((counts * ((precision << COST_BITS) - logarithms()[frequencies])).sum())
 
 
 def entropy(counts: I64) -> float:
-    """Return the bits that an ideal coder needs for all letters, knowing how often each occurs."""
+    """Return the bits that an ideal coder needs for all symbols, knowing how often each occurs."""
     occurring = counts[counts > 0]
     return float((occurring * np.log2(occurring.sum() / occurring)).sum())

@@ -214,8 +214,8 @@ def coarsest(distribution: Distribution) -> int:
 def base_room(distribution: Distribution, nbytes: int, chunks: int) -> float:
     """Return the bits that are left for signs and magnitudes of depth 0, of some bytes for all of the first layer."""
     elements = distribution.count + distribution.zeros
-    letters = elements // max(1, chunks) // (2 * PHASES)
-    lanes = 4 if letters < 1 << 12 else 16 if letters < 1 << 16 else 64
+    symbols = elements // max(1, chunks) // (2 * PHASES)
+    lanes = 4 if symbols < 1 << 12 else 16 if symbols < 1 << 16 else 64
     bits = 8.0 * (nbytes - Grid.SIZE - chunks * (CHUNK + _MARKS + PHASES * (_STREAM + 2 * lanes)))
     if distribution.zeros * 64 >= elements:
         bits -= _bits(np.array([float(distribution.zeros), float(distribution.count)]))

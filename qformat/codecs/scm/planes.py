@@ -21,8 +21,8 @@ from qformat.codecs.scm.grid import (
     part_sizes,
     planes,
 )
-from qformat.entropy.frequencies import digits, logarithms, symbols_each
-from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
+from qformat.entropy.frequencies import digit_table, logarithms, digits_per_symbol
+from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
 
 U8 = NDArray[np.uint8]
@@ -83,10 +83,10 @@ class Magnitudes:
 def write_base(writer: StreamWriter, magnitudes: Magnitudes) -> None:
     """Write signs and magnitudes, which are those of depth 0; they have the sign as one bit more afterwards."""
     size, used = magnitudes.size, magnitudes.used
-    phases = [_symbols(magnitudes, phase, _NARROW - 1) for phase in range(PHASES)]
+    phases = [_limited(magnitudes, phase, _NARROW - 1) for phase in range(PHASES)]
     wide = sum(over for _, over in phases) * _SCATTERED > size
     if wide:
-        phases = [_symbols(magnitudes, phase, _WIDE - 1) for phase in range(PHASES)]
+        phases = [_limited(magnitudes, phase, _WIDE - 1) for phase in range(PHASES)]
     writer.add(bytes([_MARK_SPARSE * (used is not None) + _MARK_WIDE * wide]))
     if used is not None:
         writer.bits(np.packbits(used, bitorder="little"), used.size, size)
@@ -95,34 +95,34 @@ def write_base(writer: StreamWriter, magnitudes: Magnitudes) -> None:
     base = _WIDE if wide else _NARROW
     kernels, numbers = load("planes"), magnitudes.numbers
     kernels.append_signs(magnitudes.values, numbers)
-    for phase, (symbols, over) in enumerate(phases):
+    for phase, (digits, over) in enumerate(phases):
         count = int(part_sizes(size)[phase].sum())
         if not count:
             continue
-        writer.stream(_letters(symbols, count, base), base)
+        writer.stream(_joined(digits, count, base), base)
         if over:
             every = numbers.reshape(-1, 32)[phase::PHASES].reshape(-1)
-            writer.add((every[symbols == base - 1] >> 1).astype("<u4").tobytes())
+            writer.add((every[digits == base - 1] >> 1).astype("<u4").tobytes())
         where, counts = (phase, 0, PARTS), np.zeros((CLASSES, 2), np.int64)
         kernels.count_section(numbers, size, 0, *where, counts.reshape(-1))
         _write_section(writer, numbers, size, 0, where, counts)
 
 
-def _symbols(magnitudes: Magnitudes, phase: int, limit: int) -> tuple[U8, int]:
+def _limited(magnitudes: Magnitudes, phase: int, limit: int) -> tuple[U8, int]:
     """Return the limited magnitudes of a phase, filled up with zeros to whole blocks, and how many of them are elsewhere."""
     blocks = (magnitudes.values.size // 32 + 1 - phase) // PHASES
-    symbols = np.empty(32 * blocks, np.uint8)
-    over = load("planes").symbols(magnitudes.numbers, magnitudes.size, phase, limit, symbols)
-    return symbols, int(over)
+    digits = np.empty(32 * blocks, np.uint8)
+    over = load("planes").limited(magnitudes.numbers, magnitudes.size, phase, limit, digits)
+    return digits, int(over)
 
 
-def _letters(symbols: U8, count: int, base: int) -> U8:
-    """Return the letters of so many symbols, after which there are zeros."""
+def _joined(digits: U8, count: int, base: int) -> U8:
+    """Return the symbols of so many digits, after which there are zeros."""
     if base == _WIDE:
-        return symbols[:count]
-    letters, each = np.empty(letter_count(count, base), np.uint8), symbols_each(base)
-    load("symbols").join(symbols[: each * letters.size], base, each, letters)
-    return letters
+        return digits[:count]
+    symbols, each = np.empty(symbol_count(count, base), np.uint8), digits_per_symbol(base)
+    load("symbols").join(digits[: each * symbols.size], base, each, symbols)
+    return symbols
 
 
 def _sections(size: int, start: int, end: int) -> list[tuple[int, int, int, int, int]]:
@@ -223,7 +223,7 @@ class Decoder:
             raise ValueError(f"a chunk is marked with {mark}")
         used, size = None, elements
         if mark & _MARK_SPARSE:
-            bits = np.unpackbits(reader.stream(letter_count(elements, 2), 2), bitorder="little")
+            bits = np.unpackbits(reader.stream(symbol_count(elements, 2), 2), bitorder="little")
             used = bits[:elements].view(bool)
             size = int(np.count_nonzero(used))
         numbers = np.empty(-(-size // 32) * 32, np.uint32)
@@ -247,13 +247,13 @@ class Decoder:
             self._refine_classes(reader, where)
             return
         bits = np.zeros(4 * -(-elements // 32), np.uint8)
-        bits[: -(-elements // 8)] = reader.stream(letter_count(elements, 2), 2)
+        bits[: -(-elements // 8)] = reader.stream(symbol_count(elements, 2), 2)
         load("planes").refine(bits, self.size, *where, self.numbers)
 
     def _refine_classes(self, reader: StreamReader, where: tuple[int, int, int]) -> None:
         kernels, counts = load("planes"), np.zeros(CLASSES, np.int64)
         kernels.count_classes(self.numbers, self.size, 0, *where, counts)
-        streams = [reader.stream(letter_count(count, 2), 2) for count in counts.tolist()]
+        streams = [reader.stream(symbol_count(count, 2), 2) for count in counts.tolist()]
         lengths = np.array([stream.size for stream in streams])
         bits = np.concatenate([*streams, np.zeros(8, np.uint8)])  # kernels read 8 bytes at once
         kernels.refine_classes(bits, np.cumsum(lengths) - lengths, self.size, *where, self.numbers)
@@ -283,15 +283,15 @@ def end_of(position: int) -> bytes:
 
 
 def _read_phase(reader: StreamReader, numbers: U32, phase: int, count: int, base: int) -> None:
-    each = symbols_each(base)
-    letters = reader.stream(letter_count(count, base), base)
-    symbols = np.zeros(-(-count // 32) * 32, np.uint8)
+    each = digits_per_symbol(base)
+    symbols = reader.stream(symbol_count(count, base), base)
+    digits = np.zeros(-(-count // 32) * 32, np.uint8)
     if each == 1:
-        symbols[:count] = letters
+        digits[:count] = symbols
     else:
-        _split_narrow(letters, symbols[:count])
-    over = np.flatnonzero(symbols[:count] == base - 1)
-    load("planes").spread(symbols, phase, numbers)
+        _split_narrow(symbols, digits[:count])
+    over = np.flatnonzero(digits[:count] == base - 1)
+    load("planes").spread(digits, phase, numbers)
     if over.size:
         elsewhere = np.frombuffer(reader.take(4 * over.size).tobytes(), "<u4")
         if elsewhere.max() >= LARGEST:
@@ -299,5 +299,5 @@ def _read_phase(reader: StreamReader, numbers: U32, phase: int, count: int, base
         numbers[over // 32 * (32 * PHASES) + phase * 32 + over % 32] = elsewhere
 
 
-def _split_narrow(letters: U8, symbols: U8) -> None:
-    load("symbols").split(letters, digits(_NARROW).reshape(-1), symbols_each(_NARROW), symbols)
+def _split_narrow(symbols: U8, digits: U8) -> None:
+    load("symbols").split(symbols, digit_table(_NARROW).reshape(-1), digits_per_symbol(_NARROW), digits)

@@ -1,4 +1,4 @@
-"""Integers with a scale for each group of columns, compiled. Twin of ``plain/affine.py``.
+"""Integers with a scale for each group of columns, compiled. Twin of ``numpy/affine.py``.
 
 Rows are filled up to whole runs of 32 elements. ``cols`` is their true length, ``group`` the columns of a group, a multiple of 32.
 """

@@ -1,4 +1,4 @@
-"""Scales and zeros of least squared error, compiled. Twin of ``plain/affine_search.py``.
+"""Scales and zeros of least squared error, compiled. Twin of ``numpy/affine_search.py``.
 
 A choice of scale and zero gives levels u (the codes less the zero), and these the scale of least squares, Σxu / Σuu, which lessens
 the squared error from Σxx by (Σxu)² / Σuu. So choices are ranked by that, and the best is improved in turns. At last the scale is

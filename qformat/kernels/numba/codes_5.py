@@ -1,4 +1,4 @@
-"""The 5-bit codes of blocks one to a byte, and back, compiled. Twin of ``plain/codes_5.py``."""
+"""The 5-bit codes of blocks one to a byte, and back, compiled. Twin of ``numpy/codes_5.py``."""
 
 from __future__ import annotations
 

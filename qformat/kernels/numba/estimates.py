@@ -1,4 +1,4 @@
-"""Estimates of what streams take, compiled. Twin of ``plain/estimates.py`` (spec/codecs.md, encoders of "`scm`").
+"""Estimates of what streams take, compiled. Twin of ``numpy/estimates.py`` (spec/codecs.md, encoders of "`scm`").
 
 Logarithms are those of a table for numbers up to 2^15, in units of 2^-16 bits. Everything is integer arithmetic or one rounding per
 operation, because bytes depend on it.

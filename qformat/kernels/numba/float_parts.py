@@ -1,8 +1,8 @@
-"""Floats in parts (spec/codecs.md, "`lossless`"), compiled. Twin of ``plain/float_parts.py``.
+"""Floats in parts (spec/codecs.md, "`lossless`"), compiled. Twin of ``numpy/float_parts.py``.
 
 The upper 16 bits of a float32, or a bfloat16, are sign, exponent and 7 bits of mantissa. Exponent and two bits of mantissa, less a
-base, are its *head*, 255 if that does not fit; *low* has the lowest 4 bits, two to a letter; *high* has sign and bit 4, four to a
-letter.
+base, are its *head*, 255 if that does not fit; *low* has the lowest 4 bits, two to a symbol; *high* has sign and bit 4, four to a
+symbol.
 """
 
 from __future__ import annotations

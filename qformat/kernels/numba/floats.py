@@ -1,4 +1,4 @@
-"""Conversions between float formats, and looks at them, compiled. Twin of ``plain/floats.py``."""
+"""Conversions between float formats, and looks at them, compiled. Twin of ``numpy/floats.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Few levels, with a scale for each group of columns of a row or none; compiled. Twin of ``plain/levels.py``.
+"""Few levels, with a scale for each group of columns of a row or none; compiled. Twin of ``numpy/levels.py``.
 
 Arrays are whole rows of ``cols`` elements. A row has groups of ``group`` columns, of which the last may be shorter; arrays with a
 number for each group go row by row. Sums over a group are formed in float64: element i of the group is added to sum i mod 32, and

@@ -1,4 +1,4 @@
-"""Codes that name entries of codebooks, compiled. Twin of ``plain/lut.py``.
+"""Codes that name entries of codebooks, compiled. Twin of ``numpy/lut.py``.
 
 Rows are filled up to whole runs of 32 elements. Each block of ``block`` columns, a multiple of 32, has its own codebook of as many
 entries as codes of ``width`` bits can name; if ``block`` is 0 there is one codebook for all.

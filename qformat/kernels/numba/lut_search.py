@@ -1,4 +1,4 @@
-"""Codebooks of blocks, with the least squared error that is possible, compiled. Twin of ``plain/lut_search.py``.
+"""Codebooks of blocks, with the least squared error that is possible, compiled. Twin of ``numpy/lut_search.py``.
 
 The best codebook cuts the sorted values of a block into cells and takes their means. Dynamic programming finds the cells: the first
 j values in k cells lessen the error most if, for some i, the first i values do so in k - 1 cells, and the others are the last one.

@@ -1,4 +1,4 @@
-"""Blocks with a choice of four mappings, compiled. Twin of ``plain/nlm.py``."""
+"""Blocks with a choice of four mappings, compiled. Twin of ``numpy/nlm.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choose the headers of `nlm` blocks, compiled. Twin of ``plain/nlm_search.py``.
+"""Choose the headers of `nlm` blocks, compiled. Twin of ``numpy/nlm_search.py``.
 
 16 runs of 32 weights are looked at together, each in a lane of its own; the 2 or 4 runs of a longer block share what they find.
 A weight is seen as its position y in its block: -1 and 1 are the block's extremes (unless these lie very close together), and a

@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits in a string of bits, and rows in runs of 32; compiled. Twin of ``plain/packing.py``.
+"""Codes of 2, 3, 4 or 8 bits in a string of bits, and rows in runs of 32; compiled. Twin of ``numpy/packing.py``.
 
 Kernels call `unpack_32` and `pack_32`; the number of bits is the same throughout a loop, so that choosing costs next to nothing.
 """

@@ -1,4 +1,4 @@
-"""Bit planes of magnitudes (spec/codecs.md, "`scm`"), compiled. Twin of ``plain/planes.py``.
+"""Bit planes of magnitudes (spec/codecs.md, "`scm`"), compiled. Twin of ``numpy/planes.py``.
 
 Arrays of elements are filled up to whole blocks of 32; ``size`` is how many elements there are. Block b is in phase b mod 2 and in
 part b // 2 mod 32. A section is a range of parts of one phase: ``phase, first, stop``.
@@ -102,7 +102,7 @@ def measure(x, t, size, deepest, widths, offsets, scale, squares, sums, peaks):
 
 
 @kernel(f"int64({U32}, int64, int64, int64, uint8[::1])")
-def symbols(t, size, phase, limit, chosen):
+def limited(t, size, phase, limit, chosen):
     """Give the magnitudes of a phase, limited; return how many of them reach the limit."""
     over = np.int64(0)
     for number in range(_blocks(size, phase)):

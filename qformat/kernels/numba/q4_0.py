@@ -1,4 +1,4 @@
-"""Q4_0 blocks, compiled. Twin of ``plain/q4_0.py``."""
+"""Q4_0 blocks, compiled. Twin of ``numpy/q4_0.py``."""
 
 from __future__ import annotations
 

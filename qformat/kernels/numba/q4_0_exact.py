@@ -1,4 +1,4 @@
-"""The best scales for Q4_0 blocks, by branch and bound; compiled. Twin of ``plain/q4_0_exact.py``."""
+"""The best scales for Q4_0 blocks, by branch and bound; compiled. Twin of ``numpy/q4_0_exact.py``."""
 
 from __future__ import annotations
 

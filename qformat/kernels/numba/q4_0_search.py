@@ -1,4 +1,4 @@
-"""What the searches for the scales of Q4_0 blocks share, compiled. Twin of ``plain/q4_0_search.py``.
+"""What the searches for the scales of Q4_0 blocks share, compiled. Twin of ``numpy/q4_0_search.py``.
 
 For codes k the error of a block is sum(x * x) - v with v = 2 d A - d d B, A = sum(x k), B = sum(k k): the best d is A / B, and
 among binary16 numbers the one nearest to it. What is left to find are the codes. Searches treat 16 blocks at once, one in each

@@ -1,4 +1,4 @@
-"""Good scales for Q4_0 blocks: the best of a few, refined by least squares; compiled. Twin of ``plain/q4_0_table.py``."""
+"""Good scales for Q4_0 blocks: the best of a few, refined by least squares; compiled. Twin of ``numpy/q4_0_table.py``."""
 
 from __future__ import annotations
 

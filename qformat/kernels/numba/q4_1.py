@@ -1,4 +1,4 @@
-"""Q4_1 blocks, compiled. Twin of ``plain/q4_1.py``."""
+"""Q4_1 blocks, compiled. Twin of ``numpy/q4_1.py``."""
 
 from __future__ import annotations
 

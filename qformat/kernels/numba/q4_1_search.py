@@ -1,4 +1,4 @@
-"""Searches for the scales and minima of Q4_1 blocks, compiled. Twin of ``plain/q4_1_search.py``.
+"""Searches for the scales and minima of Q4_1 blocks, compiled. Twin of ``numpy/q4_1_search.py``.
 
 16 blocks are treated at once, each in a lane of its own. A trial takes a line ``code = slope * y + offset`` for the weights y,
 rounds to codes, and gets from three sums the least-squares line for these codes and how much of the variance it explains; that line

@@ -1,4 +1,4 @@
-"""Q5_0 blocks, compiled. Twin of ``plain/q5_0.py``."""
+"""Q5_0 blocks, compiled. Twin of ``numpy/q5_0.py``."""
 
 from __future__ import annotations
 

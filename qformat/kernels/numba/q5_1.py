@@ -1,4 +1,4 @@
-"""Q5_1 blocks, compiled. Twin of ``plain/q5_1.py``."""
+"""Q5_1 blocks, compiled. Twin of ``numpy/q5_1.py``."""
 
 from __future__ import annotations
 

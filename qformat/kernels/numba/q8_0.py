@@ -1,4 +1,4 @@
-"""Q8_0 blocks, compiled. Twin of ``plain/q8_0.py``."""
+"""Q8_0 blocks, compiled. Twin of ``numpy/q8_0.py``."""
 
 from __future__ import annotations
 

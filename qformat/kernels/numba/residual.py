@@ -1,4 +1,4 @@
-"""What bit planes leave of a float's pattern (spec/codecs.md, "`scm`", `rest`), compiled. Twin of ``plain/rest.py``.
+"""What bit planes leave of a float's pattern (spec/codecs.md, "`scm`", `rest`), compiled. Twin of ``numpy/residual.py``.
 
 ``t`` are magnitudes, ``end`` tells the depth of each block as in ``planes.py``. ``kind`` is the number of bytes of the dtype, 4 for
 float32, 2 for binary16, and 1 for bfloat16. ``shifts`` are how many of the lowest bits are left out of each element, or one number

@@ -1,4 +1,4 @@
-"""Integers with a scale for each group of columns, in numpy. Twin of ``jit/affine.py``, which documents the functions."""
+"""Integers with a scale for each group of columns, in numpy. Twin of ``numba/affine.py``, which documents the functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scales and zeros of least squared error, in numpy. Twin of ``jit/affine_search.py``, which documents the functions."""
+"""Scales and zeros of least squared error, in numpy. Twin of ``numba/affine_search.py``, which documents the functions."""
 
 from __future__ import annotations
 

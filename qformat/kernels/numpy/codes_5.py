@@ -1,4 +1,4 @@
-"""The 5-bit codes of blocks one to a byte, and back, in numpy. Twin of ``jit/codes_5.py``."""
+"""The 5-bit codes of blocks one to a byte, and back, in numpy. Twin of ``numba/codes_5.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Estimates of what streams take, in numpy. Twin of ``jit/estimates.py``, which documents it."""
+"""Estimates of what streams take, in numpy. Twin of ``numba/estimates.py``, which documents it."""
 
 from __future__ import annotations
 

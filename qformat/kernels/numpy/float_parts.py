@@ -1,4 +1,4 @@
-"""Floats in parts (spec/codecs.md, "`lossless`"), in numpy. Twin of ``jit/float_parts.py``, which documents the functions."""
+"""Floats in parts (spec/codecs.md, "`lossless`"), in numpy. Twin of ``numba/float_parts.py``, which documents the functions."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def join_upper(heads: U8, low: U8, high: U8, base: int, elsewhere: U16, upper: U
     upper[:] = (value << 5) | _unpack(low, 2, upper.size) | ((both & 1) << 4) | ((both >> 1) << 15)
 
 
-def _pack(symbols: I64, letters: U8, each: int) -> None:
+def _pack(digits: I64, symbols: U8, each: int) -> None:
     shifts = 8 // each * np.arange(each)
-    padded = np.pad(symbols, (0, letters.size * each - symbols.size)).reshape(-1, each)
-    letters[:] = (padded << shifts).sum(axis=1)
+    padded = np.pad(digits, (0, symbols.size * each - digits.size)).reshape(-1, each)
+    symbols[:] = (padded << shifts).sum(axis=1)
 
 
-def _unpack(letters: U8, each: int, count: int) -> I64:
+def _unpack(symbols: U8, each: int, count: int) -> I64:
     shifts = 8 // each * np.arange(each)
-    return ((letters[:, None].astype(np.int64) >> shifts) & ((1 << 8 // each) - 1)).reshape(-1)[:count]
+    return ((symbols[:, None].astype(np.int64) >> shifts) & ((1 << 8 // each) - 1)).reshape(-1)[:count]
 
 
 def split_32(patterns: U32, upper: U16, second: U8, first: U8) -> None:

@@ -1,4 +1,4 @@
-"""Conversions between float formats, and looks at them, in numpy. Twin of ``jit/floats.py``, which documents the functions."""
+"""Conversions between float formats, and looks at them, in numpy. Twin of ``numba/floats.py``, which documents the functions."""
 
 from __future__ import annotations
 

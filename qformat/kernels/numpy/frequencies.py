@@ -1,4 +1,4 @@
-"""Tables of frequencies (spec/codecs.md, "Streams"); ``jit/frequencies.py`` compiles the same code."""
+"""Tables of frequencies (spec/codecs.md, "Streams"); ``numba/frequencies.py`` compiles the same code."""
 
 from __future__ import annotations
 
@@ -58,25 +58,25 @@ def read_table(coded: Any, entries: int, precision: int, frequencies: Any) -> in
     return position // 8
 
 
-def letter_frequencies(symbols: Any, base: int, each: int, precision: int, letters: Any) -> bool:
-    """Put the frequencies of letters of ``each`` independent symbols into zeros; return whether they add up to 2^precision."""
+def symbol_frequencies(digits: Any, base: int, each: int, precision: int, symbols: Any) -> bool:
+    """Put the frequencies of symbols of ``each`` independent digits into zeros; return whether they add up to 2^precision."""
     total, largest, most = 0, 0, -1
-    for letter in range(base**each):
-        product, rest, never = 1 << 30, letter, False
+    for symbol in range(base**each):
+        product, rest, never = 1 << 30, symbol, False
         for _ in range(each):
-            frequency = int(symbols[rest % base])
+            frequency = int(digits[rest % base])
             product = product * frequency >> precision
             never |= frequency == 0
             rest //= base
         product >>= 30 - precision
         if product == 0 and not never:
             product = 1
-        letters[letter] = product
+        symbols[symbol] = product
         total += product
         if product > most:
-            largest, most = letter, product
+            largest, most = symbol, product
     most += (1 << precision) - total
     if most < 1:
         return False
-    letters[largest] = most
+    symbols[largest] = most
     return True

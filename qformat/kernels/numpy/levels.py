@@ -1,4 +1,4 @@
-"""Few levels, with a scale for each group of columns of a row or none; in numpy. Twin of ``jit/levels.py``, which documents it."""
+"""Few levels, with a scale for each group of columns of a row or none; in numpy. Twin of ``numba/levels.py``, which documents it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes that name entries of codebooks, in numpy. Twin of ``jit/lut.py``, which documents the functions."""
+"""Codes that name entries of codebooks, in numpy. Twin of ``numba/lut.py``, which documents the functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codebooks of blocks, in numpy. Twin of ``jit/lut_search.py``, which documents the functions."""
+"""Codebooks of blocks, in numpy. Twin of ``numba/lut_search.py``, which documents the functions."""
 
 from __future__ import annotations
 

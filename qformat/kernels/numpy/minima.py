@@ -1,4 +1,4 @@
-"""What the numpy kernels of the block formats with a minimum share. Twin of ``jit/minima.py``."""
+"""What the numpy kernels of the block formats with a minimum share. Twin of ``numba/minima.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks with a choice of four mappings, in numpy. Twin of ``jit/nlm.py``, which documents the functions."""
+"""Blocks with a choice of four mappings, in numpy. Twin of ``numba/nlm.py``, which documents the functions."""
 
 from __future__ import annotations
 

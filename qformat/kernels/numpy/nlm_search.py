@@ -1,4 +1,4 @@
-"""Choose the headers of `nlm` blocks, in numpy. Twin of ``jit/nlm_search.py``, which says how.
+"""Choose the headers of `nlm` blocks, in numpy. Twin of ``numba/nlm_search.py``, which says how.
 
 Arrays of weights have the shape (32, blocks, runs of 32 in a block); what describes blocks has the shape (blocks, 1).
 """

@@ -1,4 +1,4 @@
-"""Bit planes of magnitudes in numpy. Twin of ``jit/planes.py``, which documents it."""
+"""Bit planes of magnitudes in numpy. Twin of ``numba/planes.py``, which documents it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def measure(
         np.add.at(sums.reshape(-1, LANES), cell + depth, np.add(*_halves(errors)))
 
 
-def symbols(t: U32, size: int, phase: int, limit: int, chosen: U8) -> int:
+def limited(t: U32, size: int, phase: int, limit: int, chosen: U8) -> int:
     """Give the magnitudes of a phase, limited; return how many of them reach the limit."""
     blocks = _section(size, phase, 0, 32)
     values = np.minimum(t.reshape(-1, 32)[blocks], limit).reshape(-1)

@@ -1,4 +1,4 @@
-"""Q4_0 blocks in numpy. Twin of ``jit/q4_0.py``, which documents the functions."""
+"""Q4_0 blocks in numpy. Twin of ``numba/q4_0.py``, which documents the functions."""
 
 from __future__ import annotations
 

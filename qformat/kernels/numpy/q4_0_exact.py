@@ -1,4 +1,4 @@
-"""The best scales for Q4_0 blocks, in numpy. Twin of ``jit/q4_0_exact.py``.
+"""The best scales for Q4_0 blocks, in numpy. Twin of ``numba/q4_0_exact.py``.
 
 This is another search with the same results: it tries the codes of every scale, which is some hundred times slower.
 """

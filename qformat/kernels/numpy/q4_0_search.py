@@ -1,4 +1,4 @@
-"""What the searches for the scales of Q4_0 blocks share, in numpy. Twin of ``jit/q4_0_search.py``."""
+"""What the searches for the scales of Q4_0 blocks share, in numpy. Twin of ``numba/q4_0_search.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Good scales for Q4_0 blocks, in numpy. Twin of ``jit/q4_0_table.py``, with the same operations in the same order."""
+"""Good scales for Q4_0 blocks, in numpy. Twin of ``numba/q4_0_table.py``, with the same operations in the same order."""
 
 from __future__ import annotations
 

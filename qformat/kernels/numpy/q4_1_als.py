@@ -1,4 +1,4 @@
-"""Search ``als`` for Q4_1 blocks, in numpy. Twin of ``jit/q4_1_als.py``."""
+"""Search ``als`` for Q4_1 blocks, in numpy. Twin of ``numba/q4_1_als.py``."""
 
 from __future__ import annotations
 

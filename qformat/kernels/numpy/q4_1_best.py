@@ -1,4 +1,4 @@
-"""Search ``best`` for Q4_1 blocks, in numpy. Twin of ``jit/q4_1_best.py``."""
+"""Search ``best`` for Q4_1 blocks, in numpy. Twin of ``numba/q4_1_best.py``."""
 
 from __future__ import annotations
 

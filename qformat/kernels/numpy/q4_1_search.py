@@ -1,4 +1,4 @@
-"""Searches for the scales and minima of Q4_1 blocks in numpy. Twin of ``jit/q4_1_search.py``, which documents the functions.
+"""Searches for the scales and minima of Q4_1 blocks in numpy. Twin of ``numba/q4_1_search.py``, which documents the functions.
 
 Blocks are columns here.
 """

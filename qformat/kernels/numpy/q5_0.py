@@ -1,4 +1,4 @@
-"""Q5_0 blocks in numpy. Twin of ``jit/q5_0.py``, which documents the functions."""
+"""Q5_0 blocks in numpy. Twin of ``numba/q5_0.py``, which documents the functions."""
 
 from __future__ import annotations
 

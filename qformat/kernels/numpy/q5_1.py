@@ -1,4 +1,4 @@
-"""Q5_1 blocks in numpy. Twin of ``jit/q5_1.py``, which documents the functions."""
+"""Q5_1 blocks in numpy. Twin of ``numba/q5_1.py``, which documents the functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Q8_0 blocks in numpy. Twin of ``jit/q8_0.py``, which documents the functions."""
+"""Q8_0 blocks in numpy. Twin of ``numba/q8_0.py``, which documents the functions."""
 
 from __future__ import annotations
 

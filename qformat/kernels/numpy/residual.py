@@ -1,4 +1,4 @@
-"""What bit planes leave of a float's pattern, in numpy. Twin of ``jit/rest.py``, which documents it."""
+"""What bit planes leave of a float's pattern, in numpy. Twin of ``numba/residual.py``, which documents it."""
 
 from __future__ import annotations
 
