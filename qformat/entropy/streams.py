@@ -14,12 +14,12 @@ from qformat.entropy.frequencies import (
     COST_BITS,
     SYMBOLS,
     cost,
+    digit_counts,
+    digits_per_symbol,
     entropy,
     logarithms,
     normalized,
     symbol_frequencies,
-    digit_counts,
-    digits_per_symbol,
 )
 from qformat.kernels import load
 

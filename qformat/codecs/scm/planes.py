@@ -21,7 +21,7 @@ from qformat.codecs.scm.grid import (
     part_sizes,
     planes,
 )
-from qformat.entropy.frequencies import digit_table, logarithms, digits_per_symbol
+from qformat.entropy.frequencies import digit_table, digits_per_symbol, logarithms
 from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
 

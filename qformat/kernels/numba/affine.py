@@ -10,18 +10,10 @@ import numpy as np
 from qformat.kernels.numba.blocks import LANES, add_squares, keep_largest, prefetch_block, reciprocal
 from qformat.kernels.numba.compiler import F32, U8, U32, inline, kernel
 from qformat.kernels.numba.packing import crop, pack_32, unpack_32
-from qformat.kernels.numba.simd import (
-    bits,
-    largest,
-    load,
-    maximum,
-    minimum,
-    store,
-    to_f32,
-    to_i32,
-    to_u32,
-    zeros_u32,
-)
+from qformat.kernels.numba.simd import maximum, minimum, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, to_f32, to_i32, to_u32
+from qformat.kernels.numba.simd_lanes import largest
+from qformat.kernels.numba.simd_memory import load, store
 
 ZERO = np.float32(0.0)
 ROUND = np.float32(

@@ -17,19 +17,10 @@ from qformat.kernels.numba.blocks import reciprocal
 from qformat.kernels.numba.compiler import F32, inline, kernel
 from qformat.kernels.numba.halves import float_to_half, half_to_float
 from qformat.kernels.numba.packing import crop
-from qformat.kernels.numba.simd import (
-    bits,
-    count_up,
-    from_bits,
-    high_half,
-    lane,
-    load,
-    low_half,
-    maximum,
-    minimum,
-    select_less,
-    spread_f32,
-)
+from qformat.kernels.numba.simd import count_up, maximum, minimum, select_less, spread_f32
+from qformat.kernels.numba.simd_casts import bits, from_bits
+from qformat.kernels.numba.simd_lanes import high_half, lane, low_half
+from qformat.kernels.numba.simd_memory import load
 
 F16, BF16 = 0, 1  # anything else is float32
 ROUNDS = 3

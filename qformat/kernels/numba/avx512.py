@@ -10,7 +10,8 @@ from numba import types
 from numba.core import config
 from numba.extending import intrinsic
 
-from qformat.kernels.numba.simd import Vector, call_llvm, pointer_to
+from qformat.kernels.numba.simd import Vector, call_llvm
+from qformat.kernels.numba.simd_memory import pointer_to
 
 
 def _available() -> bool:

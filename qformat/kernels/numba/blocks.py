@@ -5,26 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.numba.compiler import F32, inline, kernel
-from qformat.kernels.numba.simd import (
-    bits,
-    high_half,
-    join,
-    largest,
-    load,
-    load_as,
-    load_f32,
-    low_half,
-    maximum,
-    pack_bits,
-    prefetch,
-    store,
-    store_as,
-    to_f64,
-    to_u8,
-    to_u32,
-    unpack_bits,
-    zeros_u32,
-)
+from qformat.kernels.numba.simd import maximum, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, to_f64, to_u8, to_u32
+from qformat.kernels.numba.simd_lanes import high_half, join, largest, low_half, pack_bits, unpack_bits
+from qformat.kernels.numba.simd_memory import load, load_as, load_f32, prefetch, store, store_as
 
 LANES = 16
 AHEAD = 1024  # elements

@@ -11,7 +11,10 @@ import numpy as np
 
 from qformat.kernels.numba.compiler import U8, U16, U32, kernel
 from qformat.kernels.numba.packing import pack_32, unpack_32
-from qformat.kernels.numba.simd import load, minimum, or_lanes, store, sum_lanes, to_u8, to_u16, to_u32, zeros_u32
+from qformat.kernels.numba.simd import minimum, zeros_u32
+from qformat.kernels.numba.simd_casts import to_u8, to_u16, to_u32
+from qformat.kernels.numba.simd_lanes import or_lanes, sum_lanes
+from qformat.kernels.numba.simd_memory import load, store
 
 ELSEWHERE = 255
 

@@ -6,19 +6,10 @@ import numpy as np
 
 from qformat.kernels.numba.compiler import F32, U16, kernel
 from qformat.kernels.numba.halves import float_to_half, floats_to_halves, half_to_float, halves_to_floats
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    greater_equal,
-    largest,
-    load,
-    maximum,
-    select_nonzero,
-    store,
-    to_f64,
-    to_u16,
-    to_u32,
-)
+from qformat.kernels.numba.simd import greater_equal, maximum, select_nonzero
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f64, to_u16, to_u32
+from qformat.kernels.numba.simd_lanes import largest
+from qformat.kernels.numba.simd_memory import load, store
 
 LANES = 32
 

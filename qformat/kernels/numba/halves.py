@@ -10,7 +10,8 @@ import numpy as np
 from numba import float32, uint16, uint32
 
 from qformat.kernels.numba.compiler import inline
-from qformat.kernels.numba.simd import bits, from_bits, greater_equal, select_nonzero, to_f32
+from qformat.kernels.numba.simd import greater_equal, select_nonzero
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32
 
 HALF = np.float32(0.5)
 HALF_BITS = 0x3F000000

@@ -10,22 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.numba.compiler import F32, U8, inline, kernel
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    largest,
-    load,
-    maximum,
-    select_less,
-    spread_f32,
-    store,
-    sum_halves,
-    take,
-    to_f64,
-    to_u8,
-    to_u32,
-    zeros_u32,
-)
+from qformat.kernels.numba.simd import maximum, select_less, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f64, to_u8, to_u32
+from qformat.kernels.numba.simd_lanes import largest, sum_halves
+from qformat.kernels.numba.simd_memory import load, store, take
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 

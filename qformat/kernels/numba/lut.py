@@ -11,7 +11,10 @@ import numpy as np
 from qformat.kernels.numba.blocks import LANES, add_squares, keep_largest, prefetch_block
 from qformat.kernels.numba.compiler import F32, U8, kernel
 from qformat.kernels.numba.packing import crop, pack_32, unpack_32
-from qformat.kernels.numba.simd import bits, largest, load, select_less, spread_f32, store, take, zeros_u32
+from qformat.kernels.numba.simd import select_less, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_casts import bits
+from qformat.kernels.numba.simd_lanes import largest
+from qformat.kernels.numba.simd_memory import load, store, take
 
 
 @kernel(f"void({F32}, int64[::1], float64[::1])")

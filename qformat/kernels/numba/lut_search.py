@@ -10,7 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.numba.compiler import F32, inline, kernel
-from qformat.kernels.numba.simd import load, maximum, minimum, select_less, spread_f32, store, to_u16, zeros_u32
+from qformat.kernels.numba.simd import maximum, minimum, select_less, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_casts import to_u16
+from qformat.kernels.numba.simd_memory import load, store
 
 BATCH = 16  # blocks that are sorted together, each in a lane of its own
 STEP = 16  # numbers j that are tried together

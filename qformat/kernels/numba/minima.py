@@ -7,7 +7,9 @@ from numba import uint32
 
 from qformat.kernels.numba.blocks import INFINITY_BITS, ZERO, reciprocal
 from qformat.kernels.numba.compiler import inline
-from qformat.kernels.numba.simd import bits, from_bits, largest, minimum, pack_bits, select_nonzero, to_i32
+from qformat.kernels.numba.simd import minimum, select_nonzero
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_i32
+from qformat.kernels.numba.simd_lanes import largest, pack_bits
 
 HALF = np.float32(0.5)
 ALL = 0xFFFFFFFF

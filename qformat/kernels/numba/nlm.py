@@ -8,25 +8,10 @@ from numba import int64, uint8, uint16, uint32
 from qformat.kernels.numba.blocks import LANES, ONE, ZERO, add_squares, keep_largest, prefetch_block, too_large
 from qformat.kernels.numba.compiler import F32, U8, U32, inline, kernel
 from qformat.kernels.numba.halves import half_to_float
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    high_half,
-    largest,
-    load,
-    load_as,
-    low_half,
-    or_lanes,
-    select_less,
-    select_nonzero,
-    spread_f32,
-    store,
-    store_as,
-    take,
-    to_u8,
-    to_u32,
-    zeros_u32,
-)
+from qformat.kernels.numba.simd import select_less, select_nonzero, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_u8, to_u32
+from qformat.kernels.numba.simd_lanes import high_half, largest, low_half, or_lanes
+from qformat.kernels.numba.simd_memory import load, load_as, store, store_as, take
 from qformat.kernels.tables import NLM_UPPER
 
 # All of these are exact: T / 16384; the upper levels, where the middle is 0 and the end 1; what lies halfway between them.

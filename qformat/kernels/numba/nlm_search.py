@@ -13,23 +13,12 @@ from qformat.kernels.numba.blocks import ONE, ZERO
 from qformat.kernels.numba.compiler import F32, inline, kernel
 from qformat.kernels.numba.halves import REBIAS, halves_to_floats
 from qformat.kernels.numba.nlm import HALF, LEVELS, MIDDLES, SIGN, TWO
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    load,
-    or_lanes,
-    select_less,
-    select_nonzero,
-    spread_f32,
-    store,
-    swap_1,
-    swap_2,
-    to_u32,
-    transpose_blocks,
-    zeros_u32,
-)
 from qformat.kernels.numba.simd import maximum as larger
 from qformat.kernels.numba.simd import minimum as smaller
+from qformat.kernels.numba.simd import select_less, select_nonzero, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_u32
+from qformat.kernels.numba.simd_lanes import or_lanes, swap_1, swap_2
+from qformat.kernels.numba.simd_memory import load, store, transpose_blocks
 
 START = np.float32(0.98)  # b of the first lines
 SHIFT = np.float32(0.025)  # a of the second ones, in both directions

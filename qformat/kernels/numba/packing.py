@@ -8,20 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.numba.compiler import U8, inline, kernel
-from qformat.kernels.numba.simd import (
-    count_up,
-    even_lanes,
-    join,
-    lane,
-    load,
-    load_as,
-    odd_lanes,
-    select_less,
-    store,
-    store_as,
-    to_u8,
-    to_u32,
-)
+from qformat.kernels.numba.simd import count_up, select_less
+from qformat.kernels.numba.simd_casts import to_u8, to_u32
+from qformat.kernels.numba.simd_lanes import even_lanes, join, lane, odd_lanes
+from qformat.kernels.numba.simd_memory import load, load_as, store, store_as
 
 WORD = np.uint32(0)
 

@@ -10,30 +10,10 @@ import numpy as np
 
 from qformat.kernels.numba.bmi2 import count_ones, deposit, extract
 from qformat.kernels.numba.compiler import F32, F64, U8, U32, inline, kernel
-from qformat.kernels.numba.simd import (
-    bits,
-    count_up,
-    from_bits,
-    greater_equal,
-    high_half,
-    load,
-    load_as,
-    low_half,
-    maximum,
-    minimum,
-    pack_bits,
-    select_less,
-    spread_f32,
-    store,
-    store_as,
-    sum_lanes,
-    to_f32,
-    to_f64,
-    to_i32,
-    to_u8,
-    to_u32,
-    unpack_bits,
-)
+from qformat.kernels.numba.simd import count_up, greater_equal, maximum, minimum, select_less, spread_f32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32, to_f64, to_i32, to_u8, to_u32
+from qformat.kernels.numba.simd_lanes import high_half, low_half, pack_bits, sum_lanes, unpack_bits
+from qformat.kernels.numba.simd_memory import load, load_as, store, store_as
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 CLASSES = 3  # of magnitudes, whose bits are coded by themselves

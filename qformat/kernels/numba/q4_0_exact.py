@@ -19,28 +19,17 @@ from qformat.kernels.numba.q4_0_search import (
     value_of,
 )
 from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
     greater_equal,
-    largest,
-    load,
-    load_f32,
     maximum,
     minimum,
-    or_lanes,
-    pack_bits,
     select_less,
     select_nonzero,
     spread_f32,
-    store,
-    sum_halves,
-    sum_lanes,
-    to_f32,
-    to_f64,
-    to_i32,
-    trailing_zeros,
     zeros_u32,
 )
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32, to_f64, to_i32
+from qformat.kernels.numba.simd_lanes import largest, or_lanes, pack_bits, sum_halves, sum_lanes, trailing_zeros
+from qformat.kernels.numba.simd_memory import load, load_f32, store
 
 # The exact search brackets the scale by |d| = largest magnitude / c. Before the first c all codes are 0. After the last one the
 # least-squares scale is above |d| whatever the weights are, and from there on v only falls. With the first ones no code is 8, so

@@ -11,20 +11,9 @@ import numpy as np
 
 from qformat.kernels.numba.compiler import inline
 from qformat.kernels.numba.halves import floats_to_halves, halves_to_floats
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    greater_equal,
-    load,
-    maximum,
-    minimum,
-    select_less,
-    select_nonzero,
-    store,
-    to_u16,
-    transpose_blocks,
-    zeros_u32,
-)
+from qformat.kernels.numba.simd import greater_equal, maximum, minimum, select_less, select_nonzero, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_u16
+from qformat.kernels.numba.simd_memory import load, store, transpose_blocks
 
 SMALLEST = 0x33000000  # 2^-25: no code can give blocks of weights up to this a scale above 0
 HALF_INFINITY = 0x7C00

@@ -17,15 +17,9 @@ from qformat.kernels.numba.blocks import (
 from qformat.kernels.numba.compiler import F32, U8, U16, Step, inline, kernel
 from qformat.kernels.numba.halves import float_to_half, half_to_float
 from qformat.kernels.numba.minima import HALF, extremes, naive_codes
-from qformat.kernels.numba.simd import (
-    load_as,
-    maximum,
-    minimum,
-    store,
-    store_as,
-    to_f32,
-    to_i32,
-)
+from qformat.kernels.numba.simd import maximum, minimum
+from qformat.kernels.numba.simd_casts import to_f32, to_i32
+from qformat.kernels.numba.simd_memory import load_as, store, store_as
 
 TOP = np.float32(15.0)
 

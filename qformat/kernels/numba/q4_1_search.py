@@ -11,24 +11,10 @@ import numpy as np
 
 from qformat.kernels.numba.compiler import inline
 from qformat.kernels.numba.halves import floats_to_halves, halves_to_floats
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    greater_equal,
-    load,
-    maximum,
-    minimum,
-    or_lanes,
-    select_less,
-    select_nonzero,
-    spread_f32,
-    store,
-    to_f32,
-    to_i32,
-    to_u16,
-    to_u32,
-    transpose_blocks,
-)
+from qformat.kernels.numba.simd import greater_equal, maximum, minimum, select_less, select_nonzero, spread_f32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32, to_i32, to_u16, to_u32
+from qformat.kernels.numba.simd_lanes import or_lanes
+from qformat.kernels.numba.simd_memory import load, store, transpose_blocks
 from qformat.kernels.tables import FEW, FEW_LEVELS, MORE, MORE_LEVELS
 
 ZERO, HALF, ONE, TOP = (np.float32(value) for value in (0, 0.5, 1, 15))

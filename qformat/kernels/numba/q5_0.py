@@ -17,18 +17,10 @@ from qformat.kernels.numba.blocks import (
 )
 from qformat.kernels.numba.compiler import F32, U8, U16, Step, kernel
 from qformat.kernels.numba.halves import float_to_half, half_to_float
-from qformat.kernels.numba.simd import (
-    bits,
-    first_equal,
-    float_at,
-    largest,
-    load_as,
-    minimum,
-    store,
-    store_as,
-    to_f32,
-    to_i32,
-)
+from qformat.kernels.numba.simd import minimum
+from qformat.kernels.numba.simd_casts import bits, to_f32, to_i32
+from qformat.kernels.numba.simd_lanes import first_equal, largest
+from qformat.kernels.numba.simd_memory import float_at, load_as, store, store_as
 
 SIXTEENTH = np.float32(-0.0625)
 

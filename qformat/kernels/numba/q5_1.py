@@ -16,13 +16,8 @@ from qformat.kernels.numba.blocks import (
 from qformat.kernels.numba.compiler import F32, U8, U16, Step, kernel
 from qformat.kernels.numba.halves import float_to_half, half_to_float
 from qformat.kernels.numba.minima import extremes, naive_codes
-from qformat.kernels.numba.simd import (
-    load_as,
-    store,
-    store_as,
-    to_f32,
-    to_i32,
-)
+from qformat.kernels.numba.simd_casts import to_f32, to_i32
+from qformat.kernels.numba.simd_memory import load_as, store, store_as
 
 TOP = np.float32(31.0)
 

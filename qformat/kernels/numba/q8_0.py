@@ -7,19 +7,10 @@ import numpy as np
 from qformat.kernels.numba.blocks import prefetch_block, quantize_blocks, reciprocal, too_large, too_small, usable
 from qformat.kernels.numba.compiler import F32, U8, U16, Step, kernel
 from qformat.kernels.numba.halves import float_to_half, half_to_float
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    largest,
-    load,
-    load_as,
-    select_nonzero,
-    store,
-    store_as,
-    to_f32,
-    to_i32,
-    to_u8,
-)
+from qformat.kernels.numba.simd import select_nonzero
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32, to_i32, to_u8
+from qformat.kernels.numba.simd_lanes import largest
+from qformat.kernels.numba.simd_memory import load, load_as, store, store_as
 
 LEVELS = np.float32(127.0)
 

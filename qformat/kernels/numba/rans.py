@@ -6,7 +6,8 @@ import numpy as np
 
 from qformat.kernels.numba import avx512
 from qformat.kernels.numba.compiler import U8, U32, inline, kernel
-from qformat.kernels.numba.simd import load, load_as, store, store_as, to_u8
+from qformat.kernels.numba.simd_casts import to_u8
+from qformat.kernels.numba.simd_memory import load, load_as, store, store_as
 
 WORD = np.uint16(0)
 STATE = np.uint32(0)

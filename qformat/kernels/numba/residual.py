@@ -11,7 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.numba.compiler import F64, U8, U32, inline, kernel
-from qformat.kernels.numba.simd import bits, largest, load, load_as, maximum, store_as, zeros_u32
+from qformat.kernels.numba.simd import maximum, zeros_u32
+from qformat.kernels.numba.simd_casts import bits
+from qformat.kernels.numba.simd_lanes import largest
+from qformat.kernels.numba.simd_memory import load, load_as, store_as
 
 KEPT = 6  # bits of the upper part
 CLASSES = 22

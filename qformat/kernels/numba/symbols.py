@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.numba.compiler import F32, U8, inline, kernel
-from qformat.kernels.numba.simd import load, load_as, store, store_as
+from qformat.kernels.numba.simd_memory import load, load_as, store, store_as
 
 EIGHT = np.uint64(0)  # bytes
 
