@@ -13,10 +13,8 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import F16, F32, F64, I64
 
 BINS = 1 << 16
 _NEGATIVE = 1 << 15
@@ -56,8 +54,8 @@ class Survey(NamedTuple):
 class Codebook:
     """Entries rounded to binary16, ascending, and the float32 thresholds between what gets one code and the next."""
 
-    entries: NDArray[np.float16]
-    thresholds: NDArray[np.float32]
+    entries: F16
+    thresholds: F32
 
     @classmethod
     def nearest(cls, levels: F64) -> Codebook:
@@ -67,11 +65,11 @@ class Codebook:
         return cls(entries, midpoints(entries))
 
 
-def midpoints(entries: NDArray[np.float16]) -> NDArray[np.float32]:
+def midpoints(entries: F16) -> F32:
     """Return what lies half-way between neighbours in the last dimension."""
     exact = entries.astype(np.float64)
     with np.errstate(invalid="ignore"):  # of what has overflowed
-        halfway: NDArray[np.float32] = ((exact[..., 1:] + exact[..., :-1]) * 0.5).astype(np.float32)
+        halfway: F32 = ((exact[..., 1:] + exact[..., :-1]) * 0.5).astype(np.float32)
     return halfway
 
 

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qformat.codecs.codebooks import F64, I64, Points, Survey, running
+from qformat.codecs.codebooks import Points, Survey, running
 from qformat.entropy.frequencies import COST_BITS, log2
-
-F32 = NDArray[np.float32]
+from qformat.kernels.arrays import F32, F64, I64
 
 _COARSE = 256  # groups of points in the first, exact search
 _ROUNDS = 100

@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 
 from qformat.entropy.frequencies import COST_BITS, log2
 from qformat.kernels import load
-
-U8 = NDArray[np.uint8]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import I64, U8
 
 #: values of exponent and leading bits of the mantissa
 VALUES = 1024

@@ -8,12 +8,9 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qformat.kernels import load
-
-I64 = NDArray[np.int64]
-U32 = NDArray[np.uint32]
+from qformat.kernels.arrays import I64, U8, U32
 
 SYMBOLS = 256
 #: costs are in units of 2^-16 bits
@@ -31,7 +28,7 @@ def digits_per_symbol(base: int) -> int:
 
 
 @cache
-def digit_table(base: int) -> NDArray[np.uint8]:
+def digit_table(base: int) -> U8:
     """Return the digits of each symbol, up to 8 of them, as an array of shape (256, 8); zeros for what is no symbol."""
     table = np.zeros((SYMBOLS, 8), np.uint8)
     symbols = np.arange(base ** digits_per_symbol(base))

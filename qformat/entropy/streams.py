@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qformat.entropy.frequencies import (
     COST_BITS,
@@ -22,10 +21,7 @@ from qformat.entropy.frequencies import (
     symbol_frequencies,
 )
 from qformat.kernels import load
-
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import I64, U8, U32
 
 RAW, CONSTANT, CODED, CODED_BY_DIGITS = range(4)
 _LEAST_PRECISION, _MOST_PRECISION = 8, 15

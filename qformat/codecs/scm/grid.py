@@ -14,15 +14,11 @@ from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qformat.codecs.codebooks import Survey, running
 from qformat.entropy.frequencies import COST_BITS, logarithms
 from qformat.kernels import load
-
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import F32, F64, I64
 
 PHASES, PARTS, DEEPEST, CELLS, CLASSES = 2, 32, 8, 4, 3
 DEPTHS = DEEPEST + 1  # with depth 0

@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qformat.codecs.scm.grid import CHUNK, CLASSES, DEPTHS, PARTS, PHASES, Grid, planes
 from qformat.entropy.frequencies import logarithms
 from qformat.kernels import load
-
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import F32, F64, I64, U32
 
 
-def bits_before(numbers: NDArray[np.uint32], size: int, deepest: int) -> I64:
+def bits_before(numbers: U32, size: int, deepest: int) -> I64:
     """Return how often bits are 0 and 1: by plane and class of the magnitude before, in all parts before each one, and in all."""
     shape = deepest * PHASES, PARTS, CLASSES, 2
     counts = np.zeros(math.prod(shape), np.int64)
@@ -88,7 +84,7 @@ class Errors:
     peaks: F32
 
     @classmethod
-    def of(cls, values: F32, numbers: NDArray[np.uint32], size: int, deepest: int, grid: Grid) -> Errors:
+    def of(cls, values: F32, numbers: U32, size: int, deepest: int, grid: Grid) -> Errors:
         """Measure elements, filled up to whole blocks, from their magnitudes at a depth."""
         kernels = load("planes")
         shape = PHASES, PARTS, DEPTHS, kernels.LANES

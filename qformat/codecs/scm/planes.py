@@ -8,27 +8,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qformat.codecs.base import Buffer
-from qformat.codecs.scm.grid import (
-    CLASSES,
-    LARGEST,
-    PARTS,
-    PHASES,
-    POSITIONS,
-    Grid,
-    part_sizes,
-    planes,
-)
+from qformat.codecs.scm.grid import CLASSES, LARGEST, PARTS, PHASES, POSITIONS, Grid, part_sizes, planes
 from qformat.entropy.frequencies import digit_table, digits_per_symbol, logarithms
 from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
-
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
-F32 = NDArray[np.float32]
+from qformat.kernels.arrays import F32, I64, U8, U32, Bools
 
 _SPARSE = 64  # a chunk is sparse if at least one of so many elements is zero
 _MARK_SPARSE, _MARK_WIDE = 1, 2
@@ -63,7 +49,7 @@ class Magnitudes:
     """
 
     size: int
-    used: NDArray[np.bool_] | None
+    used: Bools | None
     values: F32
     numbers: U32
 
@@ -191,7 +177,7 @@ class Decoder:
     """
 
     size: int
-    used: NDArray[np.bool_] | None
+    used: Bools | None
     numbers: U32
     signs: U8
     end: int = 0

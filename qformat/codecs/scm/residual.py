@@ -11,10 +11,7 @@ from qformat.codecs.scm.planes import Decoder, Magnitudes
 from qformat.dtypes import BF16, F32, DType, Elements
 from qformat.entropy.streams import StreamReader, StreamWriter
 from qformat.kernels import load
-
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import I64, U8, U32, Bools
 
 _CLASSES, _LENGTHS = 22, 32
 _KEPT = 6  # bits of upper parts
@@ -26,7 +23,7 @@ def _kind(dtype: DType) -> int:
     return 4 if dtype is F32 else 1 if dtype is BF16 else 2
 
 
-def _patterns(elements: Elements) -> tuple[U32, NDArray[np.bool_]]:
+def _patterns(elements: Elements) -> tuple[U32, Bools]:
     """Return the patterns of magnitudes, and whether each element is negative."""
     bits = elements.data.view(f"u{elements.dtype.size}")
     sign = 8 * elements.dtype.size - 1
@@ -49,7 +46,7 @@ def _shifts(patterns: U32, dtype: DType) -> U8:
     return np.where(used > 0, np.minimum(lengths, dtype.mantissa), 0).astype(np.uint8)
 
 
-def _by_element(shifts: U8, cols: int, used: NDArray[np.bool_] | None) -> U8:
+def _by_element(shifts: U8, cols: int, used: Bools | None) -> U8:
     """Return the shift of each element that counts; one number if they are all the same."""
     if (shifts == shifts[0]).all():
         return shifts[:1]

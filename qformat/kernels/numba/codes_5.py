@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qformat.kernels.numba.blocks import load_codes_5, store_codes_5
+from qformat.kernels.numba.codes import load_codes_5, store_codes_5
 from qformat.kernels.numba.compiler import U8, kernel
 from qformat.kernels.numba.simd_casts import to_u8, to_u32
 from qformat.kernels.numba.simd_memory import load, store

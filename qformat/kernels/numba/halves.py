@@ -12,6 +12,7 @@ from numba import float32, uint16, uint32
 from qformat.kernels.numba.compiler import inline
 from qformat.kernels.numba.simd import greater_equal, select_nonzero
 from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32
+from qformat.kernels.numba.simd_memory import load_as
 
 HALF = np.float32(0.5)
 HALF_BITS = 0x3F000000
@@ -30,6 +31,12 @@ def half_to_float(half):
     else:
         value = uint32((magnitude << 13) + 2 * REBIAS)
     return from_bits(uint32(value | (uint32(half & 0x8000) << 16)))
+
+
+@inline
+def half_at(array, at):
+    """Return the float32 that equals the binary16 at byte ``at`` of a uint8 array."""
+    return half_to_float(load_as(array, at, uint16(0)))
 
 
 @inline

@@ -6,6 +6,7 @@ import numpy as np
 from numba import int64, uint8, uint16, uint32
 
 from qformat.kernels.numba.blocks import LANES, ONE, ZERO, add_squares, keep_largest, prefetch_block, too_large
+from qformat.kernels.numba.codes import count_codes
 from qformat.kernels.numba.compiler import F32, U8, U32, inline, kernel
 from qformat.kernels.numba.halves import half_to_float
 from qformat.kernels.numba.simd import select_less, select_nonzero, spread_f32, zeros_u32
@@ -114,11 +115,7 @@ def dequantize(blocks, x, block):
 @kernel(f"void({U8}, int64[::1], int64)")
 def code_histogram(blocks, counts, block):
     """Add to ``counts`` how often each of the 16 codes occurs."""
-    size = 3 + block // 2
-    for number in range(blocks.size // size):
-        for i in range(number * size + 3, (number + 1) * size):
-            counts[blocks[i] & 15] += 1
-            counts[blocks[i] >> 4] += 1
+    count_codes(blocks, 3 + block // 2, 3, counts)
 
 
 @kernel(f"void({U8}, int64[::1], int64)")

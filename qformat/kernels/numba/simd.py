@@ -36,6 +36,7 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
 
 
 def llvm_type(context: Any, vector: Vector) -> ir.VectorType:
+    """Return LLVM's type of a vector."""
     return ir.VectorType(context.get_value_type(vector.element), vector.lanes)
 
 
@@ -51,12 +52,13 @@ def spread_value(context: Any, builder: ir.IRBuilder, value: Any, source: types.
 
 
 def call_llvm(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[Any]) -> Any:
-    """Call an intrinsic of LLVM's by its name."""
+    """Call one of LLVM's intrinsics by its name."""
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
     return builder.call(function, args)
 
 
 def suffix(vector: Vector) -> str:
+    """Return how the names of LLVM's intrinsics end for a vector, ``v32f32`` say."""
     letter = "f" if isinstance(vector.element, types.Float) else "i"
     return f"v{vector.lanes}{letter}{vector.element.bitwidth}"
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.numpy.blocks import F32, U8, add_error
+from qformat.kernels.arrays import F32, F64, U8, U32
+from qformat.kernels.numpy.blocks import add_error
 from qformat.kernels.numpy.floats import peak_f32
 from qformat.kernels.numpy.packing import groups_of_runs, pack, unpack, valid_in_runs
 
@@ -31,7 +32,7 @@ def reciprocal(scale: F32) -> F32:
 
 @np.errstate(all="ignore")
 def encode(
-    x: F32, cols: int, group: int, scales: F32, zeros: U8, codes: U8, lanes: NDArray[np.float64], width: int
+    x: F32, cols: int, group: int, scales: F32, zeros: U8, codes: U8, lanes: F64, width: int
 ) -> tuple[int, int, int]:
     """Write the nearest codes for given scales and zeros, and measure the error."""
     filled = -(-cols // 32) * 32
@@ -69,7 +70,7 @@ def dequantize(scales: F32, zeros: U8, codes: U8, x: F32, filled: int, group: in
 
 
 @np.errstate(all="ignore")
-def dequantize_mapped(scales: F32, zeros: U8, places: NDArray[np.uint32], codes: U8, x: F32, width: int) -> None:
+def dequantize_mapped(scales: F32, zeros: U8, places: U32, codes: U8, x: F32, width: int) -> None:
     """Decode rows whose columns are in the groups that `places` tells."""
     rows, cols = x.shape
     levels = np.empty(rows * -(-cols // 32) * 32, np.uint8)

@@ -7,14 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.kernels.arrays import F32, F64, I64, U8
 from qformat.kernels.numpy.affine import nearest, reciprocal
-from qformat.kernels.numpy.blocks import F32, U8
 
 F16, BF16 = 0, 1
 ROUNDS = 3
-
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
 
 
 def _fold(lanes: F32) -> F32:

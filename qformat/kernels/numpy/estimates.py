@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import F64, I64
 
 TABLE_BITS, COST_BITS = 15, 16
 EMPTY, RAW, CONSTANT, CODED = 4, 5, 6, 12

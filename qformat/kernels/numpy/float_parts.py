@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-U16 = NDArray[np.uint16]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import I64, U8, U16, U32
 
 ELSEWHERE = 255
 

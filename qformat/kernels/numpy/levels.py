@@ -1,4 +1,4 @@
-"""Few levels, with a scale for each group of columns of a row or none; in numpy. Twin of ``numba/levels.py``, which documents it."""
+"""Few levels, with a scale for each group of columns of a row or none; in numpy. Twin of the documented ``numba/levels.py``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
+from qformat.kernels.arrays import F32, F64, U8, U32
 
 
 def _groups(x: NDArray[Any], cols: int, group: int) -> Iterator[tuple[slice, NDArray[Any]]]:
@@ -34,7 +32,7 @@ def _sums(terms: F64) -> F64:
 
 
 @np.errstate(all="ignore")
-def measure(x: F32, cols: int, group: int, squares: F64, magnitudes: NDArray[np.uint32]) -> None:
+def measure(x: F32, cols: int, group: int, squares: F64, magnitudes: U32) -> None:
     """Give the sum of squares of each group, and the bits of its magnitude if all that is not 0 has the same, else 0."""
     for here, values in _groups(x, cols, group):
         squares[here] = _sums(np.square(values.astype(np.float64)))

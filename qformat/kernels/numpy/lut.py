@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qformat.kernels.numpy.blocks import F32, LANES, U8, add_error
+from qformat.kernels.arrays import F32, F64, I64, U8
+from qformat.kernels.numpy.blocks import LANES, add_error
 from qformat.kernels.numpy.floats import add_rows, peak_f32
 from qformat.kernels.numpy.packing import groups_of_runs, pack, unpack, valid_in_runs
 
@@ -13,7 +13,7 @@ _RUNS = 1 << 10  # at a time, so that temporary arrays stay in cache
 
 
 @np.errstate(all="ignore")
-def survey(x: F32, counts: NDArray[np.int64], sums: NDArray[np.float64]) -> None:
+def survey(x: F32, counts: I64, sums: F64) -> None:
     """Add how many values have each upper half of a pattern, and their sum."""
     finite = x[np.isfinite(x)]
     upper = finite.view(np.uint32) >> 16
@@ -24,7 +24,7 @@ def survey(x: F32, counts: NDArray[np.int64], sums: NDArray[np.float64]) -> None
 
 
 @np.errstate(all="ignore")
-def row_squares(x: F32, filled: int, lanes: NDArray[np.float64]) -> None:
+def row_squares(x: F32, filled: int, lanes: F64) -> None:
     """Put the squares of each row into 16 lanes of its own."""
     squares = (x * x).reshape(-1, filled // 32, 32)
     added = (squares[:, :, :16] + squares[:, :, 16:]).astype(np.float64)
@@ -32,21 +32,13 @@ def row_squares(x: F32, filled: int, lanes: NDArray[np.float64]) -> None:
         add_rows(row, target)
 
 
-def _books_of_runs(filled: int, block: int, rows: int) -> NDArray[np.int64]:
+def _books_of_runs(filled: int, block: int, rows: int) -> I64:
     return groups_of_runs(filled, block or filled, rows) if block else np.zeros(rows * filled // 32, np.int64)
 
 
 @np.errstate(all="ignore")
 def encode(
-    x: F32,
-    cols: int,
-    block: int,
-    scales: F32,
-    thresholds: F32,
-    codebooks: F32,
-    codes: U8,
-    lanes: NDArray[np.float64],
-    width: int,
+    x: F32, cols: int, block: int, scales: F32, thresholds: F32, codebooks: F32, codes: U8, lanes: F64, width: int
 ) -> tuple[int, int]:
     """Write the codes, and measure the error."""
     filled = -(-cols // 32) * 32

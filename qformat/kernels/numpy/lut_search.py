@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qformat.kernels.numpy.blocks import F32
+from qformat.kernels.arrays import F32, I64
 
 STEP = 16
 IMPOSSIBLE = np.float32(-1.0)
 _BLOCKS = 1 << 8  # at a time, so that temporary arrays stay small
-
-I64 = NDArray[np.int64]
 
 
 @np.errstate(all="ignore")

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.numpy.blocks import F32
-from qformat.kernels.numpy.nlm import LEVELS, MIDDLES, U32
+from qformat.kernels.arrays import F32, U32, Bools
+from qformat.kernels.numpy.nlm import LEVELS, MIDDLES
 
 START = np.float32(0.98)
 SHIFT = np.float32(0.025)
@@ -43,7 +43,7 @@ class _Place(NamedTuple):
     low: F32
     high: F32
     total: F32
-    close: NDArray[np.bool_]
+    close: Bools
 
 
 def _add(values: F32) -> F32:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
+from qformat.kernels.arrays import I64, U8
 
 _CHUNK = 1 << 15  # codes at a time, so that temporary arrays stay in cache
 
@@ -34,13 +33,13 @@ def pack(codes: U8, packed: U8, width: int) -> None:
         packed[start * width // 8 : (start + _CHUNK) * width // 8] = np.packbits(digits.reshape(-1), bitorder="little")
 
 
-def groups_of_runs(filled: int, group: int, rows: int) -> NDArray[np.int64]:
+def groups_of_runs(filled: int, group: int, rows: int) -> I64:
     """Return the number of the group that each run of 32 elements belongs to."""
     in_row = np.arange(0, filled, 32) // group
     count = -(-filled // group)
     return (np.arange(rows)[:, None] * count + in_row).ravel()
 
 
-def valid_in_runs(filled: int, cols: int, rows: int) -> NDArray[np.int64]:
+def valid_in_runs(filled: int, cols: int, rows: int) -> I64:
     """Return how many elements of each run of 32 are not there to fill up a row."""
     return np.tile(np.minimum(cols - np.arange(0, filled, 32), 32), rows)

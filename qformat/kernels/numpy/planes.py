@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
+from qformat.kernels.arrays import F32, F64, I64, U8, U32, Bools
 
 CLASSES = 3
 CELLS = 4
@@ -24,7 +19,7 @@ def _section(size: int, phase: int, first: int, stop: int) -> I64:
     return blocks[(first <= unit) & (unit < stop)]
 
 
-def _there(size: int, blocks: I64) -> NDArray[np.bool_]:
+def _there(size: int, blocks: I64) -> Bools:
     """Return which elements of blocks there are."""
     return blocks[:, None] * 32 + np.arange(32) < size
 

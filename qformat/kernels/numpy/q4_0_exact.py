@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.numpy.blocks import F32, U16
-from qformat.kernels.numpy.q4_0_search import U32, search
+from qformat.kernels.arrays import F32, U16, U32
+from qformat.kernels.numpy.q4_0_search import search
 
 _CODES = np.arange(1, 9)
 

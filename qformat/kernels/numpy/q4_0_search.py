@@ -7,9 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.numpy.blocks import F32, U16, first_largest
-
-U32 = NDArray[np.uint32]
+from qformat.kernels.arrays import F32, U16, U32, Bools
+from qformat.kernels.numpy.blocks import first_largest
 
 SMALLEST = 0x33000000
 HALF_INFINITY = 0x7C00
@@ -31,7 +30,7 @@ def search(x: F32, scales: U16, choose: Callable[[F32, F32], U32], chunk: int) -
         scales[start : start + chunk] = np.where(np.abs(first).view(np.uint32) > SMALLEST, best, 0)
 
 
-def _one_magnitude(values: F32, first: F32) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _one_magnitude(values: F32, first: F32) -> tuple[Bools, Bools]:
     """Return where all weights that are not zero have one magnitude, and where they have one sign."""
     zero = np.abs(values) == 0
     same = np.abs(values).view(np.uint32) == np.abs(first).view(np.uint32)[:, None]
@@ -39,7 +38,7 @@ def _one_magnitude(values: F32, first: F32) -> tuple[NDArray[np.bool_], NDArray[
     return (zero | same).all(axis=1), (zero | same_sign).all(axis=1)
 
 
-def _for_one_magnitude(first: F32, one_sign: NDArray[np.bool_]) -> U32:
+def _for_one_magnitude(first: F32, one_sign: Bools) -> U32:
     size = np.abs(first)
     negative = ((first.view(np.uint32) >> 16) & 0x8000) ^ 0x8000
     best = half_bits(size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qformat.kernels.numpy.blocks import F32, U16
+from qformat.kernels.arrays import F32, U16
 from qformat.kernels.numpy.q4_1_search import search
 
 

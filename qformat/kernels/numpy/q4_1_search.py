@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qformat.kernels.numpy.blocks import F32, U16, Bools
+from qformat.kernels.arrays import F32, U16, Bools
 from qformat.kernels.tables import FEW, FEW_LEVELS, MORE, MORE_LEVELS
 
 ZERO, HALF, ONE, TOP = (np.float32(value) for value in (0, 0.5, 1, 15))

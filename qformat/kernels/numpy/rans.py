@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
+from qformat.kernels.arrays import I64, U8, U16, U32
 
 
-def histogram(symbols: U8, counts: NDArray[np.int64]) -> None:
+def histogram(symbols: U8, counts: I64) -> None:
     """Add how often each symbol occurs to 256 counts."""
     counts += np.bincount(symbols, minlength=256)
 
@@ -23,7 +21,7 @@ def encode(symbols: U8, frequencies: U32, precision: int, lanes: int, coded: U8)
     starts = np.cumsum(wide) - wide
     limits = wide << np.uint64(32 - precision)
     states = np.full(lanes, 1 << 16, np.uint64)
-    words: list[NDArray[np.uint16]] = []
+    words: list[U16] = []
     for begin in range((symbols.size - 1) // lanes * lanes, -1, -lanes):
         row = symbols[begin : begin + lanes]
         x = states[: row.size]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
-F64 = NDArray[np.float64]
+from qformat.kernels.arrays import F64, I64, U8, U32
 
 KEPT = 6
 CLASSES = 22
@@ -76,7 +72,7 @@ def split(
     kind: int,
     upper: U8,
     classes: I64,
-    lower: NDArray[np.uint8],
+    lower: U8,
     counts: I64,
     middle: U8,
 ) -> int:
@@ -105,7 +101,7 @@ def join(
     kind: int,
     starts: I64,
     upper: U8,
-    lower: NDArray[np.uint8],
+    lower: U8,
     middle: U8,
     patterns: U32,
 ) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-F32 = NDArray[np.float32]
+from qformat.kernels.arrays import F32, U8
 
 
 def join(digits: U8, base: int, each: int, symbols: U8) -> None:
