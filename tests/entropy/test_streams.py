@@ -135,7 +135,7 @@ def test_a_chunk_is_filled_up_and_nothing_else_is_left():
     for wrong in (chunk + bytes(1), chunk[:-1] + b"\1", chunk[:-1]):
         reader = StreamReader(wrong)
         reader.stream(5)
-        with pytest.raises(ValueError, match="more than its elements need"):
+        with pytest.raises(ValueError, match="more bytes than its elements need"):
             reader.end(20_000)
 
 
@@ -214,10 +214,10 @@ def test_refusals_name_the_rule():
         (good, 5001, 256, "does not end"),
         (good, 0, 256, "another length"),
         (bytes(4), 1, 256, "another length"),
-        (struct.pack("<IBB", 2, RAW, 243), 1, 3, "a letter that there is not"),
-        (struct.pack("<IBB", 2, CONSTANT, 243), 1, 3, "a letter that there is not"),
-        (struct.pack("<IBB", 2, 4, 0), 1, 256, "unknown way, 4"),
-        (struct.pack("<IBB", 2, CODED_BY_DIGITS, 8), 1, 256, "unknown way, 3"),
+        (struct.pack("<IBB", 2, RAW, 243), 1, 3, "not below 243"),
+        (struct.pack("<IBB", 2, CONSTANT, 243), 1, 3, "not below 243"),
+        (struct.pack("<IBB", 2, 4, 0), 1, 256, "unknown mode 4"),
+        (struct.pack("<IBB", 2, CODED_BY_DIGITS, 8), 1, 256, "unknown mode 3"),
         (struct.pack("<IBB", 2, CODED, 7), 1, 256, "precision 7"),
         (struct.pack("<IBBB", 3, CODED, 8, 0), 1, 256, "table of frequencies"),
     ]

@@ -18,7 +18,7 @@ from qformat.codecs.scm.grid import DEEPEST, POSITIONS, Grid
 from qformat.codecs.scm.measures import Errors, bits_before
 from qformat.codecs.scm.planes import Decoder, Magnitudes, end_of, write_base, write_sections
 from qformat.codecs.scm.rate_control import Fitted, LayerChunk, Seen, Tried, Wanted, decide, fit
-from qformat.codecs.scm.residual import precision_of, read_rest, write_rest
+from qformat.codecs.scm.residual import precision_of, read_residual, write_residual
 from qformat.dtypes import BF16, F16, F32, DType, Elements
 from qformat.entropy.streams import StreamWriter
 from qformat.kernels import load
@@ -181,7 +181,7 @@ class Scm(LayeredCodec):
             decoder.values(grid, out.reshape(-1))
             return
         dtype = {"float16": F16, "uint16": BF16, "float32": F32}[out.dtype.name]
-        read_rest(parts[-1], decoder, grid, dtype, out)
+        read_residual(parts[-1], decoder, grid, dtype, out)
 
 
 def _magnitudes(elements: Elements, grid: Grid, depth: int) -> Magnitudes:
@@ -206,7 +206,7 @@ def _rest(elements: Elements, magnitudes: Magnitudes, end: int, fitted: Fitted) 
     """Return the chunk of what layers leave; magnitudes are only those of the last layer afterwards."""
     load("planes").shallow(magnitudes.numbers, end, fitted.deepest)
     writer = StreamWriter()
-    write_rest(writer, elements, magnitudes, end, fitted.grid)
+    write_residual(writer, elements, magnitudes, end, fitted.grid)
     return writer.chunk(0), writer.entropy
 
 

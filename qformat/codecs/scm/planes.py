@@ -24,7 +24,7 @@ _END = struct.Struct("<H")
 
 
 def padded(values: F32) -> F32:
-    """Return one-dimensional values, filled up with zeros to whole blocks."""
+    """Return one-dimensional values, padded with zeros to whole blocks of 32."""
     if values.size % 32 == 0:
         return values
     whole = np.zeros(-(-values.size // 32) * 32, np.float32)
@@ -34,16 +34,16 @@ def padded(values: F32) -> F32:
 
 @dataclass
 class Magnitudes:
-    """The elements of a chunk that count, as magnitudes at some depth.
+    """The elements of a chunk that are stored (all, or all but zeros), as magnitudes at some depth.
 
     Attributes
     ----------
     size
-        How many there are.
+        The number of stored elements.
     used
-        For each element of the chunk whether it counts; None if all do.
+        For each element of the chunk, flat, whether it is stored; None if all are.
     values
-        The elements, filled up to whole blocks.
+        The stored elements, float32, padded to whole blocks.
     numbers
         Their magnitudes.
     """
@@ -55,7 +55,7 @@ class Magnitudes:
 
     @classmethod
     def of(cls, values: F32, grid: Grid, depth: int) -> Magnitudes:
-        """Return those of finite values."""
+        """Return the magnitudes of finite values, one-dimensional."""
         nonzero = values != 0
         count = int(np.count_nonzero(nonzero))
         used = nonzero if (values.size - count) * _SPARSE >= values.size else None
@@ -67,7 +67,7 @@ class Magnitudes:
 
 
 def write_base(writer: StreamWriter, magnitudes: Magnitudes) -> None:
-    """Write signs and magnitudes, which are those of depth 0; they have the sign as one bit more afterwards."""
+    """Write signs and magnitudes, which are those of depth 0. Afterwards the magnitudes have the sign as their lowest bit."""
     size, used = magnitudes.size, magnitudes.used
     phases = [_limited(magnitudes, phase, _NARROW - 1) for phase in range(PHASES)]
     wide = sum(over for _, over in phases) * _SCATTERED > size
@@ -95,7 +95,7 @@ def write_base(writer: StreamWriter, magnitudes: Magnitudes) -> None:
 
 
 def _limited(magnitudes: Magnitudes, phase: int, limit: int) -> tuple[U8, int]:
-    """Return the limited magnitudes of a phase, filled up with zeros to whole blocks, and how many of them are elsewhere."""
+    """Return the magnitudes of a phase, `limit` at most and padded to whole blocks, and how many of them reach it."""
     blocks = (magnitudes.values.size // 32 + 1 - phase) // PHASES
     digits = np.empty(32 * blocks, np.uint8)
     over = load("planes").limited(magnitudes.numbers, magnitudes.size, phase, limit, digits)
@@ -103,7 +103,7 @@ def _limited(magnitudes: Magnitudes, phase: int, limit: int) -> tuple[U8, int]:
 
 
 def _joined(digits: U8, count: int, base: int) -> U8:
-    """Return the symbols of so many digits, after which there are zeros."""
+    """Return the symbols of the first `count` digits, which zeros follow."""
     if base == _WIDE:
         return digits[:count]
     symbols, each = np.empty(symbol_count(count, base), np.uint8), digits_per_symbol(base)
@@ -124,7 +124,7 @@ def _sections(size: int, start: int, end: int) -> list[tuple[int, int, int, int,
 def write_sections(
     writer: StreamWriter, magnitudes: Magnitudes, deepest: int, start: int, end: int, before: I64
 ) -> None:
-    """Write the bits of some positions, of magnitudes at the deepest depth; `before` is what `bits_before` found."""
+    """Write the bits of positions from `start` to before `end`, of magnitudes at depth `deepest`, with the counts `before`."""
     for plane, first, stop in planes(start, end):
         counts = before[plane, stop] - before[plane, first]
         if counts.any():
@@ -135,9 +135,9 @@ def write_sections(
 def _write_section(
     writer: StreamWriter, numbers: U32, size: int, shift: int, where: tuple[int, int, int], found: I64
 ) -> None:
-    """Write one bit of some numbers, the one that is lowest once they are shifted; by classes if that is shorter, by estimate.
+    """Write bit `shift` of the magnitudes of a section, by classes if that is shorter by estimate.
 
-    `found` says for each class how many of its bits are 0 and 1.
+    `found` has shape (3, 2): how many bits of each class are 0 and 1.
     """
     kernels = load("planes")
     by_class, together = load("estimates").section(found, logarithms())
@@ -160,20 +160,18 @@ def _write_section(
 
 @dataclass
 class Decoder:
-    """The elements of a chunk while layers are read.
+    """The stored elements of a chunk while its layers are read.
 
-    Every method raises ``ValueError`` if the bytes are none that an encoder can have written.
+    Every method raises ``ValueError`` if no encoder can have written these bytes.
 
     Attributes
     ----------
-    size
-        How many elements count.
-    used
-        For each element of the chunk whether it counts; None if all do.
-    numbers, signs
+    size, used, numbers
         As in `Magnitudes`.
+    signs
+        A bit for each element, 1 if it is negative, packed.
     end
-        Positions that were read.
+        The number of positions read.
     """
 
     size: int
@@ -184,7 +182,7 @@ class Decoder:
 
     @classmethod
     def of(cls, chunks: Sequence[Buffer], elements: int) -> Decoder:
-        """Return the elements of a chunk from its layers."""
+        """Return the elements of a chunk of `elements` from its part of each layer read."""
         reader = StreamReader(chunks[0])
         end = _read_end(reader, 0)
         decoder = cls._base(reader, elements)
@@ -199,7 +197,7 @@ class Decoder:
     def refine(self, reader: StreamReader, end: int) -> None:
         """Read the bits up to a position."""
         for _, phase, first, stop, elements in _sections(self.size, self.end, end):
-            self.section(reader, (phase, first, stop), elements)
+            self._section(reader, (phase, first, stop), elements)
         self.end = end
 
     @classmethod
@@ -220,12 +218,12 @@ class Decoder:
         for phase, count in enumerate(part_sizes(size).sum(axis=1).tolist()):
             if count:
                 _read_phase(reader, numbers, phase, count, base)
-                decoder.section(reader, (phase, 0, PARTS), count)
+                decoder._section(reader, (phase, 0, PARTS), count)
         load("planes").detach_signs(numbers, decoder.signs)
         return decoder
 
-    def section(self, reader: StreamReader, where: tuple[int, int, int], elements: int) -> None:
-        """Read a section: a bit more for some magnitudes."""
+    def _section(self, reader: StreamReader, where: tuple[int, int, int], elements: int) -> None:
+        """Read a section: one more bit of its magnitudes."""
         mark = reader.number(1)
         if mark > 1:
             raise ValueError(f"a section is marked with {mark}")
@@ -245,7 +243,7 @@ class Decoder:
         kernels.refine_classes(bits, np.cumsum(lengths) - lengths, self.size, *where, self.numbers)
 
     def values(self, grid: Grid, out: F32) -> None:
-        """Give the values of a whole chunk, flat."""
+        """Write the values of the whole chunk to `out`, float32, flat."""
         whole = self.used is None and out.size == self.numbers.size
         decoded = out if whole else np.empty(self.numbers.size, np.float32)
         load("planes").values(self.numbers, self.signs, self.end, grid.single_widths, grid.places, decoded)
@@ -264,7 +262,7 @@ def _read_end(reader: StreamReader, start: int) -> int:
 
 
 def end_of(position: int) -> bytes:
-    """Return what a chunk of a layer begins with."""
+    """Return the head of a chunk of a layer that ends at a position."""
     return _END.pack(position)
 
 

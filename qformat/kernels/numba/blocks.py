@@ -106,7 +106,7 @@ def reciprocal(scale):
 
 @inline
 def usable(inverse, mask):
-    """Return the mask for codes: none may be used where 1 / scale overflowed, as it does for subnormal scales."""
+    """Return ``mask`` for codes, or 0 where 1 / scale is infinite, as for subnormal scales, or a NaN: codes would be undefined."""
     return mask if (bits(inverse) & 0x7FFFFFFF) < INFINITY_BITS else 0
 
 

@@ -39,7 +39,7 @@ def extremes(values):
 
 @inline
 def naive_codes(values, low, scale, top):
-    """Return codes 0 to ``top``, a float; all are 0 if the scale or its reciprocal is not a number to divide by."""
+    """Return the nearest codes from 0 to ``top``, a float; all are 0 if the scale or its reciprocal is 0, infinite or a NaN."""
     inverse = reciprocal(scale)
     codes = to_i32(minimum((values - low) * inverse + HALF, top))  # NaN becomes `top`
     return codes & (31 if np.int64(bits(inverse)) - 1 < INFINITY_BITS - 1 and inverse != ZERO else 0)

@@ -12,7 +12,7 @@ from qformat.kernels.numba.simd_lanes import or_lanes
 from qformat.kernels.numba.simd_memory import load
 from qformat.kernels.tables import DIVISORS
 
-TO_INTEGER = np.float32(1.5 * 2**23)  # added and taken away again, it rounds to an integer
+TO_INTEGER = np.float32(1.5 * 2**23)  # added and subtracted again, it rounds to an integer, ties to even
 
 
 @Step

@@ -1,4 +1,14 @@
-"""Interleaved range asymmetric numeral systems, compiled. Twin of ``numpy/rans.py`` (spec/codecs.md, "Streams")."""
+"""Interleaved rANS (Duda, 2013; Giesen, 2014), compiled. Twin of ``numpy/rans.py`` (spec/codecs.md, "Streams").
+
+A coder is a state x from 2^16 to 2^32 - 1. Symbol i belongs to lane i mod ``lanes``, a state of its own, and all lanes share one
+string of 16-bit words: each step depends on the one before in its lane only, so that the processor overlaps the others. Decoding
+waits for table lookups most; 64 lanes, four vectors of 16, keep enough of them under way (and cost 2 bytes each, see
+``streams._lanes``).
+
+With words of 16 bits and a precision L of at most 15, a step moves one word at most: an encoder's state is below f 2^(32 - L) after
+it gave one away, and 2^16 is less than that for every frequency f. So the encoder writes at most 2 bytes for a symbol, and a
+decoder that has 2 bytes left for each lane can take a whole round without looking at the end again.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +28,7 @@ ZERO, ONE, TWO = np.uint64(0), np.uint64(1), np.uint64(2)
 @kernel(f"void({U8}, int64[::1])")
 def histogram(symbols, counts):
     """Add how often each symbol occurs to 256 counts."""
-    # Four tables, as equal neighbours would else wait for each other's store
+    # four tables, or equal neighbours would wait for each other's store
     parts = np.zeros((4, 256), np.int64)
     whole = symbols.size // 4 * 4
     for i in range(0, whole, 4):
@@ -36,24 +46,25 @@ def histogram(symbols, counts):
 def encode(symbols, frequencies, precision, lanes, coded):
     """Write states and words to the end of ``coded``; return where they begin.
 
-    There are 2 bytes for each symbol and 4 for each lane. Symbols that occur need a frequency above 0; the sum is 2^precision.
+    ``coded`` has 2 bytes for each symbol and 4 for each lane. Symbols that occur have a frequency above 0; the sum is 2^precision.
     """
     size = np.int64(1) << precision
     shift = np.uint64(32 + precision)
     reciprocals = np.zeros(256, np.uint64)
     limits = np.zeros(256, np.uint32)
     starts = np.zeros(256, np.uint32)
-    rests = np.zeros(256, np.uint32)
+    complements = np.zeros(256, np.uint32)
     start = 0
     for symbol in range(256):
         frequency = np.int64(frequencies[symbol])
         starts[symbol] = start
         start += frequency
         if frequency:
-            rests[symbol] = size - frequency
+            complements[symbol] = size - frequency
             limits[symbol] = (frequency << (32 - precision)) - 1
-            # With 2^(32 + precision) / frequency rounded up, x * reciprocal >> (32 + precision) is x // frequency for all states x
-            # that occur here, which are below frequency * 2^(32 - precision), and the product is below 2^64.
+            # A division takes longer than all the rest. With 2^(32 + precision) / frequency rounded up, x * reciprocal >>
+            # (32 + precision) is x // frequency for all states x that occur here, which are below frequency * 2^(32 - precision),
+            # and the product is below 2^64.
             reciprocals[symbol] = ((ONE << shift) + np.uint64(frequency - 1)) // np.uint64(frequency)
     states = np.full(lanes, 1 << 16, np.uint32)
     at = np.uint64(coded.size)
@@ -66,11 +77,13 @@ def encode(symbols, frequencies, precision, lanes, coded):
             symbol = symbols[begin + lane]
             x = states[lane]
             store_as(coded, at - TWO, np.uint16(x))
-            full = np.uint32(x > limits[symbol])  # without a branch, which could not be predicted
+            # without a branch, which could not be predicted: the word is written in any case, and kept or overwritten
+            full = np.uint32(x > limits[symbol])
             at -= np.uint64(full << np.uint32(1))
             x = np.uint32(x >> (full << np.uint32(4)))
+            # x // f * 2^L + x % f + start, as x + x // f * (2^L - f) + start
             quotient = (np.uint64(x) * reciprocals[symbol]) >> shift
-            states[lane] = np.uint32(x + np.uint32(quotient) * rests[symbol] + starts[symbol])
+            states[lane] = np.uint32(x + np.uint32(quotient) * complements[symbol] + starts[symbol])
         end = begin
     at -= np.uint64(4 * lanes)
     for lane in range(lanes):
@@ -80,7 +93,7 @@ def encode(symbols, frequencies, precision, lanes, coded):
 
 @inline
 def _rounds(coded, at, symbols, i, states, slots, entries, precision):
-    """Decode whole rounds of one symbol for each lane, as long as there are words for one; return where it ended."""
+    """Decode whole rounds of one symbol for each lane, while each lane could take a word; return the places in both arrays."""
     mask, shift = np.uint32((1 << precision) - 1), np.uint32(precision)
     width = np.uint64(states.size)
     last, safe = np.int64(symbols.size) - states.size, np.int64(coded.size) - 2 * states.size
@@ -92,7 +105,7 @@ def _rounds(coded, at, symbols, i, states, slots, entries, precision):
             symbols[i + lane] = symbol
             entry = entries[symbol]
             x = np.uint32((entry & LOW) * (x >> shift) + y - (entry >> SIXTEEN))
-            # without a branch, which could not be predicted
+            # without a branch, which could not be predicted: a word is read in any case, and masked
             short = np.uint32(x < np.uint32(1 << 16))
             word = np.uint32(load_as(coded, at, WORD)) & (np.uint32(0) - short)
             states[lane] = np.uint32((x << (short << np.uint32(4))) | word)
@@ -103,13 +116,13 @@ def _rounds(coded, at, symbols, i, states, slots, entries, precision):
 
 @inline
 def _step(states, entry, mask, shift):
-    """Return states after a symbol, before words are taken."""
+    """Return the states after a symbol, before they take words."""
     return (entry & LOW) * (states >> shift) + (states & mask) - (entry >> SIXTEEN)
 
 
 @inline
 def _rounds_avx512(coded, at, symbols, i, states, slots, entries, precision):
-    """Do as `_rounds`, with 16 lanes in a vector: so many lookups under way at once that they hide how long one takes."""
+    """Do as `_rounds`, with 16 lanes in a vector. Each `avx512.refill` reads 32 bytes, which `_rounds`' bound covers, too."""
     mask, shift = np.uint32((1 << precision) - 1), np.uint32(precision)
     last, safe = np.int64(symbols.size) - states.size, np.int64(coded.size) - 2 * states.size
     if states.size == 64:
@@ -155,12 +168,14 @@ _whole_rounds = _rounds_avx512 if avx512.AVAILABLE else _rounds
 
 @kernel(f"int64({U8}, {U32}, int64, int64, uint8[::1])")
 def decode(coded, frequencies, precision, lanes, symbols):
-    """Read states and words, and fill ``symbols``; return 0, or 1 if the bytes are none that an encoder can have written.
+    """Read states and words, and fill ``symbols``; return 0, or 1 if no encoder can have written these bytes.
 
-    There have to be the bytes of the states. The frequencies have the sum 2^precision.
+    ``coded`` may hold anything, but at least the 4 bytes of each state. The frequencies have the sum 2^precision.
     """
-    slots = np.empty((1 << precision) + 3, np.uint8)  # 4 bytes may be read at once
-    entries = np.empty(256, np.uint32)  # the frequency, and the sum of those before it in the upper half
+    # One byte for each of the 2^L slots and 4 for each symbol stay in the first cache, where a table of all that a slot needs would
+    # be too large. (3 bytes more, as gathers read 4 at once.)
+    slots = np.empty((1 << precision) + 3, np.uint8)
+    entries = np.empty(256, np.uint32)  # the frequency, and in the upper half the sum of those before it
     start = np.int64(0)
     for symbol in range(256):
         frequency = np.int64(frequencies[symbol])
@@ -171,11 +186,11 @@ def decode(coded, frequencies, precision, lanes, symbols):
     states = np.empty(lanes, np.uint32)
     for lane in range(lanes):
         states[lane] = load_as(coded, 4 * lane, STATE)
-    # Unsigned, for numba looks at the sign of every other index
+    # places are unsigned: numba would test the sign of other indices, to count negative ones from the end
     at, i = _whole_rounds(coded, np.uint64(4 * lanes), symbols, ZERO, states, slots, entries, precision)
     width, size = np.uint64(lanes), np.uint64(coded.size)
     mask, shift = np.uint32((1 << precision) - 1), np.uint32(precision)
-    while i < np.uint64(symbols.size):
+    while i < np.uint64(symbols.size):  # the last symbols, with a check for each word
         lane = i % width
         x = states[lane]
         y = x & mask

@@ -20,7 +20,7 @@ from numba.extending import intrinsic, models, overload, register_model
 
 
 class Vector(types.Type):  # type: ignore[misc]
-    """``<lanes x element>``; integers are named by numba's types, whose sign decides what ``>>`` and conversions do."""
+    """``<lanes x element>``; the signedness of numba's integer type decides on ``>>``, comparisons and conversions."""
 
     def __init__(self, element: types.Type, lanes: int) -> None:
         self.element = element
@@ -110,7 +110,7 @@ _operator(operator.rshift, _binary(None, "ashr", "lshr"))
 def _extremum(signed: str, unsigned: str, ordered: str) -> Any:
     @intrinsic
     def operation(typing: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
-        """Lane by lane; of floats that do not compare (a NaN, zeros of both signs) the second is taken."""
+        """Lane by lane; the second of floats of which neither is smaller (a NaN, zeros of both signs)."""
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             other = spread_value(context, builder, args[1], signature.args[1], a)

@@ -1,4 +1,4 @@
-"""Conversions of vectors lane by lane, and the bit patterns of floats, of scalars too."""
+"""Conversions of vectors lane by lane, and the bit patterns of floats (vectors or scalars)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def from_bits(typing: Any, value: Any) -> Any:  # noqa: ARG001
 
 
 def _conversion(target: types.Type) -> Any:
-    """Make an intrinsic that converts each lane to `target`; a float has to be in the range of an integer target."""
+    """Make an intrinsic that converts each lane to `target`.
+
+    A float has to be clamped to the range of an integer target first: of others, and of a NaN, the result is undefined.
+    """
 
     @intrinsic
     def operation(typing: Any, vector: Any) -> Any:  # noqa: ARG001

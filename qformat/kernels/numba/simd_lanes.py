@@ -74,7 +74,7 @@ def _reduction(name: str) -> Any:
     return operation
 
 
-#: all lanes of integers together, as a scalar
+#: sum (modulo 2^bits) and bitwise or of all lanes of integers, as scalars
 sum_lanes = _reduction("add")
 or_lanes = _reduction("or")
 
@@ -94,7 +94,7 @@ def largest(typing: Any, vector: Any) -> Any:  # noqa: ARG001
 
 @intrinsic
 def sum_halves(typing: Any, vector: Any) -> Any:  # noqa: ARG001
-    """Return the sum of all lanes of floats: the upper half is added to the lower one until a single lane is left."""
+    """Return the sum of all lanes of floats, in a fixed order: the upper half is added to the lower one until one lane is left."""
     if not isinstance(vector.element, types.Float):
         return None
 
@@ -126,7 +126,7 @@ def first_equal(typing: Any, vector: Any, value: Any) -> Any:  # noqa: ARG001
 
 @intrinsic
 def pack_bits(typing: Any, vector: Any) -> Any:  # noqa: ARG001
-    """Return a uint32 whose bit i tells whether lane i of 32 integers is not 0."""
+    """Return a uint32 whose bit i is set if lane i of 32 integers is not 0."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001
         return builder.bitcast(builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None)), ir.IntType(32))
@@ -136,7 +136,7 @@ def pack_bits(typing: Any, vector: Any) -> Any:  # noqa: ARG001
 
 @intrinsic
 def unpack_bits(typing: Any, value: Any) -> Any:  # noqa: ARG001
-    """Return 32 lanes of uint32: bit i of a uint32 in lane i."""
+    """Return 32 lanes of uint32: bit i of a uint32 in lane i, as 0 or 1."""
     result = Vector(types.uint32, 32)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:  # noqa: ARG001

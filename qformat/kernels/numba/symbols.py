@@ -1,4 +1,4 @@
-"""Symbols that stand for several digits each, compiled. Twin of ``numpy/symbols.py`` (spec/codecs.md, "Streams")."""
+"""Symbols made of several digits each, compiled. Twin of ``numpy/symbols.py`` (spec/codecs.md, "Streams")."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def _symbol(digits, at, base, each):
 
 @kernel(f"void({U8}, int64, int64, uint8[::1])")
 def join(digits, base, each, symbols):
-    """Make symbols of ``each`` digits below ``base``, the first counting least; there are as many as the symbols need."""
+    """Join ``each`` digits below ``base`` into every symbol, the least significant first; ``digits`` has each * symbols.size."""
     for j in range(symbols.size):
         at = np.uint64(each * j)
-        if each == 5:  # a number that the compiler knows makes this several times as fast
+        if each == 5:  # a constant lets the compiler unroll the loop, which makes it several times as fast
             symbols[j] = _symbol(digits, at, base, 5)
         elif each == 3:
             symbols[j] = _symbol(digits, at, base, 3)
@@ -35,8 +35,11 @@ def join(digits, base, each, symbols):
 
 @kernel(f"void({U8}, {U8}, int64, uint8[::1])")
 def split(symbols, table, each, digits):
-    """Give the digits of symbols: up to ``each`` of the 8 that ``table`` has for a symbol; the last symbol may be cut off."""
-    safe = max(0, (digits.size - 8) // each)  # symbols after which 8 digits still fit
+    """Split symbols into ``each`` digits: the first of 8 in each row of ``table``, which has shape (256, 8), flat.
+
+    All 8 are stored at once, and the next symbol overwrites those too many. ``digits`` may end within the last symbol.
+    """
+    safe = max(0, (digits.size - 8) // each)  # this many symbols leave room for all 8
     for j in range(min(safe, symbols.size)):
         store_as(digits, np.uint64(each * j), load_as(table, np.uint64(8) * np.uint64(symbols[j]), EIGHT))
     for i in range(each * min(safe, symbols.size), digits.size):
@@ -45,7 +48,7 @@ def split(symbols, table, each, digits):
 
 @kernel(f"void({U8}, {F32}, int64, float32[::1])")
 def values(symbols, table, each, numbers):
-    """Give numbers for symbols as `split` gives digits."""
+    """Do as `split` with a table of float32."""
     safe = max(0, (numbers.size - 8) // each)
     for j in range(min(safe, symbols.size)):
         store(numbers, np.uint64(each * j), load(table, np.uint64(8) * np.uint64(symbols[j]), 8))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qformat.kernels.arrays import F16, F32, F64, U8, U16, Bools
 from qformat.kernels.numpy.floats import add_rows, peak_f32
 
+_Float = TypeVar("_Float", np.float32, np.float64)
 #: of some blocks: the decoded values, where a scale overflows binary16, and where all that is stored is zero
 Encoded = tuple[F32, Bools, Bools]
 #: takes blocks of 32 values and, for each, what a search has chosen; fills in their bytes
@@ -56,9 +57,23 @@ def add_error(error: F32, lanes: F64) -> int:
     return peak_f32(error.reshape(-1))
 
 
-def reciprocal(values: F32, scale: F32) -> tuple[F32, Bools]:
-    """Return 1 / scale (0 for 0), and where codes may be used: where that and the values are finite."""
-    inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+def fold(lanes: NDArray[_Float]) -> NDArray[_Float]:
+    """Return the sums of rows of lanes, a power of two: the upper half is added to the lower one until one is left."""
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def reciprocal(scale: F32) -> F32:
+    """Return 1 / scale, or 0 for a scale of 0."""
+    inverse: F32 = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    return inverse
+
+
+def usable_reciprocal(values: F32, scale: F32) -> tuple[F32, Bools]:
+    """Return 1 / scale (0 for 0), and where codes may be used: where that and all values of the block are finite."""
+    inverse = reciprocal(scale)
     return inverse, np.isfinite(inverse) & np.isfinite(values).all(axis=1, keepdims=True)
 
 

@@ -10,7 +10,7 @@ ELSEWHERE = 255
 
 
 def split_upper(upper: U16, base: int, heads: U8, low: U8, high: U8) -> int:
-    """Put the upper 16 bits in parts, for zeroed ``low`` and ``high``; return how many heads do not fit."""
+    """Split the upper 16 bits into parts; return how many heads do not fit."""
     bits = upper.astype(np.int64)
     heads[:] = np.minimum(((bits >> 5) - base) & 1023, ELSEWHERE)
     _pack(bits & 15, low, 2)
@@ -19,7 +19,7 @@ def split_upper(upper: U16, base: int, heads: U8, low: U8, high: U8) -> int:
 
 
 def join_upper(heads: U8, low: U8, high: U8, base: int, elsewhere: U16, upper: U16) -> None:
-    """Do the opposite; ``elsewhere`` has exponent and two bits of mantissa for each head of 255, below 1024."""
+    """Do the opposite; ``elsewhere`` has exponent and two bits of mantissa, below 1024, for each head of 255."""
     value = (heads.astype(np.int64) + base) & 1023
     if elsewhere.size:
         value[heads == ELSEWHERE] = elsewhere
@@ -39,7 +39,7 @@ def _unpack(symbols: U8, each: int, count: int) -> I64:
 
 
 def split_32(patterns: U32, upper: U16, second: U8, first: U8) -> None:
-    """Take patterns of 32 bits apart: the upper 16, bits 8 to 15, bits 0 to 7."""
+    """Split patterns of 32 bits: the upper 16, bits 8 to 15, bits 0 to 7."""
     upper[:], second[:], first[:] = patterns >> 16, patterns >> 8 & 255, patterns & 255
 
 
@@ -49,7 +49,7 @@ def join_32(upper: U16, second: U8, first: U8, patterns: U32) -> None:
 
 
 def split_16(patterns: U16, second: U8, first: U8) -> None:
-    """Take patterns of 16 bits apart: the upper and the lower byte."""
+    """Split patterns of 16 bits: the upper and the lower byte."""
     second[:], first[:] = patterns >> 8, patterns & 255
 
 
@@ -59,16 +59,16 @@ def join_16(second: U8, first: U8, patterns: U16) -> None:
 
 
 def row_sums(upper: U16, cols: int, shift: int, mask: int, sums: I64) -> None:
-    """Give for each row of ``cols`` elements the sum of ``(element >> shift) & mask``."""
+    """Sum ``(element >> shift) & mask`` over each row of ``cols`` elements."""
     sums[:] = ((upper >> shift) & mask).reshape(-1, cols).sum(axis=1, dtype=np.int64)
 
 
 def count_rows(upper: U16, cols: int, groups: U8, shift: int, mask: int, counts: I64) -> None:
-    """Count ``(element >> shift) & mask``, with 1024 counts for each group of rows; a row of ``cols`` elements has a group."""
+    """Count ``(element >> shift) & mask``, with 1024 counts for each group of rows; ``groups`` has the group of each row."""
     keys = np.repeat(groups.astype(np.int64) << 10, cols) + ((upper >> shift) & mask)
     counts += np.bincount(keys, minlength=counts.size)
 
 
 def row_bits(patterns: U32, cols: int, used: U32) -> None:
-    """Give for each row of ``cols`` elements the bits that are set in any."""
+    """Compute for each row of ``cols`` elements the bits set in any of them."""
     used[:] = np.bitwise_or.reduce(patterns.reshape(-1, cols), axis=1)

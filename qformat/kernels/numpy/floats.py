@@ -1,4 +1,4 @@
-"""Conversions between float formats, and looks at them, in numpy. Twin of ``numba/floats.py``, which documents the functions."""
+"""Conversions between float formats, largest magnitudes and errors, in numpy. Twin of ``numba/floats.py``, which documents it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def f32_to_bf16(source: F32, target: U16) -> None:
 
 @np.errstate(all="ignore")
 def f32_to_f16(source: F32, target: U16) -> None:
-    """Round to binary16, ties to even; too large becomes infinity."""
+    """Round to binary16, ties to even; values from 65520 on become infinite."""
     halves = source.astype(np.float16).view(np.uint16)
     target[:] = np.where(np.isnan(source), (halves & 0x8000) | 0x7E00, halves)
 
@@ -71,6 +71,6 @@ def add_rows(rows: F64, lanes: F64) -> None:
 
 @np.errstate(all="ignore")
 def error_histogram(x: F32, y: F32, counts: I64) -> None:
-    """Count ``|x - y|`` in buckets by the upper 20 bits of the float32 pattern."""
+    """Count ``|x - y|`` in 2^19 buckets by the upper bits of the float32 pattern."""
     buckets = ((x - y).view(np.uint32) & 0x7FFFFFFF) >> 12
     counts += np.bincount(buckets, minlength=counts.size)

@@ -24,16 +24,16 @@ def survey(x: F32, counts: I64, sums: F64) -> None:
 
 
 @np.errstate(all="ignore")
-def row_squares(x: F32, filled: int, lanes: F64) -> None:
-    """Put the squares of each row into 16 lanes of its own."""
-    squares = (x * x).reshape(-1, filled // 32, 32)
+def row_squares(x: F32, padded: int, lanes: F64) -> None:
+    """Add the squares of each row to 16 lanes of its own."""
+    squares = (x * x).reshape(-1, padded // 32, 32)
     added = (squares[:, :, :16] + squares[:, :, 16:]).astype(np.float64)
     for row, target in zip(added, lanes.reshape(-1, LANES), strict=True):
         add_rows(row, target)
 
 
-def _books_of_runs(filled: int, block: int, rows: int) -> I64:
-    return groups_of_runs(filled, block or filled, rows) if block else np.zeros(rows * filled // 32, np.int64)
+def _books_of_runs(padded: int, block: int, rows: int) -> I64:
+    return groups_of_runs(padded, block or padded, rows) if block else np.zeros(rows * padded // 32, np.int64)
 
 
 @np.errstate(all="ignore")
@@ -41,17 +41,17 @@ def encode(
     x: F32, cols: int, block: int, scales: F32, thresholds: F32, codebooks: F32, codes: U8, lanes: F64, width: int
 ) -> tuple[int, int]:
     """Write the codes, and measure the error."""
-    filled = -(-cols // 32) * 32
+    padded = -(-cols // 32) * 32
     size = 1 << width
     runs = x.reshape(-1, 32)
-    numbers = _books_of_runs(filled, block, scales.size)
-    valid = valid_in_runs(filled, cols, scales.size)
+    numbers = _books_of_runs(padded, block, scales.size)
+    valid = valid_in_runs(padded, cols, scales.size)
     borders, books = thresholds.reshape(-1, size - 1), codebooks.reshape(-1, size)
     largest = 0
     for start in range(0, len(runs), _RUNS):
         here = slice(start, start + _RUNS)
         values, number = runs[here], numbers[here]
-        scale = np.repeat(scales, filled // 32)[here, None]
+        scale = np.repeat(scales, padded // 32)[here, None]
         unscaled = values / scale
         chosen = np.zeros(values.shape, np.uint8)
         for i in range(size - 1):
@@ -64,10 +64,10 @@ def encode(
 
 
 @np.errstate(all="ignore")
-def dequantize(codebooks: F32, scales: F32, codes: U8, x: F32, filled: int, block: int, width: int) -> None:
-    """Decode rows of `filled` elements, a multiple of 32."""
-    numbers = _books_of_runs(filled, block, scales.size)
+def dequantize(codebooks: F32, scales: F32, codes: U8, x: F32, padded: int, block: int, width: int) -> None:
+    """Decode rows of `padded` elements, a multiple of 32."""
+    numbers = _books_of_runs(padded, block, scales.size)
     chosen = np.empty(x.size, np.uint8)
     unpack(codes, chosen, width)
     entries = codebooks.reshape(-1, 1 << width)[numbers[:, None], chosen.reshape(-1, 32)]
-    x.reshape(-1, 32)[:] = entries * np.repeat(scales, filled // 32)[:, None]
+    x.reshape(-1, 32)[:] = entries * np.repeat(scales, padded // 32)[:, None]

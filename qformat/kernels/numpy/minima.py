@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.arrays import F16, F32, U8
-from qformat.kernels.numpy.blocks import Encoded
+from qformat.kernels.numpy.blocks import Encoded, reciprocal
 
 
 def extremes(values: F32) -> tuple[F32, F32]:
@@ -18,8 +18,8 @@ def extremes(values: F32) -> tuple[F32, F32]:
 
 
 def naive_codes(values: F32, low: F32, scale: F32, top: int) -> U8:
-    """Return codes 0 to ``top``; all are 0 if the scale or its reciprocal is not a number to divide by."""
-    inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    """Return the nearest codes from 0 to ``top``; all are 0 if the scale or its reciprocal is 0, infinite or a NaN."""
+    inverse = reciprocal(scale)
     usable = (inverse > 0) & np.isfinite(inverse)
     shifted = (values - low) * inverse + np.float32(0.5)
     codes: U8 = np.where(usable, np.where(shifted < top, shifted, np.float32(top)), np.float32(0)).astype(np.uint8)

@@ -17,11 +17,11 @@ _CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
 
 
 def outer(position: F32, mapping: I64) -> I64:
-    """Return the numbers, from 0 in the middle to 7, of the levels of a block's mapping that are nearest to positions in it."""
+    """Return the number, from 0 in the middle to 7, of the level of a mapping nearest to each position; they are broadcast."""
     size = np.abs(position)
     count = np.zeros(size.shape, np.int64)
     for middle in MIDDLES.T:
-        count += ~(size < middle[mapping].reshape(-1, *[1] * (size.ndim - 1)))
+        count += ~(size < middle[mapping])
     return count
 
 
@@ -44,7 +44,7 @@ def encode(x: F32, headers: U32, blocks: U8, lanes: F64, block: int) -> tuple[in
         width, least, mapping = numbers(headers[here])
         inverse = np.where(width > 0, np.float32(2) / width, np.float32(0))
         position = (values - least[:, None]) * inverse[:, None] - np.float32(1)
-        upper = outer(position, mapping)
+        upper = outer(position, mapping[:, None])
         codes = np.where(np.signbit(position), 7 - upper, 8 + upper)
         packed[here, :3] = headers[here].astype("<u4").view(np.uint8).reshape(-1, 4)[:, :3]
         packed[here, 3:] = codes[:, : block // 2] | (codes[:, block // 2 :] << 4)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.kernels.arrays import F32, U32, Bools
-from qformat.kernels.numpy.nlm import LEVELS, MIDDLES
+from qformat.kernels.numpy.nlm import LEVELS, outer
 
 START = np.float32(0.98)
 SHIFT = np.float32(0.025)
@@ -66,11 +66,7 @@ def _greatest(weights: F32) -> F32:
 
 
 def _level(position: F32, mapping: U32) -> F32:
-    size = np.abs(position)
-    count = np.zeros(size.shape, np.intp)
-    for middle in MIDDLES.T:
-        count += ~(size < middle[mapping])
-    return np.copysign(LEVELS[mapping, count], position)
+    return np.copysign(LEVELS[mapping, outer(position, mapping)], position)
 
 
 def _inverse(b: F32) -> F32:

@@ -6,7 +6,7 @@ import numpy as np
 
 from qformat.kernels.arrays import F16, F32, F64, I64, U8, U16
 from qformat.kernels.numpy import blocks as shared
-from qformat.kernels.numpy.blocks import Encoded, first_largest, reciprocal, scales_of, store_scale
+from qformat.kernels.numpy.blocks import Encoded, first_largest, scales_of, store_scale, usable_reciprocal
 from qformat.kernels.numpy.codes import count_codes, load_codes, store_codes
 
 
@@ -31,7 +31,7 @@ def _encode_nearest(values: F32, packed: U8, scales: U16) -> Encoded:
 
 
 def _pack(values: F32, scale: F32, half: F16, packed: U8) -> Encoded:
-    inverse, usable = reciprocal(values, scale)
+    inverse, usable = usable_reciprocal(values, scale)
     shifted = np.where(usable, values * inverse + np.float32(8.5), np.float32(0))
     codes = np.clip(shifted.astype(np.int32), 0, 15)
     store_codes(packed[:, 2:], codes)

@@ -1,4 +1,4 @@
-"""What the searches for the scales of Q4_0 blocks share, in numpy. Twin of ``numba/q4_0_search.py``."""
+"""Shared parts of the searches for the scales of Q4_0 blocks, in numpy. Twin of ``numba/q4_0_search.py``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HALF_INFINITY = 0x7C00
 
 @np.errstate(all="ignore")
 def search(x: F32, scales: U16, choose: Callable[[F32, F32], U32], chunk: int) -> None:
-    """Let `choose` choose scales for blocks, `chunk` at a time, and their first largest weights; mend what is special."""
+    """Choose the scales of blocks, `chunk` at a time, by `choose(values, first largest weights)`; then handle special blocks."""
     blocks = x.reshape(-1, 32)
     for start in range(0, len(blocks), chunk):
         values = blocks[start : start + chunk]
@@ -42,17 +42,17 @@ def _for_one_magnitude(first: F32, one_sign: Bools) -> U32:
     size = np.abs(first)
     negative = ((first.view(np.uint32) >> 16) & 0x8000) ^ 0x8000
     best = half_bits(size)
-    rest = np.abs(size - from_half_bits(best))
+    least = np.abs(size - from_half_bits(best))
     for k in range(2, 9):
         nearest = half_bits(size / np.float32(k))
         for step in range(3):
             half = np.maximum(nearest + 2 - step, 1) - 1
-            left = np.abs(size - from_half_bits(half) * np.float32(k))
+            error = np.abs(size - from_half_bits(half) * np.float32(k))
             if k == 8:
                 half = half | negative
-                left = np.where(one_sign, left, size)
-            best = np.where(left < rest, half, best)
-            rest = np.where(left < rest, left, rest)
+                error = np.where(one_sign, error, size)
+            best = np.where(error < least, half, best)
+            least = np.where(error < least, error, least)
     return best
 
 
@@ -62,5 +62,5 @@ def half_bits(x: NDArray[np.floating]) -> U32:
 
 
 def from_half_bits(half: U32) -> F32:
-    """Return the floats that binary16 patterns stand for."""
+    """Return the values of binary16 patterns."""
     return half.astype(np.uint16).view(np.float16).astype(np.float32)

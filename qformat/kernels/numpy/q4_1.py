@@ -6,7 +6,7 @@ import numpy as np
 
 from qformat.kernels.arrays import F32, F64, I64, U8, U16
 from qformat.kernels.numpy import blocks as shared
-from qformat.kernels.numpy.blocks import Encoded
+from qformat.kernels.numpy.blocks import Encoded, reciprocal
 from qformat.kernels.numpy.codes import count_codes, load_codes, store_codes
 from qformat.kernels.numpy.minima import extremes, header, naive_codes, store_line
 
@@ -31,7 +31,7 @@ def _encode(values: F32, packed: U8) -> Encoded:
 
 def _encode_nearest(values: F32, packed: U8, scales: U16, minima: U16) -> Encoded:
     scale, low = (array.view(np.float16)[:, None] for array in (scales, minima))
-    inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale.astype(np.float32))
+    inverse = reciprocal(scale.astype(np.float32))
     shifted = (values - low.astype(np.float32)) * inverse + np.float32(0.5)
     shifted = np.where(shifted < 15, shifted, np.float32(15))
     codes = np.where(shifted > 0, shifted, np.float32(0)).astype(np.uint8)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qformat.kernels.arrays import F32, U16, Bools
+from qformat.kernels.numpy.blocks import reciprocal
 from qformat.kernels.tables import FEW, FEW_LEVELS, MORE, MORE_LEVELS
 
 ZERO, HALF, ONE, TOP = (np.float32(value) for value in (0, 0.5, 1, 15))
@@ -67,7 +68,7 @@ def _trial(y: F32, slope: F32, offset: F32, best: Line) -> tuple[F32, F32, Line]
 
 
 def _error(x: F32, scale: F32, low: F32) -> F32:
-    inverse = np.where(scale == 0, ZERO, ONE / scale)
+    inverse = reciprocal(scale)
     codes = np.floor(_limited((x - low) * inverse + HALF))
     error = x - (codes * scale + low)
     return _total(error * error)

@@ -6,7 +6,7 @@ import numpy as np
 
 from qformat.kernels.arrays import F32, F64, I64, U8, U16
 from qformat.kernels.numpy import blocks as shared
-from qformat.kernels.numpy.blocks import Encoded, first_largest, reciprocal, scales_of, store_scale
+from qformat.kernels.numpy.blocks import Encoded, first_largest, scales_of, store_scale, usable_reciprocal
 from qformat.kernels.numpy.codes import count_codes, load_codes_5, store_codes_5
 
 
@@ -17,7 +17,7 @@ def quantize(x: F32 | U16, blocks: U8, lanes: F64) -> tuple[int, int, int, int]:
 
 def _encode(values: F32, packed: U8) -> Encoded:
     scale = first_largest(values) * np.float32(-0.0625)
-    inverse, usable = reciprocal(values, scale)
+    inverse, usable = usable_reciprocal(values, scale)
     shifted = np.where(usable, values * inverse + np.float32(16.5), np.float32(0))
     codes = np.minimum(shifted.astype(np.int32), 31)
     store_codes_5(packed[:, 2:], codes)

@@ -6,7 +6,7 @@ import numpy as np
 
 from qformat.kernels.arrays import F32, F64, U8, U16
 from qformat.kernels.numpy import blocks as shared
-from qformat.kernels.numpy.blocks import Encoded, reciprocal, scales_of, store_scale
+from qformat.kernels.numpy.blocks import Encoded, scales_of, store_scale, usable_reciprocal
 
 
 def quantize(x: F32 | U16, blocks: U8, lanes: F64) -> tuple[int, int, int, int]:
@@ -16,7 +16,7 @@ def quantize(x: F32 | U16, blocks: U8, lanes: F64) -> tuple[int, int, int, int]:
 
 def _encode(values: F32, packed: U8) -> Encoded:
     scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
-    inverse, usable = reciprocal(values, scale)
+    inverse, usable = usable_reciprocal(values, scale)
     scaled = np.where(usable, values * inverse, np.float32(0))
     size = np.abs(scaled)
     whole = np.floor(size)

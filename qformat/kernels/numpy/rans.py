@@ -1,4 +1,4 @@
-"""Interleaved range asymmetric numeral systems in numpy: all lanes take a step together. Twin of ``numba/rans.py``."""
+"""Interleaved rANS in numpy: all lanes take a step together. Twin of ``numba/rans.py``, which documents it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def histogram(symbols: U8, counts: I64) -> None:
 def encode(symbols: U8, frequencies: U32, precision: int, lanes: int, coded: U8) -> int:
     """Write states and words to the end of ``coded``; return where they begin.
 
-    There are 2 bytes for each symbol and 4 for each lane. Symbols that occur need a frequency above 0; the sum is 2^precision.
+    ``coded`` has 2 bytes for each symbol and 4 for each lane. Symbols that occur have a frequency above 0; the sum is 2^precision.
     """
     wide = frequencies.astype(np.uint64)
     starts = np.cumsum(wide) - wide
@@ -35,10 +35,7 @@ def encode(symbols: U8, frequencies: U32, precision: int, lanes: int, coded: U8)
 
 
 def decode(coded: U8, frequencies: U32, precision: int, lanes: int, symbols: U8) -> int:
-    """Read states and words, and fill ``symbols``; return 0, or 1 if the bytes are none that an encoder can have written.
-
-    There have to be the bytes of the states. The frequencies have the sum 2^precision.
-    """
+    """Read states and words, and fill ``symbols``; return 0, or 1 if no encoder can have written these bytes."""
     if coded.size % 2:
         return 1
     wide = frequencies.astype(np.uint64)
