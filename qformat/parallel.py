@@ -19,7 +19,7 @@ def default_jobs() -> int:
 
 
 def for_each(work: Callable[[_T], None], items: Iterable[_T], jobs: int) -> None:
-    """Call `work` for each item, on `jobs` threads if there are several items; the first exception cancels what has not begun."""
+    """Call `work` for each item, on `jobs` threads if there are several items; the first exception cancels the items not begun."""
     items = list(items)
     if jobs <= 1 or len(items) <= 1:
         for item in items:

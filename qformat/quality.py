@@ -12,7 +12,7 @@ from qformat.records import Layer, TensorRecord
 #: error metrics, all relative to the range of the tensor: its largest element less its smallest one
 Metric = Literal["max_rmse", "max_abs", "mean_abs"]
 METRICS: tuple[Metric, ...] = ("max_rmse", "max_abs", "mean_abs")
-# A tensor stored at up to so many bits has no lossless layer: reading a larger file at these bits then gives the same values
+# A tensor stored at up to this many bits has no lossless layer: without one, a larger file read at these bits gives the same values
 _MOST_LOSSY = 8
 _HINT = "give bits per weight such as 3.5, a bound such as max_rmse=0.01, max_abs=0.05 or mean_abs=0.01, or lossless"
 

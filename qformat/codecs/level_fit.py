@@ -1,4 +1,4 @@
-"""How few levels around a fixed zero are found, from a histogram of the values (a `codebooks.Survey`).
+"""A few levels around a fixed zero for a whole tensor, from a histogram of its values (a `codebooks.Survey`).
 
 Cells are runs of points, the bins of the histogram; the one in the middle has the level 0. As in `codebooks`, nothing depends on
 how numpy orders sums or on the last digits of a logarithm.

@@ -1,4 +1,4 @@
-"""Frequencies of symbols as integers of a fixed sum, which encoder and decoder share, and the size of what is coded with them.
+"""Frequencies of symbols as integers of a fixed sum, which encoder and decoder share, and the sizes of streams coded with them.
 
 All in integers, because choices that depend on it decide the bytes of a file. A symbol is a byte-sized member of the coder's
 alphabet; it may stand for several *digits* from 0 to base - 1, the first one the least significant.

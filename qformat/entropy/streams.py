@@ -27,7 +27,7 @@ RAW, CONSTANT, CODED, CODED_BY_DIGITS = range(4)
 _LEAST_PRECISION, _MOST_PRECISION = 8, 15
 #: of digits 0 and 1, which are often nearly even, while their table is short in any case
 _PRECISION_OF_BITS = 13
-#: coding has to save one part of so many, as raw symbols are read much faster
+#: coding has to save at least one part in 256, as raw symbols are read much faster
 _WORTH = 256
 
 

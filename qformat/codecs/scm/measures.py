@@ -1,4 +1,4 @@
-"""What the rate control of `scm` decides by: the sizes of sections, and the errors at each depth."""
+"""Measurements for the rate control of `scm`: the sizes of sections, and the errors at each depth."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
 from qformat.kernels.arrays import F32, I64, U8, U32, Bools
 
-_SPARSE = 64  # a chunk is sparse if at least one of so many elements is zero
+_SPARSE = 64  # a chunk is sparse if at least 1 in 64 elements is zero
 _MARK_SPARSE, _MARK_WIDE = 1, 2
 _NARROW, _WIDE = 16, 256
-_SCATTERED = 4096  # a chunk is wide if more than one of so many elements is elsewhere else
+_SCATTERED = 4096  # a chunk is wide if more than 1 in 4096 elements would be elsewhere if it were narrow
 _END = struct.Struct("<H")
 
 

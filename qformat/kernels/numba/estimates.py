@@ -1,7 +1,7 @@
 """Estimates of the sizes of streams, compiled. Twin of ``numpy/estimates.py`` (spec/codecs.md, encoders of "`scm`").
 
 ``logarithms`` is the table `entropy.frequencies.logarithms`, in units of 2^-16 bits. All arithmetic is on integers, or rounds once
-per operation: files depend on what is chosen by it.
+per operation: the bytes of files depend on choices made with it.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def _cells(values, count, size, shares, sums, before, after, choices, borders):
 
 @inline
 def _distinct(values, count, size, borders):
-    """If there are no more than ``size`` different values, set borders between them and return True."""
+    """Set borders between different values; return False if there are more than ``size`` of them."""
     cells = 1
     borders[0] = 0
     for i in range(1, count):

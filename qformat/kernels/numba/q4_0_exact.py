@@ -3,7 +3,7 @@
 Every code pattern has a best binary16 scale in closed form (see ``q4_0_search.py``), and the best over all patterns is the best
 over all binary16 scales. As |d| shrinks from infinity, c = largest magnitude / |d| growing, the code of a weight of magnitude w
 goes from k - 1 to k where w / |d| passes k - 1/2: with both signs of d, a block has about 500 patterns. To list and sort them all
-takes nearly all the time of a plain search. Instead:
+takes nearly takes nearly all the time of a direct search. Instead:
 
 1. A and B are computed at a grid of values of c, for 16 blocks at once. The best of these patterns, with its scale rounded to
    binary16, is the incumbent.
@@ -11,8 +11,8 @@ takes nearly all the time of a plain search. Instead:
    incumbent are dropped; of most blocks about two are left.
 3. What is left is halved and bounded again, block by block (`_walk`), until few changes remain, which are gone through one by one.
 
-Bounds are computed in float32 and compared with some slack, so that rounding drops no cell that may win. What decides is computed
-in float64: good patterns differ by less than float32 resolves.
+Bounds are computed in float32 and compared with some slack, so that rounding drops no cell that may win. Incumbents are compared in
+float64, as good patterns differ by less than float32 resolves.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def _may_hold(work, j, other, reached):
 
     Where a code goes from k - 1 to k, at the scale s = w / (k - 1/2), A grows by w and B by 2 k - 1: dA = s dB / 2. As s falls from
     one end of the cell to the other, A as a function of B stays below two straight lines: through the first end with the slope of
-    its s / 2, and through the second end with its own. A * A / B is convex along a line, hence largest at the ends of what is
-    reachable: one change (dB of at least 1) from either grid point, and where the lines meet.
+    its s / 2, and through the second end with its own. A * A / B is convex along a line, hence largest at the ends of its
+    reachable part: one change (dB of at least 1) from either grid point, and where the lines meet.
     """
     low = SUMS + 32 * (j + (other if j >= ONE_SIGN else 0))
     high = SUMS + 32 * (j + 1 + other)

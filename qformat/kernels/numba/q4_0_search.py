@@ -61,7 +61,7 @@ def for_one_magnitude(first, signs):
     Such blocks (ternary weights, say) may be exact, with a multiple that no least-squares step finds.
     """
     size = from_bits(bits(first) & 0x7FFFFFFF)
-    negative = (bits(first) >> 16 & 0x8000) ^ 0x8000  # -8 has to stand for the magnitude with its sign
+    negative = (bits(first) >> 16 & 0x8000) ^ 0x8000  # the code -8 has to give the magnitude its sign
     best = floats_to_halves(size)
     least = from_bits(bits(size - halves_to_floats(best)) & 0x7FFFFFFF)
     for k in range(2, 9):

@@ -23,8 +23,8 @@ ZERO, HALF, ONE, TOP = (np.float32(value) for value in (0, 0.5, 1, 15))
 ROUND = np.float32(2.0**23)  # added and subtracted again, it rounds to an integer, ties to even
 PART = np.float32(1 / 32)
 TINY = np.float32(2.0**-100)  # a range below it is 0 in binary16
-FAR = np.float32(64)  # a minimum further than so many scales from 0 is one for which binary16 is coarse
-FINE = np.float32(2.0**-16)  # and so is a scale below this
+FAR = np.float32(64)  # binary16 is coarse for a minimum further than this many scales from 0
+FINE = np.float32(2.0**-16)  # and for a scale below this
 INFINITY = np.float32(np.inf)
 
 

@@ -60,7 +60,7 @@ def _shifted(cell, shift, row):
     """Return the first pattern of a cell, shifted; in bits 32 to 39 its class, and above how many bits it leaves open."""
     first, following = np.uint32(cell & NONE) >> shift, np.uint32(cell >> HALF) >> shift
     spread = np.uint32(following - first)
-    # the exponent of a float64 tells how many bits a number has
+    # the number of bits from the exponent of a float64
     length = np.uint32((bits(np.float64(spread)) >> np.uint64(52)) - np.uint64(1022)) if spread else np.uint32(0)
     class_ = spread
     if spread >= FEW:

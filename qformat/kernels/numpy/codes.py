@@ -28,7 +28,7 @@ def store_codes_5(packed: U8, codes: NDArray[Any]) -> None:
 
 def load_codes_5(packed: U8) -> U8:
     """Return the 32 codes of 5 bits of each row of 20 bytes."""
-    codes: U8 = load_codes(packed[:, 4:]) | (np.unpackbits(packed[:, :4], axis=1, bitorder="little") << 4)
+    codes: U8 = load_codes(packed[:, 4:]) | (np.unpackbits(packed[:, :4], axis=1, bitorder="little") << np.uint8(4))
     return codes
 
 

@@ -18,7 +18,7 @@ def survey(x: F32, counts: I64, sums: F64) -> None:
     finite = x[np.isfinite(x)]
     upper = finite.view(np.uint32) >> 16
     counts += np.bincount(upper, minlength=counts.size)
-    # one after the other, after what is there already
+    # added one after the other to the sums so far, as the compiled kernel does
     every = np.concatenate([np.arange(sums.size), upper])
     sums[:] = np.bincount(every, np.concatenate([sums, finite.astype(np.float64)]), minlength=sums.size)
 

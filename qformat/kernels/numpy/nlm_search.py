@@ -1,6 +1,6 @@
-"""Choose the headers of `nlm` blocks, in numpy. Twin of ``numba/nlm_search.py``, which says how.
+"""Choose the headers of `nlm` blocks, in numpy. Twin of ``numba/nlm_search.py``, which documents it.
 
-Arrays of weights have the shape (32, blocks, runs of 32 in a block); what describes blocks has the shape (blocks, 1).
+Arrays of weights have the shape (32, blocks, runs of 32 in a block), arrays with a number for each block (blocks, 1).
 """
 
 from __future__ import annotations
