@@ -15,8 +15,8 @@ from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.dtypes import Elements, from_array
-from qformat.entropy.frequencies import symbols_each
-from qformat.entropy.streams import StreamWriter, letter_count
+from qformat.entropy.frequencies import digits_per_symbol
+from qformat.entropy.streams import StreamWriter, symbol_count
 from qformat.kernels import load
 from qformat.parallel import default_jobs
 from qformat.pipeline.encode import on_pool
@@ -39,11 +39,11 @@ __all__ = [
     "cut",
     "decode_all",
     "default_jobs",
+    "digits_per_symbol",
     "encode_all",
     "on_threads",
     "parse_type",
     "save_elements",
-    "symbols_each",
     "totals",
 ]
 
@@ -134,9 +134,9 @@ def convert_directory(source: Path, target: Path, kind: str) -> None:
 
 def code_stream(codes: np.ndarray, base: int) -> bytes:
     """Return the chunk of codes below `base`, entropy-coded as by ``levels``."""
-    each = symbols_each(base)
-    letters = np.empty(letter_count(codes.size, base), np.uint8)
-    load("symbols").join(np.pad(codes, (0, letters.size * each - codes.size)), base, each, letters)
+    each = digits_per_symbol(base)
+    symbols = np.empty(symbol_count(codes.size, base), np.uint8)
+    load("symbols").join(np.pad(codes, (0, symbols.size * each - codes.size)), base, each, symbols)
     writer = StreamWriter()
-    writer.stream(letters, base)
+    writer.stream(symbols, base)
     return writer.chunk(codes.size)

@@ -20,9 +20,9 @@ from benchmarks.encoding import (
     chunk_slice,
     code_stream,
     decode_all,
+    digits_per_symbol,
     encode_all,
     parse_type,
-    symbols_each,
     totals,
 )
 from benchmarks.inputs import minilm_matrices, normal
@@ -168,7 +168,7 @@ def _torchac(codes: np.ndarray) -> float | None:
 
 def _zstd(codes: np.ndarray, size: int) -> float:
     """Return bits for each code of zstd -19, of as many codes to a byte as it can hold, which it codes better than whole bits."""
-    each = symbols_each(size)
+    each = digits_per_symbol(size)
     whole = codes[: codes.size // each * each].reshape(-1, each)
     packed = (whole * size ** np.arange(each)).sum(axis=1).astype(np.uint8)
     return 8 * len(zstandard.ZstdCompressor(19).compress(packed.tobytes())) / whole.size
