@@ -1,4 +1,4 @@
-"""BitNet's ternary layers: a byte holds four rows, one of each quarter of the matrix, and a code is the value plus one."""
+"""BitNet's ternary layers: a byte holds four codes, one of each quarter of the rows; a code is the value plus one."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from qformat.converters.quantized.coded import (
     CodedTensor,
     Encode,
     Grouping,
-    Parts,
     affine_codec,
     affine_encode,
-    named,
     pack,
-    part,
     whole,
 )
+from qformat.converters.quantized.layer import Layer
 from qformat.dtypes import DTYPES, F32, Elements
 from qformat.errors import SourceError
 
@@ -27,17 +25,26 @@ ROLES = ("weight", "weight_scale")
 _U8 = DTYPES["u8"]
 
 
-def bitnet_tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
-    """Return the tensor of a layer of BitNet.
+def is_bitnet(layer: Layer) -> bool:
+    """Return whether a layer has weights in bytes and a scale."""
+    return layer.has("weight", "weight_scale") and layer.parts["weight"].dtype is _U8 and not layer.has("qweight")
+
+
+def bitnet_tensor(layer: Layer, claims: Claims) -> CodedTensor:
+    """Return the weights of a layer.
 
     Raises
     ------
     SourceError
-        If it is none, or the configuration does not say what its scale means.
+        If it is not BitNet's, or the configuration does not say whether its scale multiplies.
     """
-    stored = part(parts, name, "weight", "weight", [_U8])
-    given = parts["weight_scale"].shape
-    scale = part(parts, name, "weight_scale", "weight", SCALES, dims=len(given))
+    if claims.method and claims.method.value != METHOD:
+        raise SourceError(
+            f"tensor {layer.named('weight')!r} has bytes and a scale, a layout that only BitNet is known for, but {claims.method}"
+        )
+    stored = layer.part("weight", "weight", [_U8])
+    given = layer.parts["weight_scale"].shape
+    scale = layer.part("weight_scale", "weight", SCALES, dims=len(given))
     if given not in ((), (1,)):
         raise SourceError(f"tensor {scale.name!r} has shape {list(given)}, but a layer of BitNet has one scale")
     divides = _scale_divides(stored.name, claims)
@@ -56,22 +63,22 @@ def bitnet_tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
 
     def load() -> Encode:
         value = Elements(scale.dtype, whole(scale).reshape(1)).to_f32()
-        with np.errstate(all="ignore"):  # what becomes infinite is refused later, with the name of the tensor
+        with np.errstate(all="ignore"):  # infinity is refused later, with the name of the tensor
             factor = np.float32(1) / value if divides else value
         return affine_encode(codec, (rows, cols), np.full(rows, factor[0]), np.ones(rows, np.uint8), None, packed)
 
-    return CodedTensor(named(name, "weight"), (rows, cols), codec, load)
+    return CodedTensor(layer.named("weight"), (rows, cols), codec, load)
 
 
 def _scale_divides(name: str, claims: Claims) -> bool:
-    """Return whether values are divided by the scale, which only the configuration says."""
+    """Return whether values are divided by the scale, which only the configuration can tell."""
     if claims.method is None:
         raise SourceError(
-            f"tensor {name!r} is packed as BitNet does it, but only config.json says whether its scale multiplies or divides: give "
-            "the checkpoint's directory"
+            f"tensor {name!r} is packed like BitNet's, and only config.json says whether its scale multiplies or divides: give the "
+            "checkpoint's directory"
         )
     linear = claims.text("linear_class") or "bitlinear"
     if linear not in ("bitlinear", "autobitlinear") or claims.text("quantization_mode") == "online":
         wrong = claims.get("linear_class" if linear not in ("bitlinear", "autobitlinear") else "quantization_mode")
-        raise SourceError(f"tensor {name!r} is packed as BitNet does it, but {wrong}, which has no packed weights")
+        raise SourceError(f"tensor {name!r} is packed like BitNet's, but {wrong}, which has no packed weights")
     return linear == "bitlinear"
