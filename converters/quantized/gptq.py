@@ -111,8 +111,8 @@ def gptq_tensors(layers: Sequence[Layer], claims: Claims) -> Found:
     corrupt = [layer.qzeros.name for layer in checked if layer.corrupt]
     if corrupt and version == "v1":
         warnings.append(
-            f"tensor {corrupt[0]!r}{and_more(corrupt)} has words whose upper half is all ones, as AutoGPTQ up to 0.7 writes them "
-            "if a zero point is 0: the bits below are lost, and their weights may be wrong; quantize the model again with another tool"
+            f"tensor {corrupt[0]!r}{and_more(corrupt)} has words whose upper half is all ones, as AutoGPTQ up to 0.7 writes "
+            "them if a zero point is 0: the bits below are lost, and weights may be wrong; quantize again with another tool"
         )
     replaced = {name for layer in layers for name in layer.names(ROLES)}
     return Found([layer.tensor(version) for layer in checked], replaced, warnings)
