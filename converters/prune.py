@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import CHUNK_ELEMENTS
+from qformat.codecs.layout import CHUNK_ELEMENTS
 from qformat.dtypes import DType, Elements
 from qformat.errors import TypeSpecError
 from qformat.pipeline.patterns import check_patterns, last_match, split_items

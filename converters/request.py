@@ -14,7 +14,7 @@ from qformat.errors import TypeSpecError
 from qformat.files import source_path
 from qformat.pipeline.encode import Plan, make_plans
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedSource, SourceTensor, StoredSource
+from qformat.pipeline.source import Checkpoint, QuantizedSource, SourceTensor, StoredCopy, StoredSource
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Request:
 def _made_anew(checkpoint: Checkpoint, recipe: Recipe) -> list[StoredSource]:
     """Return the tensors of a container that are given another type."""
     stored = [tensor for tensor in checkpoint.tensors if isinstance(tensor, StoredSource)]
-    return [tensor for tensor in stored if recipe.codec_for(tensor) is not tensor.codec]
+    return [tensor for tensor in stored if not isinstance(recipe.encoder_for(tensor), StoredCopy)]
 
 
 def _check_none_grows(checkpoint: Checkpoint, recipe: Recipe) -> None:

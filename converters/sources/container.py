@@ -10,66 +10,56 @@ from pathlib import Path
 
 import numpy as np
 
-from qformat.codecs.base import Buffer, Chunk
+from qformat.codecs.layout import Buffer, Chunk
 from qformat.codecs.raw import Raw
 from qformat.container.layout import MAGIC
 from qformat.container.reader import ContainerReader
 from qformat.converters.wording import and_more
 from qformat.dtypes import Elements
-from qformat.errors import FormatError, QualityError, SourceError, TargetError
+from qformat.errors import FormatError, QFormatError, QualityError, SourceError, TargetError
 from qformat.files import on_this_machine, reading
 from qformat.pipeline.source import Checkpoint, SourceTensor, StoredSource
 from qformat.quality import Quality
-from qformat.readers.decoder import SegmentChecker, TensorDecoder
+from qformat.readers.decoder import Decoders, TensorDecoder
 
 
 class ContainerTensor(StoredSource):
     """A tensor of a container, decoded chunk by chunk; its record ends at the last layer that is read."""
 
-    def __init__(self, decoder: TensorDecoder, checker: SegmentChecker) -> None:
+    def __init__(self, decoder: TensorDecoder) -> None:
         self.name, self.shape = decoder.record.name, decoder.record.shape
         self.dtype = decoder.decoded
         self.codec, self.record = decoder.codec, decoder.record
-        self.decoder, self.checker = decoder, checker
+        self.decoder = decoder
 
-    def segments(self) -> list[memoryview]:
-        """Return the bytes of its segments, after checking their digests."""
-        with _as_source_error():
-            self.checker.check(self.decoder)
-        return [data for _, data in self.decoder.segments()]
+    def stored(self, chunk: Chunk) -> tuple[Buffer, ...]:
+        """Return the bytes of a chunk as the file holds them."""
+        with _as_source_errors():
+            return tuple(self.decoder.parts(chunk))
 
     def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
-        """Return the bytes of a chunk of a tensor without layers; of entropy-coded blocks, the plain ones."""
-        self.segments()
-        return tuple(self.decoder.blocks(chunk))
+        """Return the bytes of a chunk, with plain blocks if the file has entropy-coded ones."""
+        with _as_source_errors():
+            return tuple(self.decoder.blocks(chunk))
 
     @cached_property
     def _chunks(self) -> tuple[list[Chunk], list[int]]:
         """The chunks, and the first element of each."""
         chunks = self.decoder.chunks()
-        return chunks, [chunk.elements(self.decoder.matrix).start for chunk in chunks]
+        return chunks, [chunk.elements(self.matrix).start for chunk in chunks]
 
     def read(self, elements: slice) -> Elements:
         """Decode the chunks that hold some elements."""
         chunks, starts = self._chunks
         parts = [np.empty(0, self.dtype.storage)]
-        with _as_source_error():
-            self.checker.check(self.decoder)
-            for chunk in chunks[max(0, bisect_right(starts, elements.start) - 1) : bisect_left(starts, elements.stop)]:
-                own = chunk.elements(self.decoder.matrix)
-                start, stop = max(own.start, elements.start), min(own.stop, elements.stop)
-                if start < stop:
+        for chunk in chunks[max(0, bisect_right(starts, elements.start) - 1) : bisect_left(starts, elements.stop)]:
+            own = chunk.elements(self.matrix)
+            start, stop = max(own.start, elements.start), min(own.stop, elements.stop)
+            if start < stop:
+                with _as_source_errors():
                     flat = self.decoder.decode(chunk).data.reshape(-1)
-                    parts.append(flat[start - own.start : stop - own.start])
+                parts.append(flat[start - own.start : stop - own.start])
         return Elements(self.dtype, parts[1] if len(parts) == 2 else np.concatenate(parts))
-
-
-@contextmanager
-def _as_source_error() -> Iterator[None]:
-    try:
-        yield
-    except FormatError as error:
-        raise SourceError(str(error)) from None
 
 
 def is_container(start: bytes, path: Path) -> bool:
@@ -88,17 +78,15 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
     QualityError
         If a quality is given and there are no layered tensors, or their layers do not reach it.
     """
-    with _as_source_error(), reading(path), on_this_machine(path) as here:
+    with _as_source_errors(), reading(path), on_this_machine(path) as here:
         container = ContainerReader(here)
-    checker = SegmentChecker(enabled=True)
     try:
-        with _as_source_error():
-            decoders = [TensorDecoder(container, record, quality) for record in container.tensors]
-            check_layers(container, quality)
-    except (SourceError, QualityError):
+        with _as_source_errors():
+            tensors = [ContainerTensor(decoder) for decoder in Decoders(container, quality)]
+        check_layers(container, quality)
+    except QFormatError:
         container.close()
         raise
-    tensors = [ContainerTensor(decoder, checker) for decoder in decoders]
     return Checkpoint(
         tensors,
         {asset.name: partial(_asset, container, asset.name) for asset in container.index.assets},
@@ -132,5 +120,14 @@ def check_layers(container: ContainerReader, quality: Quality) -> None:
 
 
 def _asset(container: ContainerReader, name: str) -> bytes:
-    with _as_source_error():
+    with _as_source_errors():
         return container.asset(name)
+
+
+@contextmanager
+def _as_source_errors() -> Iterator[None]:
+    """Raise `SourceError` in place of `FormatError`, which names the file already."""
+    try:
+        yield
+    except FormatError as error:
+        raise SourceError(str(error)) from None

@@ -61,13 +61,13 @@ class Joined(SourceTensor):
 class Copies(SourceTensor):
     """A tensor that is the same in several files, which every read verifies."""
 
-    def __init__(self, copies: Sequence[SourceTensor], directory: Path) -> None:
-        self.name, self.dtype, self.shape = copies[0].name, copies[0].dtype, copies[0].shape
-        self.copies, self.directory = copies, directory
+    def __init__(self, replicas: Sequence[SourceTensor], directory: Path) -> None:
+        self.name, self.dtype, self.shape = replicas[0].name, replicas[0].dtype, replicas[0].shape
+        self.replicas, self.directory = replicas, directory
 
     def read(self, elements: slice) -> Elements:
         """Return some elements."""
-        first, *others = (copy.read(elements) for copy in self.copies)
+        first, *others = (copy.read(elements) for copy in self.replicas)
         if any(not np.array_equal(first.data.view(np.uint8), other.data.view(np.uint8)) for other in others):
             raise SourceError(
                 f"{self.directory}: the copies of tensor {self.name!r} in the shards differ; download them again"
