@@ -135,10 +135,7 @@ class Pruning:
 
         Of n weights, those up to the magnitude of the ``floor(sparsity * n)``-th smallest are set to zero.
 
-        Raises
-        ------
-        TypeSpecError
-            If a pattern matches no tensor that can be pruned.
+        Raises `TypeSpecError` if a pattern matches no tensor that can be pruned.
         """
         pairs = [(pattern, float(sparsity)) for pattern, sparsity in self.overrides]
         check_patterns(pairs, checkpoint.tensors, _prunable, _not_prunable)
@@ -158,10 +155,7 @@ class Pruning:
 def find_cut(tensor: SourceTensor, rank: int) -> Cut:
     """Find the threshold for a number of weights, reading the tensor once for every 16 bits of its dtype.
 
-    Raises
-    ------
-    SourceError
-        If it cannot be read.
+    Raises `SourceError` if it cannot be read.
     """
     found = below = 0
     for shift in range(max(8 * tensor.dtype.size - _DIGIT, 0), -1, -_DIGIT):

@@ -21,10 +21,7 @@ _CHANGES = ("size", "mtime", "LastModified", "Last-Modified", "ETag", "Content-M
 def source_path(text: str) -> Path:
     """Return the path of a checkpoint; for a URL, an object with the interface of a path (see `is_remote`).
 
-    Raises
-    ------
-    SourceError
-        If a package for such URLs is missing.
+    Raises `SourceError` if a package for such URLs is missing.
     """
     if "://" not in text:
         return Path(text)
@@ -105,10 +102,7 @@ def identity(path: Path) -> tuple[str | int, ...]:
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; a pipe would block, and a device might never end.
 
-    Raises
-    ------
-    OSError
-        If it cannot be opened, or is not a regular file.
+    Raises `OSError` if it cannot be opened, or is not a regular file.
     """
     if is_remote(path):
         try:

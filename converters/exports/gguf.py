@@ -160,10 +160,7 @@ def _outputs(job: Job, header: Header, label: str) -> list[Output]:
 def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
     """Return the type that a tensor gets in a GGUF file: its own, if GGUF has it, but `dtype` for matrices of plain numbers.
 
-    Raises
-    ------
-    SourceError
-        If its rows are no whole blocks of the type that was asked for.
+    Raises `SourceError` if its rows are no whole blocks of the type that was asked for.
     """
     decoder = tensor.decoder
     own = plain(decoder.codec)

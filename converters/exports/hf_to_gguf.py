@@ -94,10 +94,7 @@ class Model:
     def places(self, names: Iterable[str]) -> dict[str, Place]:
         """Return where each tensor goes, in the order of the file; those that are computed anyway are left out.
 
-        Raises
-        ------
-        SourceError
-            If one is none that such a model has.
+        Raises `SourceError` if one is none that such a model has.
         """
         left = {name for name in names if not _COMPUTED.fullmatch(name)}
         layers = self._number("num_hidden_layers")
@@ -127,10 +124,7 @@ class Model:
     def values(self, vocabulary: int) -> dict[str, bytes]:
         """Return the value of each key, the tokenizer's among them; there are as many tokens as rows of the embedding.
 
-        Raises
-        ------
-        SourceError
-            If something is missing or not supported.
+        Raises `SourceError` if something is missing or not supported.
         """
         arch = self.architecture.name
         heads, width = self._number("num_attention_heads"), self._number("hidden_size")

@@ -42,13 +42,7 @@ def is_awq(layer: Layer) -> bool:
 
 
 def awq_tensor(layer: Layer, claims: Claims) -> CodedTensor:
-    """Return the weights of a layer.
-
-    Raises
-    ------
-    SourceError
-        If its parts do not match, or contradict the configuration.
-    """
+    """Return the weights of a layer; raise `SourceError` if its parts do not match, or contradict the configuration."""
     claims.expect_layout(layer.named("qweight"), "AWQ", METHODS, FORMATS)
     qweight = layer.part("qweight", "qweight", [I32])
     qzeros = layer.part("qzeros", "qweight", [I32])

@@ -33,10 +33,7 @@ def is_bitnet(layer: Layer) -> bool:
 def bitnet_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     """Return the weights of a layer.
 
-    Raises
-    ------
-    SourceError
-        If it is not BitNet's, or the configuration does not say whether its scale multiplies.
+    Raises `SourceError` if it is not BitNet's, or the configuration does not say whether its scale multiplies.
     """
     if claims.method and claims.method.value != METHOD:
         raise SourceError(

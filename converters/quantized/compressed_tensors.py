@@ -69,10 +69,7 @@ def is_bytes(layer: Layer) -> bool:
 def packed_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     """Return the weights of a layer whose codes are in 32-bit words.
 
-    Raises
-    ------
-    SourceError
-        If its parts do not match, or contradict the configuration.
+    Raises `SourceError` if its parts do not match, or contradict the configuration.
     """
     _check_claims(layer.named("weight_packed"), claims)
     stored = layer.part("weight_packed", "weight_packed", [I32])
@@ -105,10 +102,7 @@ def packed_tensor(layer: Layer, claims: Claims) -> CodedTensor:
 def byte_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     """Return the weights of a layer whose codes are signed bytes.
 
-    Raises
-    ------
-    SourceError
-        If its parts do not match, or contradict the configuration.
+    Raises `SourceError` if its parts do not match, or contradict the configuration.
     """
     stored = layer.part("weight", "weight", [I8])
     rows, cols = stored.shape

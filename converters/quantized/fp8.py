@@ -37,10 +37,7 @@ def is_fp8(layer: Layer) -> bool:
 def fp8_tensors(layers: Sequence[Layer], claims: Claims) -> Found:
     """Return the tensors of eight-bit floats that have scales, of all layers.
 
-    Raises
-    ------
-    SourceError
-        If scales do not match, or contradict the configuration.
+    Raises `SourceError` if scales do not match, or contradict the configuration.
     """
     tensors, replaced, left = [], set(), []
     for layer in layers:

@@ -101,10 +101,7 @@ def is_gptq(layer: Layer) -> bool:
 def gptq_tensors(layers: Sequence[Layer], claims: Claims) -> Found:
     """Return the weights of all layers, whose zero points are stored in the same way.
 
-    Raises
-    ------
-    SourceError
-        If the parts of a layer do not match, or contradict the configuration.
+    Raises `SourceError` if the parts of a layer do not match, or contradict the configuration.
     """
     checked = [_checked(layer, claims) for layer in layers]
     version, warnings = (claims.gptq_format, []) if claims.gptq_format else _version(checked, claims)

@@ -64,10 +64,7 @@ def is_ctranslate2(start: bytes, path: Path) -> bool:
 def open_ctranslate2(path: Path) -> Checkpoint:
     """Return the checkpoint in a file. A variable with several names is stored once; the metadata lists its ``aliases``.
 
-    Raises
-    ------
-    SourceError
-        If it cannot be read, is damaged, or of an unknown version.
+    Raises `SourceError` if it cannot be read, is damaged, or of an unknown version.
     """
     try:
         with reading(path), open_regular(path) as file:

@@ -59,13 +59,7 @@ class SharedFile:
         self._fd: int | None = None
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Return the bytes at a position.
-
-        Raises
-        ------
-        SourceError
-            If they cannot be read, or the file is shorter now.
-        """
+        """Return the bytes at a position; raise `SourceError` if they cannot be read, or the file is shorter now."""
         data = np.empty(length, np.uint8).data  # unlike a bytearray, not zeroed first
         with reading(self.path):
             self._read_into(data, offset)

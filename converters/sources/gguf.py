@@ -66,10 +66,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
     Its key-value pairs, the tokenizer among them, become an asset (`REST`) that only an export to GGUF can use.
 
-    Raises
-    ------
-    SourceError
-        If it cannot be read, is cut short or damaged, or holds tensors of an unknown type.
+    Raises `SourceError` if it cannot be read, is cut short or damaged, or holds tensors of an unknown type.
     """
     with reading(path), open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)

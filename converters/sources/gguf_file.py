@@ -207,10 +207,7 @@ def parse(file: BinaryIO, size: int, label: str) -> Header:
 def check_layout(header: Header, size: int, label: str) -> None:
     """Check that the tensors of a file of this size lie in it, in their places and none over another.
 
-    Raises
-    ------
-    SourceError
-        If they do not.
+    Raises `SourceError` if they do not.
     """
     end = 0
     before = ""

@@ -37,10 +37,7 @@ def is_hf(directory: Path) -> bool:
 def open_hf(directory: Path, open_file: Opener) -> Checkpoint:
     """Return the checkpoint in a directory. Nothing is written there, and no file outside it is read.
 
-    Raises
-    ------
-    SourceError
-        If a file is missing or damaged, or an index does not match the files.
+    Raises `SourceError` if a file is missing or damaged, or an index does not match the files.
     """
     files = _find(directory)
     if files[0].name in _NAMES:
@@ -65,10 +62,7 @@ def _find(directory: Path) -> list[Path]:
 def only_weights(directory: Path) -> Path:
     """Return the only file with weights in a directory, whatever its name; adapters count if there is nothing else.
 
-    Raises
-    ------
-    SourceError
-        If there are none or several.
+    Raises `SourceError` if there are none or several.
     """
     files = [path for path in _weights_in(directory) if path.name not in _ADAPTERS]
     files = files or [directory / name for name in _ADAPTERS if (directory / name).exists()][:1]

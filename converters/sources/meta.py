@@ -84,10 +84,7 @@ def is_meta(directory: Path) -> bool:
 def open_meta(directory: Path, open_file: Opener) -> Checkpoint:
     """Return the checkpoint in a directory of Meta's layout.
 
-    Raises
-    ------
-    SourceError
-        If a shard is missing or damaged, shards do not belong together, or it is not known how to join a tensor.
+    Raises `SourceError` if a shard is missing or damaged, shards do not belong together, or it is not known how to join a tensor.
     """
     files = _complete(directory)
     shards = [open_file(path) for path in files]

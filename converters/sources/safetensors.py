@@ -37,10 +37,7 @@ def is_safetensors(start: bytes, path: Path) -> bool:
 def open_safetensors(path: Path) -> Checkpoint:
     """Return the tensors of a .safetensors file.
 
-    Raises
-    ------
-    SourceError
-        If it is missing, cut short, damaged, or holds a dtype that cannot be stored.
+    Raises `SourceError` if it is missing, cut short, damaged, or holds a dtype that cannot be stored.
     """
     _check(path)
     with path.open("rb") as file:

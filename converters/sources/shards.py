@@ -22,10 +22,7 @@ def open_indexed(index: Path, opener: Opener) -> Checkpoint:
     No file outside the directory of the index is read, whatever the index says; symbolic links, of which the hub's cache consists,
     are followed.
 
-    Raises
-    ------
-    SourceError
-        If the index is damaged or does not match the files, or one of them is missing or damaged.
+    Raises `SourceError` if the index is damaged or does not match the files, or one of them is missing or damaged.
     """
     directory = index.parent
     weight_map = _read_index(index)
@@ -64,10 +61,7 @@ def open_indexed(index: Path, opener: Opener) -> Checkpoint:
 def numbered(files: Sequence[Path]) -> list[Path]:
     """Return the files that are numbered as shards, NAME-00001-of-00003.safetensors, in order.
 
-    Raises
-    ------
-    SourceError
-        If they belong to several checkpoints, or one is missing.
+    Raises `SourceError` if they belong to several checkpoints, or one is missing.
     """
     found = [(match, path) for path in files if (match := _NUMBERED.fullmatch(path.name))]
     kinds = {(match[1], match[3], match[4]) for match, _ in found}
@@ -89,10 +83,7 @@ def numbered(files: Sequence[Path]) -> list[Path]:
 def open_unlisted(files: Sequence[Path], opener: Opener) -> Checkpoint:
     """Return the tensors in several files without an index.
 
-    Raises
-    ------
-    SourceError
-        If one is damaged, or a tensor is in two of them.
+    Raises `SourceError` if one is damaged, or a tensor is in two of them.
     """
     tensors: dict[str, SourceTensor] = {}
     warnings = []

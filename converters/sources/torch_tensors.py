@@ -63,10 +63,8 @@ def _in_order(array: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
 def load(path: Path, *, zipped: bool) -> object:
     """Return the saved object; the tensors of an archive are mapped.
 
-    Raises
-    ------
-    SourceError
-        If it is damaged, or holds more than the restricted unpickler accepts; the message does not name the file.
+    Raises `SourceError` if it is damaged, or holds more than the restricted unpickler accepts; the message does not name the
+    file.
     """
     if path.suffix == ".safetensors":  # which torch.load would trust
         raise SourceError("is a torch checkpoint, though its name ends in .safetensors; rename it to .pt")
