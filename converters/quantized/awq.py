@@ -8,19 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.converters.quantized import coded
 from qformat.converters.quantized.claims import Claims
-from qformat.converters.quantized.coded import (
-    I32,
-    SCALES,
-    U8,
-    CodedTensor,
-    Encode,
-    affine_codec,
-    affine_encode,
-    disagree,
-    grouping,
-    whole,
-)
+from qformat.converters.quantized.coded import U8, CodedTensor, Encode
 from qformat.converters.quantized.gptq import claimed_group
 from qformat.converters.quantized.layer import Layer
 
@@ -44,21 +34,21 @@ def is_awq(layer: Layer) -> bool:
 def awq_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     """Return the weights of a layer; raise `SourceError` if its parts do not match, or contradict the configuration."""
     claims.expect_layout(layer.named("qweight"), "AWQ", METHODS, FORMATS)
-    qweight = layer.part("qweight", "qweight", [I32])
-    qzeros = layer.part("qzeros", "qweight", [I32])
-    scales = layer.part("scales", "qweight", SCALES)
+    qweight = layer.part("qweight", "qweight", [coded.I32])
+    qzeros = layer.part("qzeros", "qweight", [coded.I32])
+    scales = layer.part("scales", "qweight", coded.SCALES)
     (cols, words), (groups, rows) = qweight.shape, scales.shape
     if rows != 8 * words:
-        raise disagree(qweight, scales)
+        raise coded.disagree(qweight, scales)
     if qzeros.shape != (groups, words):
-        raise disagree(qzeros, scales)
+        raise coded.disagree(qzeros, scales)
     claims.expect(qweight.name, "bits", 4, "bits", "w_bit")
-    columns = grouping(scales.name, cols, groups, claimed_group(scales, cols, claims), None)
-    sym = bool((whole(qzeros) == np.uint32(0x88888888)).all())
-    codec = affine_codec(qweight.name, 4, columns, sym=sym, scale=scales.dtype)
+    columns = coded.grouping(scales.name, cols, groups, claimed_group(scales, cols, claims), None)
+    sym = bool((coded.whole(qzeros) == np.uint32(0x88888888)).all())
+    codec = coded.affine_codec(qweight.name, 4, columns, sym=sym, scale=scales.dtype)
 
     def load() -> Encode:
-        stored = whole(qweight)
+        stored = coded.whole(qweight)
 
         def packed(start: int, stop: int) -> U8:
             first = start // 8
@@ -67,8 +57,8 @@ def awq_tensor(layer: Layer, claims: Claims) -> CodedTensor:
             both: U8 = (pairs | (pairs >> 4)).astype(np.uint8)
             return both
 
-        zeros = None if sym else _unpack(whole(qzeros))
-        return affine_encode(codec, (rows, cols), whole(scales).T, zeros, columns.places, packed)
+        zeros = None if sym else _unpack(coded.whole(qzeros))
+        return coded.affine_encode(codec, (rows, cols), coded.whole(scales).T, zeros, columns.places, packed)
 
     return CodedTensor(layer.named("weight"), (rows, cols), codec, load)
 

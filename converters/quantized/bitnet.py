@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from qformat.converters.quantized import coded
 from qformat.converters.quantized.claims import Claims
-from qformat.converters.quantized.coded import (
-    SCALES,
-    U8,
-    CodedTensor,
-    Encode,
-    Grouping,
-    affine_codec,
-    affine_encode,
-    pack,
-    whole,
-)
+from qformat.converters.quantized.coded import U8, CodedTensor, Encode, Grouping
 from qformat.converters.quantized.layer import Layer
 from qformat.dtypes import DTYPES, F32, Elements
 from qformat.errors import SourceError
@@ -41,13 +32,13 @@ def bitnet_tensor(layer: Layer, claims: Claims) -> CodedTensor:
         )
     stored = layer.part("weight", "weight", [_U8])
     given = layer.parts["weight_scale"].shape
-    scale = layer.part("weight_scale", "weight", SCALES, dims=len(given))
+    scale = layer.part("weight_scale", "weight", coded.SCALES, dims=len(given))
     if given not in ((), (1,)):
         raise SourceError(f"tensor {scale.name!r} has shape {list(given)}, but a layer of BitNet has one scale")
     divides = _scale_divides(stored.name, claims)
     quarter, cols = stored.shape
     rows = 4 * quarter
-    codec = affine_codec(stored.name, 2, Grouping("row"), sym=False, scale=F32)
+    codec = coded.affine_codec(stored.name, 2, Grouping("row"), sym=False, scale=F32)
 
     def packed(start: int, stop: int) -> U8:
         codes = np.empty((stop - start, cols), np.uint8)
@@ -56,13 +47,13 @@ def bitnet_tensor(layer: Layer, claims: Claims) -> CodedTensor:
             data = stored.read(slice(first * cols, last * cols)).data.reshape(-1, cols)
             at = block * quarter + first - start
             codes[at : at + last - first] = (data >> np.uint8(2 * block)) & np.uint8(3)
-        return pack(codes, 2)
+        return coded.pack(codes, 2)
 
     def load() -> Encode:
-        value = Elements(scale.dtype, whole(scale).reshape(1)).to_f32()
+        value = Elements(scale.dtype, coded.whole(scale).reshape(1)).to_f32()
         with np.errstate(all="ignore"):  # infinity is refused later, with the name of the tensor
             factor = np.float32(1) / value if divides else value
-        return affine_encode(codec, (rows, cols), np.full(rows, factor[0]), np.ones(rows, np.uint8), None, packed)
+        return coded.affine_encode(codec, (rows, cols), np.full(rows, factor[0]), np.ones(rows, np.uint8), None, packed)
 
     return CodedTensor(layer.named("weight"), (rows, cols), codec, load)
 

@@ -13,25 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs.packed import cuts
+from qformat.converters.quantized import coded
 from qformat.converters.quantized.claims import Claims, contradiction
-from qformat.converters.quantized.coded import (
-    I32,
-    SCALES,
-    U8,
-    WIDTHS,
-    CodedTensor,
-    Encode,
-    Grouping,
-    Width,
-    affine_codec,
-    affine_encode,
-    disagree,
-    grouping,
-    pack,
-    unpack,
-    unpack_loose,
-    whole,
-)
+from qformat.converters.quantized.coded import U8, CodedTensor, Encode, Grouping, Width
 from qformat.converters.quantized.layer import Layer
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
@@ -72,29 +56,29 @@ def packed_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     Raises `SourceError` if its parts do not match, or contradict the configuration.
     """
     _check_claims(layer.named("weight_packed"), claims)
-    stored = layer.part("weight_packed", "weight_packed", [I32])
-    rows, cols = _shape(stored, layer.part("weight_shape", "weight_packed", [I32, I64], dims=1))
+    stored = layer.part("weight_packed", "weight_packed", [coded.I32])
+    rows, cols = _shape(stored, layer.part("weight_shape", "weight_packed", [coded.I32, I64], dims=1))
     bits, loose = _layout(stored, cols, claims)
     places = None
     if layer.has("weight_g_idx"):
-        g_idx = layer.part("weight_g_idx", "weight_packed", [I32, I64], dims=1)
+        g_idx = layer.part("weight_g_idx", "weight_packed", [coded.I32, I64], dims=1)
         if g_idx.shape != (cols,):
-            raise disagree(g_idx, stored)
-        listed = whole(g_idx).view(np.int32 if g_idx.dtype is I32 else np.int64)
+            raise coded.disagree(g_idx, stored)
+        listed = coded.whole(g_idx).view(np.int32 if g_idx.dtype is coded.I32 else np.int64)
         places = None if (listed == -1).all() else listed  # the initial value, which stays if the columns are in order
 
     def packed(start: int, stop: int) -> U8:
         read = _rows(stored, start, stop).view(np.uint32)
-        return pack(unpack_loose(read, bits)[:, :cols], bits) if loose else read.view(np.uint8)
+        return coded.pack(coded.unpack_loose(read, bits)[:, :cols], bits) if loose else read.view(np.uint8)
 
     def zeros(tensor: SourceTensor, groups: int) -> U8:
         if tensor.dtype is I8:  # in old versions, and in new ones if there is one for the whole tensor
             return _byte_zeros(tensor, stored, groups, bits)
         height = cuts(rows, 32 // bits) if loose else cuts(rows * bits, 32)
-        if tensor.dtype is not I32 or tensor.shape != (height, groups):
-            raise disagree(tensor, stored)
-        columns = np.ascontiguousarray(whole(tensor).T)
-        return (unpack_loose if loose else unpack)(columns, bits)[:, :rows].T
+        if tensor.dtype is not coded.I32 or tensor.shape != (height, groups):
+            raise coded.disagree(tensor, stored)
+        columns = np.ascontiguousarray(coded.whole(tensor).T)
+        return (coded.unpack_loose if loose else coded.unpack)(columns, bits)[:, :rows].T
 
     return _tensor(layer, claims, (rows, cols), bits, places, packed, zeros)
 
@@ -128,18 +112,18 @@ def _tensor(
     rows, cols = shape
     scale, groups = _scale(layer, rows)
     named_by = scale.name if places is None else layer.named("weight_g_idx")
-    columns = grouping(named_by, cols, groups, _claimed_group(cols, groups, claims), places)
+    columns = coded.grouping(named_by, cols, groups, _claimed_group(cols, groups, claims), places)
     _check_group(scale, columns, cols, claims)
     offsets = layer.parts.get("weight_zero_point")
     if offsets is not None and 0 in offsets.shape:
         raise SourceError(f"tensor {offsets.name!r} has shape {list(offsets.shape)}: it has no elements")
     sym = offsets is None or bool((zeros(offsets, groups) == 1 << (bits - 1)).all())
-    codec = affine_codec(scale.name, bits, columns, sym=sym, scale=scale.dtype)
+    codec = coded.affine_codec(scale.name, bits, columns, sym=sym, scale=scale.dtype)
 
     def load() -> Encode:
         own = None if sym or offsets is None else zeros(offsets, groups)
-        scales = np.broadcast_to(whole(scale).reshape(-1, groups), (rows, groups))
-        return affine_encode(codec, shape, scales, own, columns.places, packed)
+        scales = np.broadcast_to(coded.whole(scale).reshape(-1, groups), (rows, groups))
+        return coded.affine_encode(codec, shape, scales, own, columns.places, packed)
 
     return CodedTensor(layer.named("weight"), shape, codec, load)
 
@@ -157,8 +141,8 @@ def _byte_zeros(tensor: SourceTensor, stored: SourceTensor, groups: int, bits: i
     rows = stored.shape[0]
     possible = [(), (1,), (1, 1), (rows, groups), *([(rows,)] if groups == 1 else [])]
     if tensor.dtype is not I8 or tensor.shape not in possible:
-        raise disagree(tensor, stored)
-    own = whole(tensor).view(np.uint8) + np.uint8(1 << (bits - 1))
+        raise coded.disagree(tensor, stored)
+    own = coded.whole(tensor).view(np.uint8) + np.uint8(1 << (bits - 1))
     return np.broadcast_to(own.reshape(-1, 1 if own.size == 1 else groups), (rows, groups))
 
 
@@ -169,7 +153,7 @@ def _rows(tensor: SourceTensor, start: int, stop: int) -> NDArray[Any]:
 
 def _shape(stored: SourceTensor, shape: SourceTensor) -> tuple[int, int]:
     """Return rows and columns from ``weight_shape``."""
-    values = whole(shape).tolist()
+    values = coded.whole(shape).tolist()
     if len(values) != 2 or values[0] != stored.shape[0] or values[1] <= 0:
         raise SourceError(
             f"tensor {shape.name!r} says shape {values[:4]}, which does not fit {stored.name!r} of shape {list(stored.shape)}"
@@ -186,7 +170,7 @@ def _layout(stored: SourceTensor, cols: int, claims: Claims) -> tuple[Width, boo
     possible = dense | loose
     if not possible:
         raise SourceError(f"tensor {stored.name!r}: no number of bits puts {cols} columns into {words} words")
-    known = [bits for bits in WIDTHS if bits in possible]
+    known = [bits for bits in coded.WIDTHS if bits in possible]
     if claimed:
         if not claimed & possible:
             raise SourceError(
@@ -219,7 +203,7 @@ def _either(numbers: set[int]) -> str:
 def _scale(layer: Layer, rows: int) -> tuple[SourceTensor, int]:
     """Return the scales, and the number of groups of columns."""
     dims = min(len(layer.parts["weight_scale"].shape), 2) if layer.has("weight_scale") else 2
-    scale = layer.part("weight_scale", "weight", SCALES, dims=dims)
+    scale = layer.part("weight_scale", "weight", coded.SCALES, dims=dims)
     if np.prod(scale.shape, dtype=int) == 1 or scale.shape == (rows,):
         return scale, 1
     if len(scale.shape) != 2 or scale.shape[0] != rows:

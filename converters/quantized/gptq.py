@@ -12,23 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.converters.quantized import coded
 from qformat.converters.quantized.claims import Claim, Claims
-from qformat.converters.quantized.coded import (
-    I32,
-    SCALES,
-    U8,
-    WIDTHS,
-    CodedTensor,
-    Encode,
-    Grouping,
-    Width,
-    affine_codec,
-    affine_encode,
-    disagree,
-    grouping,
-    unpack,
-    whole,
-)
+from qformat.converters.quantized.coded import U8, CodedTensor, Encode, Grouping, Width
 from qformat.converters.quantized.layer import Found, Layer
 from qformat.converters.wording import and_more
 from qformat.dtypes import DTYPES
@@ -75,17 +61,17 @@ class _Layer:
         shape = self.qweight.shape[1], 32 * self.qweight.shape[0] // self.bits
         middle = (1 << (self.bits - 1)) - (version == "v1")
         sym = self.least == self.most == middle
-        codec = affine_codec(self.qweight.name, self.bits, self.grouping, sym=sym, scale=self.scales.dtype)
+        codec = coded.affine_codec(self.qweight.name, self.bits, self.grouping, sym=sym, scale=self.scales.dtype)
 
         def load() -> Encode:
-            words = whole(self.qweight)  # the rows of a chunk are spread all over it
+            words = coded.whole(self.qweight)  # the rows of a chunk are spread all over it
 
             def packed(start: int, stop: int) -> U8:
                 near = np.ascontiguousarray(words[:, start:stop])  # so that the transposition stays in cache
                 return np.ascontiguousarray(near.T).view(np.uint8)
 
             zeros = None if sym else _read_zeros(self.qzeros, self.bits, version).T
-            return affine_encode(codec, shape, whole(self.scales).T, zeros, self.grouping.places, packed)
+            return coded.affine_encode(codec, shape, coded.whole(self.scales).T, zeros, self.grouping.places, packed)
 
         return CodedTensor(self.name, shape, codec, load)
 
@@ -117,35 +103,35 @@ def gptq_tensors(layers: Sequence[Layer], claims: Claims) -> Found:
 
 def _checked(layer: Layer, claims: Claims) -> _Layer:
     claims.expect_layout(layer.named("qweight"), "GPTQ", METHODS, tuple(VERSIONS))
-    qweight = layer.part("qweight", "qweight", [I32])
-    qzeros = layer.part("qzeros", "qweight", [I32])
-    scales = layer.part("scales", "qweight", SCALES)
+    qweight = layer.part("qweight", "qweight", [coded.I32])
+    qzeros = layer.part("qzeros", "qweight", [coded.I32])
+    scales = layer.part("scales", "qweight", coded.SCALES)
     (words, rows), (groups, zero_words) = qweight.shape, qzeros.shape
     bits, remainder = divmod(32 * zero_words, rows)
     if scales.shape != (groups, rows) or remainder:
-        raise disagree(qzeros, scales)
-    width = next((width for width in WIDTHS if width == bits), None)
+        raise coded.disagree(qzeros, scales)
+    width = next((width for width in coded.WIDTHS if width == bits), None)
     if width is None:
         raise SourceError(
             f"tensor {qzeros.name!r}: its shape means {bits}-bit codes, but only 2, 3, 4 and 8 bits can be stored"
         )
     cols, remainder = divmod(32 * words, bits)
     if remainder:
-        raise disagree(qweight, qzeros)
+        raise coded.disagree(qweight, qzeros)
     claims.expect(qzeros.name, "bits", bits, "bits")
     places, named_by = None, scales.name
     if layer.has("g_idx"):
-        g_idx = layer.part("g_idx", "qweight", [I32, DTYPES["i64"]], dims=1)
+        g_idx = layer.part("g_idx", "qweight", [coded.I32, DTYPES["i64"]], dims=1)
         if g_idx.shape != (cols,):
-            raise disagree(g_idx, qweight)
-        places, named_by = whole(g_idx).view(np.int32 if g_idx.dtype is I32 else np.int64), g_idx.name
+            raise coded.disagree(g_idx, qweight)
+        places, named_by = coded.whole(g_idx).view(np.int32 if g_idx.dtype is coded.I32 else np.int64), g_idx.name
     elif groups > 1 and any(claim.value is True for claim in claims.all("desc_act")):
         raise SourceError(
             f"tensor {layer.named('g_idx')!r} is missing, though desc_act in the configuration means that columns are in any order"
         )
-    columns = grouping(named_by, cols, groups, claimed_group(scales, cols, claims), places)
-    stored = whole(qzeros)
-    fields = unpack(stored, width)
+    columns = coded.grouping(named_by, cols, groups, claimed_group(scales, cols, claims), places)
+    stored = coded.whole(qzeros)
+    fields = coded.unpack(stored, width)
     corrupt = width != 3 and bool((stored >= _CORRUPT).any())
     name, least, most = layer.named("weight"), int(fields.min()), int(fields.max())
     return _Layer(name, qweight, qzeros, scales, width, columns, least, most, corrupt)
@@ -201,11 +187,11 @@ def _version_of(claim: Claim) -> str:
 
 def _read_zeros(qzeros: SourceTensor, bits: int, version: str) -> NDArray[Any]:
     """Return the zero point of each group and row."""
-    words = whole(qzeros)
+    words = coded.whole(qzeros)
     if version == "v2":
-        return unpack(words, bits)
+        return coded.unpack(words, bits)
     if bits == 3:  # each field is stored less one
-        return (unpack(words, 3) + np.uint8(1)) & np.uint8(7)
+        return (coded.unpack(words, 3) + np.uint8(1)) & np.uint8(7)
     # the same, but the tools subtract from whole words: a zero point of 0 has borrowed from its neighbors
     ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-    return unpack(words + ones, bits)
+    return coded.unpack(words + ones, bits)
