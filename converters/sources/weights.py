@@ -7,7 +7,7 @@ from pathlib import Path
 from qformat.converters.sources.ctranslate2 import is_ctranslate2, open_ctranslate2
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.safetensors import open_safetensors
-from qformat.errors import SourceError
+from qformat.errors import SourceError, install_hint
 from qformat.files import open_regular
 from qformat.pipeline.source import Checkpoint
 
@@ -67,7 +67,7 @@ def open_weights(path: Path, options: SourceOptions, *, shard: bool = False) -> 
         try:
             from qformat.converters.sources.torch import open_torch
         except ImportError:
-            raise SourceError(f"{path}: torch is needed to read it; pip install 'qformat[torch]'") from None
+            raise SourceError(f"{path}: torch is needed to read it; {install_hint('torch')}") from None
         return open_torch(path, options, shard=shard)
     if safetensors or path.suffix == ".safetensors":
         check_no_key(path, options)
