@@ -76,7 +76,7 @@ def test_convert_json(minilm, tmp_path):
 def test_convert_prints_a_summary_and_with_verbose_each_tensor(minilm, tmp_path):
     short = run("convert", minilm, tmp_path / "x.qf").stdout.splitlines()
     assert len(short) == 3
-    assert short[0].endswith("has 13.2 MB (13219630 bytes)")
+    assert short[0].endswith("is 13.2 MB (13219630 bytes)")
     assert short[1].startswith("104 tensors, 22.7M weights, 90.9 MB -> 4.539 bits/weight; 11 other files; in ")
     long = run("convert", minilm, tmp_path / "y.qf", "-v").stdout.splitlines()
     assert len(long) == 1 + 104 + 11 + 3
@@ -131,7 +131,7 @@ NAIVE = "q4_0:search=naive"
 
 def test_quantize_stats_measures_what_gguf_s_blocks_cost(minilm, real, tmp_path):
     output = run(
-        "quantize-stats", minilm, "-t", NAIVE, "--per-layer", "--json", tmp_path / "s.json"
+        "quantize-stats", minilm, "-t", NAIVE, "--per-tensor", "--json", tmp_path / "s.json"
     ).stdout.splitlines()
     found = json.loads((tmp_path / "s.json").read_text())
     assert len(output) == len(real) + 1
