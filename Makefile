@@ -34,7 +34,7 @@ types: $(READY)
 	$(BIN)/mypy --no-namespace-packages spec/reference.py
 
 docs: $(READY)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py

@@ -230,7 +230,7 @@ def _warn_of_growth(result: Conversion) -> None:
     ]
     if grown:
         more = f" and {len(grown) - 1} more" if len(grown) > 1 else ""
-        warn(f"tensor {grown[0]!r}{more} is larger than in the source")
+        warn(f"larger than in the source: tensor {grown[0]!r}{more}")
 
 
 def _warn_of_nothing_left(pruned: Iterable[Pruned]) -> None:
@@ -238,9 +238,7 @@ def _warn_of_nothing_left(pruned: Iterable[Pruned]) -> None:
     if empty:
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         keep = shlex.quote(f"{glob.escape(empty[0])}=0")
-        warn(
-            f"tensor {empty[0]!r}{more} is all zero now, because its weights are equal; keep it with --prune-tensor {keep}"
-        )
+        warn(f"all weights pruned, because they are equal: tensor {empty[0]!r}{more}; keep it with --prune-tensor {keep}")
 
 
 def _echo_tensors(result: Conversion, pruned: Mapping[str, Pruned]) -> None:
