@@ -14,7 +14,8 @@ from benchmarks.models import Model, thinned
 from benchmarks.report import Row, Section, at_least
 from benchmarks.scoring import totals
 from benchmarks.timing import interleaved, processor_seconds
-from qformat.codecs.base import Buffer, Codec
+from qformat.codecs.base import Codec
+from qformat.codecs.layout import Buffer
 from qformat.codecs.registry import parse_type
 from qformat.pipeline.encode import Plan, encode_chunk, fit
 

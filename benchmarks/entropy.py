@@ -17,7 +17,8 @@ from benchmarks.report import Row, Section, figure
 from benchmarks.scoring import totals
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
-from qformat.codecs.base import Buffer, Chunk, Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Buffer, Chunk, Matrix
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, Elements

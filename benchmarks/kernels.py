@@ -12,7 +12,7 @@ from benchmarks.inputs import normal, to_bf16
 from benchmarks.report import Section, at_least
 from benchmarks.timing import interleaved
 from benchmarks.yardsticks import gguf_quantizer, memcpy
-from qformat.codecs.base import CHUNK_ELEMENTS
+from qformat.codecs.layout import CHUNK_ELEMENTS
 from qformat.kernels import load
 from qformat.kernels.numpy import q4_0 as plain
 

@@ -23,7 +23,8 @@ from benchmarks.inputs import Stored, minilm_matrices, whisper, write_safetensor
 from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
-from qformat.codecs.base import Buffer, Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Buffer, Matrix
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F16, F32, DType, Elements
 from qformat.parallel import default_jobs

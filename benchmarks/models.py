@@ -9,7 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from qformat.codecs.base import Chunk, Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.converters.arrays import ArrayTensor
 from qformat.dtypes import from_array
 

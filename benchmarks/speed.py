@@ -17,7 +17,8 @@ from benchmarks.models import Model
 from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Scales, Yardsticks
-from qformat.codecs.base import CHUNK_ELEMENTS, Codec
+from qformat.codecs.base import Codec
+from qformat.codecs.layout import CHUNK_ELEMENTS
 from qformat.pipeline.encode import Plan, encode_chunk, fit
 
 _REAL, _NORMAL, _SPARSE, _TERNARY = "real weights", "N(0, 1)", "90 % zeros", "ternary"

@@ -34,7 +34,9 @@ def request_of(
     if not checkpoint.files:
         return ""
     files = [identity(path) for path in checkpoint.files]
-    tensors = [(plan.record.to_json(), str(plan.codec)) for plan in plans]
+    tensors = [
+        (p.source.name, p.source.shape, p.source.dtype.name, type(p.encoder).__name__, str(p.encoder)) for p in plans
+    ]
     every = [
         qformat.__version__,
         MAJOR,

@@ -51,9 +51,9 @@ class Written:
 
 def write_file(output: Path, plans: Sequence[Plan], extras: Extras, options: WriteOptions) -> Written:
     """Encode tensors, sorted by name, into a file; or find out how long it would be."""
-    if options.dry_run and all(plan.sized for plan in plans):
+    records = [draft for plan in plans if (draft := plan.draft)] if options.dry_run else []
+    if options.dry_run and len(records) == len(plans):
         contents = [(name, read()) for name, read in sorted(extras.assets.items())]
-        records = [plan.record for plan in plans]
         size = predict_size(contents, records, extras.metadata, extras.shards)
         sizes = {name: len(data) for name, data in contents}
         return Written([replace(record, error=None) for record in records], sizes, size, None, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import CHUNK_ELEMENTS
+from qformat.codecs.layout import CHUNK_ELEMENTS
 from qformat.dtypes import DType, Elements
 from qformat.errors import TypeSpecError
 from qformat.pipeline.source import Checkpoint, SourceTensor
@@ -60,55 +60,36 @@ class Cut:
     zeros: int
 
 
-@dataclass(frozen=True)
-class Pruned:
+class Pruned(SourceTensor):
     """A floating tensor whose smallest weights are read as +0; all others keep their bits.
 
     Parameters
     ----------
     source
-        The tensor as it is. It is read once or several times more, when this is first read.
+        The tensor before pruning. It is read in full at the first read of this one, up to four times.
     rank
-        Weights up to the magnitude of the `rank`-th smallest go, at least one; those that are zero already count. NaN and infinity
-        stay, for the stages that refuse them.
+        Weights up to the magnitude of the `rank`-th smallest become zero, at least one; those that are zero already count. NaN and
+        infinity stay, for the stages that refuse them.
     """
 
-    source: SourceTensor
-    rank: int
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
-    _cuts: list[Cut] = field(default_factory=list, init=False, repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.source.name
-
-    @property
-    def dtype(self) -> DType:
-        """Its element type."""
-        return self.source.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.source.shape
-
-    @property
-    def elements(self) -> int:
-        """Number of its weights."""
-        return math.prod(self.shape)
+    def __init__(self, source: SourceTensor, rank: int) -> None:
+        self.name, self.dtype, self.shape = source.name, source.dtype, source.shape
+        self.source, self.rank = source, rank
+        self.elements = math.prod(source.shape)
+        self._lock = threading.Lock()
+        self._cut: Cut | None = None
 
     @property
     def zeros(self) -> int | None:
         """How many weights are zero now; None if it was not read yet."""
-        return self._cuts[0].zeros if self._cuts else None
+        return self._cut.zeros if self._cut else None
 
     def cut(self) -> Cut:
         """Return where it is cut, found by the first thread that asks."""
         with self._lock:
-            if not self._cuts:
-                self._cuts.append(find_cut(self.source, self.rank))
-        return self._cuts[0]
+            if self._cut is None:
+                self._cut = find_cut(self.source, self.rank)
+            return self._cut
 
     def read(self, elements: slice) -> Elements:
         """Return some elements."""

@@ -10,7 +10,7 @@ from qformat.container.target import check_target
 from qformat.container.writer import ContainerWriter
 from qformat.converters.sources.container import check_layers, check_not_source
 from qformat.quality import Quality
-from qformat.readers.decoder import SegmentChecker, TensorDecoder
+from qformat.readers.decoder import Decoders
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,13 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
     with ContainerReader(source) as container:
         check_not_source(container, output)
         check_layers(container, quality)
-        checker = SegmentChecker(enabled=True)
         index = container.index
-        decoders = [TensorDecoder(container, record, quality) for record in container.tensors]
+        decoders = [*Decoders(container, quality)]
         with ContainerWriter(output, overwrite=overwrite, metadata=index.metadata) as writer:
             for asset in index.assets:
                 writer.asset(asset.name, container.asset(asset.name))
             for decoder in decoders:
-                checker.check(decoder)
-                writer.copy(decoder.record, [data for _, data in decoder.segments()])
+                writer.copy(decoder.record, decoder.segments)
         weights = sum(record.elements for record in writer.records)
         stored = sum(record.nbytes for record in writer.records)
         bpw = 8 * stored / weights if weights else 0.0

@@ -15,8 +15,7 @@ from pathlib import Path
 from qformat.codecs.base import Codec
 from qformat.codecs.blocks import plain
 from qformat.codecs.ggml import Ggml
-from qformat.codecs.raw import Raw
-from qformat.codecs.registry import parse_type
+from qformat.codecs.raw import Raw, raw
 from qformat.container.target import Target, check_target
 from qformat.converters.exports.hf_to_gguf import Model
 from qformat.converters.exports.outputs import Constant, Export, Job, Output, Placed, new_file
@@ -35,6 +34,7 @@ from qformat.converters.sources.gguf_file import (
     integer,
     parse,
 )
+from qformat.dtypes import F16, F32
 from qformat.errors import SourceError
 
 _FILE_TYPE = "general.file_type"
@@ -127,7 +127,7 @@ def _anew(job: Job, label: str) -> tuple[Header, list[Placed]]:
         named["rope_freqs.weight"] = Constant("rope_freqs.weight", frequencies)
     for name, place in model.places(job.tensors).items():
         tensor = job.tensors[name]
-        codec = codec_for(tensor, job.dtype) if len(tensor.shape) > 1 else parse_type("f32")
+        codec = codec_for(tensor, job.dtype) if len(tensor.shape) > 1 else raw(F32)
         if place.heads:
             check_heads(tensor, place.heads)
         named[place.name] = RotatedOutput(tensor, codec, place.heads) if place.heads else Output(tensor, codec)
@@ -173,14 +173,14 @@ def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
     anew = dtype is not None and numbers and decoder.decoded.floating and len(tensor.shape) >= 2
     if not anew and type_name(own) in TYPE_NUMBERS and row % _block(own) == 0:
         return own
-    same = parse_type(decoder.decoded.name)
+    same = raw(decoder.decoded)
     if not anew and exact and type_name(same) in TYPE_NUMBERS:
         return same
     if not decoder.decoded.floating:
         raise SourceError(f"tensor {tensor.name!r} is of type {own}, which GGUF has not")
     if len(tensor.shape) < 2:
-        return parse_type("f32")  # what programs that run GGUF files expect of norms and biases
-    wanted = dtype or parse_type("f16")
+        return raw(F32)  # what programs that run GGUF files expect of norms and biases
+    wanted = dtype or raw(F16)
     if row % _block(wanted):
         raise SourceError(
             f"tensor {tensor.name!r} has rows of {row} elements, which are no whole blocks of {wanted}; use --dtype f16"

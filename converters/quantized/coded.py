@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Buffer, Chunk, Codec, Matrix
+from qformat.codecs.base import Codec
+from qformat.codecs.layout import Buffer, Chunk, Matrix, spans
 from qformat.codecs.packed import cuts
 from qformat.dtypes import BF16, DTYPES, F16, F32, DType, Elements
 from qformat.errors import SourceError
 from qformat.kernels import load as kernels
-from qformat.pipeline.source import SourceTensor
+from qformat.pipeline.source import QuantizedSource, SourceTensor
 
 U8 = NDArray[np.uint8]
 Encode = Callable[[Chunk], tuple[Buffer, ...]]
@@ -31,7 +32,7 @@ SCALES = (F16, BF16, F32)
 I32 = DTYPES["i32"]
 
 
-class CodedTensor:
+class CodedTensor(QuantizedSource):
     """A quantized tensor whose codes are copied.
 
     Parameters
@@ -169,14 +170,14 @@ def affine_encode(
 def _affine_parts(
     codec: Affine, matrix: Matrix, numbers: Sequence[memoryview], packed: Callable[[int, int], U8], chunk: Chunk
 ) -> tuple[Buffer, ...]:
-    *spans, span = codec.spans(matrix, chunk)
+    *places_, span = spans(codec.layout(matrix), matrix, chunk)
     length = codec.padded(matrix.cols) * codec.bits // 8
     codes = packed(chunk.row, chunk.row + chunk.rows)
     if codes.shape[1] < length:
         codes = np.pad(codes, ((0, 0), (0, length - codes.shape[1])))
     start = chunk.row * length
     own = as_bytes(codes)[span.start - start : span.stop - start]
-    return (*(number[part] for number, part in zip(numbers, spans, strict=True)), own)
+    return (*(number[part] for number, part in zip(numbers, places_, strict=True)), own)
 
 
 def pack(codes: U8, bits: int) -> U8:

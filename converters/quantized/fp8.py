@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qformat.codecs.base import Buffer, Chunk, Matrix
 from qformat.codecs.fp8 import Fp8
+from qformat.codecs.layout import Buffer, Chunk, Matrix, spans
 from qformat.codecs.packed import cuts
 from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.coded import SCALES, CodedTensor, Encode, as_bytes, whole
@@ -59,8 +59,8 @@ def fp8_tensor(codes: SourceTensor, scale: SourceTensor, claims: Claims) -> Code
             numbers.append(as_bytes(np.arange(matrix.rows, dtype="<u4") // np.uint32(rows)))
 
         def encode(chunk: Chunk) -> tuple[Buffer, ...]:
-            spans = codec.spans(matrix, chunk)[:-1]
-            own = (number[span] for number, span in zip(numbers, spans, strict=True))
+            *places, _ = spans(codec.layout(matrix), matrix, chunk)
+            own = (number[span] for number, span in zip(numbers, places, strict=True))
             return (*own, as_bytes(codes.read(chunk.elements(matrix)).data))
 
         return encode

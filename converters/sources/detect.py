@@ -10,7 +10,7 @@ from qformat.container.layout import MAGIC
 from qformat.converters.sources.options import SourceOptions
 from qformat.errors import QFormatError, QualityError, SourceError
 from qformat.files import is_remote
-from qformat.pipeline.source import Checkpoint, QuantizedTensor
+from qformat.pipeline.source import Checkpoint, QuantizedSource
 from qformat.quality import Quality
 
 _GGUF = b"GGUF"
@@ -99,7 +99,7 @@ def _recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions)
 
     configs, damaged = read_configs(directory)
     tensors, warnings = recognize(checkpoint.tensors, configs, options)
-    known = any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
+    known = any(isinstance(tensor, QuantizedSource) for tensor in tensors)
     if known and damaged:
         raise SourceError(
             f"{damaged[0]}: cannot be read as JSON, and may say how the weights beside it are quantized; download it again"

@@ -16,6 +16,7 @@ from qformat.container.index import MAX_ASSET_BYTES
 from qformat.dtypes import DType, Elements
 from qformat.errors import SourceError
 from qformat.files import is_remote, open_regular, read_range
+from qformat.pipeline.source import SourceTensor
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class SharedFile:
 
 
 @dataclass(frozen=True)
-class FileTensor:
+class FileTensor(SourceTensor):
     """A tensor whose elements stand in a file as they are, one after the other."""
 
     name: str

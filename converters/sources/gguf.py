@@ -9,29 +9,29 @@ from pathlib import Path
 
 import numpy as np
 
-from qformat.codecs.base import Buffer, Chunk, Codec, Matrix
 from qformat.codecs.ggml import GGML_BLOCKS, Ggml
-from qformat.codecs.quantized import QuantizedCodec
-from qformat.codecs.registry import parse_type
+from qformat.codecs.layout import Buffer, Chunk, spans
+from qformat.codecs.quantized import RowCodec
+from qformat.codecs.registry import codecs
 from qformat.container.index import MAX_ASSET_BYTES
 from qformat.converters.sources.files import FileTensor, SharedFile
 from qformat.converters.sources.gguf_file import Header, TensorInfo, TensorType, check_layout, parse
 from qformat.dtypes import DTYPES, F32, DType, Elements
 from qformat.errors import MissingDecoderError, SourceError
 from qformat.files import open_regular
-from qformat.pipeline.source import Checkpoint, SourceTensor
+from qformat.pipeline.source import Checkpoint, QuantizedSource, SourceTensor
 
 #: the asset that holds every byte of the file that belongs to no tensor, in order: the header, and what fills up between tensors
 REST = "model.gguf-header"
 
 
 @dataclass(frozen=True)
-class BlockTensor:
+class BlockTensor(QuantizedSource):
     """A tensor of blocks, which are copied."""
 
     name: str
     shape: tuple[int, ...]
-    codec: QuantizedCodec
+    codec: RowCodec
     block_bytes: int
     file: SharedFile
     offset: int
@@ -39,7 +39,7 @@ class BlockTensor:
 
     def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
         """Return the blocks of a chunk."""
-        (span,) = self.codec.spans(Matrix.of(self.shape), chunk)
+        (span,) = spans(self.codec.layout(self.matrix), self.matrix, chunk)
         return (self.file.read(self.offset + span.start, span.stop - span.start),)
 
     def read(self, elements: slice) -> Elements:
@@ -94,10 +94,10 @@ def _tensor(info: TensorInfo, file: SharedFile) -> SourceTensor:
 
 
 @cache
-def _codec(type_: TensorType) -> QuantizedCodec:
+def _codec(type_: TensorType) -> RowCodec:
     """Return the codec whose blocks are the same."""
-    codec: Codec = Ggml(type_.name) if type_.name in GGML_BLOCKS else parse_type(type_.name)
-    assert isinstance(codec, QuantizedCodec)
+    codec = Ggml(type_.name) if type_.name in GGML_BLOCKS else codecs()[type_.name]()
+    assert isinstance(codec, RowCodec)
     return codec
 
 

@@ -17,7 +17,7 @@ from qformat.converters.sources.files import read_object
 from qformat.converters.sources.hf import with_assets
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.weights import open_weights
-from qformat.dtypes import DType, Elements
+from qformat.dtypes import Elements
 from qformat.errors import SourceError
 from qformat.pipeline.source import Checkpoint, SourceTensor
 
@@ -30,29 +30,14 @@ _DROPPED = "rope.freqs"  # follows from params.json; the first Llama has it in e
 _DIMS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
 
 
-@dataclass(frozen=True)
-class Joined:
+class Joined(SourceTensor):
     """Matrices of one shape, side by side along a dimension."""
 
-    parts: Sequence[SourceTensor]
-    dim: int
-
-    @property
-    def name(self) -> str:
-        """Their name."""
-        return self.parts[0].name
-
-    @property
-    def dtype(self) -> DType:
-        """Their element type."""
-        return self.parts[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of all of them together."""
-        rows, cols = self.parts[0].shape
-        count = len(self.parts)
-        return (rows * count, cols) if self.dim == 0 else (rows, cols * count)
+    def __init__(self, parts: Sequence[SourceTensor], dim: int) -> None:
+        self.name, self.dtype = parts[0].name, parts[0].dtype
+        rows, cols = parts[0].shape
+        self.shape = (rows * len(parts), cols) if dim == 0 else (rows, cols * len(parts))
+        self.parts, self.dim = parts, dim
 
     def read(self, elements: slice) -> Elements:
         """Return some elements."""
@@ -75,31 +60,16 @@ class Joined:
         return Elements(self.dtype, joined.reshape(-1)[start - first * width : stop - first * width])
 
 
-@dataclass(frozen=True)
-class Copies:
+class Copies(SourceTensor):
     """A tensor that several files hold; that it is the same in all of them is checked while it is read."""
 
-    copies: Sequence[SourceTensor]
-    directory: Path
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.copies[0].name
-
-    @property
-    def dtype(self) -> DType:
-        """Its element type."""
-        return self.copies[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.copies[0].shape
+    def __init__(self, replicas: Sequence[SourceTensor], directory: Path) -> None:
+        self.name, self.dtype, self.shape = replicas[0].name, replicas[0].dtype, replicas[0].shape
+        self.replicas, self.directory = replicas, directory
 
     def read(self, elements: slice) -> Elements:
         """Return some elements."""
-        first, *others = (copy.read(elements) for copy in self.copies)
+        first, *others = (copy.read(elements) for copy in self.replicas)
         if any(not np.array_equal(first.data.view(np.uint8), other.data.view(np.uint8)) for other in others):
             raise SourceError(
                 f"{self.directory}: the copies of tensor {self.name!r} in the shards differ; download them again"

@@ -10,7 +10,6 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from qformat.converters.sources.state_dict import WHOLE, StateDict, find_state_d
 from qformat.dtypes import DTYPES, DType, Elements
 from qformat.errors import SourceError
 from qformat.files import on_this_machine, open_regular
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, SourceTensor
 from qformat.readers.torch import TORCH_DTYPES
 
 #: holds what else a checkpoint says, as far as JSON can
@@ -41,18 +40,12 @@ _MOST_REPEATED = 1024
 _LISTED = 5
 
 
-@dataclass(frozen=True)
-class TorchTensor:
-    """A tensor in memory, or in a file that is mapped; it may be any view that torch has."""
+class TorchTensor(SourceTensor):
+    """A tensor in memory, or in a mapped file; it may be any strided view."""
 
-    name: str
-    dtype: DType
-    array: NDArray[Any]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return tuple(self.array.shape)
+    def __init__(self, name: str, dtype: DType, array: NDArray[Any]) -> None:
+        self.name, self.dtype, self.shape = name, dtype, array.shape
+        self.array = array
 
     def read(self, elements: slice) -> Elements:
         """Return some elements, without a copy where they stand one after the other."""

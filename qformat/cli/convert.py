@@ -226,7 +226,7 @@ def _warn_of_growth(result: Conversion) -> None:
     grown = [
         plan.source.name
         for plan, record in zip(result.plans, result.records, strict=True)
-        if record.nbytes > plan.source_bytes
+        if record.nbytes > plan.source.nbytes
     ]
     if grown:
         more = f" and {len(grown) - 1} more" if len(grown) > 1 else ""
@@ -250,8 +250,8 @@ def _echo_tensors(result: Conversion, pruned: Mapping[str, Pruned]) -> None:
             (
                 plan.source.name,
                 "x".join(map(str, plan.source.shape)) or "scalar",
-                f"{plan.source.dtype.name} -> {plan.codec}",
-                human_bytes(plan.source_bytes),
+                f"{plan.source.dtype.name} -> {plan.encoder}",
+                human_bytes(plan.source.nbytes),
                 human_bytes(record.nbytes),
                 f"{record.error.rmse:.3e}" if record.error else "",
                 *([_share(pruned.get(plan.source.name))] if pruned else []),

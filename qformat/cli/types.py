@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import Field, fields
+from dataclasses import Field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
@@ -21,15 +21,18 @@ def command(as_json: bool) -> None:
     A type is written as ID or ID:KEY=VALUE,KEY=VALUE. The bits per weight are those of a 4096 x 4096 matrix with the default
     parameters. For entropy-coded types they depend on the weights: quantize-stats measures them.
     """
-    from qformat.codecs.registry import types_for_weights
+    from qformat.codecs.base import Codec
+    from qformat.codecs.registry import parameters, types_for_weights
 
     types: list[dict[str, Any]] = []
-    for name, codec in sorted(types_for_weights().items()):
-        hints = get_type_hints(codec)
-        varies = not codec().sized
-        bpw = None if varies else codec().nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])
-        about = (inspect.getdoc(codec) or "").partition("\n")[0]
-        params = {f.name: _values(f, hints[f.name]) for f in fields(codec) if not f.metadata.get("found")}
+    for name, encoder in sorted(types_for_weights().items()):
+        hints = get_type_hints(encoder)
+        default = encoder()
+        bpw = None
+        if isinstance(default, Codec) and default.has_fixed_size:
+            bpw = default.nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])
+        about = (inspect.getdoc(encoder) or "").partition("\n")[0]
+        params = {f.name: _values(f, hints[f.name]) for f in parameters(encoder)}
         types.append({"type": name, "bpw": bpw, "about": about, "params": params})
     if as_json:
         echo_json({"types": types})

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, ErrorSum, Matrix, encoder_option
+from qformat.codecs.base import ChunkEncoder, EncodedChunk, ErrorSum, Readable, Run, TensorEncoder, option
 from qformat.codecs.codebooks import Survey
+from qformat.codecs.layout import Array, Buffer, Chunk, Chunks, Layout, Matrix
 from qformat.codecs.level_fit import Levels, fit
 from qformat.codecs.packed import LONGEST, cuts
 from qformat.codecs.quantized import check_length
@@ -27,7 +28,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class LevelCodec(Codec):
+class LevelCodec(ChunkEncoder):
     """Codes that name levels, of which the middle one is zero.
 
     Parameters
@@ -46,13 +47,11 @@ class LevelCodec(Codec):
         the more weights become zero.
     """
 
-    decoded: ClassVar[DType] = F32
-
     scale: Literal["row", "tensor", "group"] = "row"
     group: int = 128
     dtype: Literal["f16", "bf16", "f32"] = "f16"
-    sparsity: str = encoder_option("0")
-    bpw: str = encoder_option("any")
+    sparsity: str = option("0")
+    bpw: str = option("any")
 
     def __post_init__(self) -> None:
         if self.scale != "group" and self.group != 128:
@@ -77,15 +76,10 @@ class LevelCodec(Codec):
     def _sparsity(self) -> float:
         return float(self.sparsity)
 
-    @property
-    def chunked(self) -> bool:
-        """Whether what a chunk takes is up to the encoder: it is."""
-        return True
-
-    @property
-    def fits(self) -> bool:
-        """Whether the levels are those of the whole tensor: they are."""
-        return True
+    def decoded_from(self, dtype: DType) -> DType:
+        """Return float32."""
+        del dtype
+        return F32
 
     def accepts(self, dtype: DType) -> bool:
         """Return whether these are floats."""
@@ -104,25 +98,18 @@ class LevelCodec(Codec):
         """Return the columns that share a scale, or 1 if there is none."""
         return max(1, self._columns(matrix.cols)) if self.scale != "tensor" else 1
 
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return the codebook and, if there are any, the scales."""
-        codebook, scales = 0, 0
-        if matrix.elements:
-            codebook = self.size * F32.size
-            scales = matrix.rows * cuts(matrix.cols, self._columns(matrix.cols)) * DTYPES[self.dtype].size
-        return (("codebook", codebook),) if self.scale == "tensor" else (("codebook", codebook), ("scales", scales))
+    def layout(self, matrix: Matrix) -> Layout:
+        """Return the chunks, the codebook and, if there are any, the scales."""
+        book = Array("codebook", self.size * F32.size, None)
+        scales = Array("scales", DTYPES[self.dtype].size, max(1, self._columns(matrix.cols)))
+        return (Chunks(), book) if self.scale == "tensor" else (Chunks(), book, scales)
 
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return where the codebook stands, the same for all chunks, and the scales of a chunk."""
-        codebook = slice(0, self.size * F32.size)
-        if self.scale == "tensor":
-            return (codebook,)
-        columns = self._columns(matrix.cols)
-        start = chunk.row * cuts(matrix.cols, columns) + chunk.col // columns
-        size = DTYPES[self.dtype].size
-        return (codebook, slice(start * size, (start + chunk.rows * cuts(chunk.cols, columns)) * size))
+    def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
+        """Fit the levels to the whole tensor."""
+        chunks = tensor.matrix.chunks(self.chunk_alignment(tensor.matrix))
+        return self.encoder_of(tensor, self._fit(run(lambda chunk: self._count(tensor.read_chunk(chunk)), chunks)))
 
-    def survey(self, elements: Elements) -> _Seen:
+    def _count(self, elements: Elements) -> _Seen:
         """Count the weights of a chunk, over their scales if there are any."""
         values = np.ascontiguousarray(elements.to_f32())
         found = Survey.empty()
@@ -135,7 +122,7 @@ class LevelCodec(Codec):
         several = set(np.unique(magnitudes[squares > 0])[:2].tolist())
         return _Seen(found, scales.size, values.size, several)
 
-    def fitted_to(self, surveys: Iterable[_Seen]) -> _Fitted:
+    def _fit(self, surveys: Iterable[_Seen]) -> _Fitted:
         """Return the levels for the whole tensor.
 
         Raises

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, Matrix
+from qformat.codecs.base import ChunkEncoder, EncodedChunk
+from qformat.codecs.layout import Buffer, Chunks, Layout, Matrix
 from qformat.codecs.registry import register
 from qformat.codecs.row_groups import VALUES, group_rows
-from qformat.dtypes import F32, DType, Elements
+from qformat.dtypes import DType, Elements
 from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
 from qformat.kernels import load
 
@@ -31,16 +32,10 @@ _ELSEWHERE = 255
 
 @register
 @dataclass(frozen=True)
-class Lossless(Codec):
+class Lossless(ChunkEncoder):
     """Floats bit for bit, in fewer bytes: exponents are entropy-coded, and all else that does not look random."""
 
     id: ClassVar[str] = "lossless"
-    decoded: ClassVar[DType] = F32  # the dtype of the source, in truth
-
-    @property
-    def chunked(self) -> bool:
-        """Whether what a chunk takes is up to the encoder: it is."""
-        return True
 
     def decoded_from(self, dtype: DType) -> DType:
         """Return the dtype of the source."""
@@ -54,15 +49,10 @@ class Lossless(Codec):
         """Return whether these are floats, which are kept bit for bit."""
         return dtype.floating
 
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return that there are no other segments."""
+    def layout(self, matrix: Matrix) -> Layout:
+        """Return the chunks."""
         del matrix
-        return ()
-
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return that there are no other segments."""
-        del matrix, chunk
-        return ()
+        return (Chunks(),)
 
     def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
         """Encode the rows of a chunk."""

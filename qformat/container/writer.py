@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -85,50 +85,55 @@ def _place(record: TensorRecord, position: int) -> tuple[TensorRecord, int]:
 
 
 class TensorWriter:
-    """Takes the bytes of one tensor's segments; each segment is written from front to back.
+    """Writes the segments of one tensor, each from front to back.
 
     Made by `ContainerWriter.tensor`.
     """
 
-    def __init__(self, target: Target | Nowhere, record: TensorRecord, position: int, *, open_ended: bool) -> None:
+    def __init__(self, target: Target | Nowhere, record: TensorRecord, position: int, unknown: Collection[int]) -> None:
         self.record, _ = _place(record, position)
         self._target = target
-        self._open_ended = open_ended
-        # Of a tensor whose first segment may become as long as it likes, the others have no place before the end
-        self._waiting = [bytearray() for _ in record.segments[1:]] if open_ended else []
+        self._unknown = unknown
+        # What follows a segment of unknown length has no place in the file before the end
+        self._placed = min(unknown, default=len(record.segments))
+        self._waiting: list[list[Bytes]] = [[] for _ in record.segments]
         self._hashes = [hashlib.sha256() for _ in record.segments]
         self._written = [0] * len(record.segments)
 
     def write(self, parts: Sequence[Bytes]) -> None:
-        """Append to every segment its part.
-
-        Parameters
-        ----------
-        parts
-            One buffer of bytes for each segment, in the order of the record.
-        """
+        """Append bytes to the segments: one buffer for each, in the order of the record."""
         for i, part in enumerate(parts):
             segment = self.record.segments[i]
-            if self._written[i] + len(part) > segment.length and not (self._open_ended and i == 0):
+            if self._written[i] + len(part) > segment.length and i not in self._unknown:
                 raise ValueError(f"{self.record.name}: more bytes than announced for segment {segment.name}")
             self._hashes[i].update(part)
-            if self._open_ended and i > 0:
-                self._waiting[i - 1] += part
+            if i > self._placed:
+                self._waiting[i].append(part)
             else:
                 self._target.write(part, segment.offset + self._written[i])
             self._written[i] += len(part)
 
     def finish(self, error: MeasuredError | None) -> TensorRecord:
-        """Return the completed record."""
-        if self._open_ended:
-            first = replace(self.record.segments[0], length=self._written[0])
-            record = replace(self.record, segments=(first, *self.record.segments[1:]))
-            self.record, _ = _place(record, first.offset)
-            for segment, content in zip(self.record.segments[1:], self._waiting, strict=True):
-                self._target.write(content, segment.offset)
+        """Return the completed record.
+
+        Raises
+        ------
+        FormatError
+            If the bytes are not those of digests that the record has already, as that of a copied tensor does.
+        """
+        if self._unknown:
+            segments = tuple(
+                replace(segment, length=written) if number in self._unknown else segment
+                for number, (segment, written) in enumerate(zip(self.record.segments, self._written, strict=True))
+            )
+            self.record, _ = _place(replace(self.record, segments=segments), segments[0].offset)
+            for segment, content in zip(self.record.segments, self._waiting, strict=True):
+                self._target.write(b"".join(content), segment.offset)
         if any(written != segment.length for written, segment in zip(self._written, self.record.segments, strict=True)):
             raise ValueError(f"{self.record.name}: fewer bytes than announced")
         digests = [digest.hexdigest() for digest in self._hashes]
+        if any(s.sha256 not in (_NO_DIGEST, d) for s, d in zip(self.record.segments, digests, strict=True)):
+            raise FormatError(f"{self.record.label} is damaged: its SHA-256 does not match")
         segments = tuple(replace(s, sha256=d) for s, d in zip(self.record.segments, digests, strict=True))
         return replace(self.record, segments=segments, error=error)
 
@@ -251,21 +256,22 @@ class ContainerWriter:
         if self._journal:
             self._journal.add(self.assets[-1])
 
-    def tensor(self, record: TensorRecord, *, open_ended: bool = False) -> TensorWriter:
+    def tensor(self, record: TensorRecord, *, unknown: Collection[int] = ()) -> TensorWriter:
         """Begin a tensor; the one before must have been ended with `finish`.
 
         Parameters
         ----------
         record
             Everything but the offsets and digests of its segments and the error, which are filled in.
-        open_ended
-            The length of its first segment is what will have been written. The bytes of the others are kept in memory until then.
+        unknown
+            Numbers of the segments whose length is found by writing. The bytes of all segments after the first of them are kept
+            in memory until the end.
         """
         check_tensor_name(record.name)
         check_shape(record.shape, record.label)
         if self.records and self.records[-1].name >= record.name:
             raise ValueError(f"tensor {record.name!r} does not come in its order")
-        return TensorWriter(self._target, record, self._position, open_ended=open_ended)
+        return TensorWriter(self._target, record, self._position, unknown)
 
     def finish(self, record: TensorRecord) -> None:
         """Take the record that `TensorWriter.finish` returned into the index."""
@@ -291,10 +297,7 @@ class ContainerWriter:
         """
         tensor = self.tensor(record)
         tensor.write(segments)
-        copied = tensor.finish(record.error)
-        if [segment.sha256 for segment in copied.segments] != [segment.sha256 for segment in record.segments]:
-            raise FormatError(f"{record.label} is damaged: its SHA-256 does not match")
-        self.finish(copied)
+        self.finish(tensor.finish(record.error))
 
     def _commit(self) -> None:
         check_folders(asset.name for asset in self.assets)

@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 import qformat
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Chunk, Codec, Matrix
+from qformat.codecs.base import Codec
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.ggml import Ggml
 from qformat.codecs.registry import parse_type
@@ -29,7 +30,7 @@ from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.dtypes import F32, DType, Elements, from_array
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, QuantizedSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -149,7 +150,7 @@ def sources() -> dict[str, dict[str, Array]]:
 
 
 @dataclass(frozen=True)
-class Copied:
+class Copied(QuantizedSource):
     """A tensor that is quantized already."""
 
     name: str

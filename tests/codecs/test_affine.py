@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 import qformat
 from qformat.codecs import base
 from qformat.codecs.affine import _EXTREMES, _STEPS
-from qformat.codecs.base import Chunk, Matrix
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.errors import FormatError, SourceError, TypeSpecError
 from qformat.records import Segment, TensorRecord

@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from qformat.codecs.base import Chunk
+from qformat.codecs.layout import Chunk
 from qformat.codecs.codebooks import Points, Survey, deviation, fit_gauss, fit_lloyd, fit_percentile, lloyd
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import from_array

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import qformat
 from qformat.codecs import base
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Matrix
 from qformat.codecs.raw import Raw
 from qformat.codecs.registry import codec_of, codecs, parse_type, register
 from qformat.dtypes import DTYPES, F32, Elements

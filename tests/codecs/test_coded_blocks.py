@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 import qformat
 from qformat.cli import cli
-from qformat.codecs.base import Chunk, Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.dtypes import F32, from_array
 from qformat.errors import FormatError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qformat import safe_open
 from qformat.codecs import base
-from qformat.codecs.base import Chunk, Matrix
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.registry import codec_of, codecs, parse_type, types_for_weights
 from qformat.converters.arrays import ArrayTensor
@@ -22,7 +22,7 @@ from qformat.converters.sources.options import SourceOptions
 from qformat.dtypes import BF16, DTYPES, Elements, from_array
 from qformat.errors import FormatError, SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedTensor
+from qformat.pipeline.source import Checkpoint, QuantizedSource
 from qformat.records import MeasuredError, Segment, TensorRecord
 
 FORMATS = ("e4m3", "e5m2")
@@ -51,7 +51,7 @@ def only(weight: Elements, scale: Elements, config: Any = None, role: str = "wei
     found, warnings = recognized({"weight": weight, role: scale}, config)
     assert not warnings
     assert [tensor.name for tensor in found] == ["a.weight"]
-    assert isinstance(found[0], QuantizedTensor)
+    assert isinstance(found[0], QuantizedSource)
     return found[0]
 
 

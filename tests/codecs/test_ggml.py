@@ -12,7 +12,8 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from qformat import safe_open
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Matrix
 from qformat.codecs.ggml import GGML_BLOCKS, Ggml
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.converters.convert import convert

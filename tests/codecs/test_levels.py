@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import qformat
-from qformat.codecs.base import Chunk, Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.codebooks import Survey
 from qformat.codecs.level_fit import fit
 from qformat.codecs.levels import LevelCodec

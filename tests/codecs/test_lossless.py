@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file as load_safetensors
 
 import qformat
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Matrix
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert

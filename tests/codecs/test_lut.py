@@ -7,7 +7,7 @@ import pytest
 
 import qformat
 from qformat.codecs import base
-from qformat.codecs.base import Chunk, Matrix
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.codebooks import Survey, midpoints
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.dtypes import from_array

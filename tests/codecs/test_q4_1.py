@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qformat.codecs.base import Chunk, Matrix
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, F64, Elements
 from qformat.errors import TypeSpecError

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import qformat
 from qformat.codecs import base
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Matrix
 from qformat.codecs.registry import codec_of
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert

@@ -10,7 +10,8 @@ import pytest
 
 from qformat import safe_open
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Chunk, Codec, Matrix, chunks
+from qformat.codecs.base import Codec, chunks
+from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
@@ -19,12 +20,12 @@ from qformat.dtypes import F32, DType, Elements, from_array
 from qformat.errors import SourceError
 from qformat.kernels import load
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, QuantizedSource
 from qformat.records import TensorRecord, type_string
 
 
 @dataclass(frozen=True)
-class Codes:
+class Codes(QuantizedSource):
     """A tensor of some codec, in memory."""
 
     name: str

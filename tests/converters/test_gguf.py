@@ -28,7 +28,7 @@ from qformat.converters.sources.gguf import REST, open_gguf
 from qformat.converters.sources.gguf_file import TYPE_NUMBERS, TYPES
 from qformat.errors import MissingDecoderError, SourceError
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import QuantizedTensor
+from qformat.pipeline.source import QuantizedSource
 
 PLAIN = ("f32", "f16", "bf16", "f64", "i8", "i16", "i32", "i64")
 OURS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
@@ -147,7 +147,7 @@ def test_detected_by_content(tmp_path):
     checkpoint = open_checkpoint(source)
     assert checkpoint.quantized
     assert list(checkpoint.assets) == [REST]
-    assert isinstance(checkpoint.tensors[0], QuantizedTensor)
+    assert isinstance(checkpoint.tensors[0], QuantizedSource)
 
 
 def test_another_type_is_made_of_the_values(tmp_path):

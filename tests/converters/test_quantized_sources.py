@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 from qformat import safe_open
 from qformat.codecs import base
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.base import chunks
+from qformat.codecs.layout import Matrix
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.quantized.recognize import recognize
@@ -30,7 +31,7 @@ from qformat.converters.sources.safetensors import open_safetensors
 from qformat.dtypes import BF16, DTYPES, Elements, from_array
 from qformat.errors import SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedTensor
+from qformat.pipeline.source import Checkpoint, QuantizedSource
 
 DATA = Path(__file__).parents[1] / "data" / "quantized"
 CONFIGS = ("config.json", "quantize_config.json", "quantization_config.json")
@@ -169,7 +170,7 @@ def only(parts: Mapping[str, Any], config: Any = None, version: Any = None) -> A
     assert not warnings
     assert len(found) == 1
     assert found[0].name == "a.b.weight"
-    assert isinstance(found[0], QuantizedTensor)
+    assert isinstance(found[0], QuantizedSource)
     return found[0]
 
 

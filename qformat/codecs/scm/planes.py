@@ -10,7 +10,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer
+from qformat.codecs.layout import Buffer
 from qformat.codecs.scm.grid import (
     CLASSES,
     LARGEST,

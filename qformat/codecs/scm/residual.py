@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer
+from qformat.codecs.layout import Buffer
 from qformat.codecs.scm.grid import Grid
 from qformat.codecs.scm.planes import Decoder, Magnitudes
 from qformat.dtypes import BF16, F32, DType, Elements
