@@ -18,7 +18,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _output(args: list[str]) -> str:
-    result = CliRunner().invoke(cli, args, prog_name="qformat", terminal_width=100)
+    result = CliRunner().invoke(cli, args, prog_name="qformat", terminal_width=80)
     if result.exit_code:
         raise RuntimeError(f"qformat {' '.join(args)}: {result.output}")
     return result.stdout.rstrip()

@@ -140,9 +140,8 @@ def command(
     From a torch checkpoint, the state dict with the most weights is read; --state-dict-key selects another one. Small values
     beside it are stored in DST as checkpoint.json where JSON can represent them. Code in a pickle is never run.
 
-    TYPE is f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, nlm, affine, lut, ternary, levels, scm or lossless, with parameters as in
-    q4_0:search=exact; qformat types lists them. One-dimensional tensors are stored unchanged unless --tensor-type matches them,
-    integers always.
+    TYPE is a type such as bf16, q4_0, nlm, scm or lossless, with parameters as in q4_0:search=exact; qformat types lists them all.
+    One-dimensional tensors are stored unchanged unless --tensor-type matches them, integers always.
 
     --prune 0.5 sets the half of each tensor that is nearest to zero to zero, ties included. It skips embeddings and output heads,
     recognised by names such as *embed*, *wte.weight, *lm_head*, head.weight and *classifier*; --prune-tensor '*lm_head*=0.3'
@@ -238,7 +237,9 @@ def _warn_of_nothing_left(pruned: Iterable[Pruned]) -> None:
     if empty:
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         keep = shlex.quote(f"{glob.escape(empty[0])}=0")
-        warn(f"all weights pruned, because they are equal: tensor {empty[0]!r}{more}; keep it with --prune-tensor {keep}")
+        warn(
+            f"all weights pruned, because they are equal: tensor {empty[0]!r}{more}; keep it with --prune-tensor {keep}"
+        )
 
 
 def _echo_tensors(result: Conversion, pruned: Mapping[str, Pruned]) -> None:
