@@ -133,7 +133,7 @@ def command(
 
     SRC is a Hugging Face directory (safetensors or pytorch_model.bin, sharded or not), a Meta directory (params.json and
     consolidated.*.pth, which are joined under Meta's names), or one file: safetensors, torch (.pth, .pt, .bin, .ckpt),
-    CTranslate2, GGUF or .qf, recognised by its content. It may be a URL. From a directory, the files that belong to the model
+    CTranslate2, GGUF or .qf, recognized by its content. It may be a URL. From a directory, the files that belong to the model
     (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md, config.json of subdirectories) are stored in DST as well. DST
     appears only when it is complete.
 
@@ -144,7 +144,7 @@ def command(
     One-dimensional tensors are stored unchanged unless --tensor-type matches them, integers always.
 
     --prune 0.5 sets the half of each tensor that is nearest to zero to zero, ties included. It skips embeddings and output heads,
-    recognised by names such as *embed*, *wte.weight, *lm_head*, head.weight and *classifier*; --prune-tensor '*lm_head*=0.3'
+    recognized by names such as *embed*, *wte.weight, *lm_head*, head.weight and *classifier*; --prune-tensor '*lm_head*=0.3'
     prunes them all the same. Errors are then measured against the pruned weights. q4_1, q5_1, nlm and some codebooks of lut have
     no level at zero and decode pruned weights to small values.
     """

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import gguf
@@ -19,6 +20,8 @@ from safetensors.numpy import load_file, save_file
 import qformat
 from qformat.cli import cli
 from qformat.codecs.registry import parse_type, types_for_weights
+from qformat.errors import DISTRIBUTION, install_hint
+from tests.conftest import ROOT
 
 
 def run(*args: object, code: int = 0) -> Result:
@@ -254,6 +257,13 @@ def test_the_base_install_needs_no_extra(minilm, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "(384,)"
+
+
+def test_hints_name_the_distribution():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (project["name"], project["version"]) == (DISTRIBUTION, qformat.__version__)
+    assert install_hint("torch") == "pip install 'qformat-models[torch]'"
+    assert "torch" in project["optional-dependencies"]
 
 
 def test_the_command_is_installed(minilm_qf):
