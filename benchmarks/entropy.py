@@ -17,7 +17,6 @@ from benchmarks.report import Row, Section, figure
 from benchmarks.scoring import totals
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
-from qformat.codecs.base import chunks
 from qformat.codecs.layout import Buffer, Chunk, Matrix
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import parse_type
@@ -73,7 +72,7 @@ class _Coded:
         assert isinstance(codec, LevelCodec)
         codes = np.random.default_rng(0).choice(len(target.shares), count, p=target.shares).astype(np.uint8)
         matrix = Matrix(count // 4096, 4096)
-        cut = list(chunks(matrix, codec.chunk_alignment(matrix)))
+        cut = list(matrix.chunks(codec.chunk_alignment(matrix)))
         coded = cls(codec, codes, cut, matrix, [])
         fitted = codec.fitted_to(codec.survey(elements) for elements in coded.elements())
         coded.parts = [codec.encode(elements, fitted).parts for elements in coded.elements()]

@@ -23,7 +23,6 @@ from benchmarks.inputs import Stored, minilm_matrices, whisper, write_safetensor
 from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
-from qformat.codecs.base import chunks
 from qformat.codecs.layout import Buffer, Matrix
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F16, F32, DType, Elements
@@ -122,7 +121,7 @@ class _Coded:
         self.nbytes = 0
         for tensor in self.tensors:
             matrix, flat = Matrix.of(tensor.data.shape), tensor.data.reshape(-1)
-            for chunk in chunks(matrix, 1):
+            for chunk in matrix.chunks(1):
                 part = flat[chunk.elements(matrix)].reshape(chunk.rows, chunk.cols)
                 encoded = _CODEC.encode(Elements(tensor.dtype, part))
                 self.work.append((Elements(tensor.dtype, part), encoded.parts, np.empty_like(part)))

@@ -9,7 +9,6 @@ from functools import cached_property
 
 import numpy as np
 
-from qformat.codecs.base import chunks
 from qformat.codecs.layout import Chunk, Matrix
 from qformat.converters.arrays import ArrayTensor
 from qformat.dtypes import from_array
@@ -72,7 +71,7 @@ class Model:
     def cuts(self) -> list[tuple[int, Chunk]]:
         """Every part: the tensor's number and the chunk."""
         shapes = [Matrix.of(array.shape) for _, array in self.tensors]
-        return [(number, chunk) for number, matrix in enumerate(shapes) for chunk in chunks(matrix, _GRAIN)]
+        return [(number, chunk) for number, matrix in enumerate(shapes) for chunk in matrix.chunks(_GRAIN)]
 
     def part(self, number: int) -> Part:
         """Return one part, its weights widened."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import qformat
-from tests.conftest import ROOT
+from tests.helpers.reference import ROOT
 
 EXAMPLES = ROOT / "examples"
 

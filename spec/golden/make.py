@@ -22,9 +22,9 @@ import numpy.typing as npt
 import qformat
 from qformat.codecs.affine import Affine
 from qformat.codecs.base import Codec
-from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.ggml import Ggml
+from qformat.codecs.layout import Chunk, Matrix, spans
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
@@ -161,8 +161,8 @@ class Copied(QuantizedSource):
 
     def encoded(self, chunk: Chunk) -> tuple[bytes, ...]:
         """Return the bytes of a chunk."""
-        spans = self.codec.spans(Matrix.of(self.shape), chunk)
-        return tuple(segment[span] for segment, span in zip(self.segments, spans, strict=True))
+        places = spans(self.codec.layout(Matrix.of(self.shape)), Matrix.of(self.shape), chunk)
+        return tuple(segment[span] for segment, span in zip(self.segments, places, strict=True))
 
     def read(self, elements: slice) -> Elements:
         """Do nothing: copying does not read."""

@@ -21,7 +21,8 @@ import qformat
 from qformat.cli import cli
 from qformat.container.verify import verify
 from qformat.quality import Quality
-from tests.build import Draft, run_cli, sha256
+from tests.helpers.cli import run_cli
+from tests.helpers.files import Draft, sha256
 
 # files that are converted from are left to the garbage collector: see test_a_source_is_closed
 pytestmark = pytest.mark.filterwarnings(

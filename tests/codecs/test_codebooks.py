@@ -6,26 +6,14 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from qformat.codecs.codebooks import Points, deviation, fit_gauss, fit_lloyd, fit_percentile, lloyd
 from qformat.codecs.layout import Chunk
-from qformat.codecs.codebooks import Points, Survey, deviation, fit_gauss, fit_lloyd, fit_percentile, lloyd
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import from_array
-from qformat.kernels import load
+from tests.helpers.arrays import distance
+from tests.helpers.codecs import encode, survey_of
 
 every_size = pytest.mark.parametrize("size", [4, 8, 16])
-
-
-def survey_of(x: np.ndarray) -> Survey:
-    found = Survey.empty()
-    load("lut").survey(np.ascontiguousarray(x, np.float32).reshape(-1), found.counts, found.sums)
-    return found
-
-
-def distance(x: np.ndarray, entries: np.ndarray) -> float:
-    """The rms error with the nearest entries."""
-    entries = np.asarray(entries, np.float64)
-    borders = (entries[1:] + entries[:-1]) / 2
-    return float(np.sqrt(np.mean((x - entries[np.searchsorted(borders, x)]) ** 2)))
 
 
 def distributions() -> dict[str, np.ndarray]:
@@ -104,7 +92,7 @@ def test_gauss_uses_every_code_evenly(size):
     assert deviation(survey_of(x)) == pytest.approx(np.sqrt(np.mean(x**2)), rel=1e-4)
     codec = parse_type(f"lut:size={size},fit=gauss")
     elements = from_array(x.astype(np.float32).reshape(400, 1000))
-    encoded = codec.encode(elements, codec.fitted_to([codec.survey(elements)]))
+    encoded = encode(codec, elements)
     counts = codec.histograms(encoded.parts, Chunk(0, 400, 0, 1000))["histogram"]
     counts[size // 2 - 1] -= 400 * 24  # zeros that fill up the rows, at a threshold
     np.testing.assert_allclose(counts / 400_000, 1 / size, rtol=0.06)

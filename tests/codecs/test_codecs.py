@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qformat
-from qformat.codecs import base
-from qformat.codecs.base import chunks
-from qformat.codecs.layout import Matrix
+from qformat.codecs.layout import CHUNK_ELEMENTS, Matrix
 from qformat.codecs.raw import Raw
 from qformat.codecs.registry import codec_of, codecs, parse_type, register
 from qformat.dtypes import DTYPES, F32, Elements
@@ -83,10 +81,10 @@ def test_types_print_as_they_are_written():
 def test_chunks_cover_a_matrix_once_in_order(rows, cols, block):
     matrix = Matrix(rows, cols)
     position = 0
-    for chunk in chunks(matrix, block):
+    for chunk in matrix.chunks(block):
         elements = chunk.elements(matrix)
         assert elements.start == position
-        assert 0 < elements.stop - elements.start <= base.CHUNK_ELEMENTS
+        assert 0 < elements.stop - elements.start <= CHUNK_ELEMENTS
         assert chunk.col % block == 0
         assert (chunk.col, chunk.cols) == (0, cols) or chunk.rows == 1
         position = elements.stop
@@ -122,7 +120,7 @@ def test_blocks_take_every_shape_and_fill_up_rows(tmp_path, shape, name):
 def test_a_row_longer_than_a_chunk_is_cut_within(tmp_path, monkeypatch):
     x = np.random.default_rng(2).standard_normal((3, 1000)).astype(np.float32)
     whole, info = round_trip(tmp_path, x, "q4_0")
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 96)
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 96)
     cut, cut_info = round_trip(tmp_path, x, "q4_0")
     np.testing.assert_array_equal(whole, cut)
     assert info.segments[0].sha256 == cut_info.segments[0].sha256

@@ -19,14 +19,14 @@ from safetensors.numpy import save_file
 
 import qformat
 from qformat.cli import cli
-from qformat.codecs.base import chunks
 from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.dtypes import F32, from_array
 from qformat.errors import FormatError
 from qformat.readers.torch import load_file
-from tests.build import Draft, segment
-from tests.container.test_hostile import bounded_memory, compare_readers
+from tests.helpers.files import Draft, segment
+from tests.helpers.hostile import bounded_memory, compare_readers
+from tests.helpers.kernels import every_family
 
 BLOCKS = ("q4_0", "q4_0:search=exact", "q4_1", "q5_0", "q5_1", "q8_0", "nlm", "nlm:block=64", "nlm:block=128")
 CHUNKED = ("q4_0:coded=true", "q5_1:coded=true", "ternary:scale=tensor", "levels:n=7,scale=group,group=64", "lossless")
@@ -91,7 +91,7 @@ def test_counts_are_those_of_the_blocks(type_):
     counts = []
     for codec in (parse_type(type_), parse_type(coded(type_))):
         encoded = codec.encode(array)
-        assert (encoded.entropy > 0) == codec.chunked
+        assert (encoded.entropy > 0) == codec.coded
         counts.append(codec.histograms(encoded.parts, Chunk(0, 50, 0, 100)))
     assert counts[0].keys() == counts[1].keys()
     for name in counts[0]:
@@ -121,7 +121,7 @@ def test_coded_is_true_or_not_there(value, tmp_path):
     qformat.save_file({"x": np.ones((2, 32), np.float32)}, tmp_path / "x.qf", "q4_0:coded=true")
     with qformat.safe_open(tmp_path / "x.qf") as f:
         record = f.info("x")
-    assert codec_of(record).chunked
+    assert codec_of(record).coded
     with pytest.raises(FormatError, match="coded has an impossible value"):
         codec_of(replace(record, params={"coded": value}))
     with pytest.raises(FormatError, match="needs segments"):
@@ -224,10 +224,10 @@ for number, type_ in enumerate(sys.argv[2:]):
 
 
 @pytest.mark.parametrize(("size", "header"), [(22, 2), (24, 4)])
-@pytest.mark.parametrize("kind", ["jit", "plain"])
+@every_family
 @given(seed=st.integers(0, 2**32 - 1))
-def test_codes_of_5_bits_are_taken_out_and_put_back(kind, size, header, seed):
-    kernels = importlib.import_module(f"qformat.kernels.{kind}.codes_5")
+def test_codes_of_5_bits_are_taken_out_and_put_back(family, size, header, seed):
+    kernels = importlib.import_module(f"qformat.kernels.{family}.codes_5")
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (int(rng.integers(1, 20)), size)).astype(np.uint8)
     guarded = np.full(32 * len(blocks) + 64, 77, np.uint8)
@@ -249,7 +249,7 @@ def test_chunks_are_counted_without_going_through_them(type_):
     codec = parse_type(type_)
     for shape in [*SHAPES.values(), (3, 524_288), (3, 524_289), (1_000_000, 1), (1, 1_048_576)]:
         matrix = Matrix.of(shape)
-        count = len(list(chunks(matrix, codec.chunk_alignment(matrix))))
+        count = len(list(matrix.chunks(codec.chunk_alignment(matrix))))
         assert dict(codec.segments(matrix))["lengths"] == 4 * count
     huge = Matrix(1 << 60, 3)
     assert dict(codec.segments(huge))["lengths"] > 1 << 40

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from qformat.codecs.codebooks import running
 from qformat.entropy.frequencies import log2, logarithms
-from qformat.kernels.numba import estimates as jit
-from qformat.kernels.numpy import estimates as plain
+from tests.helpers.kernels import FAMILIES, modules
 
-KINDS = pytest.mark.parametrize("kernels", [jit, plain], ids=["jit", "plain"])
+NUMBA, NUMPY = (each["estimates"] for each in modules("estimates"))
+every_family = pytest.mark.parametrize("kernels", [NUMBA, NUMPY], ids=FAMILIES)
 numbers = st.one_of(st.integers(0, 3), st.integers(0, 1 << 20))
 sections = st.lists(numbers, min_size=6, max_size=6).map(lambda found: np.array(found, np.int64).reshape(3, 2))
 
@@ -31,7 +31,7 @@ def stream(zeros: int, ones: int) -> int:
     return min(5 + math.ceil(count / 8), max(12 + 2 * lanes + (bits + bits // 256) // (8 << 16), 12 + 4 * lanes))
 
 
-@KINDS
+@every_family
 @given(sections)
 def test_sections(kernels, counts):
     by_class = sum(stream(*pair) for pair in counts.tolist())
@@ -39,7 +39,7 @@ def test_sections(kernels, counts):
     assert kernels.section(counts, logarithms()) == (by_class, together)
 
 
-@KINDS
+@every_family
 @given(st.lists(sections, min_size=1, max_size=4))
 def test_sections_of_several_chunks(kernels, chunks):
     before = np.zeros((len(chunks), 2, 4, 3, 2), np.int64)  # of 2 planes and 3 parts
@@ -50,7 +50,7 @@ def test_sections_of_several_chunks(kernels, chunks):
         assert kernels.section_of_chunks(before, 1, first, stop, logarithms()) == taken
 
 
-@KINDS
+@every_family
 @given(st.lists(numbers, min_size=1, max_size=300))
 def test_ideal_coding(kernels, found):
     counts = np.array(found, np.int64)
@@ -67,8 +67,8 @@ def test_counts_below_borders(seed, bins, width):
     sums = counts * (low + (high - low) * rng.random(bins))
     args = low, high, counts, sums / counts, running(counts.astype(np.float64)), running(sums), width
     found = [(np.empty(80), np.empty(80)) for _ in range(2)]
-    jit.below(*args, *found[0])
-    plain.below(*args, *found[1])
+    NUMBA.below(*args, *found[0])
+    NUMPY.below(*args, *found[1])
     np.testing.assert_array_equal(found[0], found[1])
     every = counts.sum()
     assert (np.diff(found[0][0]) >= 0).all()

@@ -12,17 +12,16 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from qformat import safe_open
-from qformat.codecs.base import chunks
-from qformat.codecs.layout import Matrix
 from qformat.codecs.ggml import GGML_BLOCKS, Ggml
+from qformat.codecs.layout import Matrix, spans
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.converters.convert import convert
 from qformat.errors import FormatError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.records import MeasuredError, Segment, TensorRecord
-from tests.converters.test_copied import Codes
-from tests.converters.test_gguf import random_blocks
+from tests.helpers.gguf import random_blocks
+from tests.helpers.quantized import Codes
 
 RECORD = TensorRecord(
     "t",
@@ -73,10 +72,12 @@ def test_chunks_hold_whole_blocks():
     codec = Ggml("q6_k")
     for shape in ((5000, 512), (3, 1_000_192), (256,)):
         matrix = Matrix.of(shape)
-        spans = [codec.spans(matrix, chunk)[0] for chunk in chunks(matrix, codec.chunk_alignment(matrix))]
-        assert spans[0].start == 0
-        assert spans[-1].stop == codec.nbytes(shape)
-        assert all(before.stop == after.start for before, after in pairwise(spans))
+        places = [
+            spans(codec.layout(matrix), matrix, chunk)[0] for chunk in matrix.chunks(codec.chunk_alignment(matrix))
+        ]
+        assert places[0].start == 0
+        assert places[-1].stop == codec.nbytes(shape)
+        assert all(before.stop == after.start for before, after in pairwise(places))
 
 
 def test_the_package_is_imported_to_decode_only(tmp_path):

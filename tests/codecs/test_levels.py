@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import numpy as np
@@ -12,28 +11,22 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import qformat
-from qformat.codecs.base import chunks
 from qformat.codecs.layout import Chunk, Matrix
-from qformat.codecs.codebooks import Survey
 from qformat.codecs.level_fit import fit
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, Elements, from_array
 from qformat.errors import SourceError, TypeSpecError
+from tests.helpers.codecs import encode, survey_of
+from tests.helpers.kernels import modules
 
-JIT, PLAIN = (importlib.import_module(f"qformat.kernels.{kind}.levels") for kind in ("numba", "numpy"))
+BOTH = NUMBA, NUMPY = [each["levels"] for each in modules("levels")]
 SCALES = ("scale=tensor", "scale=row", "scale=group,group=64")
 every_scale = pytest.mark.parametrize("scale", SCALES)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
-def survey_of(values: np.ndarray) -> Survey:
-    found = Survey.empty()
-    importlib.import_module("qformat.kernels.numba.lut").survey(values.astype(np.float32), found.counts, found.sums)
-    return found
 
 
 def saved(tmp_path, array, type_, **options):
@@ -78,7 +71,7 @@ def test_no_other_cells_are_better(numbers, size):
     values = np.array(numbers, np.float64)
     levels = fit(survey_of(values), size)
     codes = np.empty(values.size, np.uint8)
-    JIT.classify(values.astype(np.float32), levels.thresholds, codes)
+    NUMBA.classify(values.astype(np.float32), levels.thresholds, codes)
     error = np.sum((values - levels.entries[codes].astype(np.float64)) ** 2)
     assert error <= _least_error(np.sort(values), size // 2) * (1 + 1e-6) + 1e-9
 
@@ -239,7 +232,7 @@ def test_codes_levels_and_scales_give_the_weights(tmp_path):
     np.testing.assert_array_equal(values, found)
     codec = parse_type("levels:n=9,scale=tensor")
     elements = from_array(x)
-    encoded = codec.encode(elements, codec.fitted_to([codec.survey(elements)]))
+    encoded = encode(codec, elements)
     counts = codec.histograms(encoded.parts, Chunk(0, 17, 0, 333))["histogram"]
     assert counts.sum() == x.size
     assert encoded.entropy > 0
@@ -254,7 +247,7 @@ def test_shapes_of_every_kind(type_, shape, tmp_path):
     found, codes, record, _ = saved(tmp_path, x, type_, allow_zeroed=True)
     assert found.shape == codes.codes.shape == shape
     codec = parse_type(type_)
-    count = len(list(chunks(Matrix.of(shape), codec.chunk_alignment(Matrix.of(shape)))))
+    count = Matrix.of(shape).chunk_count(codec.chunk_alignment(Matrix.of(shape)))
     assert record.segments[1].length == 4 * count
     if len(shape) > 1 and shape[0]:
         with qformat.safe_open(tmp_path / "x.qf") as f:
@@ -369,7 +362,7 @@ def test_histograms_are_those_of_the_codes(type_, tmp_path):
     x = normal(37, 211, seed=11)
     _, codes, _, _ = saved(tmp_path, x, type_)
     codec, elements = parse_type(type_), from_array(x)
-    encoded = codec.encode(elements, codec.fitted_to([codec.survey(elements)]))
+    encoded = encode(codec, elements)
     expected = np.bincount((codes.codes.astype(int) + codes.levels.size // 2).ravel(), minlength=codes.levels.size)
     np.testing.assert_array_equal(codec.histograms(encoded.parts, Chunk(0, 37, 0, 211))["histogram"], expected)
 
@@ -390,7 +383,7 @@ def test_both_kinds_of_kernels_agree(seed):
     count = rows * -(-cols // group)
     entries = np.array([-1.5, -0.5, 0, 0.5, 1.5], np.float32)
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in BOTH:
         squares, magnitudes = np.empty(count), np.empty(count, np.uint32)
         kernels.measure(x, cols, group, squares, magnitudes)
         scales = np.where(squares > 0, np.sqrt(squares / group), 1).astype(np.float32)
@@ -413,5 +406,5 @@ def test_a_bfloat16_source_gives_what_its_values_give():
     codec = parse_type("ternary")
     assert isinstance(codec, LevelCodec)
     both = (Elements(BF16, patterns), Elements(F32, (patterns.astype(np.uint32) << 16).view(np.float32)))
-    narrow, wide = (codec.encode(elements, codec.fitted_to([codec.survey(elements)])).parts for elements in both)
+    narrow, wide = (encode(codec, elements).parts for elements in both)
     assert [bytes(part) for part in narrow] == [bytes(part) for part in wide]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file as load_safetensors
 
 import qformat
-from qformat.codecs.base import chunks
 from qformat.codecs.layout import Matrix
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
@@ -22,10 +19,11 @@ from qformat.errors import SourceError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.readers.torch import TORCH_DTYPES, load_file
+from tests.helpers.kernels import modules
 
 FLOATS = ("f8_e4m3", "f8_e5m2", "f16", "bf16", "f32", "f64")
 every_float = pytest.mark.parametrize("name", FLOATS)
-JIT, PLAIN = (importlib.import_module(f"qformat.kernels.{kind}.float_parts") for kind in ("numba", "numpy"))
+BOTH = [each["float_parts"] for each in modules("float_parts")]
 CODEC = parse_type("lossless")
 
 
@@ -203,7 +201,7 @@ def test_natural_weights_take_few_bits(name, most, minilm):
             continue
         matrix = Matrix.of(array.shape)
         source = Elements(DTYPES[name], Elements(DTYPES["f32"], array).cast(DTYPES[name]))
-        for chunk in chunks(matrix, 1):
+        for chunk in matrix.chunks(1):
             part = source.data.reshape(-1)[chunk.elements(matrix)].reshape(chunk.rows, chunk.cols)
             encoded = CODEC.encode(Elements(source.dtype, np.ascontiguousarray(part)))
             assert encoded.entropy <= 8 * len(encoded.parts[0]) <= 1.01 * encoded.entropy + 4000
@@ -239,7 +237,7 @@ def test_both_kinds_of_kernels_agree(seed, count):
     upper = (patterns >> 16).astype(np.uint16)
     base = int(rng.integers(0, 1024))
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in BOTH:
         heads, low, high = (np.zeros(-(-count // each), np.uint8) for each in (1, 2, 4))
         elsewhere = kernels.split_upper(upper, base, heads, low, high)
         values = (upper[heads == 255] >> 5) & 1023

@@ -1,24 +1,21 @@
 from __future__ import annotations
 
-from importlib import import_module
-
 import numpy as np
 import pytest
 
 import qformat
 from qformat.codecs import base
-from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.codebooks import Survey, midpoints
+from qformat.codecs.layout import Chunk, Matrix, spans
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.dtypes import from_array
 from qformat.errors import FormatError, SourceError, TypeSpecError
 from qformat.records import Segment, TensorRecord
-from tests.codecs.test_affine import KIND_OF, awkward, codes_in, filled_rows, round_trip
-from tests.codecs.test_codebooks import distance
+from tests.helpers.arrays import distance
+from tests.helpers.codecs import encode, round_trip
+from tests.helpers.kernels import FAMILIES, asymmetric_battery, codes_in, modules, padded_rows, using
 
-NAMES = ("lut", "lut_search")
-KINDS = [{name: import_module(f"qformat.kernels.{kind}.{name}") for name in NAMES} for kind in ("numba", "numpy")]
-JIT = KINDS[0]
+BOTH = [NUMBA, NUMPY] = modules("lut", "lut_search")
 SIZES = [4, 8, 16]
 every_size = pytest.mark.parametrize("size", SIZES)
 
@@ -43,7 +40,7 @@ def test_any_bytes_decode_as_specified(size, cols):
     rng = np.random.default_rng(cols)
     for text in ("", ",scale=row", ",scope=block", ",scope=block,block=256"):
         codec = parse_type(f"lut:size={size}{text}")
-        layout = dict(codec.layout(Matrix(3, cols)))
+        layout = dict(codec.segments(Matrix(3, cols)))
         width = {4: 2, 8: 3, 16: 4}[size]
         per_row = -(-cols // codec.block) if codec.scope == "block" else 0
         assert layout["codebooks"] == 2 * size * (3 * per_row or 1)
@@ -58,9 +55,8 @@ def test_any_bytes_decode_as_specified(size, cols):
         expected = tables[table, chosen]
         if "scales" in layout:
             expected = expected * scales.astype(np.float32)[:, None]
-        for kind in ("numba", "numpy"):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("qformat.codecs.lut.load", KIND_OF[kind])
+        for family in FAMILIES:
+            with using(family):
                 out = np.empty((3, cols), np.float32)
                 codec.decode(parts, out)
             np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
@@ -85,7 +81,7 @@ def test_every_shape_comes_back_with_its_error(tmp_path, shape, type_):
 def test_chunks_and_threads_change_no_byte(tmp_path, monkeypatch, type_):
     x = np.random.default_rng(2).standard_normal((6, 1000)).astype(np.float32)
     whole, info, _ = round_trip(tmp_path, x, type_)
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 200)
     cut, cut_info, data = round_trip(tmp_path, x, type_, jobs=1)
     assert round_trip(tmp_path, x, type_, jobs=2)[2] == data
     np.testing.assert_allclose(whole, cut, rtol=1e-3)  # sums are added in another order
@@ -95,25 +91,24 @@ def test_chunks_and_threads_change_no_byte(tmp_path, monkeypatch, type_):
         np.testing.assert_array_equal(f.get_rows("x", [4, 1, 2]), cut[[4, 1, 2]])
 
 
-def test_numpy_kernels_write_the_same_file(tmp_path, monkeypatch):
+def test_numpy_kernels_write_the_same_file(tmp_path):
     x = np.random.default_rng(3).standard_normal((6, 341)).astype(np.float32)
     for type_ in TYPES:
         compiled = round_trip(tmp_path, x, type_)[2]
-        monkeypatch.setattr("qformat.codecs.lut.load", KIND_OF["numpy"])
-        assert round_trip(tmp_path, x, type_)[2] == compiled
-        monkeypatch.undo()
+        with using("numpy"):
+            assert round_trip(tmp_path, x, type_)[2] == compiled
 
 
 # ---- kernels
 
 
-@pytest.mark.parametrize("case", awkward())
+@pytest.mark.parametrize("case", asymmetric_battery())
 def test_twins_agree(case):
     for cols, size, block in ((1, 4, 128), (33, 16, 128), (341, 8, 256), (341, 16, 128), (600, 4, 128)):
-        x = filled_rows(awkward()[case], cols)
+        x = padded_rows(asymmetric_battery()[case], cols)
         filled, width = -(-cols // 32) * 32, size.bit_length() - 1
         results = []
-        for kernels in KINDS:
+        for kernels in BOTH:
             counts, sums = np.ones(1 << 16, np.int64), np.full(1 << 16, 0.1)
             kernels["lut"].survey(x, counts, sums)
             squares = np.zeros(5 * 16)
@@ -143,16 +138,14 @@ def test_what_is_not_finite_is_noticed(bad):
         for position in (0, 31, 140, 299):
             x = np.random.default_rng(4).standard_normal((2, 300)).astype(np.float32)
             x[1, position] = bad
-            for kind in ("numba", "numpy"):
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr("qformat.codecs.lut.load", KIND_OF[kind])
-                    fitted = codec.fitted_to([codec.survey(from_array(x))]) if codec.fits else None
-                    assert not codec.encode(from_array(x), fitted).finite
+            for family in FAMILIES:
+                with using(family):
+                    assert not encode(codec, from_array(x)).finite
 
 
 def test_a_survey_ignores_what_is_not_finite():
     x = np.array([1.5, np.nan, -np.inf, 1.5, -0.0, np.inf, -2.0], np.float32)
-    for kernels in KINDS:
+    for kernels in BOTH:
         found = Survey.empty()
         kernels["lut"].survey(x, found.counts, found.sums)
         assert found.counts.sum() == 4
@@ -186,7 +179,7 @@ def test_codebooks_of_blocks_are_the_best(size, block):
         codec = parse_type(f"lut:scope=block,block={block},size={size}")
         books = np.empty(2 * -(-600 // block) * size, np.float32)
         padded = np.ascontiguousarray(np.pad(x, ((0, 0), (0, 8))))
-        JIT["lut_search"].codebooks(padded.reshape(-1), 600, block, size, books)
+        NUMBA["lut_search"].codebooks(padded.reshape(-1), 600, block, size, books)
         books = books.reshape(2, -1, size)
         total = 0.0
         for row in range(2):
@@ -282,14 +275,15 @@ def test_types_print_as_they_are_written():
 def test_damaged_parts_are_refused():
     for type_ in ("lut", "lut:scale=row", "lut:scope=block"):
         codec = parse_type(type_)
-        good = [bytes(length) for _, length in codec.layout(Matrix(2, 200))]
+        good = [bytes(length) for _, length in codec.segments(Matrix(2, 200))]
         codec.decode(good, np.empty((2, 200), np.float32))
         for i in range(len(good)):
             for length in (0, len(good[i]) - 1, len(good[i]) + 1):
                 with pytest.raises(ValueError, match="are needed"):
                     codec.decode([*good[:i], bytes(length), *good[i + 1 :]], np.empty((2, 200), np.float32))
-    spans = parse_type("lut:scope=block").spans(Matrix(4, 200), Chunk(2, 2, 0, 200))
-    assert spans == (slice(4 * 32, 8 * 32), slice(2 * 112, 4 * 112))
+    matrix = Matrix(4, 200)
+    layout = parse_type("lut:scope=block").layout(matrix)
+    assert spans(layout, matrix, Chunk(2, 2, 0, 200)) == (slice(4 * 32, 8 * 32), slice(2 * 112, 4 * 112))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +300,7 @@ def test_damaged_parts_are_refused():
 )
 def test_impossible_records_are_refused(changes):
     codec = parse_type("lut")
-    segments = tuple(Segment(name, 0, length, "0" * 64) for name, length in codec.layout(Matrix(2, 200)))
+    segments = tuple(Segment(name, 0, length, "0" * 64) for name, length in codec.segments(Matrix(2, 200)))
     params = codec.params() | changes
     record = TensorRecord("x", (2, 200), "f32", "lut", params, segments, error=base.MeasuredError(0.0, 0.0))
     with pytest.raises(FormatError, match="'x'"):

@@ -17,18 +17,14 @@ from qformat.codecs.layout import Chunk
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, F64, Elements
 from qformat.kernels import load
-from qformat.kernels.numba import nlm as jit
-from qformat.kernels.numba import nlm_search as jit_search
-from qformat.kernels.numpy import nlm as plain
-from qformat.kernels.numpy import nlm_search as plain_search
-from tests.kernels.test_kernels import battery
+from tests.helpers.kernels import FAMILIES, battery, every_family, modules
 
 BLOCKS = (32, 64, 128)
 MODES = ("rmse", "maximum")
-KINDS = {"jit": (jit, jit_search), "plain": (plain, plain_search)}
+KERNELS = dict(zip(FAMILIES, modules("nlm", "nlm_search"), strict=True))
+NUMPY = KERNELS["numpy"]["nlm"]
 every_block = pytest.mark.parametrize("block", BLOCKS)
 every_mode = pytest.mark.parametrize("mode", MODES)
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 finite_f32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 modest_f32 = st.floats(-(2.0**15), 2.0**15, width=32)
@@ -44,22 +40,22 @@ def weights() -> np.ndarray:
     return load_file(file)["encoder.layer.0.intermediate.dense.weight"]
 
 
-def choose(mode: str, x: np.ndarray, block: int, kind: str = "jit") -> np.ndarray:
+def choose(mode: str, x: np.ndarray, block: int, family: str = "numba") -> np.ndarray:
     headers = np.zeros(x.size // block, np.uint32)
-    getattr(KINDS[kind][1], mode)(x.reshape(-1), headers, block)
+    getattr(KERNELS[family]["nlm_search"], mode)(x.reshape(-1), headers, block)
     return headers
 
 
-def encode(x: np.ndarray, headers: np.ndarray, block: int, kind: str = "jit") -> tuple:
+def encode(x: np.ndarray, headers: np.ndarray, block: int, family: str = "numba") -> tuple:
     blocks = np.zeros(headers.size * (3 + block // 2), np.uint8)
     lanes = np.zeros(load("blocks").LANES)
-    found = KINDS[kind][0].encode(x.reshape(-1), headers, blocks, lanes, block)
+    found = KERNELS[family]["nlm"].encode(x.reshape(-1), headers, blocks, lanes, block)
     return blocks, lanes, tuple(int(value) for value in found)
 
 
-def decode(blocks: np.ndarray, block: int, kind: str = "jit") -> np.ndarray:
+def decode(blocks: np.ndarray, block: int, family: str = "numba") -> np.ndarray:
     values = np.empty(blocks.size // (3 + block // 2) * block, np.float32)
-    KINDS[kind][0].dequantize(blocks, values, block)
+    KERNELS[family]["nlm"].dequantize(blocks, values, block)
     return values.reshape(-1, block)
 
 
@@ -90,13 +86,13 @@ def by_the_specification(blocks: np.ndarray, block: int) -> np.ndarray:
 
 
 @every_block
-@every_kind
-def test_any_bytes_decode_as_the_specification_says(kind, block):
+@every_family
+def test_any_bytes_decode_as_the_specification_says(family, block):
     blocks = np.random.default_rng(block).integers(0, 256, (1000, 3 + block // 2), dtype=np.uint8)
-    width, least = plain.numbers(np.pad(blocks[:, :3], ((0, 0), (0, 1))).view("<u4")[:, 0])[:2]
+    width, least = NUMPY.numbers(np.pad(blocks[:, :3], ((0, 0), (0, 1))).view("<u4")[:, 0])[:2]
     finite = np.ascontiguousarray(blocks[np.isfinite(width) & np.isfinite(least)])
     assert len(finite) > 800
-    decoded = decode(finite.reshape(-1), block, kind)
+    decoded = decode(finite.reshape(-1), block, family)
     np.testing.assert_array_equal(decoded, by_the_specification(finite, block))
 
 
@@ -104,20 +100,20 @@ def test_tables_are_exact_and_symmetric():
     np.testing.assert_array_equal(TABLE + TABLE[:, ::-1], 16384)
     assert (np.diff(TABLE, axis=1) > 0).all()
     np.testing.assert_array_equal(TABLE[0], [math.floor(q * 16384 / 15 + 0.5) for q in range(16)])
-    for table in (jit.STEPS, plain.STEPS):
+    for table in (kernels["nlm"].STEPS for kernels in KERNELS.values()):
         np.testing.assert_array_equal(table.reshape(4, 16).astype(np.float64) * 16384, TABLE)
-    np.testing.assert_array_equal(jit.MIDDLES.reshape(4, 8)[:, :7], plain.MIDDLES)
+    np.testing.assert_array_equal(KERNELS["numba"]["nlm"].MIDDLES.reshape(4, 8)[:, :7], NUMPY.MIDDLES)
 
 
 def same(x: np.ndarray, block: int, mode: str) -> None:
     results = []
-    for kind in KINDS:
-        headers = choose(mode, x, block, kind)
-        blocks, lanes, found = encode(x, headers, block, kind)
+    for family in FAMILIES:
+        headers = choose(mode, x, block, family)
+        blocks, lanes, found = encode(x, headers, block, family)
         results.append((headers.tobytes(), blocks.tobytes(), found, None if found[2] else lanes.tobytes()))
         assert (headers < 1 << 24).all()
         if not found[2]:
-            results[-1] += (decode(blocks, block, kind).tobytes(),)
+            results[-1] += (decode(blocks, block, family).tobytes(),)
     assert results[0] == results[1]
 
 
@@ -162,12 +158,12 @@ def test_a_block_s_header_depends_on_that_block_only(mode, block):
 
 
 @every_block
-@every_kind
-def test_codes_are_the_nearest_and_the_error_is_measured(kind, block):
+@every_family
+def test_codes_are_the_nearest_and_the_error_is_measured(family, block):
     x = weights()[:64]
     headers = choose("rmse", x, block)
-    blocks, lanes, (peak, largest, overflowed, zeroed) = encode(x, headers, block, kind)
-    width, least, number = plain.numbers(headers)
+    blocks, lanes, (peak, largest, overflowed, zeroed) = encode(x, headers, block, family)
+    width, least, number = NUMPY.numbers(headers)
     levels = least[:, None] + width[:, None] * TABLE[number] / 16384
     nearest = np.abs(x.reshape(-1, block)[:, :, None] - levels[:, None]).min(axis=2)
     error = np.abs(x.reshape(-1, block).astype(np.float64) - decode(blocks, block))
@@ -222,9 +218,9 @@ def test_the_mapping_is_about_the_best_of_the_four(mode, monkeypatch):
     chosen = losses(choose(mode, x, 32))
     forced = []
     for number in range(4):
-        monkeypatch.setattr(plain_search, "LEVELS", np.tile(plain.LEVELS[number], (4, 1)))
-        monkeypatch.setattr(plain_search, "MIDDLES", np.tile(plain.MIDDLES[number], (4, 1)))
-        headers = choose(mode, x, 32, "plain") & 0x3FFFFF | number << 22
+        monkeypatch.setattr(KERNELS["numpy"]["nlm_search"], "LEVELS", np.tile(NUMPY.LEVELS[number], (4, 1)))
+        monkeypatch.setattr(KERNELS["numpy"]["nlm_search"], "MIDDLES", np.tile(NUMPY.MIDDLES[number], (4, 1)))
+        headers = choose(mode, x, 32, "numpy") & 0x3FFFFF | number << 22
         forced.append(losses(headers))
     best = np.min(forced, axis=0)
     assert chosen.mean() < 1.04 * best.mean()
@@ -269,33 +265,33 @@ def test_narrow_blocks_far_from_zero(mode, block):
 
 
 @every_mode
-@every_kind
-def test_two_values_and_single_weights_are_kept_well(mode, kind):
+@every_family
+def test_two_values_and_single_weights_are_kept_well(mode, family):
     for low, high in ((-0.7, 0.7), (0.0, 0.3), (-0.25, 0.0), (2.0, 3.0), (-1.0, -0.5)):
         x = np.where(np.arange(64) % 3, low, high).astype(np.float32)
-        assert errors(x, choose(mode, x, 32, kind), 32).max() <= (high - low) / 60
+        assert errors(x, choose(mode, x, 32, family), 32).max() <= (high - low) / 60
     x = np.eye(32, dtype=np.float32)
-    assert errors(x, choose(mode, x, 32, kind), 32).max() == 0
+    assert errors(x, choose(mode, x, 32, family), 32).max() == 0
 
 
 @every_block
 @every_mode
-@every_kind
+@every_family
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_is_noticed(bad, kind, mode, block):
+def test_a_value_that_is_not_finite_is_noticed(bad, family, mode, block):
     for position in (0, 1, 31, 127, 128, 255):
         x = np.ones(256, np.float32)
         x[position] = bad
-        assert encode(x, choose(mode, x, block, kind), block, kind)[2][0] >= 0x7F800000
+        assert encode(x, choose(mode, x, block, family), block, family)[2][0] >= 0x7F800000
 
 
 @every_block
 @every_mode
-@every_kind
-def test_overflow_and_vanishing_are_counted(kind, mode, block):
+@every_family
+def test_overflow_and_vanishing_are_counted(family, mode, block):
     def counts(row: np.ndarray) -> tuple[int, int]:
         x = np.concatenate([np.ones(2 * block), row, np.zeros(block)]).astype(np.float32)
-        return encode(x, choose(mode, x, block, kind), block, kind)[2][2:]
+        return encode(x, choose(mode, x, block, family), block, family)[2][2:]
 
     ramp = np.linspace(-1, 1, block)
     assert counts(ramp * 32000) == (0, 0)
@@ -344,9 +340,9 @@ def test_other_dtypes_are_taken_by_value(block):
 
 
 @every_block
-@every_kind
-def test_histograms(block, kind, monkeypatch):
-    monkeypatch.setattr("qformat.codecs.blocks.load", lambda _: KINDS[kind][0])
+@every_family
+def test_histograms(block, family, monkeypatch):
+    monkeypatch.setattr("qformat.codecs.blocks.load", lambda _: KERNELS[family]["nlm"])
     x = weights()[:16]
     headers = choose("rmse", x, block)
     blocks = encode(x, headers, block)[0]

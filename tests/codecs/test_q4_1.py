@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 
 import gguf
@@ -15,15 +14,14 @@ from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, F64, Elements
 from qformat.errors import TypeSpecError
 from qformat.kernels import load
-from tests.kernels.test_kernels import battery, rows
+from tests.helpers.kernels import FAMILIES, battery, modules, rows
 
 FORMATS = {"q4_1": (20, gguf.GGMLQuantizationType.Q4_1), "q5_1": (24, gguf.GGMLQuantizationType.Q5_1)}
 NAMES = [*FORMATS, "q4_1_als", "q4_1_best"]
-JIT, PLAIN = ({name: import_module(f"qformat.kernels.{kind}.{name}") for name in NAMES} for kind in ("numba", "numpy"))
-KINDS = [JIT, PLAIN]
+BOTH = [NUMBA, NUMPY] = modules(*NAMES)
 SEARCHES = ["als", "best"]
 every_format = pytest.mark.parametrize("name", FORMATS)
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=["jit", "plain"])
+every_family = pytest.mark.parametrize("kernels", BOTH, ids=FAMILIES)
 
 # Blocks as weights are: around some value, of some spread, perhaps with few different values.
 numbers = st.sampled_from([0.0, 1.0, -0.7, 10.0, 3e-5, -1e-7, 1000.0])
@@ -54,58 +52,58 @@ def certain(x: np.ndarray) -> np.ndarray:
     return ~((values.min(axis=1) == 0) & (zero & minus).any(axis=1) & (zero & ~minus).any(axis=1))
 
 
-def quantize(kernels: ModuleType, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    size = FORMATS[kernels.__name__.rpartition(".")[2]][0]
+def quantize(module: ModuleType, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    size = FORMATS[module.__name__.rpartition(".")[2]][0]
     blocks, lanes = np.zeros((x.size // 32, size), np.uint8), np.zeros(load("blocks").LANES)
-    found = kernels.quantize(x.reshape(-1), blocks.reshape(-1), lanes)
+    found = module.quantize(x.reshape(-1), blocks.reshape(-1), lanes)
     return blocks, lanes, tuple(int(value) for value in found)
 
 
-def search(kind: dict[str, ModuleType], how: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def search(kernels: dict[str, ModuleType], how: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scales, minima = np.zeros(x.size // 32, np.uint16), np.zeros(x.size // 32, np.uint16)
-    kind[f"q4_1_{how}"].choose(x.reshape(-1), scales, minima)
+    kernels[f"q4_1_{how}"].choose(x.reshape(-1), scales, minima)
     return scales, minima
 
 
-def encode(kind: dict[str, ModuleType], how: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+def encode(kernels: dict[str, ModuleType], how: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     if how == "naive":
-        return quantize(kind["q4_1"], x)
+        return quantize(kernels["q4_1"], x)
     blocks, lanes = np.zeros((x.size // 32, 20), np.uint8), np.zeros(load("blocks").LANES)
-    found = kind["q4_1"].encode(x.reshape(-1), *search(kind, how, x), blocks.reshape(-1), lanes)
+    found = kernels["q4_1"].encode(x.reshape(-1), *search(kernels, how, x), blocks.reshape(-1), lanes)
     return blocks, lanes, tuple(int(value) for value in found)
 
 
 def errors(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     """The squared error of each block, in float64."""
     decoded = np.empty(x.size, np.float32)
-    JIT["q4_1"].dequantize(blocks.reshape(-1), decoded)
+    NUMBA["q4_1"].dequantize(blocks.reshape(-1), decoded)
     with np.errstate(all="ignore"):
         return ((x.reshape(-1).astype(np.float64) - decoded) ** 2).reshape(-1, 32).sum(axis=1)
 
 
 def test_the_compiled_kernels_are_the_ones_that_are_used():
     for name in NAMES:
-        assert load(name) is JIT[name]
+        assert load(name) is NUMBA[name]
 
 
 @every_format
 @given(x=rows)
 def test_naive_blocks_equal_gguf_s_and_the_twin_s(name, x):
-    blocks, lanes, found = quantize(JIT[name], x)
+    blocks, lanes, found = quantize(NUMBA[name], x)
     np.testing.assert_array_equal(blocks[certain(x)], gguf_blocks(name, x)[certain(x)])
-    plain_blocks, plain_lanes, plain_found = quantize(PLAIN[name], x)
-    np.testing.assert_array_equal(blocks, plain_blocks)
-    assert found == plain_found
+    numpy_blocks, numpy_lanes, numpy_found = quantize(NUMPY[name], x)
+    np.testing.assert_array_equal(blocks, numpy_blocks)
+    assert found == numpy_found
     if not found[2]:
-        assert lanes.tobytes() == plain_lanes.tobytes()
+        assert lanes.tobytes() == numpy_lanes.tobytes()
 
 
 @every_format
 @pytest.mark.parametrize("case", battery())
-@every_kind
-def test_awkward_blocks_equal_gguf_s(kind, case, name):
+@every_family
+def test_awkward_blocks_equal_gguf_s(kernels, case, name):
     x = battery()[case].astype(np.float32)
-    blocks, lanes, (peak, largest, overflowed, zeroed) = quantize(kind[name], x)
+    blocks, lanes, (peak, largest, overflowed, zeroed) = quantize(kernels[name], x)
     np.testing.assert_array_equal(blocks[certain(x)], gguf_blocks(name, x)[certain(x)])
     assert peak == np.abs(x).view(np.uint32).max()
     header = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float32)
@@ -113,7 +111,7 @@ def test_awkward_blocks_equal_gguf_s(kind, case, name):
     assert zeroed == ((header == 0).all(axis=1) & (x != 0).any(axis=1)).sum()
     if not overflowed:
         decoded = np.empty(x.size, np.float32)
-        kind[name].dequantize(blocks.reshape(-1), decoded)
+        kernels[name].dequantize(blocks.reshape(-1), decoded)
         np.testing.assert_array_equal(decoded, gguf_values(name, blocks))
         error = x.reshape(-1) - decoded
         np.testing.assert_allclose(lanes.sum(), (error.astype(np.float64) ** 2).sum(), rtol=1e-6, atol=1e-40)
@@ -121,14 +119,14 @@ def test_awkward_blocks_equal_gguf_s(kind, case, name):
 
 
 @every_format
-@every_kind
+@every_family
 @pytest.mark.parametrize("signs", [(0.0, -0.0), (-0.0, 0.0)])
 @pytest.mark.parametrize("rest", [0.0, 1.0])
-def test_of_several_zeros_the_first_is_the_minimum(kind, name, signs, rest):
+def test_of_several_zeros_the_first_is_the_minimum(kernels, name, signs, rest):
     x = np.full(32, rest, np.float32)
     x[[7, 20]] = signs
     x[:7] = np.abs(rest) or signs[0]
-    blocks, _, _ = quantize(kind[name], x)
+    blocks, _, _ = quantize(kernels[name], x)
     assert blocks[0, 3] == (0x80 if np.signbit(np.float32(signs[0])) else 0)
     assert blocks[0, 1] & 0x80 == 0
 
@@ -137,9 +135,9 @@ def test_of_several_zeros_the_first_is_the_minimum(kind, name, signs, rest):
 @given(patterns=hnp.arrays(np.uint16, 64, elements=st.integers(0, 0xFFFF).filter(lambda p: p & 0x7F80 != 0x7F80)))
 def test_blocks_of_bfloat16_are_those_of_its_values(name, patterns):
     values = (patterns.astype(np.uint32) << 16).view(np.float32)
-    expected = quantize(JIT[name], values)
-    for kind in KINDS:
-        blocks, lanes, found = quantize(kind[name], patterns)
+    expected = quantize(NUMBA[name], values)
+    for kernels in BOTH:
+        blocks, lanes, found = quantize(kernels[name], patterns)
         np.testing.assert_array_equal(blocks, expected[0])
         assert found == expected[2]
         if not found[2]:
@@ -152,48 +150,48 @@ def test_any_bytes_decode_as_with_gguf(name, data):
     blocks = data.draw(hnp.arrays(np.uint8, (4, FORMATS[name][0])))
     blocks[:, [1, 3]] &= 0xBF  # keep the scale and the minimum finite
     expected = gguf_values(name, blocks)
-    for kind in KINDS:
+    for kernels in BOTH:
         values = np.empty(128, np.float32)
-        kind[name].dequantize(blocks.reshape(-1), values)
+        kernels[name].dequantize(blocks.reshape(-1), values)
         np.testing.assert_array_equal(values.view(np.uint32), expected.view(np.uint32))
 
 
 @every_format
 def test_code_histogram(name):
-    blocks, _, _ = quantize(JIT[name], battery()["normal"])
+    blocks, _, _ = quantize(NUMBA[name], battery()["normal"])
     header = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float32)
     codes = np.rint((gguf_values(name, blocks).reshape(-1, 32) - header[:, 1:]) / header[:, :1]).astype(int)
     top = 16 if name == "q4_1" else 32
     expected = np.bincount(codes.ravel(), minlength=top) + 1
-    for kind in KINDS:
+    for kernels in BOTH:
         counts = np.ones(top, np.int64)
-        kind[name].code_histogram(blocks.reshape(-1), counts)
+        kernels[name].code_histogram(blocks.reshape(-1), counts)
         np.testing.assert_array_equal(counts, expected)
 
 
 @pytest.mark.parametrize("how", ["naive", *SEARCHES])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
-@every_kind
-def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kind, bad, how):
+@every_family
+def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kernels, bad, how):
     x = np.tile(np.linspace(-1, 2, 32, dtype=np.float32), (70, 1))
     for position in range(32):
         x[2 * position, position] = bad
         one = np.ascontiguousarray(x[2 * position : 2 * position + 3])
-        assert encode(kind, how, one)[2][0] >= 0x7F800000
-        if how == "naive" and kind is JIT:
-            assert quantize(kind["q5_1"], one)[2][0] >= 0x7F800000
-    assert encode(kind, how, x)[2][0] >= 0x7F800000
+        assert encode(kernels, how, one)[2][0] >= 0x7F800000
+        if how == "naive" and kernels is NUMBA:
+            assert quantize(kernels["q5_1"], one)[2][0] >= 0x7F800000
+    assert encode(kernels, how, x)[2][0] >= 0x7F800000
 
 
 def assert_twins_agree(how: str, x: np.ndarray) -> None:
-    one, two = (search(kind, how, x) for kind in KINDS)
+    one, two = (search(kernels, how, x) for kernels in BOTH)
     np.testing.assert_array_equal(one, two)
-    blocks, lanes, found = encode(JIT, how, x)
-    plain_blocks, plain_lanes, plain_found = encode(PLAIN, how, x)
-    np.testing.assert_array_equal(blocks, plain_blocks)
-    assert found == plain_found
+    blocks, lanes, found = encode(NUMBA, how, x)
+    numpy_blocks, numpy_lanes, numpy_found = encode(NUMPY, how, x)
+    np.testing.assert_array_equal(blocks, numpy_blocks)
+    assert found == numpy_found
     if not found[2]:
-        assert lanes.tobytes() == plain_lanes.tobytes()
+        assert lanes.tobytes() == numpy_lanes.tobytes()
         np.testing.assert_allclose(lanes.sum(), errors(x, blocks).sum(), rtol=1e-6, atol=1e-37)
 
 
@@ -217,20 +215,20 @@ def test_twins_encode_any_scales_and_minima_alike(x, scales, minima, tie):
     count = x.size // 32
     scales, minima = scales[:count] & 0xBFFF, minima[:count] & 0xBFFF
     results = []
-    for kind in KINDS:
+    for kernels in BOTH:
         blocks, lanes = np.zeros(20 * count, np.uint8), np.zeros(load("blocks").LANES)
-        found = kind["q4_1"].encode(x, scales, minima, blocks, lanes)
+        found = kernels["q4_1"].encode(x, scales, minima, blocks, lanes)
         results.append((blocks.tobytes(), tuple(int(value) for value in found), lanes.tobytes()))
     assert results[0] == results[1]
 
 
 def assert_searches_are_in_order(x: np.ndarray) -> None:
-    blocks, _, _ = encode(JIT, "naive", x)
+    blocks, _, _ = encode(NUMBA, "naive", x)
     header = np.ascontiguousarray(blocks[:, :4]).view(np.float16)
     fits = np.isfinite(header).all(axis=1)
     before = errors(x, blocks)
     for how in SEARCHES:
-        chosen, _, (_, _, overflowed, _) = encode(JIT, how, x)
+        chosen, _, (_, _, overflowed, _) = encode(NUMBA, how, x)
         assert overflowed == (~fits).sum()
         found = errors(x, chosen)
         assert (found[fits] <= before[fits] * (1 + 1e-6) + 1e-40).all()
@@ -249,15 +247,15 @@ def test_no_search_is_worse_than_the_one_before_for_awkward_blocks(case):
 
 
 @pytest.mark.parametrize("how", SEARCHES)
-@every_kind
-def test_a_block_s_result_does_not_depend_on_its_neighbours(kind, how):
+@every_family
+def test_a_block_s_result_does_not_depend_on_its_neighbours(kernels, how):
     x = np.concatenate([battery()[case] for case in ("normal", "sparse", "constant", "scale vanishes")])
     x = np.ascontiguousarray(np.random.default_rng(3).permutation(x + np.float32(0.5) * (x > 0)).astype(np.float32))
-    scales, minima = search(kind, how, x)
+    scales, minima = search(kernels, how, x)
     for count in (1, 2, 15, 16, 17, 31, 33):
-        some = search(kind, how, x[5 : 5 + count])
+        some = search(kernels, how, x[5 : 5 + count])
         np.testing.assert_array_equal(some, (scales[5 : 5 + count], minima[5 : 5 + count]))
-    assert search(kind, how, x[:0])[0].size == 0
+    assert search(kernels, how, x[:0])[0].size == 0
 
 
 @pytest.mark.parametrize("how", SEARCHES)
@@ -267,7 +265,7 @@ def test_equally_spaced_values_are_hit(how, levels):
     values = rng.integers(0, levels, (64, 32))
     values[:, :2] = 0, levels - 1
     x = (values * rng.uniform(0.01, 1, (64, 1)) - rng.uniform(0, 3, (64, 1))).astype(np.float32)
-    blocks, _, _ = encode(JIT, how, x)
+    blocks, _, _ = encode(NUMBA, how, x)
     assert errors(x, blocks).sum() < 1e-5 * x.var(axis=1).sum() * 32
 
 
@@ -279,7 +277,7 @@ OPTIMUM = {"normal": 19.4306982, "laplace": 48.0559494, "uniform": 0.930740478}
 @pytest.mark.parametrize("case", OPTIMUM)
 def test_searches_come_close_to_the_optimum(how, limit, case):
     x = sample(case)
-    blocks, _, _ = encode(JIT, how, x)
+    blocks, _, _ = encode(NUMBA, how, x)
     assert 1 - 1e-6 < np.sqrt(errors(x, blocks).sum() / OPTIMUM[case]) < limit
 
 
@@ -304,7 +302,7 @@ def test_codecs_encode_and_decode(text, dtype):
     encoded = codec.encode(elements)
     assert (encoded.finite, encoded.overflowed, encoded.zeroed) == (True, 0, 0)
     assert len(encoded.parts[0]) == codec.nbytes((3, 70)) == 9 * FORMATS[codec.id][0]
-    assert codec.layout(Matrix(3, 70)) == (("blocks", 9 * FORMATS[codec.id][0]),)
+    assert codec.segments(Matrix(3, 70)) == (("blocks", 9 * FORMATS[codec.id][0]),)
     decoded = np.empty((3, 70), np.float32)
     codec.decode(encoded.parts, decoded)
     squares = (elements.to_f32().astype(np.float64) - decoded) ** 2

@@ -9,7 +9,6 @@ import os
 import struct
 import subprocess
 import sys
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,17 @@ from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.quality import Quality
 from qformat.records import TensorRecord
-from tests.build import Draft, Json
-from tests.container.test_hostile import read_package, read_reference, verify_one
-from tests.container.test_hostile_chunks import edited, packed
+from tests.helpers.files import Json
+from tests.helpers.hostile import (
+    Records,
+    changed,
+    edited,
+    packed,
+    read_package,
+    read_reference,
+    taken_apart,
+    verify_one,
+)
 
 DTYPE_NAMES = ("f16", "bf16", "f32")
 every_dtype = pytest.mark.parametrize("dtype", DTYPE_NAMES)
@@ -707,32 +714,9 @@ def of_kind(kind: str) -> tuple[str, Elements]:
     return ("scm:bpw=5" if kind == "lossy" else "scm"), elements(kind if kind in DTYPES else "f32", x)
 
 
-def taken_apart(data: bytes) -> Json:
-    """Return the only tensor of a file, its segments with their bytes."""
-    draft = Draft.of(data)
-    (tensor,) = deepcopy(draft.index["tensors"])
-    for one in tensor["segments"]:
-        at = one.pop("offset") - len(draft.header)
-        one["bytes"] = draft.body[at : at + one.pop("length")]
-        del one["sha256"]
-    return tensor
-
-
-def changed(record: Json, **contents: bytes) -> list[Json]:
-    """Return the segments, some with other bytes."""
-    return [one | {"bytes": contents.get(one["name"], one["bytes"])} for one in record["segments"]]
-
-
-class Written(dict[str, Json]):
-    """Records of tensors, with their segments' bytes."""
-
-    def __repr__(self) -> str:  # hypothesis prints it for each example
-        return "Written()"
-
-
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    path, found = tmp_path_factory.mktemp("scm") / "x.qf", Written()
+def written(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    path, found = tmp_path_factory.mktemp("scm") / "x.qf", Records()
     for kind in KINDS:
         type_, source = of_kind(kind)
         store(path, type_, t=source)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +18,10 @@ from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.dtypes import DTYPES, Elements
 from qformat.errors import FormatError, QualityError, SourceError
-from qformat.kernels import load
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
-from tests.spec import test_reference_layers as written
+from tests.helpers import scm_encoder as written
+from tests.helpers.kernels import FAMILIES, every_family, using
 
 MANTISSA = {"f16": 10, "bf16": 7, "f32": 23}
 LARGEST = {"f16": 0x7BFF, "bf16": 0x7F7F, "f32": 0x7F7FFFFF}
@@ -30,17 +29,6 @@ UNSIGNED = {"f16": "<u2", "bf16": "<u2", "f32": "<u4"}
 SIGN = {"f16": 1 << 15, "bf16": 1 << 15, "f32": 1 << 31}
 METRICS = {"max_rmse": "rmse", "max_abs": "maximum", "mean_abs": "mean"}
 OTHERS = ("scm:bpw=2.7", "scm:bpw=5", "scm:max_rmse=0.02", "scm:max_abs=0.03", "scm:mean_abs=0.001")
-KINDS = ("numba", "numpy")
-
-
-@contextmanager
-def kernels(kind: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QFORMAT_KERNELS", kind)
-        load.cache_clear()
-        assert load("planes").__name__.split(".")[-2] == kind
-        yield
-    load.cache_clear()
 
 
 def patterns_of(values: Any, dtype: str) -> np.ndarray:
@@ -90,12 +78,12 @@ def check(
     type_: str = "scm",
     *,
     every: int = 1,
-    writers: tuple[str, ...] = KINDS,  # numpy kernels take some time
+    writers: tuple[str, ...] = FAMILIES,  # numpy kernels take some time
 ) -> list[float]:
     """Compare a layer of so many, the first and the last one, and everything; give the bits per weight."""
     contents = []
-    for kind in writers:
-        with kernels(kind):
+    for family in writers:
+        with using(family):
             contents.append(write(patterns, dtype, type_, path))
     assert contents[0] == contents[-1]
     tensor = reference.read(contents[0]).tensors["x"]
@@ -137,10 +125,10 @@ def check(
                 read(path, "lossless")
     expected.append((None, everything))
     check_bound(info, type_)
-    for kind in KINDS:
-        with kernels(kind):
-            for quality, values in expected[-1 if kind == "numpy" and x.size > 100_000 else 0 :]:
-                assert same(read(path, quality), values), (kind, quality)
+    for family in FAMILIES:
+        with using(family):
+            for quality, values in expected[-1 if family == "numpy" and x.size > 100_000 else 0 :]:
+                assert same(read(path, quality), values), (family, quality)
     return rates
 
 
@@ -233,7 +221,7 @@ def values_of_kinds() -> dict[str, np.ndarray]:
 def test_kinds(reference: ModuleType, tmp_path: Path, kind: str) -> None:
     kinds = values_of_kinds()
     for dtype, type_ in types_in_turn(list(kinds).index(kind)):
-        writers = KINDS if kind in ("sparse", "outlier") else ("numba",)
+        writers = FAMILIES if kind in ("sparse", "outlier") else ("numba",)
         check(reference, tmp_path / "x.qf", patterns_of(kinds[kind], dtype), dtype, type_, every=7, writers=writers)
 
 
@@ -306,7 +294,7 @@ def test_the_largest_numbers(reference: ModuleType, tmp_path: Path, dtype: str) 
 def test_one_long_row(reference: ModuleType, tmp_path: Path, dtype: str, type_: str) -> None:
     x = normal(1, 600_001)
     x[0, 524_288:] *= 3  # the second chunk
-    writers = KINDS if type_ == "scm:bpw=2.2" else ("numba",)
+    writers = FAMILIES if type_ == "scm:bpw=2.2" else ("numba",)
     check(reference, tmp_path / "x.qf", patterns_of(x, dtype), dtype, type_, every=20, writers=writers)
 
 
@@ -347,11 +335,11 @@ def check_other(reference: ModuleType, path: Path, case: written.Case) -> None:
     for k, rate in enumerate(rates):
         # A little more: the layer itself, and not the next one.
         expected.append((rate * (1 + 1e-12) or 1, reference.decode(tensor, layers=k + 1)))
-    for kind in KINDS:
-        with kernels(kind):
+    for family in FAMILIES:
+        with using(family):
             for quality, values in expected:
                 with qformat.safe_open(path, quality=quality, jobs=1) as f:
-                    assert same(f.get_tensor("t"), values), (kind, quality)
+                    assert same(f.get_tensor("t"), values), (family, quality)
 
 
 @settings(max_examples=30)
@@ -383,8 +371,8 @@ def test_by_hand(reference: ModuleType, tmp_path: Path) -> None:
         check_other(reference, tmp_path / "x.qf", case)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_wrong(reference: ModuleType, tmp_path: Path, kind: str) -> None:
+@every_family
+def test_what_is_wrong(reference: ModuleType, tmp_path: Path, family: str) -> None:
     """What the independent reader refuses is refused by the package."""
     path = tmp_path / "x.qf"
 
@@ -400,7 +388,7 @@ def test_what_is_wrong(reference: ModuleType, tmp_path: Path, kind: str) -> None
         return False
 
     accepted = []
-    with kernels(kind):
+    with using(family):
         for number, (case, name, chunk, old, new, _) in enumerate(written.WRONG):
             changed = written.cut([chunk.replace(bytes.fromhex(old), bytes.fromhex(new), 1)])
             if not refused(case.with_segments(**{name: changed})):
@@ -438,8 +426,10 @@ def test_what_is_wrong(reference: ModuleType, tmp_path: Path, kind: str) -> None
     assert accepted == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_changed_is_refused_by_both_or_decodes_alike(reference: ModuleType, tmp_path: Path, kind: str) -> None:
+@every_family
+def test_what_is_changed_is_refused_by_both_or_decodes_alike(
+    reference: ModuleType, tmp_path: Path, family: str
+) -> None:
     rng = np.random.default_rng(0)
     patterns = np.abs(rng.laplace(size=300)).astype(np.float32).view("<u4")
     patterns[::5] = 0
@@ -450,9 +440,9 @@ def test_what_is_changed_is_refused_by_both_or_decodes_alike(reference: ModuleTy
     case, _ = written.encode([(patterns.tolist(), choices)], "f32", (10, 30))
     path = tmp_path / "x.qf"
     count = 0
-    with kernels(kind):
+    with using(family):
         for name, content in case.segments.items():
-            for _ in range(25 if kind == "numba" else 10):
+            for _ in range(25 if family == "numba" else 10):
                 changed = bytearray(content)
                 changed[rng.integers(len(content))] ^= rng.integers(1, 256)
                 path.write_bytes(case.with_segments(**{name: bytes(changed)}).draft().pack())
@@ -504,9 +494,9 @@ def tensors(draw: st.DrawFn) -> tuple[str, str, np.ndarray]:
 
 
 @settings(max_examples=30)
-@given(tensors(), st.sampled_from([*KINDS, "numba"]))
+@given(tensors(), st.sampled_from([*FAMILIES, "numba"]))
 def test_any(
-    reference: ModuleType, tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, str, np.ndarray], kind: str
+    reference: ModuleType, tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, str, np.ndarray], family: str
 ) -> None:
     dtype, type_, patterns = drawn
-    check(reference, tmp_path_factory.mktemp("any") / "x.qf", patterns, dtype, type_, every=2, writers=(kind,))
+    check(reference, tmp_path_factory.mktemp("any") / "x.qf", patterns, dtype, type_, every=2, writers=(family,))

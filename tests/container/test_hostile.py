@@ -9,12 +9,10 @@ import resource
 import subprocess
 import sys
 import textwrap
-import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,9 @@ from hypothesis import strategies as st
 
 import qformat
 from qformat import FormatError
-from qformat.container.verify import FileReport, verify
-from tests.build import (
+from qformat.container.verify import verify
+from tests.helpers.checkpoints import safetensors_bytes, weights
+from tests.helpers.files import (
     MAGIC,
     VOCABULARY,
     Draft,
@@ -42,17 +41,22 @@ from tests.build import (
     q4_0_tensor,
     raw_asset,
     raw_tensor,
-    reference,
     replace_text,
-    safetensors_bytes,
     segment,
     sha256,
     small_draft,
     trailer,
     trailer_record,
-    weights,
     zstd_asset,
 )
+from tests.helpers.hostile import (
+    bounded_memory,
+    compare_readers,
+    read_package,
+    read_reference,
+    verify_one,
+)
+from tests.helpers.reference import reference
 
 NAMES = [tensor["name"] for tensor in small_draft().tensors]
 ASSETS = [asset["name"] for asset in small_draft().assets]
@@ -60,102 +64,6 @@ TWO_53 = 2**53
 
 
 # ---- what a file reads as
-
-
-@dataclass
-class Content:
-    """What a reader got: values, and for everything else why not."""
-
-    refused: str | None = None
-    values: dict[tuple[str, str], Any] = field(default_factory=dict)
-    errors: dict[tuple[str, str], str] = field(default_factory=dict)
-
-
-def value_of(array: np.ndarray | bytes) -> Any:
-    return array if isinstance(array, bytes) else (array.dtype.str, array.shape, array.tobytes())
-
-
-def read_package(path: Path) -> Content:
-    content = Content()
-
-    def take(kind: str, name: str, get: Callable[[], Any]) -> None:
-        try:
-            content.values[kind, name] = value_of(get())
-        except FormatError as error:
-            content.errors[kind, name] = one_line(error, path)
-
-    try:
-        file = qformat.safe_open(path, jobs=1)
-    except FormatError as error:
-        return Content(one_line(error, path))
-    with file:
-        for name in file.keys():  # noqa: SIM118
-            take("tensor", name, lambda name=name: file.get_tensor(name))
-        for name in file.assets():
-            take("asset", name, lambda name=name: file.get_asset(name))
-    return content
-
-
-def read_reference(data: bytes) -> Content:
-    content = Content()
-    try:
-        file = reference.read(data)
-    except reference.SpecError as error:
-        return Content(str(error))
-    for kind, items, decode in (
-        ("tensor", file.tensors, reference.decode),
-        ("asset", file.assets, reference.decode_asset),
-    ):
-        for name, item in items.items():
-            try:
-                content.values[kind, name] = value_of(decode(item))
-            except reference.SpecError as error:
-                content.errors[kind, name] = str(error)
-    return content
-
-
-def one_line(error: FormatError, path: Path) -> str:
-    text = str(error)
-    assert error.path == str(path)
-    assert text.startswith(str(path))
-    assert "\n" not in text
-    assert len(text) < 1000
-    return text
-
-
-def verify_one(path: Path) -> FileReport:
-    (report,) = verify([str(path)], jobs=1)
-    assert all("\n" not in damage.what for damage in report.errors)
-    return report
-
-
-def compare_readers(path: Path, data: bytes) -> tuple[Content, FileReport]:
-    """Read a file in both ways and assert that they agree."""
-    path.write_bytes(data)
-    package, report, other = read_package(path), verify_one(path), read_reference(data)
-    if package.refused:
-        assert not report.ok
-        assert other.refused, f"only the package refuses: {package.refused}"
-    elif other.refused:
-        # The reference checks all digests and padding first. In the package that is the business of `verify`.
-        assert not report.ok, f"only the reference refuses: {other.refused}"
-    else:
-        unreadable = {name for kind, name in package.errors if kind == "asset"}
-        assert {damage.asset for damage in report.errors} <= unreadable, f"only verify complains: {report.errors}"
-        assert package.errors.keys() == other.errors.keys()
-        assert package.values == other.values
-    return package, report
-
-
-@contextmanager
-def bounded_memory(limit: int) -> Iterator[None]:
-    tracemalloc.start()
-    try:
-        yield
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < limit
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,41 +9,17 @@ import pytest
 
 from qformat import safe_open
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Codec, chunks
-from qformat.codecs.layout import Chunk, Matrix
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.request import Request
-from qformat.dtypes import F32, DType, Elements, from_array
+from qformat.dtypes import from_array
 from qformat.errors import SourceError
 from qformat.kernels import load
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedSource
+from qformat.pipeline.source import Checkpoint
 from qformat.records import TensorRecord, type_string
-
-
-@dataclass(frozen=True)
-class Codes(QuantizedSource):
-    """A tensor of some codec, in memory."""
-
-    name: str
-    shape: tuple[int, ...]
-    codec: Codec
-    segments: tuple[bytes, ...]
-    dtype: DType = F32
-
-    def encoded(self, chunk: Chunk) -> tuple[bytes, ...]:
-        spans = self.codec.spans(Matrix.of(self.shape), chunk)
-        return tuple(segment[span] for segment, span in zip(self.segments, spans, strict=True))
-
-    def read(self, elements: slice) -> Elements:
-        matrix, out = Matrix.of(self.shape), []
-        for chunk in chunks(matrix, self.codec.chunk_alignment(matrix)):
-            decoded = np.empty((chunk.rows, chunk.cols), np.float32)
-            self.codec.decode(self.encoded(chunk), decoded)
-            out.append(decoded.reshape(-1))
-        return Elements(F32, np.concatenate(out)[elements])
+from tests.helpers.quantized import Codes
 
 
 def affine(rows: int, cols: int, group: int, bits: int = 4, *, sym: bool = False, seed: int = 0) -> tuple[Codes, Any]:

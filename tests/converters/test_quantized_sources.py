@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from qformat import safe_open
-from qformat.codecs import base
-from qformat.codecs.base import chunks
-from qformat.codecs.layout import Matrix
+from qformat.codecs.layout import Matrix, spans
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.quantized.recognize import recognize
@@ -189,10 +187,10 @@ def check(tensor: Any, values: np.ndarray) -> None:
     start, stop = flat.size // 3, flat.size - flat.size // 5
     assert tensor.read(slice(start, stop)).data.tobytes() == flat[start:stop].tobytes()
     matrix = Matrix.of(tensor.shape)
-    for chunk in chunks(matrix, tensor.codec.chunk_alignment(matrix)):
+    for chunk in matrix.chunks(tensor.codec.chunk_alignment(matrix)):
         parts = tensor.encoded(chunk)
-        spans = tensor.codec.spans(matrix, chunk)
-        assert [len(part) for part in parts] == [span.stop - span.start for span in spans]
+        places = spans(tensor.codec.layout(matrix), matrix, chunk)
+        assert [len(part) for part in parts] == [span.stop - span.start for span in places]
         decoded = np.empty((chunk.rows, chunk.cols), np.float32)
         tensor.codec.decode(parts, decoded)
         assert decoded.tobytes() == flat[chunk.elements(matrix)].tobytes()
@@ -348,7 +346,7 @@ def test_int8(data):
 @pytest.mark.parametrize("dtype", ["bf16", "f32", "f16"])
 @pytest.mark.parametrize("shape", [(4, 32), (12, 70), (20, 1)])
 def test_bitnet(monkeypatch, linear, dtype, shape):
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 3 * 96)  # so that chunks lie in two quarters
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 3 * 96)  # so that chunks lie in two quarters
     rng = np.random.default_rng(1)
     values = rng.integers(-1, 2, shape).astype(np.float32)
     quarters = (values + 1).astype(np.uint8).reshape(4, -1, shape[1])
@@ -361,7 +359,7 @@ def test_bitnet(monkeypatch, linear, dtype, shape):
 
 
 def test_all_kinds_in_one_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 400)
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 400)
     gptq_layer, awq_layer, packed_layer = layer(4, 16, 96, 32), layer(4, 24, 100, 20), layer(3, 7, 62, 31)
     bias = np.arange(16, dtype=np.float32)
     parts = [
@@ -396,7 +394,7 @@ def test_all_kinds_in_one_checkpoint(tmp_path, monkeypatch):
 
 
 def test_rows_longer_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 64)
     x = layer(4, 8, 256, 32)
     check(only(gptq(x, 4)), x.values)
     check(only(awq(x)), x.values)
@@ -423,14 +421,14 @@ class Counted:
 
 
 def test_a_layer_is_read_once_for_all_its_chunks(monkeypatch):
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 256)
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 256)
     x = layer(4, 64, 128, 32)
     tensors = [Counted(tensor) for tensor in sources(gptq(x, 4))]
     (tensor,), _ = recognize(tensors, {}, SourceOptions())
     qweight = tensors[0]
     assert qweight.reads == 0
     matrix = Matrix.of(tensor.shape)
-    every = list(chunks(matrix, tensor.codec.chunk_alignment(matrix)))
+    every = list(matrix.chunks(tensor.codec.chunk_alignment(matrix)))
     for passes in (1, 2):
         with ThreadPoolExecutor(4) as pool:
             encoded = list(pool.map(tensor.encoded, every))

@@ -31,7 +31,7 @@ from qformat.errors import SourceError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.readers.torch import TORCH_DTYPES, load_file
-from tests.build import run_all, run_cli
+from tests.helpers.cli import run_all, run_cli
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 Tensors = dict[str, torch.Tensor]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 import mmap
 import struct
 import sys
-from types import ModuleType
 
 import constriction
 import numpy as np
@@ -18,21 +16,12 @@ from hypothesis import strategies as st
 
 from qformat.entropy import frequencies as fr
 from qformat.entropy.streams import CODED, CODED_BY_SYMBOLS, CONSTANT, RAW, StreamReader, StreamWriter, letter_count
+from tests.helpers.kernels import FAMILIES, modules
 
-NAMES = ("rans", "frequencies", "letters")
-JIT, PLAIN = (
-    {name: importlib.import_module(f"qformat.kernels.{kind}.{name}") for name in NAMES} for kind in ("numba", "numpy")
-)
-every_kind = pytest.mark.parametrize("kernels", [JIT, PLAIN], ids=["jit", "plain"])
+NUMBA, NUMPY = modules("rans", "frequencies", "symbols")
+every_family = pytest.mark.parametrize("kernels", [NUMBA, NUMPY], ids=FAMILIES)
 BASES = (256, 32, 16, 7, 5, 4, 3)
 GUARD = 64
-
-
-@pytest.fixture
-def streams(reference: ModuleType) -> ModuleType:
-    """The independent reader's part for streams."""
-    assert reference
-    return importlib.import_module("reference_streams")
 
 
 def packed(letters: np.ndarray, base: int = 256) -> bytes:
@@ -53,7 +42,7 @@ def lettered(symbols: np.ndarray, base: int) -> np.ndarray:
     each = fr.symbols_each(base)
     filled = np.pad(symbols, (0, -symbols.size % each))
     letters = np.empty(filled.size // each, np.uint8)
-    JIT["letters"].join(filled, base, each, letters)
+    NUMBA["symbols"].join(filled, base, each, letters)
     return letters
 
 
@@ -279,11 +268,11 @@ def test_tables_come_back(counts, precision):
     full[0] += 1
     stored = fr.normalized(full, precision)
     table = np.zeros(1024, np.uint8)
-    length = JIT["frequencies"].write_table(stored, len(counts), precision, table)
+    length = NUMBA["frequencies"].write_table(stored, len(counts), precision, table)
     again = np.zeros(1024, np.uint8)
-    assert PLAIN["frequencies"].write_table(stored, len(counts), precision, again) == length
+    assert NUMPY["frequencies"].write_table(stored, len(counts), precision, again) == length
     np.testing.assert_array_equal(table, again)
-    for kernels in (JIT, PLAIN):
+    for kernels in (NUMBA, NUMPY):
         found = np.zeros(256, np.uint32)
         assert kernels["frequencies"].read_table(table, len(counts), precision, found) == length
         np.testing.assert_array_equal(found, stored)
@@ -292,7 +281,7 @@ def test_tables_come_back(counts, precision):
 @given(st.binary(max_size=200), st.integers(1, 256), st.integers(8, 15))
 def test_any_table_is_refused_or_valid_and_both_kinds_agree(content, entries, precision):
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in (NUMBA, NUMPY):
         guarded = np.zeros(256 + GUARD, np.uint32)
         coded = np.frombuffer(content, np.uint8)
         length = kernels["frequencies"].read_table(coded, entries, precision, guarded[:256])
@@ -313,7 +302,7 @@ def test_both_kinds_agree_on_products(seed, base, precision):
         symbols = fr.normalized(counts, precision)[:base].copy()
     each = fr.symbols_each(base)
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in (NUMBA, NUMPY):
         guarded = np.zeros(base**each + GUARD, np.uint32)
         fits = kernels["frequencies"].letter_frequencies(symbols, base, each, precision, guarded[: base**each])
         assert not guarded[base**each :].any()
@@ -338,7 +327,7 @@ def test_the_coder_takes_any_bytes_and_both_kinds_agree(data):
     count = int(rng.integers(1, 3000))
     letters = rng.choice(np.flatnonzero(frequencies), count).astype(np.uint8)
     coded = []
-    for kernels in (JIT, PLAIN):
+    for kernels in (NUMBA, NUMPY):
         room = np.zeros(2 * count + 4 * lanes, np.uint8)
         coded.append(room[kernels["rans"].encode(letters, frequencies, precision, lanes, room) :].copy())
     np.testing.assert_array_equal(*coded)
@@ -351,7 +340,7 @@ def test_the_coder_takes_any_bytes_and_both_kinds_agree(data):
     elif change == "noise":
         found = rng.integers(0, 256, found.size).astype(np.uint8)
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in (NUMBA, NUMPY):
         guarded = np.full(count + 2 * GUARD, 0xA5, np.uint8)
         refused = kernels["rans"].decode(found, frequencies, precision, lanes, guarded[GUARD:-GUARD])
         assert (guarded[:GUARD] == 0xA5).all()
@@ -363,7 +352,7 @@ def test_the_coder_takes_any_bytes_and_both_kinds_agree(data):
 
 
 def test_without_avx512_the_letters_are_the_same():
-    rans = importlib.import_module("qformat.kernels.numba.rans")
+    rans = NUMBA["rans"]
     counts = np.bincount(drawn([0.3, 0.3, 0.4], 1000), minlength=256)
     frequencies = fr.normalized(counts, 12)
     letters = drawn([0.3, 0.3, 0.4], 150_000, seed=1)
@@ -380,25 +369,25 @@ def test_without_avx512_the_letters_are_the_same():
         np.testing.assert_array_equal(found[: int(stop)], letters[: int(stop)])
 
 
-@every_kind
+@every_family
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 100, 4097])
 def test_letters_give_their_symbols(base, count, kernels):
     each = fr.symbols_each(base)
     symbols = np.random.default_rng(count).integers(0, base, letter_count(count, base) * each).astype(np.uint8)
     letters = np.empty(symbols.size // each, np.uint8)
-    kernels["letters"].join(symbols, base, each, letters)
+    kernels["symbols"].join(symbols, base, each, letters)
     expected = symbols.reshape(-1, each).astype(np.int64) @ (base ** np.arange(each))
     np.testing.assert_array_equal(letters, expected)
     table = fr.digits(base).reshape(-1)
-    for function, kind in ((kernels["letters"].split, np.uint8), (kernels["letters"].values, np.float32)):
+    for function, kind in ((kernels["symbols"].split, np.uint8), (kernels["symbols"].values, np.float32)):
         guarded = np.full(count + GUARD, 77, kind)
         function(letters, table.astype(kind), each, guarded[:count])
         np.testing.assert_array_equal(guarded[:count], symbols[:count])
         assert (guarded[count:] == 77).all()
 
 
-@every_kind
+@every_family
 def test_letters_are_counted(kernels):
     letters = drawn([0.1, 0.2, 0.7], 10_001)
     counts = np.ones(256, np.int64)
@@ -439,22 +428,24 @@ def test_compiled_kernels_stay_within_their_arrays():
         shares = frequencies / frequencies.sum()
         letters = rng.choice(256, count, p=shares).astype(np.uint8)
         room, source, table = rooms.put(np.zeros(2 * count + 4 * lanes, np.uint8), letters, frequencies)
-        coded = room[JIT["rans"].encode(source, table, precision, lanes, room) :].copy()
+        coded = room[NUMBA["rans"].encode(source, table, precision, lanes, room) :].copy()
         if rng.random() < 0.7:
             coded[int(rng.integers(coded.size)) :] = rng.integers(256)
         coded = coded[: max(4 * lanes, coded.size - int(rng.integers(0, 40)))]
-        JIT["rans"].decode(*rooms.put(coded, frequencies), precision, lanes, rooms.put(coded, frequencies, letters)[2])
+        NUMBA["rans"].decode(
+            *rooms.put(coded, frequencies), precision, lanes, rooms.put(coded, frequencies, letters)[2]
+        )
         noise = rng.integers(0, 256, int(rng.integers(0, 60))).astype(np.uint8)
         noise[: rng.integers(0, noise.size + 1)] = 255
         entries = int(rng.integers(1, 257))
         content, found = rooms.put(noise, np.zeros(entries, np.uint32))
-        JIT["frequencies"].read_table(content, entries, precision, found)
+        NUMBA["frequencies"].read_table(content, entries, precision, found)
         base = int(rng.choice(BASES))
         each = fr.symbols_each(base)
         symbols = np.zeros(int(rng.integers(1, 300)), np.uint8)
         some = rng.integers(0, 256, letter_count(symbols.size, base)).astype(np.uint8)
         digits = fr.digits(base).reshape(-1)
         few, numbers, out = rooms.put(some, digits, symbols)
-        JIT["letters"].split(few, numbers, each, out)
+        NUMBA["symbols"].split(few, numbers, each, out)
         few, floats, out = rooms.put(some, digits.astype(np.float32), symbols.astype(np.float32))
-        JIT["letters"].values(few, floats, each, out)
+        NUMBA["symbols"].values(few, floats, each, out)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 
 import gguf
@@ -12,32 +11,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qformat.kernels import load
-from qformat.kernels.numba import floats as jit_floats
-from qformat.kernels.numpy import floats as plain_floats
+from tests.helpers.kernels import FAMILIES, battery, every_f32, modules, rows
 
-FLOATS = [jit_floats, plain_floats]
+FLOATS = [each["floats"] for each in modules("floats")]
+every_floats = pytest.mark.parametrize("floats", FLOATS, ids=FAMILIES)
 # Bytes of a block, and gguf's name
 FORMATS = {
     "q4_0": (18, gguf.GGMLQuantizationType.Q4_0),
     "q5_0": (22, gguf.GGMLQuantizationType.Q5_0),
     "q8_0": (34, gguf.GGMLQuantizationType.Q8_0),
 }
-JIT, PLAIN = (
-    {name: import_module(f"qformat.kernels.{kind}.{name}") for name in FORMATS} for kind in ("numba", "numpy")
-)
-KINDS = [JIT, PLAIN]
+BOTH = [NUMBA, NUMPY] = modules(*FORMATS)
+every_family = pytest.mark.parametrize("kernels", BOTH, ids=FAMILIES)
 every_format = pytest.mark.parametrize("name", FORMATS)
-
-finite_f32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
-rows = hnp.arrays(np.float32, st.integers(1, 8).map(lambda n: 32 * n), elements=finite_f32)
-
-
-def every_f32(step: int = 9973) -> np.ndarray:
-    patterns = np.arange(0, 1 << 32, step, dtype=np.uint64).astype(np.uint32)
-    borders = np.array([0x38800000, 0x47800000, 0x477FE000, 0x477FF000, 0x33000000, 0x33000001, 0x7F7F8000], np.uint32)
-    near = (borders[:, None] + np.arange(-70, 70).astype(np.uint32)).ravel()
-    both = np.concatenate([patterns, near, near | 0x80000000]).astype(np.uint32)
-    return both.view(np.float32)
 
 
 def gguf_blocks(name: str, x: np.ndarray) -> np.ndarray:
@@ -59,11 +45,11 @@ def quantize(kernels: ModuleType, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def test_the_compiled_kernels_are_the_ones_that_are_used():
-    assert load("q4_0") is JIT["q4_0"]
-    assert load("floats") is jit_floats
+    assert load("q4_0") is NUMBA["q4_0"]
+    assert load("floats") is FLOATS[0]
 
 
-@pytest.mark.parametrize("floats", FLOATS)
+@every_floats
 def test_every_binary16_is_widened_exactly(floats):
     patterns = np.arange(1 << 16, dtype=np.uint16)
     values = np.empty(patterns.size, np.float32)
@@ -74,7 +60,7 @@ def test_every_binary16_is_widened_exactly(floats):
     np.testing.assert_array_equal(values[~nan].view(np.uint32), expected[~nan].view(np.uint32))
 
 
-@pytest.mark.parametrize("floats", FLOATS)
+@every_floats
 def test_every_bfloat16_is_widened_exactly(floats):
     patterns = np.arange(1 << 16, dtype=np.uint16)
     values = np.empty(patterns.size, np.float32)
@@ -82,7 +68,7 @@ def test_every_bfloat16_is_widened_exactly(floats):
     np.testing.assert_array_equal(values.view(np.uint32), patterns.astype(np.uint32) << 16)
 
 
-@pytest.mark.parametrize("floats", FLOATS)
+@every_floats
 def test_rounding_to_binary16_agrees_with_numpy_and_torch(floats):
     values = every_f32()
     halves = np.empty(values.size, np.uint16)
@@ -97,7 +83,7 @@ def test_rounding_to_binary16_agrees_with_numpy_and_torch(floats):
     )
 
 
-@pytest.mark.parametrize("floats", FLOATS)
+@every_floats
 def test_rounding_to_bfloat16_agrees_with_torch(floats):
     values = every_f32()
     halves = np.empty(values.size, np.uint16)
@@ -112,13 +98,14 @@ def test_rounding_to_bfloat16_agrees_with_torch(floats):
 def test_twins_agree_on_every_length(size):
     x = every_f32(40_000_003)[:size].copy()
     assert x.size == size
+    numba, numpy = FLOATS
     for name in ("f32_to_f16", "f32_to_bf16"):
         one, two = np.empty(size, np.uint16), np.empty(size, np.uint16)
-        getattr(jit_floats, name)(x, one)
-        getattr(plain_floats, name)(x, two)
+        getattr(numba, name)(x, one)
+        getattr(numpy, name)(x, two)
         np.testing.assert_array_equal(one, two)
-        assert jit_floats.peak_16(one) == plain_floats.peak_16(one)
-    assert jit_floats.peak_f32(x) == plain_floats.peak_f32(x) == (np.abs(x).view(np.uint32).max() if size else 0)
+        assert numba.peak_16(one) == numpy.peak_16(one)
+    assert numba.peak_f32(x) == numpy.peak_f32(x) == (np.abs(x).view(np.uint32).max() if size else 0)
 
 
 @given(rows, st.integers(0, 31))
@@ -140,48 +127,21 @@ def test_twins_measure_the_same_error(x, cut):
 @every_format
 @given(x=rows)
 def test_blocks_equal_gguf_s_and_the_twin_s(name, x):
-    blocks, lanes, found = quantize(JIT[name], x)
+    blocks, lanes, found = quantize(NUMBA[name], x)
     np.testing.assert_array_equal(blocks, gguf_blocks(name, x))
-    plain_blocks, plain_lanes, plain_found = quantize(PLAIN[name], x)
-    np.testing.assert_array_equal(blocks, plain_blocks)
-    assert found == plain_found
+    numpy_blocks, numpy_lanes, numpy_found = quantize(NUMPY[name], x)
+    np.testing.assert_array_equal(blocks, numpy_blocks)
+    assert found == numpy_found
     if not found[2]:
-        assert lanes.tobytes() == plain_lanes.tobytes()
-
-
-def battery() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(5)
-    normal = rng.standard_normal((64, 32)).astype(np.float32)
-    grid = np.arange(-8, 8, dtype=np.float32) / 8
-    return {
-        "normal": normal,
-        "heavy tails": rng.standard_cauchy((64, 32)).astype(np.float32),
-        "zeros": np.zeros((4, 32), np.float32),
-        "negative zeros": np.full((4, 32), -0.0, np.float32),
-        "one weight": np.eye(32, dtype=np.float32),
-        "tied extremes": np.tile(np.array([1, -1], np.float32), (4, 16)),
-        "tied extremes, negative first": np.tile(np.array([-1, 1], np.float32), (4, 16)),
-        "halfway codes": np.tile(np.concatenate([grid, grid + 1 / 16]), (3, 1)).astype(np.float32),
-        "constant": np.full((4, 32), 0.3, np.float32),
-        "ternary": rng.choice(np.array([-0.7, 0, 0.7], np.float32), (64, 32)),
-        "sparse": (normal * (rng.random((64, 32)) < 0.1)).astype(np.float32),
-        "scale is a subnormal half": normal * np.float32(1e-6),
-        "scale vanishes": normal * np.float32(1e-9),
-        "subnormal": normal * np.float32(1e-39),
-        "smallest subnormal": np.where(normal > 0, np.float32(1e-45), np.float32(0)),
-        "near overflow of the scale": normal / np.abs(normal).max() * np.float32(524000),
-        "scale overflows": normal * np.float32(1e7),
-        "largest floats": np.sign(normal) * np.finfo(np.float32).max,
-    }
+        assert lanes.tobytes() == numpy_lanes.tobytes()
 
 
 @every_format
 @pytest.mark.parametrize("case", battery())
-@pytest.mark.parametrize("kind", KINDS, ids=["jit", "plain"])
-def test_awkward_blocks_equal_gguf_s(kind, case, name, reference):
-    kernels = kind[name]
+@every_family
+def test_awkward_blocks_equal_gguf_s(kernels, case, name, reference):
     x = battery()[case].astype(np.float32)
-    blocks, lanes, (peak, largest, overflowed, zeroed) = quantize(kernels, x)
+    blocks, lanes, (peak, largest, overflowed, zeroed) = quantize(kernels[name], x)
     np.testing.assert_array_equal(blocks, gguf_blocks(name, x))
     if name == "q4_0":
         assert blocks.tobytes() == reference.quantize_q4_0(x)
@@ -191,7 +151,7 @@ def test_awkward_blocks_equal_gguf_s(kind, case, name, reference):
     assert zeroed == ((scales == 0) & (x != 0).any(axis=1)).sum()
     if not overflowed:
         decoded = np.empty(x.size, np.float32)
-        kernels.dequantize(blocks, decoded)
+        kernels[name].dequantize(blocks, decoded)
         np.testing.assert_array_equal(decoded, gguf_values(name, blocks))
         error = (x.reshape(-1) - decoded).astype(np.float64)
         np.testing.assert_allclose(lanes.sum(), (error**2).sum(), rtol=1e-6, atol=1e-40)
@@ -202,9 +162,9 @@ def test_awkward_blocks_equal_gguf_s(kind, case, name, reference):
 @given(patterns=hnp.arrays(np.uint16, 64, elements=st.integers(0, 0xFFFF).filter(lambda p: p & 0x7F80 != 0x7F80)))
 def test_blocks_of_bfloat16_are_those_of_its_values(name, patterns):
     values = (patterns.astype(np.uint32) << 16).view(np.float32)
-    expected = quantize(JIT[name], values)
-    for kind in KINDS:
-        blocks, lanes, found = quantize(kind[name], patterns)
+    expected = quantize(NUMBA[name], values)
+    for kernels in BOTH:
+        blocks, lanes, found = quantize(kernels[name], patterns)
         np.testing.assert_array_equal(blocks, expected[0])
         assert found == expected[2]
         if not found[2]:
@@ -217,38 +177,38 @@ def test_any_bytes_decode_as_with_gguf(name, data):
     blocks = data.draw(hnp.arrays(np.uint8, (4, FORMATS[name][0])))
     blocks[:, 1] &= 0xBF  # keep the scale finite
     expected = gguf_values(name, blocks)
-    for kind in KINDS:
+    for kernels in BOTH:
         values = np.empty(128, np.float32)
-        kind[name].dequantize(blocks.reshape(-1), values)
+        kernels[name].dequantize(blocks.reshape(-1), values)
         np.testing.assert_array_equal(values.view(np.uint32), expected.view(np.uint32))
 
 
 @every_format
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("kind", KINDS, ids=["jit", "plain"])
-def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kind, bad, name):
+@every_family
+def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kernels, bad, name):
     for position in range(64):
         x = np.ones(64, np.float32)
         x[position] = bad
-        assert quantize(kind[name], x)[2][0] >= 0x7F800000
+        assert quantize(kernels[name], x)[2][0] >= 0x7F800000
 
 
 @every_format
 def test_inputs_may_be_read_only(name):
     x = np.ones(64, np.float32)
-    blocks, _, _ = quantize(JIT[name], x)
+    blocks, _, _ = quantize(NUMBA[name], x)
     x.flags.writeable = blocks.flags.writeable = False
-    np.testing.assert_array_equal(quantize(JIT[name], x)[0], blocks)
-    JIT[name].dequantize(blocks, np.empty(64, np.float32))
+    np.testing.assert_array_equal(quantize(NUMBA[name], x)[0], blocks)
+    NUMBA[name].dequantize(blocks, np.empty(64, np.float32))
 
 
 @pytest.mark.parametrize(("name", "zero"), [("q4_0", 8), ("q5_0", 16)])
 def test_code_histogram(name, zero):
-    blocks, _, _ = quantize(JIT[name], battery()["normal"])
+    blocks, _, _ = quantize(NUMBA[name], battery()["normal"])
     scales = blocks.reshape(-1, FORMATS[name][0])[:, :2].copy().view(np.float16).astype(np.float32)
     codes = np.rint(gguf_values(name, blocks).reshape(-1, 32) / scales).astype(int) + zero
     expected = np.bincount(codes.ravel(), minlength=2 * zero) + 1
-    for kind in KINDS:
+    for kernels in BOTH:
         counts = np.ones(2 * zero, np.int64)
-        kind[name].code_histogram(blocks, counts)
+        kernels[name].code_histogram(blocks, counts)
         np.testing.assert_array_equal(counts, expected)

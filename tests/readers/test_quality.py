@@ -30,7 +30,7 @@ from qformat.pipeline.source import Checkpoint
 from qformat.quality import Quality
 from qformat.readers.torch import load_file, load_model
 from qformat.records import Layer, MeasuredError, Segment, TensorRecord
-from tests.build import Draft, put
+from tests.helpers.files import Draft, put
 
 LADDER = (*(2 + number / 4 for number in range(17)), 7.0, 8.0)
 METADATA = {"made by": "a test ⁂", "licence": "none"}

@@ -11,7 +11,7 @@ import pytest
 import qformat
 from qformat.container.layout import MAJOR, MINOR
 from qformat.container.verify import verify
-from tests.conftest import ROOT, load_script
+from tests.helpers.reference import ROOT, load_script
 
 GOLDEN = ROOT / "spec" / "golden"
 # Listed here, so that a file that is lost is missed.

@@ -1,42 +1,23 @@
-"""Make container files, checkpoints and command lines for tests, with nothing of the package: only the written format."""
+"""Container files built from the text of the specification, without the package."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.util
 import json
-import os
 import struct
-import subprocess
-import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import zstandard
 
+from tests.helpers.reference import reference
+
 MAGIC = b"\x89QFM\r\n\x1a\n"
 Json = dict[str, Any]
-
-
-def _load_reference() -> ModuleType:
-    path = Path(__file__).parents[1] / "spec" / "reference.py"
-    spec = importlib.util.spec_from_file_location("spec_reference", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = _load_reference()
 
 
 def align(offset: int) -> int:
@@ -214,74 +195,6 @@ def small_draft() -> Draft:
         assets=[raw_asset("LICENSE", b"do what you like"), zstd_asset("tok/vocab.txt", VOCABULARY)],
         metadata={"made by": "a test \u2028 \U0001f600"},
     )
-
-
-# ---- checkpoints
-
-_SAFETENSORS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "f64": "F64", "f8_e4m3": "F8_E4M3", "f8_e5m2": "F8_E5M2"}
-
-
-def safetensors_bytes(tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) -> bytes:
-    """Return a .safetensors file of (dtype, shape, bytes)."""
-    entries, body = {}, b""
-    for name, (dtype, shape, data) in tensors.items():
-        offsets = [len(body), len(body) + len(data)]
-        entries[name] = {"dtype": _SAFETENSORS.get(dtype, dtype), "shape": list(shape), "data_offsets": offsets}
-        body += data
-    head = json.dumps(entries).encode()
-    head += b" " * (-len(head) % 8)
-    return struct.pack("<Q", len(head)) + head + body
-
-
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    dtypes = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
-    entries = {name: (dtypes[a.dtype.name], a.shape, a.tobytes()) for name, a in arrays.items()}
-    path.write_bytes(safetensors_bytes(entries))
-
-
-def weights(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-# ---- command line
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-def cli_environment(**more: str) -> dict[str, str]:
-    # numpy kernels give the same bytes and start four times as fast
-    fixed = {"QFORMAT_KERNELS": "numpy", "PYTHONIOENCODING": "utf-8", "OPENBLAS_NUM_THREADS": "1"}
-    return os.environ | fixed | more
-
-
-def cli_start(*args: str | Path, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "qformat", *map(os.fspath, args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    return subprocess.Popen(command, env=cli_environment(**(env or {})), **(pipes | options))
-
-
-def cli_finish(process: subprocess.Popen[bytes]) -> Result:
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-    out, err = out or b"", err or b""
-    return Result(process.returncode, out.decode("utf-8", "surrogateescape"), err.decode("utf-8", "surrogateescape"))
-
-
-def run_cli(*args: str | Path, env: Mapping[str, str] | None = None, **options: Any) -> Result:
-    return cli_finish(cli_start(*args, env=env, **options))
-
-
-def run_all(*commands: Sequence[str | Path], **options: Any) -> list[Result]:
-    """Run command lines at the same time."""
-    return [cli_finish(process) for process in [cli_start(*command, **options) for command in commands]]
 
 
 Edit = Callable[[Draft], bytes | None]

@@ -1,0 +1,12 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def distance(x: np.ndarray, entries: np.ndarray) -> float:
+    """The rms error with the nearest entries."""
+    entries = np.asarray(entries, np.float64)
+    borders = (entries[1:] + entries[:-1]) / 2
+    return float(np.sqrt(np.mean((x - entries[np.searchsorted(borders, x)]) ** 2)))
