@@ -127,7 +127,7 @@ class Model:
         """
         arch = self.architecture.name
         heads, width = self._number("num_attention_heads"), self._number("hidden_size")
-        values = {
+        values: dict[str, Any] = {
             "general.architecture": arch,
             "general.type": "model",
             f"{arch}.block_count": self._number("num_hidden_layers"),
@@ -162,7 +162,7 @@ class Model:
 
     def _rope(self, arch: str) -> dict[str, Any]:
         kind, rope = self._rotation
-        values = {
+        values: dict[str, Any] = {
             f"{arch}.rope.dimension_count": self._head,
             f"{arch}.rope.freq_base": self._real("rope_theta", rope),
         }
@@ -201,7 +201,7 @@ class Model:
             merges = [_merge(merge) for merge in model["merges"]]
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             self._refuse("its tokenizer.json makes no sense, or has more tokens than the embedding has rows")
-        values = {
+        values: dict[str, Any] = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": self._pre(tokenizer),
             "tokenizer.ggml.tokens": tokens,
