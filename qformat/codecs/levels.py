@@ -18,7 +18,7 @@ from qformat.codecs.level_fit import Levels, fit
 from qformat.codecs.packed import LONGEST, cuts
 from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
-from qformat.dtypes import DTYPES, F32, F64, DType, Elements
+from qformat.dtypes import DTYPES, F32, F64, Elements
 from qformat.entropy.frequencies import digit_table, digits_per_symbol
 from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
@@ -75,20 +75,6 @@ class LevelCodec(ChunkEncoder):
     @property
     def _sparsity(self) -> float:
         return float(self.sparsity)
-
-    def decoded_from(self, dtype: DType) -> DType:
-        """Return float32."""
-        del dtype
-        return F32
-
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether these are floats."""
-        return dtype.floating
-
-    def is_lossless(self, dtype: DType) -> bool:
-        """Return False: levels are approximations."""
-        del dtype
-        return False
 
     def _columns(self, cols: int) -> int:
         """Return how many columns share a scale."""

@@ -41,10 +41,6 @@ class Lossless(ChunkEncoder):
         """Return the dtype of the source."""
         return dtype
 
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether these are floats."""
-        return dtype.floating
-
     def is_lossless(self, dtype: DType) -> bool:
         """Return whether these are floats, which are kept bit for bit."""
         return dtype.floating

@@ -43,7 +43,8 @@ def scales(shape: Any, dtype: str = "f32", seed: int = 2) -> Elements:
 
 def recognized(parts: dict[str, Elements], config: Any = None) -> Any:
     sources = [ArrayTensor(f"a.{role}", part) for role, part in parts.items()]
-    return recognize(sources, {"config.json": {"quantization_config": config or {}}}, SourceOptions())
+    found = recognize(sources, {"config.json": {"quantization_config": config or {}}}, SourceOptions())
+    return found.tensors, found.warnings
 
 
 def only(weight: Elements, scale: Elements, config: Any = None, role: str = "weight_scale") -> Any:
@@ -158,7 +159,7 @@ def refused(parts: dict[str, Elements], config: Any = None) -> str:
         (
             scales((3, 2)),
             {"weight_block_size": [64, 64]},
-            "in blocks of 64x64, which weight_block_size in the configuration says",
+            "in blocks of 64x64, the weight_block_size of the configuration",
         ),
         (scales((1,)), {"weight_block_size": [64, 64]}, "'a.weight_scale' of shape [1] does not fit"),
         (

@@ -130,7 +130,10 @@ def test_without_the_package_files_are_carried(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     path = store(source)
     assert back(path) == source.read_bytes()
-    with safe_open(path) as file, pytest.raises(MissingDecoderError, match=r"pip install 'qformat\[gguf\]'") as caught:
+    with (
+        safe_open(path) as file,
+        pytest.raises(MissingDecoderError, match=r"pip install 'qformat-models\[gguf\]'") as caught,
+    ):
         file.get_tensor("x")
     assert "tensor 'x'" in str(caught.value)
     with pytest.raises(MissingDecoderError, match=r"m\.gguf: tensor 'x'.*pip install"):
@@ -151,18 +154,18 @@ def test_blocks_that_decode_to_nan_are_refused(tmp_path):
 HUGE = 2**64 - 1
 HOSTILE: dict[str, tuple[Draft | bytes, str]] = {
     "version 1": (Draft(version=1), "version 1, which is too old"),
-    "version 4": (Draft(version=4), "version 4, which this qformat does not know"),
+    "version 4": (Draft(version=4), "version 4, which is not supported"),
     "big-endian": (Draft(version=0x03000000), "big-endian"),
     "magic": (Draft(magic=b"GGUX"), "not a GGUF file"),
     "empty": (b"GGUF", "cut short"),
     "tensor count": (Draft(counts=(HUGE, 0)), "tensors, more than"),
     "tensor count, few": (Draft(counts=(9, 0)), "cut short"),
     "key count": (Draft(counts=(1, HUGE)), "keys, more than"),
-    "key twice": (Draft([u32("a", 1), u32("a", 2)]), "key 'a' is there twice"),
+    "key twice": (Draft([u32("a", 1), u32("a", 2)]), "duplicate key 'a'"),
     "key length": (Draft([struct.pack("<Q", HUGE)]), "a key claims"),
     "key length, less": (Draft([struct.pack("<Q", 60000)]), "a key would end"),
     "key not utf-8": (Draft([string(b"\xff") + struct.pack("<IB", 0, 1)]), "not valid UTF-8"),
-    "value type": (Draft([pair("a", 13, b"")]), "type 13, which GGUF has not"),
+    "value type": (Draft([pair("a", 13, b"")]), "unknown type 13"),
     "string length": (Draft([pair("a", 8, struct.pack("<Q", HUGE))]), "key 'a' would end"),
     "array count": (Draft([pair("a", 9, struct.pack("<IQ", 4, HUGE))]), "key 'a' would end"),
     "array of strings, count": (Draft([pair("a", 9, struct.pack("<IQ", 8, 2**61))]), "key 'a' would end"),
@@ -170,22 +173,22 @@ HOSTILE: dict[str, tuple[Draft | bytes, str]] = {
     "array of arrays, count": (Draft([pair("a", 9, struct.pack("<IQ", 9, HUGE))]), "key 'a' would end"),
     "array type": (Draft([pair("a", 9, struct.pack("<IQ", 99, 1) + bytes(16))]), "type 99"),
     "nesting": (Draft([pair("a", 9, struct.pack("<IQ", 9, 1) * 99)]), "nested too deeply"),
-    "alignment 0": (Draft([u32("general.alignment", 0)]), "no power of two"),
-    "alignment 48": (Draft([u32("general.alignment", 48)]), "no power of two"),
+    "alignment 0": (Draft([u32("general.alignment", 0)]), "not a power of two"),
+    "alignment 48": (Draft([u32("general.alignment", 48)]), "not a power of two"),
     "alignment type": (Draft([pair("general.alignment", 10, struct.pack("<Q", 32))]), "not an unsigned 32-bit"),
-    "name twice": (Draft(entries=[Entry(ne=(32,)), Entry(ne=(32,), offset=32)]), "'t' is there twice"),
+    "name twice": (Draft(entries=[Entry(ne=(32,)), Entry(ne=(32,), offset=32)]), "duplicate tensor name 't'"),
     "name not utf-8": (Draft(entries=[Entry(b"\xff")]), "not valid UTF-8"),
     "five dimensions": (Draft(entries=[Entry(ne=(32, 1, 1, 1, 1))]), "5 dimensions"),
     "many dimensions": (Draft().pack().replace(struct.pack("<IQ", 2, 32), struct.pack("<IQ", 2**32 - 1, 32)), "dimensions"),
-    "tensor type": (Draft(entries=[Entry(type=4)]), "of type 4, which this qformat does not know"),
+    "tensor type": (Draft(entries=[Entry(type=4)]), "of unknown type 4"),
     "rows": (Draft(entries=[Entry(ne=(33, 2))]), "rows of 33 elements"),
     "overflow": (Draft(entries=[Entry(ne=(2**32, 2**32))]), "larger than any file"),
     "overflow to 0": (Draft(entries=[Entry(ne=(2**62, 4, 4))]), "larger than any file"),
     "offset": (Draft(entries=[Entry(offset=HUGE - 31)]), "larger than any file"),
     "offset beyond the end": (Draft(entries=[Entry(offset=64)]), "would end at byte"),
     "offset unaligned": (Draft(entries=[Entry(ne=(32,), offset=1)]), "does not begin at a multiple of 32"),
-    "overlap": (Draft(entries=[Entry("a"), Entry("b", ne=(32,), offset=32)]), "'b' lies over tensor 'a'"),
-    "same place": (Draft(entries=[Entry("a"), Entry("b")]), "'b' lies over tensor 'a'"),
+    "overlap": (Draft(entries=[Entry("a"), Entry("b", ne=(32,), offset=32)]), "'b' overlaps tensor 'a'"),
+    "same place": (Draft(entries=[Entry("a"), Entry("b")]), "'b' overlaps tensor 'a'"),
     "data cut": (Draft(data=bytes(35)), "would end at byte"),
 }  # fmt: skip
 

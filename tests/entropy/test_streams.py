@@ -379,7 +379,7 @@ def test_letters_give_their_symbols(base, count, kernels):
     kernels["symbols"].join(symbols, base, each, letters)
     expected = symbols.reshape(-1, each).astype(np.int64) @ (base ** np.arange(each))
     np.testing.assert_array_equal(letters, expected)
-    table = fr.digits(base).reshape(-1)
+    table = fr.digit_table(base).reshape(-1)
     for function, kind in ((kernels["symbols"].split, np.uint8), (kernels["symbols"].values, np.float32)):
         guarded = np.full(count + GUARD, 77, kind)
         function(letters, table.astype(kind), each, guarded[:count])
