@@ -14,7 +14,7 @@ from qformat.codecs.registry import codec_of, parse_type
 from qformat.errors import FormatError, SourceError, TypeSpecError
 from qformat.records import Segment, TensorRecord
 from tests.helpers.codecs import round_trip
-from tests.helpers.kernels import FAMILIES, asymmetric_battery, codes_in, modules, padded_rows, using
+from tests.helpers.kernels import FAMILIES, codes_in, modules, padded_rows, using
 
 WIDTHS = [2, 3, 4, 8]
 BOTH = [NUMBA, NUMPY] = modules("packing", "affine", "affine_search")
@@ -87,22 +87,6 @@ def search(kernels, x, cols, group, width, sym, kind):
         kernels["affine_search"].asymmetric(x, cols, group, width, kind, choices, scales, zeros)
     found = kernels["affine"].encode(x, cols, group, scales, zeros, codes, lanes, width)
     return scales, zeros, codes, lanes, tuple(int(value) for value in found)
-
-
-@pytest.mark.parametrize("case", asymmetric_battery())
-@pytest.mark.parametrize("sym", [True, False])
-def test_twins_choose_and_encode_alike(case, sym):
-    for cols, group in ((1, 128), (33, 32), (341, 96), (341, 352), (256, 128)):
-        x = padded_rows(asymmetric_battery()[case], cols)
-        for width in WIDTHS:
-            kind = {2: 0, 3: 1, 4: 0, 8: 2}[width]
-            one, two = (search(kernels, x, cols, group, width, sym, kind) for kernels in BOTH)
-            for a, b in zip(one[:2], two[:2], strict=True):
-                assert a.tobytes() == b.tobytes()
-            if np.isfinite(one[0]).all():
-                assert one[2].tobytes() == two[2].tobytes()
-                assert one[3].tobytes() == two[3].tobytes()
-                assert one[4] == two[4]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

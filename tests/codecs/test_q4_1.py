@@ -183,28 +183,13 @@ def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kernels, bad, 
     assert encode(kernels, how, x)[2][0] >= 0x7F800000
 
 
-def assert_twins_agree(how: str, x: np.ndarray) -> None:
-    one, two = (search(kernels, how, x) for kernels in BOTH)
-    np.testing.assert_array_equal(one, two)
-    blocks, lanes, found = encode(NUMBA, how, x)
-    numpy_blocks, numpy_lanes, numpy_found = encode(NUMPY, how, x)
-    np.testing.assert_array_equal(blocks, numpy_blocks)
-    assert found == numpy_found
-    if not found[2]:
-        assert lanes.tobytes() == numpy_lanes.tobytes()
-        np.testing.assert_allclose(lanes.sum(), errors(x, blocks).sum(), rtol=1e-6, atol=1e-37)
-
-
-@pytest.mark.parametrize("how", SEARCHES)
-@given(x=st.one_of(rows, likely))
-def test_twins_choose_the_same(how, x):
-    assert_twins_agree(how, x)
-
-
 @pytest.mark.parametrize("how", SEARCHES)
 @pytest.mark.parametrize("case", battery())
-def test_twins_choose_the_same_for_awkward_blocks(how, case):
-    assert_twins_agree(how, battery()[case].astype(np.float32))
+def test_searches_measure_the_error_of_their_blocks(how, case):
+    x = battery()[case]
+    blocks, lanes, found = encode(NUMBA, how, x)
+    if not found[2]:
+        np.testing.assert_allclose(lanes.sum(), errors(x, blocks).sum(), rtol=1e-6, atol=1e-37)
 
 
 @given(

@@ -86,6 +86,25 @@ def asymmetric_battery() -> dict[str, np.ndarray]:
     }
 
 
+def q4_0_battery() -> dict[str, np.ndarray]:
+    """Return the battery, and blocks with few levels, of one sign, or next to the borders of binary16 scales."""
+    rng = np.random.default_rng(6)
+    scale = rng.random((64, 1)) + 0.5
+    normal = rng.standard_normal((64, 32))
+    more = {
+        "five levels": rng.choice([-2, -1, 0, 1, 2], (64, 32)) * scale,
+        "integers": rng.integers(-9, 9, (64, 32)),
+        "zeros and one magnitude of one sign": rng.choice([0, -1], (64, 32)) * scale,
+        "halves": normal.astype(np.float16),
+        "magnitudes far apart": normal * 2.0 ** rng.integers(-20, 3, (64, 32)),
+        "laplace": rng.laplace(size=(64, 32)),
+        "sparse": normal * (rng.random((64, 32)) < 0.1),
+        "no multiple of 16 blocks": normal[:37],
+    }
+    small = {f"normal, 2^{e}": normal * 2.0**e for e in range(-30, -8, 3)}
+    return {**battery(), **{name: x.astype(np.float32) for name, x in {**more, **small}.items()}}
+
+
 def padded_rows(x: np.ndarray, cols: int) -> np.ndarray:
     """Return the values of five rows of `cols` columns, each padded with zeros to whole blocks of 32."""
     rows = np.resize(x.astype(np.float32).ravel(), (5, cols))

@@ -94,36 +94,6 @@ def test_rounding_to_bfloat16_agrees_with_torch(floats):
     assert ((halves[~number] & 0x7FFF) > 0x7F80).all()
 
 
-@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 100])
-def test_twins_agree_on_every_length(size):
-    x = every_f32(40_000_003)[:size].copy()
-    assert x.size == size
-    numba, numpy = FLOATS
-    for name in ("f32_to_f16", "f32_to_bf16"):
-        one, two = np.empty(size, np.uint16), np.empty(size, np.uint16)
-        getattr(numba, name)(x, one)
-        getattr(numpy, name)(x, two)
-        np.testing.assert_array_equal(one, two)
-        assert numba.peak_16(one) == numpy.peak_16(one)
-    assert numba.peak_f32(x) == numpy.peak_f32(x) == (np.abs(x).view(np.uint32).max() if size else 0)
-
-
-@given(rows, st.integers(0, 31))
-def test_twins_measure_the_same_error(x, cut):
-    x = x[: x.size - cut]
-    y = x[::-1].copy()
-    results = []
-    with np.errstate(over="ignore", invalid="ignore"):
-        for floats in FLOATS:
-            lanes = np.zeros(32)
-            counts = np.zeros(1 << 19, np.int64)
-            largest = floats.difference(x, y, lanes)
-            floats.error_histogram(x, y, counts)
-            results.append((int(largest), lanes.tobytes(), counts.tobytes()))
-        assert results[0] == results[1]
-        assert results[0][0] == np.abs(x - y).view(np.uint32).max()
-
-
 @every_format
 @given(x=rows)
 def test_blocks_equal_gguf_s_and_the_twin_s(name, x):
