@@ -37,11 +37,11 @@ def tree(family: str, name: str) -> ast.Module:
 
 
 def functions(family: str, name: str) -> dict[str, list[str]]:
-    """Return the parameters of each public function of a module; in numba's family, of each kernel."""
+    """Return the parameters of each public function of a module; functions that numba inlines into others are not public."""
     found = {}
     for node in tree(family, name).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            if family == "numpy" or any("kernel" in ast.unparse(one) for one in node.decorator_list):
+            if not any(ast.unparse(one) == "inline" for one in node.decorator_list):
                 found[node.name] = [argument.arg for argument in node.args.args]
         elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("kernel("):  # of a numpy kernel
             function = ast.unparse(node.targets[0])
