@@ -9,11 +9,17 @@ from hypothesis.extra import numpy as hnp
 import qformat
 from qformat.codecs import base
 from qformat.codecs.affine import _EXTREMES, _STEPS
-from qformat.codecs.base import Chunk, Matrix
+from qformat.codecs.base import Chunk
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.errors import FormatError, SourceError, TypeSpecError
-from qformat.records import Segment, TensorRecord
-from tests.helpers.codecs import round_trip
+from tests.helpers.codecs import (
+    check_wrong_lengths_are_refused,
+    decode,
+    part_of,
+    record_of,
+    round_trip,
+    segment_lengths,
+)
 from tests.helpers.kernels import FAMILIES, codes_in, modules, padded_rows, using
 
 WIDTHS = [2, 3, 4, 8]
@@ -59,17 +65,16 @@ def test_any_bytes_decode_as_specified(width, cols, group):
     for sym in (True, False):
         for scale in ("f16", "bf16", "f32"):
             codec = parse_type(f"affine:bits={width},group={group},sym={str(sym).lower()},scale={scale}")
-            layout = codec.layout(Matrix(3, cols))
-            assert [name for name, _ in layout] == ["scales", *([] if sym else ["zeros"]), "codes"]
-            parts = [rng.bytes(length) for _, length in layout]
-            scales = rng.standard_normal(layout[0][1] // codec._scale.size).astype(np.float32)
+            lengths = segment_lengths(codec, (3, cols))
+            assert list(lengths) == ["scales", *([] if sym else ["zeros"]), "codes"]
+            parts = [rng.bytes(length) for length in lengths.values()]
+            scales = rng.standard_normal(lengths["scales"] // codec._scale.size).astype(np.float32)
             stored = {"f16": scales.astype(np.float16), "bf16": (scales.view(np.uint32) >> 16).astype("<u2")}
             parts[0] = stored.get(scale, scales).tobytes()
             expected = values_of(codec, parts, 3, cols)
             for family in FAMILIES:
                 with using(family):
-                    out = np.empty((3, cols), np.float32)
-                    codec.decode(parts, out)
+                    out = decode(codec, parts, (3, cols))
                 np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
 
 
@@ -245,24 +250,21 @@ def test_types_print_as_they_are_written():
 
 def test_damaged_parts_are_refused():
     codec = parse_type("affine:sym=false")
-    layout = codec.layout(Matrix(2, 200))
-    good = [bytes(length) for _, length in layout]
-    codec.decode(good, np.empty((2, 200), np.float32))
-    for i in range(3):
-        for length in (0, len(good[i]) - 1, len(good[i]) + 1):
-            with pytest.raises(ValueError, match="are needed"):
-                codec.decode([*good[:i], bytes(length), *good[i + 1 :]], np.empty((2, 200), np.float32))
-    assert codec.spans(Matrix(4, 200), Chunk(2, 2, 0, 200)) == (slice(8, 16), slice(4, 8), slice(224 * 1, 224 * 2))
+    check_wrong_lengths_are_refused(codec, (2, 200))
+
+
+def test_parts_of_a_chunk_are_contiguous():
+    codec = parse_type("affine:sym=false")
+    segments = [np.random.default_rng(0).bytes(length) for length in segment_lengths(codec, (4, 200)).values()]
+    scales, zeros, codes = segments
+    assert part_of(codec, (4, 200), Chunk(2, 2, 0, 200), segments) == (scales[8:16], zeros[4:8], codes[224:448])
 
 
 @pytest.mark.parametrize("changes", [{"group": 48}, {"group": 0}, {"bits": 5}, {"sym": 1}, {"group": "col"}])
 def test_impossible_records_are_refused(changes):
     codec = parse_type("affine")
-    segments = tuple(Segment(name, 0, length, "0" * 64) for name, length in codec.layout(Matrix(2, 200)))
-    params = codec.params() | changes
-    record = TensorRecord("x", (2, 200), "f32", "affine", params, segments, error=base.MeasuredError(0.0, 0.0))
     with pytest.raises(FormatError, match="'x'"):
-        codec_of(record)
+        codec_of(record_of(codec, (2, 200), params=codec.params() | changes))
 
 
 def test_code_histogram():

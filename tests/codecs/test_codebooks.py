@@ -9,9 +9,8 @@ import pytest
 from qformat.codecs.base import Chunk
 from qformat.codecs.codebooks import Points, deviation, fit_gauss, fit_lloyd, fit_percentile, lloyd
 from qformat.codecs.registry import parse_type
-from qformat.dtypes import from_array
 from tests.helpers.arrays import distance
-from tests.helpers.codecs import survey_of
+from tests.helpers.codecs import encode, survey_of
 
 every_size = pytest.mark.parametrize("size", [4, 8, 16])
 
@@ -91,8 +90,7 @@ def test_gauss_uses_every_code_evenly(size):
     x = np.random.default_rng(10).normal(0, 0.03, 400_000)
     assert deviation(survey_of(x)) == pytest.approx(np.sqrt(np.mean(x**2)), rel=1e-4)
     codec = parse_type(f"lut:size={size},fit=gauss")
-    elements = from_array(x.astype(np.float32).reshape(400, 1000))
-    encoded = codec.encode(elements, codec.fitted_to([codec.survey(elements)]))
+    encoded = encode(codec, x.astype(np.float32).reshape(400, 1000))
     counts = codec.histograms(encoded.parts, Chunk(0, 400, 0, 1000))["histogram"]
     counts[size // 2 - 1] -= 400 * 24  # zeros that fill up the rows, at a threshold
     np.testing.assert_allclose(counts / 400_000, 1 / size, rtol=0.06)

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import qformat
-from qformat.codecs.base import Chunk, Matrix, chunks
+from qformat.codecs.base import Chunk
 from qformat.codecs.level_fit import fit
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import parse_type
-from qformat.dtypes import BF16, F32, Elements, from_array
+from qformat.dtypes import BF16, F32, Elements
 from qformat.errors import SourceError, TypeSpecError
-from tests.helpers.codecs import survey_of
+from tests.helpers.codecs import chunks_of, encode, survey_of
 from tests.helpers.kernels import modules
 
 BOTH = NUMBA, NUMPY = [each["levels"] for each in modules("levels")]
@@ -231,8 +231,7 @@ def test_codes_levels_and_scales_give_the_weights(tmp_path):
     values = codes.levels[codes.codes.astype(int) + 4] * codes.scales[:, np.arange(333) // 96]
     np.testing.assert_array_equal(values, found)
     codec = parse_type("levels:n=9,scale=tensor")
-    elements = from_array(x)
-    encoded = codec.encode(elements, codec.fitted_to([codec.survey(elements)]))
+    encoded = encode(codec, x)
     counts = codec.histograms(encoded.parts, Chunk(0, 17, 0, 333))["histogram"]
     assert counts.sum() == x.size
     assert encoded.entropy > 0
@@ -247,8 +246,7 @@ def test_shapes_of_every_kind(type_, shape, tmp_path):
     found, codes, record, _ = saved(tmp_path, x, type_, allow_zeroed=True)
     assert found.shape == codes.codes.shape == shape
     codec = parse_type(type_)
-    count = len(list(chunks(Matrix.of(shape), codec.chunk_alignment(Matrix.of(shape)))))
-    assert record.segments[1].length == 4 * count
+    assert record.segments[1].length == 4 * len(chunks_of(codec, shape))
     if len(shape) > 1 and shape[0]:
         with qformat.safe_open(tmp_path / "x.qf") as f:
             np.testing.assert_array_equal(f.get_rows("x", [0, shape[0] - 1, 0]), found[[0, shape[0] - 1, 0]])
@@ -361,8 +359,8 @@ def test_no_neighbouring_scale_is_better(type_, tmp_path):
 def test_histograms_are_those_of_the_codes(type_, tmp_path):
     x = normal(37, 211, seed=11)
     _, codes, _, _ = saved(tmp_path, x, type_)
-    codec, elements = parse_type(type_), from_array(x)
-    encoded = codec.encode(elements, codec.fitted_to([codec.survey(elements)]))
+    codec = parse_type(type_)
+    encoded = encode(codec, x)
     expected = np.bincount((codes.codes.astype(int) + codes.levels.size // 2).ravel(), minlength=codes.levels.size)
     np.testing.assert_array_equal(codec.histograms(encoded.parts, Chunk(0, 37, 0, 211))["histogram"], expected)
 
@@ -406,5 +404,5 @@ def test_a_bfloat16_source_gives_what_its_values_give():
     codec = parse_type("ternary")
     assert isinstance(codec, LevelCodec)
     both = (Elements(BF16, patterns), Elements(F32, (patterns.astype(np.uint32) << 16).view(np.float32)))
-    narrow, wide = (codec.encode(elements, codec.fitted_to([codec.survey(elements)])).parts for elements in both)
+    narrow, wide = (encode(codec, elements).parts for elements in both)
     assert [bytes(part) for part in narrow] == [bytes(part) for part in wide]

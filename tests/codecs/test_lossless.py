@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file as load_safetensors
 
 import qformat
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.base import Matrix
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
@@ -19,6 +19,7 @@ from qformat.errors import SourceError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.readers.torch import TORCH_DTYPES, load_file
+from tests.helpers.codecs import chunks_of, decode, encode
 from tests.helpers.kernels import modules
 
 FLOATS = ("f8_e4m3", "f8_e5m2", "f16", "bf16", "f32", "f64")
@@ -50,10 +51,8 @@ def natural(name: str, *shape: int, seed: int = 0) -> Elements:
 
 
 def back(source: Elements) -> tuple[bytes, Elements]:
-    chunk = CODEC.encode(source).parts[0]
-    out = np.empty_like(source.data)
-    CODEC.decode([chunk], out)
-    return chunk, Elements(source.dtype, out)
+    chunk = encode(CODEC, source).parts[0]
+    return chunk, Elements(source.dtype, decode(CODEC, [chunk], source.data.shape, source.dtype))
 
 
 def same(a: Elements, b: Elements) -> bool:
@@ -201,9 +200,9 @@ def test_natural_weights_take_few_bits(name, most, minilm):
             continue
         matrix = Matrix.of(array.shape)
         source = Elements(DTYPES[name], Elements(DTYPES["f32"], array).cast(DTYPES[name]))
-        for chunk in chunks(matrix, 1):
+        for chunk in chunks_of(CODEC, array.shape):
             part = source.data.reshape(-1)[chunk.elements(matrix)].reshape(chunk.rows, chunk.cols)
-            encoded = CODEC.encode(Elements(source.dtype, np.ascontiguousarray(part)))
+            encoded = encode(CODEC, Elements(source.dtype, np.ascontiguousarray(part)))
             assert encoded.entropy <= 8 * len(encoded.parts[0]) <= 1.01 * encoded.entropy + 4000
             bits += 8 * (len(encoded.parts[0]) + 4)
         weights += array.size

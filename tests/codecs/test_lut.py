@@ -5,14 +5,20 @@ import pytest
 
 import qformat
 from qformat.codecs import base
-from qformat.codecs.base import Chunk, Matrix
+from qformat.codecs.base import Chunk
 from qformat.codecs.codebooks import Survey
 from qformat.codecs.registry import codec_of, parse_type
-from qformat.dtypes import from_array
 from qformat.errors import FormatError, SourceError, TypeSpecError
-from qformat.records import Segment, TensorRecord
 from tests.helpers.arrays import distance
-from tests.helpers.codecs import round_trip
+from tests.helpers.codecs import (
+    check_wrong_lengths_are_refused,
+    decode,
+    encode,
+    part_of,
+    record_of,
+    round_trip,
+    segment_lengths,
+)
 from tests.helpers.kernels import FAMILIES, codes_in, modules, using
 
 BOTH = [NUMBA, NUMPY] = modules("lut", "lut_search")
@@ -40,7 +46,7 @@ def test_any_bytes_decode_as_specified(size, cols):
     rng = np.random.default_rng(cols)
     for text in ("", ",scale=row", ",scope=block", ",scope=block,block=256"):
         codec = parse_type(f"lut:size={size}{text}")
-        layout = dict(codec.layout(Matrix(3, cols)))
+        layout = segment_lengths(codec, (3, cols))
         width = {4: 2, 8: 3, 16: 4}[size]
         per_row = -(-cols // codec.block) if codec.scope == "block" else 0
         assert layout["codebooks"] == 2 * size * (3 * per_row or 1)
@@ -57,8 +63,7 @@ def test_any_bytes_decode_as_specified(size, cols):
             expected = expected * scales.astype(np.float32)[:, None]
         for family in FAMILIES:
             with using(family):
-                out = np.empty((3, cols), np.float32)
-                codec.decode(parts, out)
+                out = decode(codec, parts, (3, cols))
             np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
 
 
@@ -111,8 +116,7 @@ def test_what_is_not_finite_is_noticed(bad):
             x[1, position] = bad
             for family in FAMILIES:
                 with using(family):
-                    fitted = codec.fitted_to([codec.survey(from_array(x))]) if codec.fits else None
-                    assert not codec.encode(from_array(x), fitted).finite
+                    assert not encode(codec, x).finite
 
 
 def test_a_survey_ignores_what_is_not_finite():
@@ -160,7 +164,7 @@ def test_codebooks_of_blocks_are_the_best(size, block):
                 least = least_error(values, size)
                 total += least
                 assert distance(values, books[row, number]) ** 2 * values.size <= least * (1 + 1e-3)
-        error = codec.encode(from_array(x)).error
+        error = encode(codec, x).error
         assert error.squares <= total * 1.01 + x.size * (np.abs(x).max() * 2.0**-12) ** 2  # entries are rounded
 
 
@@ -246,15 +250,14 @@ def test_types_print_as_they_are_written():
 
 def test_damaged_parts_are_refused():
     for type_ in ("lut", "lut:scale=row", "lut:scope=block"):
-        codec = parse_type(type_)
-        good = [bytes(length) for _, length in codec.layout(Matrix(2, 200))]
-        codec.decode(good, np.empty((2, 200), np.float32))
-        for i in range(len(good)):
-            for length in (0, len(good[i]) - 1, len(good[i]) + 1):
-                with pytest.raises(ValueError, match="are needed"):
-                    codec.decode([*good[:i], bytes(length), *good[i + 1 :]], np.empty((2, 200), np.float32))
-    spans = parse_type("lut:scope=block").spans(Matrix(4, 200), Chunk(2, 2, 0, 200))
-    assert spans == (slice(4 * 32, 8 * 32), slice(2 * 112, 4 * 112))
+        check_wrong_lengths_are_refused(parse_type(type_), (2, 200))
+
+
+def test_parts_of_a_chunk_are_contiguous():
+    codec = parse_type("lut:scope=block")
+    segments = [np.random.default_rng(0).bytes(length) for length in segment_lengths(codec, (4, 200)).values()]
+    books, codes = segments
+    assert part_of(codec, (4, 200), Chunk(2, 2, 0, 200), segments) == (books[128:256], codes[224:448])
 
 
 @pytest.mark.parametrize(
@@ -271,12 +274,9 @@ def test_damaged_parts_are_refused():
 )
 def test_impossible_records_are_refused(changes):
     codec = parse_type("lut")
-    segments = tuple(Segment(name, 0, length, "0" * 64) for name, length in codec.layout(Matrix(2, 200)))
-    params = codec.params() | changes
-    record = TensorRecord("x", (2, 200), "f32", "lut", params, segments, error=base.MeasuredError(0.0, 0.0))
     with pytest.raises(FormatError, match="'x'"):
-        codec_of(record)
-    assert codec_of(TensorRecord("x", (2, 200), "f32", "lut", codec.params(), segments, error=record.error)) == codec
+        codec_of(record_of(codec, (2, 200), params=codec.params() | changes))
+    assert codec_of(record_of(codec, (2, 200))) == codec
 
 
 @pytest.mark.parametrize("type_", TYPES)

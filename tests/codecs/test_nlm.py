@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 
 from qformat.codecs.base import Chunk
 from qformat.codecs.registry import parse_type
-from qformat.dtypes import BF16, F32, F64, Elements
+from qformat.dtypes import BF16, Elements
 from qformat.kernels import load
+from tests.helpers import codecs
 from tests.helpers.kernels import FAMILIES, every_family, modules
 
 BLOCKS = (32, 64, 128)
@@ -267,21 +268,19 @@ def test_codec(block, optimize):
     codec = parse_type(f"nlm:block={block},optimize={optimize}")
     assert (codec.block_size, codec.block_bytes) == (block, 3 + block // 2)
     x = weights()[:5, :200]
-    encoded = codec.encode(Elements(F32, x))
+    encoded = codecs.encode(codec, x)
     padded = np.pad(x, ((0, 0), (0, -200 % block)), "edge")
     mode = "rmse" if optimize == "rmse" else "maximum"
     expected = encode(padded, choose(mode, padded, block), block)[0]
     assert bytes(encoded.parts[0]) == expected.tobytes()
-    decoded = np.empty_like(x)
-    codec.decode(encoded.parts, decoded)
+    decoded = codecs.decode(codec, encoded.parts, x.shape)
     np.testing.assert_array_equal(decoded, decode(expected, block).reshape(5, -1)[:, :200])
-    whole = codec.encode(Elements(F32, weights()[:5]))
-    decoded = np.empty((5, 384), np.float32)
-    codec.decode(whole.parts, decoded)
+    whole = codecs.encode(codec, weights()[:5])
+    decoded = codecs.decode(codec, whole.parts, (5, 384))
     assert whole.error is not None
     assert whole.error.squares == pytest.approx(((weights()[:5] - decoded) ** 2).sum(dtype=np.float64), rel=1e-6)
     with pytest.raises(ValueError):
-        codec.decode((bytes(encoded.parts[0])[:-1],), decoded)
+        codecs.decode(codec, (bytes(encoded.parts[0])[:-1],), (5, 384))
 
 
 @every_block
@@ -289,9 +288,9 @@ def test_other_dtypes_are_taken_by_value(block):
     codec = parse_type(f"nlm:block={block}")
     patterns = (weights()[:4].view(np.uint32) >> 16).astype(np.uint16)
     values = (patterns.astype(np.uint32) << 16).view(np.float32)
-    expected = bytes(codec.encode(Elements(F32, values)).parts[0])
-    assert bytes(codec.encode(Elements(BF16, patterns)).parts[0]) == expected
-    assert bytes(codec.encode(Elements(F64, values.astype(np.float64))).parts[0]) == expected
+    expected = bytes(codecs.encode(codec, values).parts[0])
+    assert bytes(codecs.encode(codec, Elements(BF16, patterns)).parts[0]) == expected
+    assert bytes(codecs.encode(codec, values.astype(np.float64)).parts[0]) == expected
 
 
 @every_block

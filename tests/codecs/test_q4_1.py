@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qformat.codecs.base import Chunk, Matrix
+from qformat.codecs.base import Chunk
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, F64, Elements
 from qformat.errors import TypeSpecError
 from qformat.kernels import load
+from tests.helpers.codecs import decode, segment_lengths
+from tests.helpers.codecs import encode as encode_with
 from tests.helpers.kernels import FAMILIES, battery, modules, rows
 
 FORMATS = {"q4_1": (20, gguf.GGMLQuantizationType.Q4_1), "q5_1": (24, gguf.GGMLQuantizationType.Q5_1)}
@@ -284,12 +286,11 @@ def test_codecs_encode_and_decode(text, dtype):
         F64: values,
     }[dtype]
     elements = Elements(dtype, stored)
-    encoded = codec.encode(elements)
+    encoded = encode_with(codec, elements)
     assert (encoded.finite, encoded.overflowed, encoded.zeroed) == (True, 0, 0)
     assert len(encoded.parts[0]) == codec.nbytes((3, 70)) == 9 * FORMATS[codec.id][0]
-    assert codec.layout(Matrix(3, 70)) == (("blocks", 9 * FORMATS[codec.id][0]),)
-    decoded = np.empty((3, 70), np.float32)
-    codec.decode(encoded.parts, decoded)
+    assert segment_lengths(codec, (3, 70)) == {"blocks": 9 * FORMATS[codec.id][0]}
+    decoded = decode(codec, encoded.parts, (3, 70))
     squares = (elements.to_f32().astype(np.float64) - decoded) ** 2
     np.testing.assert_allclose(encoded.error.squares, squares.sum(), rtol=1e-5)
     assert squares.max() < (0.2 if codec.id == "q4_1" else 0.1) ** 2
@@ -314,8 +315,8 @@ def test_codecs_report_what_cannot_be_stored(how, bad):
     codec = parse_type(f"q4_1:search={how}")
     x = np.ones((2, 64), np.float32)
     x[1, 5] = bad
-    assert not codec.encode(Elements(F32, x)).finite
-    assert codec.encode(Elements(F32, np.full((2, 64), 1e6, np.float32))).overflowed >= 4
+    assert not encode_with(codec, x).finite
+    assert encode_with(codec, np.full((2, 64), 1e6, np.float32)).overflowed >= 4
     wide = np.tile(np.array([3e38, -3e38], np.float32), (2, 32))
-    assert codec.encode(Elements(F32, wide)).overflowed >= 4
-    assert codec.encode(Elements(F32, np.full((2, 64), 1e-9, np.float32))).zeroed == 4
+    assert encode_with(codec, wide).overflowed >= 4
+    assert encode_with(codec, np.full((2, 64), 1e-9, np.float32)).zeroed == 4

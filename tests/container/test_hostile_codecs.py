@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import qformat
 from qformat.codecs import base
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.base import Matrix
 from qformat.codecs.registry import codec_of
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
@@ -23,6 +23,8 @@ from qformat.errors import FormatError, SourceError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.records import MeasuredError, Segment, TensorRecord
+from tests.helpers.codecs import chunks_of, part_of
+from tests.helpers.codecs import decode as decode_chunk
 from tests.helpers.files import segment
 from tests.helpers.hostile import (
     ERROR,
@@ -218,11 +220,11 @@ def decode(codec: str, params: Params, shape: tuple[int, ...], parts: dict[str, 
     """Decode chunk by chunk; a value is compared by its bits."""
     segments = tuple(Segment(name, 0, len(data), "0" * 64) for name, data in parts.items())
     found = codec_of(TensorRecord("t", shape, "f32", codec, params, segments, error=MeasuredError(0.1, 0.5)))
-    matrix, out = Matrix.of(shape), np.empty(math.prod(shape), np.float32)
+    out = np.empty(math.prod(shape), np.float32)
     with using(family):
-        for chunk in chunks(matrix, found.chunk_alignment(matrix)):
-            cut = [data[span] for data, span in zip(parts.values(), found.spans(matrix, chunk), strict=True)]
-            found.decode(cut, out[chunk.elements(matrix)].reshape(chunk.rows, chunk.cols))
+        for chunk in chunks_of(found, shape):
+            part = part_of(found, shape, chunk, list(parts.values()))
+            out[chunk.elements(Matrix.of(shape))] = decode_chunk(found, part, (chunk.rows, chunk.cols)).reshape(-1)
     return out.view(np.uint32)
 
 

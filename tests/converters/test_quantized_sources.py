@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from qformat import safe_open
 from qformat.codecs import base
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.base import Matrix
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.quantized.recognize import recognize
@@ -31,6 +31,7 @@ from qformat.dtypes import BF16, DTYPES, Elements, from_array
 from qformat.errors import SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint, QuantizedTensor
+from tests.helpers.codecs import chunks_of, decode, part_of, segment_lengths
 
 DATA = Path(__file__).parents[1] / "data" / "quantized"
 CONFIGS = ("config.json", "quantize_config.json", "quantization_config.json")
@@ -187,14 +188,14 @@ def check(tensor: Any, values: np.ndarray) -> None:
     assert tensor.read(slice(0, flat.size)).data.tobytes() == flat.tobytes()
     start, stop = flat.size // 3, flat.size - flat.size // 5
     assert tensor.read(slice(start, stop)).data.tobytes() == flat[start:stop].tobytes()
-    matrix = Matrix.of(tensor.shape)
-    for chunk in chunks(matrix, tensor.codec.chunk_alignment(matrix)):
+    for chunk in chunks_of(tensor.codec, tensor.shape):
         parts = tensor.encoded(chunk)
-        spans = tensor.codec.spans(matrix, chunk)
-        assert [len(part) for part in parts] == [span.stop - span.start for span in spans]
-        decoded = np.empty((chunk.rows, chunk.cols), np.float32)
-        tensor.codec.decode(parts, decoded)
-        assert decoded.tobytes() == flat[chunk.elements(matrix)].tobytes()
+        segments = [bytes(length) for length in segment_lengths(tensor.codec, tensor.shape).values()]
+        assert [len(part) for part in parts] == [
+            len(part) for part in part_of(tensor.codec, tensor.shape, chunk, segments)
+        ]
+        decoded = decode(tensor.codec, parts, (chunk.rows, chunk.cols))
+        assert decoded.tobytes() == flat[chunk.elements(Matrix.of(tensor.shape))].tobytes()
 
 
 # ---- what the tools wrote
@@ -428,8 +429,7 @@ def test_a_layer_is_read_once_for_all_its_chunks(monkeypatch):
     (tensor,), _ = recognize(tensors, {}, SourceOptions())
     qweight = tensors[0]
     assert qweight.reads == 0
-    matrix = Matrix.of(tensor.shape)
-    every = list(chunks(matrix, tensor.codec.chunk_alignment(matrix)))
+    every = chunks_of(tensor.codec, tensor.shape)
     for passes in (1, 2):
         with ThreadPoolExecutor(4) as pool:
             encoded = list(pool.map(tensor.encoded, every))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Tensors that are quantized already."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qformat.codecs.base import Chunk, Codec, Matrix, chunks
+from qformat.codecs.base import Chunk, Codec
 from qformat.dtypes import F32, DType, Elements
+from tests.helpers.codecs import chunks_of, decode, part_of
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A tensor of some codec, in memory."""
+    """A quantized tensor in memory: its codec and the segments of a file."""
 
     name: str
     shape: tuple[int, ...]
@@ -21,13 +22,11 @@ class Codes:
     dtype: DType = F32
 
     def encoded(self, chunk: Chunk) -> tuple[bytes, ...]:
-        spans = self.codec.spans(Matrix.of(self.shape), chunk)
-        return tuple(segment[span] for segment, span in zip(self.segments, spans, strict=True))
+        return part_of(self.codec, self.shape, chunk, self.segments)
 
     def read(self, elements: slice) -> Elements:
-        matrix, out = Matrix.of(self.shape), []
-        for chunk in chunks(matrix, self.codec.chunk_alignment(matrix)):
-            decoded = np.empty((chunk.rows, chunk.cols), np.float32)
-            self.codec.decode(self.encoded(chunk), decoded)
-            out.append(decoded.reshape(-1))
-        return Elements(F32, np.concatenate(out)[elements])
+        values = [
+            decode(self.codec, self.encoded(chunk), (chunk.rows, chunk.cols)).reshape(-1)
+            for chunk in chunks_of(self.codec, self.shape)
+        ]
+        return Elements(F32, np.concatenate(values)[elements])
