@@ -29,7 +29,7 @@ every_width = pytest.mark.parametrize("width", WIDTHS)
 
 @every_width
 @given(data=st.data(), runs=st.integers(0, 5))
-def test_codes_are_a_string_of_bits(width, data, runs):
+def test_affine_codes_are_packed_from_the_lowest_bit_up(width, data, runs):
     packed = data.draw(hnp.arrays(np.uint8, 4 * width * runs))
     expected = codes_in(packed, width)
     for kernels in BOTH:
@@ -60,7 +60,7 @@ def values_of(codec, parts, rows: int, cols: int) -> np.ndarray:
 @every_width
 @pytest.mark.parametrize("cols", [1, 33, 128, 341])
 @pytest.mark.parametrize("group", [32, 64, 96, 128, "row"])
-def test_any_bytes_decode_as_specified(width, cols, group):
+def test_affine_codes_decode_as_the_spec_says(width, cols, group):
     rng = np.random.default_rng(cols)
     for sym in (True, False):
         for scale in ("f16", "bf16", "f32"):
@@ -96,7 +96,7 @@ def search(kernels, x, cols, group, width, sym, kind):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("sym", [True, False])
-def test_what_is_not_finite_is_noticed(bad, sym):
+def test_affine_encoding_reports_nan_and_infinity_at_any_position(bad, sym):
     for kernels in BOTH:
         for position in (0, 31, 40, 63, 64, 100):
             x = padded_rows(np.ones(5 * 101, np.float32), 101)
@@ -122,7 +122,7 @@ def plain_error(x: np.ndarray, group: int, width: int, sym: bool) -> float:
 
 @every_width
 @pytest.mark.parametrize("sym", [True, False])
-def test_the_search_is_better_than_the_extremes(width, sym):
+def test_affine_scales_from_the_search_err_no_more_than_scales_from_extremes(width, sym):
     rng = np.random.default_rng(11)
     for x in (rng.standard_normal(8192), rng.standard_t(3, 8192), rng.uniform(-1, 1, 8192)):
         rows = x.astype(np.float32)
@@ -139,7 +139,7 @@ def test_the_search_is_better_than_the_extremes(width, sym):
             assert lanes.sum() <= plain_error(rows, group, width, sym) * (1 + 1e-6)
 
 
-def test_four_bits_in_groups_of_32_come_within_a_percent_of_the_best_scales():
+def test_four_bit_affine_scales_come_within_half_a_percent_of_the_best_error():
     x = np.random.default_rng(13).standard_normal((64, 32)).astype(np.float32)
     scales = np.empty(64, np.float32)
     NUMBA["affine_search"].symmetric(x.reshape(-1), 32, 32, 4, 0, np.array(_EXTREMES[4], np.float32), scales)
@@ -165,7 +165,7 @@ TYPES = [
 
 @pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("shape", [(3, 64), (5, 341), (7, 1), (8, 5, 3), (2, 2, 2, 40), (33,), (), (0, 32), (4, 0)])
-def test_every_shape_comes_back_with_its_error(tmp_path, shape, type_):
+def test_affine_tensors_of_every_shape_round_trip_with_the_recorded_error(tmp_path, shape, type_):
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32) + np.float32(0.5)
     decoded, info, _ = round_trip(tmp_path, x, type_)
     assert decoded.shape == shape
@@ -181,7 +181,7 @@ def test_every_shape_comes_back_with_its_error(tmp_path, shape, type_):
 
 
 @pytest.mark.parametrize("type_", TYPES)
-def test_chunks_and_threads_change_no_byte(tmp_path, monkeypatch, type_):
+def test_affine_bytes_do_not_depend_on_chunks_and_threads(tmp_path, monkeypatch, type_):
     x = np.random.default_rng(2).standard_normal((6, 1000)).astype(np.float32)
     whole, info, data = round_trip(tmp_path, x, type_, jobs=1)
     assert round_trip(tmp_path, x, type_, jobs=2)[2] == data
@@ -193,7 +193,7 @@ def test_chunks_and_threads_change_no_byte(tmp_path, monkeypatch, type_):
         np.testing.assert_array_equal(f.get_rows("x", [4, 1, 2]), whole[[4, 1, 2]])
 
 
-def test_numpy_kernels_write_the_same_file(tmp_path):
+def test_affine_files_written_with_numpy_and_numba_kernels_are_identical(tmp_path):
     x = np.random.default_rng(3).standard_normal((6, 341)).astype(np.float32)
     for type_ in TYPES:
         compiled = round_trip(tmp_path, x, type_)[2]
@@ -201,7 +201,7 @@ def test_numpy_kernels_write_the_same_file(tmp_path):
             assert round_trip(tmp_path, x, type_)[2] == compiled
 
 
-def test_an_integer_grid_is_kept_exactly(tmp_path):
+def test_affine_stores_integer_grids_and_constants_exactly(tmp_path):
     x = (np.random.default_rng(4).integers(-8, 8, (9, 256)) * 0.25).astype(np.float32)
     decoded, info, _ = round_trip(tmp_path, x, "affine")
     np.testing.assert_array_equal(decoded, x)
@@ -212,7 +212,7 @@ def test_an_integer_grid_is_kept_exactly(tmp_path):
         np.testing.assert_array_equal(round_trip(tmp_path, 0 * constant, type_)[0], 0 * constant)
 
 
-def test_scales_out_of_range_are_refused(tmp_path):
+def test_affine_refuses_weights_whose_scales_overflow_or_vanish(tmp_path):
     x = np.random.default_rng(5).standard_normal((2, 64)).astype(np.float32)
     for sym in ("true", "false"):
         type_ = f"affine:sym={sym}"
@@ -238,22 +238,22 @@ def test_scales_out_of_range_are_refused(tmp_path):
         ("affine:scale=f64", "scale may be f16 or bf16 or f32"),
     ],
 )
-def test_parameters_that_make_no_sense_are_refused(text, message):
+def test_impossible_affine_parameters_are_refused(text, message):
     with pytest.raises(TypeSpecError, match=message):
         parse_type(text)
 
 
-def test_types_print_as_they_are_written():
+def test_affine_types_print_as_they_are_written():
     for text in ("affine", "affine:bits=8,group=row", "affine:bits=2,scale=bf16,sym=false"):
         assert str(parse_type(text)) == text
 
 
-def test_damaged_parts_are_refused():
+def test_affine_parts_of_the_wrong_length_are_refused():
     codec = parse_type("affine:sym=false")
     check_wrong_lengths_are_refused(codec, (2, 200))
 
 
-def test_parts_of_a_chunk_are_contiguous():
+def test_the_parts_of_an_affine_chunk_are_contiguous():
     codec = parse_type("affine:sym=false")
     segments = [np.random.default_rng(0).bytes(length) for length in segment_lengths(codec, (4, 200)).values()]
     scales, zeros, codes = segments
@@ -261,13 +261,13 @@ def test_parts_of_a_chunk_are_contiguous():
 
 
 @pytest.mark.parametrize("changes", [{"group": 48}, {"group": 0}, {"bits": 5}, {"sym": 1}, {"group": "col"}])
-def test_impossible_records_are_refused(changes):
+def test_records_with_impossible_affine_parameters_are_refused(changes):
     codec = parse_type("affine")
     with pytest.raises(FormatError, match="'x'"):
         codec_of(record_of(codec, (2, 200), params=codec.params() | changes))
 
 
-def test_code_histogram():
+def test_the_affine_histogram_counts_each_code():
     codec = parse_type("affine:bits=3")
     packed = np.random.default_rng(6).integers(0, 256, 48).astype(np.uint8)
     counts = codec.histograms([b"", packed.tobytes()], Chunk(0, 1, 0, 128))["histogram"]

@@ -28,7 +28,7 @@ def round_trip(tmp_path, array, types, **options):
         return f.get_tensor("x"), f.info("x")
 
 
-def test_ids_are_those_of_the_specification():
+def test_the_registry_holds_the_codecs_of_the_spec():
     assert set(codecs()) == {
         *DTYPES,
         "q4_0",
@@ -44,7 +44,7 @@ def test_ids_are_those_of_the_specification():
     }
 
 
-def test_an_id_cannot_be_taken_twice():
+def test_registering_a_codec_id_twice_is_refused():
     with pytest.raises(ValueError, match="already taken by Q4_0"):
         register(type("Other", (Raw,), {"id": "q4_0"}))
 
@@ -66,7 +66,7 @@ def test_an_id_cannot_be_taken_twice():
         ("q4_0:,", "no parameter ''"),
     ],
 )
-def test_malformed_types_are_explained(text, message):
+def test_malformed_types_are_refused_with_an_explanation(text, message):
     with pytest.raises(TypeSpecError) as caught:
         parse_type(text)
     assert message in str(caught.value)
@@ -98,7 +98,7 @@ NAIVE = {"Q4_0": "q4_0:search=naive", "Q4_1": "q4_1:search=naive", "Q5_0": "q5_0
 
 @pytest.mark.parametrize("name", NAIVE)
 @pytest.mark.parametrize("shape", [(3, 64), (5, 341), (7, 1), (8, 5, 3), (2, 2, 2, 40), (33,), (), (0, 32), (4, 0)])
-def test_blocks_take_every_shape_and_fill_up_rows(tmp_path, shape, name):
+def test_block_codecs_pad_rows_of_every_shape_as_gguf_does(tmp_path, shape, name):
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     decoded, info = round_trip(tmp_path, x, {"x": NAIVE[name]})
     kind = gguf.GGMLQuantizationType[name]
@@ -118,7 +118,7 @@ def test_blocks_take_every_shape_and_fill_up_rows(tmp_path, shape, name):
         assert info.error.maximum == pytest.approx(np.abs(error).max(), rel=1e-6)
 
 
-def test_a_row_longer_than_a_chunk_is_cut_within(tmp_path, monkeypatch):
+def test_rows_longer_than_a_chunk_give_the_same_bytes(tmp_path, monkeypatch):
     x = np.random.default_rng(2).standard_normal((3, 1000)).astype(np.float32)
     whole, info = round_trip(tmp_path, x, "q4_0")
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", 96)
@@ -129,7 +129,7 @@ def test_a_row_longer_than_a_chunk_is_cut_within(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAIVE)
-def test_every_real_weight_is_quantized_as_by_gguf(minilm, reference, tmp_path, name):
+def test_minilm_is_quantized_byte_for_byte_as_by_gguf(minilm, reference, tmp_path, name):
     from safetensors.numpy import load_file
 
     source = load_file(minilm / "model.safetensors")
@@ -148,7 +148,7 @@ def test_every_real_weight_is_quantized_as_by_gguf(minilm, reference, tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-def test_narrowing_rounds_and_records_the_error(tmp_path, dtype):
+def test_storing_f32_in_16_bits_rounds_to_nearest_and_records_the_error(tmp_path, dtype):
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(3).standard_normal((40, 50)).astype(np.float32)
     decoded, info = round_trip(tmp_path, x, dtype)
@@ -160,14 +160,14 @@ def test_narrowing_rounds_and_records_the_error(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(("source", "stored"), [("float16", "f32"), ("float32", "f64"), ("float16", "f64")])
-def test_widening_keeps_every_value(tmp_path, source, stored):
+def test_storing_in_a_wider_dtype_is_lossless(tmp_path, source, stored):
     x = np.random.default_rng(3).standard_normal((4, 5)).astype(source)
     decoded, info = round_trip(tmp_path, x, stored)
     np.testing.assert_array_equal(decoded, x)
     assert info.error is None
 
 
-def test_float64_is_rounded_to_float32(tmp_path):
+def test_storing_f64_as_f32_rounds_and_records_the_error(tmp_path):
     x = np.random.default_rng(3).standard_normal((4, 5))
     decoded, info = round_trip(tmp_path, x, "f32")
     np.testing.assert_array_equal(decoded, x.astype(np.float32))
@@ -177,7 +177,7 @@ def test_float64_is_rounded_to_float32(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["f8_e4m3", "f8_e5m2"])
-def test_every_float8_has_the_value_that_torch_gives_it(dtype):
+def test_every_float8_pattern_has_the_same_value_as_in_torch(dtype):
     torch = pytest.importorskip("torch")
     patterns = np.arange(256, dtype=np.uint8)
     kind = {"f8_e4m3": torch.float8_e4m3fn, "f8_e5m2": torch.float8_e5m2}[dtype]
@@ -186,7 +186,7 @@ def test_every_float8_has_the_value_that_torch_gives_it(dtype):
 
 
 @pytest.mark.parametrize("name", [name for name, dtype in DTYPES.items() if dtype.floating])
-def test_every_pattern_that_is_not_finite_is_found(name):
+def test_nan_and_infinity_are_found_in_every_dtype(name):
     dtype = DTYPES[name]
     storage = np.dtype(f"u{dtype.size}")
     bits = 8 * dtype.size
@@ -204,7 +204,7 @@ def record(**changes):
     return replace(x, **({"error": error} | changes))
 
 
-def test_a_good_record_has_a_codec():
+def test_a_valid_record_has_a_codec():
     assert codec_of(record()).id == "q4_0"
 
 
@@ -221,14 +221,14 @@ def test_a_good_record_has_a_codec():
         ({"refusal": "tensor 'x' needs more"}, "needs more"),
     ],
 )
-def test_an_impossible_record_is_refused(changes, message):
+def test_impossible_records_are_refused_by_name(changes, message):
     with pytest.raises(FormatError) as caught:
         codec_of(record(**changes))
     assert message in str(caught.value)
     assert "'x'" in str(caught.value)
 
 
-def test_a_new_codec_is_one_class(tmp_path, monkeypatch):
+def test_a_registered_class_is_usable_as_a_codec(tmp_path, monkeypatch):
     @dataclass(frozen=True)
     class Halved(Raw):
         id = "halved"

@@ -68,7 +68,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
 
 
 @every_block
-def test_the_blocks_are_those_of_the_type(type_, tmp_path):
+def test_entropy_coded_blocks_decode_to_the_plain_ones(type_, tmp_path):
     paths = [tmp_path / "plain.qf", tmp_path / "coded.qf"]
     for path, chosen in zip(paths, (type_, coded(type_)), strict=True):
         qformat.save_file(tensors(), path, {"*": chosen})
@@ -87,7 +87,7 @@ def test_the_blocks_are_those_of_the_type(type_, tmp_path):
 
 
 @every_block
-def test_counts_are_those_of_the_blocks(type_):
+def test_entropy_coded_blocks_have_the_histograms_of_the_plain_ones(type_):
     array = from_array(np.random.default_rng(1).normal(size=(50, 100)).astype(np.float32))
     counts = []
     for codec in (parse_type(type_), parse_type(coded(type_))):
@@ -99,7 +99,7 @@ def test_counts_are_those_of_the_blocks(type_):
         np.testing.assert_array_equal(counts[0][name], counts[1][name])
 
 
-def test_real_weights_shrink_as_their_entropy_says(minilm):
+def test_entropy_coded_minilm_takes_less_than_one_percent_above_its_entropy(minilm):
     found = CliRunner().invoke(
         cli,
         ["quantize-stats", str(minilm), "--include", "layer.0", "--json", "-"]
@@ -118,7 +118,7 @@ def test_real_weights_shrink_as_their_entropy_says(minilm):
 
 
 @pytest.mark.parametrize("value", [False, 1, "true", None])
-def test_coded_is_true_or_not_there(value, tmp_path):
+def test_coded_is_true_in_a_record_or_absent(value, tmp_path):
     qformat.save_file({"x": np.ones((2, 32), np.float32)}, tmp_path / "x.qf", "q4_0:coded=true")
     with qformat.safe_open(tmp_path / "x.qf") as f:
         record = f.info("x")
@@ -133,7 +133,7 @@ def test_coded_is_true_or_not_there(value, tmp_path):
 
 
 @every_chunked
-def test_a_small_file_cannot_ask_for_much_memory(type_, tmp_path):
+def test_a_small_file_claiming_large_chunked_tensors_is_refused_in_little_memory(type_, tmp_path):
     codec = parse_type(type_)
     shape = (500_000, 256)
     lengths = segment_lengths(codec, shape)
@@ -156,7 +156,7 @@ def test_a_small_file_cannot_ask_for_much_memory(type_, tmp_path):
 
 
 @every_chunked
-def test_lengths_of_chunks_have_to_fit(type_, files, tmp_path):
+def test_chunk_lengths_that_do_not_fit_the_chunks_are_refused(type_, files, tmp_path):
     for change in ("sum", "shift", "huge"):
         draft = Draft.of(files[type_])
         record = next(tensor for tensor in draft.index["tensors"] if tensor["name"] == "two")
@@ -187,7 +187,7 @@ def _put(draft: Draft, record: dict, content: bytes) -> None:
 
 
 @every_chunked
-def test_a_dry_run_knows_the_size(type_, tmp_path):
+def test_a_dry_run_predicts_the_size_of_entropy_coded_files(type_, tmp_path):
     save_file({name: array for name, array in tensors().items() if array.size}, tmp_path / "x.safetensors")
     common = ["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "x.qf"), "-t", type_, "--json"]
     runner = CliRunner()
@@ -202,7 +202,7 @@ def test_a_dry_run_knows_the_size(type_, tmp_path):
     assert runner.invoke(cli, ["verify", str(tmp_path / "x.qf")]).exit_code == 0
 
 
-def test_the_bytes_depend_on_nothing_but_the_weights(tmp_path):
+def test_entropy_coded_bytes_do_not_depend_on_kernels_and_threads(tmp_path):
     types = [*CHUNKED, *(coded(type_) for type_ in ("q4_1:search=naive", "q5_0", "q8_0", "nlm"))]
     script = """
 import sys
@@ -227,7 +227,7 @@ for number, type_ in enumerate(sys.argv[2:]):
 @pytest.mark.parametrize(("size", "header"), [(22, 2), (24, 4)])
 @every_family
 @given(seed=st.integers(0, 2**32 - 1))
-def test_codes_of_5_bits_are_taken_out_and_put_back(family, size, header, seed):
+def test_five_bit_codes_round_trip_through_unpack_and_pack(family, size, header, seed):
     kernels = importlib.import_module(f"qformat.kernels.{family}.codes_5")
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (int(rng.integers(1, 20)), size)).astype(np.uint8)
@@ -246,7 +246,7 @@ def test_codes_of_5_bits_are_taken_out_and_put_back(family, size, header, seed):
 
 
 @every_chunked
-def test_chunks_are_counted_without_going_through_them(type_):
+def test_the_number_of_chunks_is_computed_from_the_shape(type_):
     codec = parse_type(type_)
     for shape in [*SHAPES.values(), (3, 524_288), (3, 524_289), (1_000_000, 1), (1, 1_048_576)]:
         assert segment_lengths(codec, shape)["lengths"] == 4 * len(chunks_of(codec, shape))

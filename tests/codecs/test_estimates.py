@@ -33,7 +33,7 @@ def stream(zeros: int, ones: int) -> int:
 
 @every_family
 @given(sections)
-def test_sections(kernels, counts):
+def test_estimated_sizes_of_sections_are_those_of_the_spec(kernels, counts):
     by_class = sum(stream(*pair) for pair in counts.tolist())
     together = stream(*counts.sum(axis=0).tolist())
     assert kernels.section(counts, logarithms()) == (by_class, together)
@@ -41,7 +41,7 @@ def test_sections(kernels, counts):
 
 @every_family
 @given(st.lists(sections, min_size=1, max_size=4))
-def test_sections_of_several_chunks(kernels, chunks):
+def test_estimated_sizes_of_sections_add_up_over_chunks(kernels, chunks):
     before = np.zeros((len(chunks), 2, 4, 3, 2), np.int64)  # of 2 planes and 3 parts
     for chunk, counts in enumerate(chunks):
         before[chunk, 1, 2:] = counts
@@ -52,14 +52,14 @@ def test_sections_of_several_chunks(kernels, chunks):
 
 @every_family
 @given(st.lists(numbers, min_size=1, max_size=300))
-def test_ideal_coding(kernels, found):
+def test_estimated_ideal_sizes_are_the_entropy_of_the_counts(kernels, found):
     counts = np.array(found, np.int64)
     expected = (counts * (log2(np.maximum(1, counts.sum(keepdims=True))) - log2(counts))).sum()
     assert kernels.ideal(counts, logarithms()) == expected
 
 
 @given(st.integers(0, 1 << 32), st.integers(1, 60), st.floats(1e-3, 3))
-def test_counts_below_borders(seed, bins, width):
+def test_counts_and_sums_below_borders_are_the_same_in_numba_and_numpy(seed, bins, width):
     rng = np.random.default_rng(seed)
     edges = np.cumsum(rng.random(bins + 1))
     low, high = edges[:-1], edges[:-1] + np.diff(edges) * rng.choice([0.5, 1.0], bins)

@@ -42,7 +42,7 @@ TYPES = [
 
 @every_size
 @pytest.mark.parametrize("cols", [1, 33, 128, 341, 600])
-def test_any_bytes_decode_as_specified(size, cols):
+def test_lut_codes_decode_as_the_spec_says(size, cols):
     rng = np.random.default_rng(cols)
     for text in ("", ",scale=row", ",scope=block", ",scope=block,block=256"):
         codec = parse_type(f"lut:size={size}{text}")
@@ -69,7 +69,7 @@ def test_any_bytes_decode_as_specified(size, cols):
 
 @pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("shape", [(3, 64), (5, 341), (7, 1), (8, 5, 3), (2, 2, 2, 40), (33,), (), (0, 32), (4, 0)])
-def test_every_shape_comes_back_with_its_error(tmp_path, shape, type_):
+def test_lut_tensors_of_every_shape_round_trip_with_the_recorded_error(tmp_path, shape, type_):
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32) + np.float32(0.5)
     decoded, info, _ = round_trip(tmp_path, x, type_)
     assert decoded.shape == shape
@@ -83,7 +83,7 @@ def test_every_shape_comes_back_with_its_error(tmp_path, shape, type_):
 
 
 @pytest.mark.parametrize("type_", TYPES)
-def test_chunks_and_threads_change_no_byte(tmp_path, monkeypatch, type_):
+def test_lut_bytes_do_not_depend_on_threads_and_values_hardly_on_chunks(tmp_path, monkeypatch, type_):
     x = np.random.default_rng(2).standard_normal((6, 1000)).astype(np.float32)
     whole, info, _ = round_trip(tmp_path, x, type_)
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", 200)
@@ -96,7 +96,7 @@ def test_chunks_and_threads_change_no_byte(tmp_path, monkeypatch, type_):
         np.testing.assert_array_equal(f.get_rows("x", [4, 1, 2]), cut[[4, 1, 2]])
 
 
-def test_numpy_kernels_write_the_same_file(tmp_path):
+def test_lut_files_written_with_numpy_and_numba_kernels_are_identical(tmp_path):
     x = np.random.default_rng(3).standard_normal((6, 341)).astype(np.float32)
     for type_ in TYPES:
         compiled = round_trip(tmp_path, x, type_)[2]
@@ -108,7 +108,7 @@ def test_numpy_kernels_write_the_same_file(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_noticed(bad):
+def test_lut_encoding_reports_nan_and_infinity_at_any_position(bad):
     for type_ in TYPES:
         codec = parse_type(type_)
         for position in (0, 31, 140, 299):
@@ -119,7 +119,7 @@ def test_what_is_not_finite_is_noticed(bad):
                     assert not encode(codec, x).finite
 
 
-def test_a_survey_ignores_what_is_not_finite():
+def test_the_histogram_for_codebooks_ignores_nan_and_infinity():
     x = np.array([1.5, np.nan, -np.inf, 1.5, -0.0, np.inf, -2.0], np.float32)
     for kernels in BOTH:
         found = Survey.empty()
@@ -148,7 +148,7 @@ def least_error(values: np.ndarray, size: int) -> float:
 
 @every_size
 @pytest.mark.parametrize("block", [128, 256])
-def test_codebooks_of_blocks_are_the_best(size, block):
+def test_lut_codebooks_of_blocks_have_the_least_error(size, block):
     rng = np.random.default_rng(size)
     for source in (rng.standard_normal((2, 600)), rng.standard_t(3, (2, 600)), 10 + rng.uniform(-1, 1, (2, 600))):
         x = source.astype(np.float32)
@@ -168,7 +168,7 @@ def test_codebooks_of_blocks_are_the_best(size, block):
         assert error.squares <= total * 1.01 + x.size * (np.abs(x).max() * 2.0**-12) ** 2  # entries are rounded
 
 
-def test_blocks_are_better_than_even_steps(tmp_path):
+def test_lut_codebooks_of_blocks_err_less_than_even_steps(tmp_path):
     x = np.random.default_rng(6).standard_normal((8, 384)).astype(np.float32)
     _, info, _ = round_trip(tmp_path, x, "lut:scope=block")
     groups = x.reshape(-1, 128)
@@ -178,7 +178,7 @@ def test_blocks_are_better_than_even_steps(tmp_path):
 
 
 @pytest.mark.parametrize("type_", ["lut", "lut:scope=block", "lut:scope=block,block=256"])
-def test_few_different_values_are_kept(tmp_path, type_):
+def test_lut_stores_tensors_of_few_values_exactly(tmp_path, type_):
     rng = np.random.default_rng(7)
     for count in (1, 2, 15, 16):
         values = (rng.permutation(64)[:count] * 0.125 - 4).astype(np.float32)
@@ -190,7 +190,7 @@ def test_few_different_values_are_kept(tmp_path, type_):
     np.testing.assert_array_equal(rounded, np.float32(np.float16(0.3)))
 
 
-def test_rows_have_their_own_scales(tmp_path):
+def test_lut_row_scales_reduce_the_error_of_rows_of_different_magnitudes(tmp_path):
     rng = np.random.default_rng(11)
     spread = 2.0 ** rng.uniform(-6, 6, (64, 1))
     x = (rng.standard_normal((64, 500)) * spread).astype(np.float32)
@@ -210,7 +210,7 @@ def test_rows_have_their_own_scales(tmp_path):
 
 
 @pytest.mark.parametrize("type_", TYPES)
-def test_numbers_out_of_range_are_refused(tmp_path, type_):
+def test_lut_refuses_weights_that_overflow_or_vanish(tmp_path, type_):
     x = np.random.default_rng(12).standard_normal((2, 256)).astype(np.float32)
     with pytest.raises(SourceError, match="too large"):
         round_trip(tmp_path, x * np.float32(1e6), type_)
@@ -233,12 +233,12 @@ def test_numbers_out_of_range_are_refused(tmp_path, type_):
         ("lut:scope=row", "scope may be tensor or block"),
     ],
 )
-def test_parameters_that_make_no_sense_are_refused(text, message):
+def test_impossible_lut_parameters_are_refused(text, message):
     with pytest.raises(TypeSpecError, match=message):
         parse_type(text)
 
 
-def test_types_print_as_they_are_written():
+def test_lut_types_print_as_they_are_written():
     for text in ("lut", "lut:fit=gauss,scale=row", "lut:block=256,scope=block,size=4"):
         assert str(parse_type(text)) == text
     assert str(parse_type("lut:scope=block")) == "lut:scope=block"
@@ -248,12 +248,12 @@ def test_types_print_as_they_are_written():
     assert type(parse_type("lut").params()["block"]) is int
 
 
-def test_damaged_parts_are_refused():
+def test_lut_parts_of_the_wrong_length_are_refused():
     for type_ in ("lut", "lut:scale=row", "lut:scope=block"):
         check_wrong_lengths_are_refused(parse_type(type_), (2, 200))
 
 
-def test_parts_of_a_chunk_are_contiguous():
+def test_the_parts_of_a_lut_chunk_are_contiguous():
     codec = parse_type("lut:scope=block")
     segments = [np.random.default_rng(0).bytes(length) for length in segment_lengths(codec, (4, 200)).values()]
     books, codes = segments
@@ -272,7 +272,7 @@ def test_parts_of_a_chunk_are_contiguous():
         {"size": True},
     ],
 )
-def test_impossible_records_are_refused(changes):
+def test_records_with_impossible_lut_parameters_are_refused(changes):
     codec = parse_type("lut")
     with pytest.raises(FormatError, match="'x'"):
         codec_of(record_of(codec, (2, 200), params=codec.params() | changes))
@@ -281,7 +281,7 @@ def test_impossible_records_are_refused(changes):
 
 @pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
-def test_other_floats_are_stored_as_float32_would_be(tmp_path, type_, dtype):
+def test_lut_stores_f16_and_f64_like_the_same_values_in_f32(tmp_path, type_, dtype):
     x = np.random.default_rng(13).standard_normal((4, 200)).astype(dtype)
     np.testing.assert_array_equal(
         round_trip(tmp_path, x, type_)[0], round_trip(tmp_path, x.astype(np.float32), type_)[0].astype(np.float32)

@@ -48,7 +48,7 @@ CASES = q4_0_battery()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "overflow" not in case and case != "largest floats"])
-def test_exact_is_as_good_as_the_best_of_all_scales(case):
+def test_q4_0_exact_search_finds_the_best_of_all_scales(case):
     x = CASES[case][:4]
     found = errors(x, search(NUMBA, "exact", x))
     for block, error in zip(x, found, strict=True):
@@ -57,7 +57,7 @@ def test_exact_is_as_good_as_the_best_of_all_scales(case):
 
 
 @given(rows)
-def test_more_search_is_never_worse(x):
+def test_q4_0_exact_search_errs_no_more_than_table_and_table_no_more_than_naive(x):
     lanes, blocks = np.zeros(16), np.zeros(x.size // 32 * 18, np.uint8)
     overflowed = NUMBA["q4_0"].quantize(x, blocks, lanes)[2]
     naive = blocks.reshape(-1, 18)[:, :2].copy().view(np.uint16)[:, 0]
@@ -70,7 +70,7 @@ def test_more_search_is_never_worse(x):
         assert (errors(x, exact) <= errors(x, table) + slack).all()
 
 
-def test_searches_pay_on_real_weights(minilm, tmp_path):
+def test_q4_0_searches_reduce_the_error_of_real_weights(minilm, tmp_path):
     from safetensors.numpy import load_file
 
     name = "encoder.layer.3.attention.output.dense.weight"
@@ -87,7 +87,7 @@ def test_searches_pay_on_real_weights(minilm, tmp_path):
     assert found["exact"] < found["table"] < 1.001 * found["exact"]
 
 
-def test_one_magnitude_is_met_exactly():
+def test_q4_0_searches_meet_blocks_of_one_magnitude():
     x = np.zeros((8, 32), np.float32)
     x[:, ::3] = np.array([1, -1, 0.7, -0.7, 3e-7, 3e4, 1e-3, -2e-6], np.float32)[:, None]
     x[::2, 5] *= -1
@@ -99,7 +99,7 @@ def test_one_magnitude_is_met_exactly():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", SEARCHES)
-def test_a_value_that_is_not_finite_harms_no_other_block(name, bad):
+def test_q4_0_searches_confine_nan_and_infinity_to_their_block(name, bad):
     x = CASES["normal"].copy()
     expected = search(NUMBA, name, x)
     x[[3, 20], [4, 31]] = bad

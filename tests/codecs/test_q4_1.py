@@ -83,14 +83,14 @@ def errors(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
         return ((x.reshape(-1).astype(np.float64) - decoded) ** 2).reshape(-1, 32).sum(axis=1)
 
 
-def test_the_compiled_kernels_are_the_ones_that_are_used():
+def test_numba_kernels_are_loaded_for_q4_1_and_q5_1():
     for name in NAMES:
         assert load(name) is NUMBA[name]
 
 
 @every_format
 @given(x=rows)
-def test_naive_blocks_equal_gguf_s_and_the_twin_s(name, x):
+def test_naive_q4_1_and_q5_1_blocks_are_those_of_gguf(name, x):
     blocks, lanes, found = quantize(NUMBA[name], x)
     np.testing.assert_array_equal(blocks[certain(x)], gguf_blocks(name, x)[certain(x)])
     numpy_blocks, numpy_lanes, numpy_found = quantize(NUMPY[name], x)
@@ -103,7 +103,7 @@ def test_naive_blocks_equal_gguf_s_and_the_twin_s(name, x):
 @every_format
 @pytest.mark.parametrize("case", battery())
 @every_family
-def test_awkward_blocks_equal_gguf_s(kernels, case, name):
+def test_awkward_q4_1_and_q5_1_blocks_are_those_of_gguf(kernels, case, name):
     x = battery()[case].astype(np.float32)
     blocks, lanes, (peak, largest, overflowed, zeroed) = quantize(kernels[name], x)
     np.testing.assert_array_equal(blocks[certain(x)], gguf_blocks(name, x)[certain(x)])
@@ -124,7 +124,7 @@ def test_awkward_blocks_equal_gguf_s(kernels, case, name):
 @every_family
 @pytest.mark.parametrize("signs", [(0.0, -0.0), (-0.0, 0.0)])
 @pytest.mark.parametrize("rest", [0.0, 1.0])
-def test_of_several_zeros_the_first_is_the_minimum(kernels, name, signs, rest):
+def test_the_first_of_several_zeros_is_the_minimum_of_a_block(kernels, name, signs, rest):
     x = np.full(32, rest, np.float32)
     x[[7, 20]] = signs
     x[:7] = np.abs(rest) or signs[0]
@@ -135,7 +135,7 @@ def test_of_several_zeros_the_first_is_the_minimum(kernels, name, signs, rest):
 
 @every_format
 @given(patterns=hnp.arrays(np.uint16, 64, elements=st.integers(0, 0xFFFF).filter(lambda p: p & 0x7F80 != 0x7F80)))
-def test_blocks_of_bfloat16_are_those_of_its_values(name, patterns):
+def test_q4_1_and_q5_1_blocks_of_bfloat16_are_those_of_the_same_float32_values(name, patterns):
     values = (patterns.astype(np.uint32) << 16).view(np.float32)
     expected = quantize(NUMBA[name], values)
     for kernels in BOTH:
@@ -148,7 +148,7 @@ def test_blocks_of_bfloat16_are_those_of_its_values(name, patterns):
 
 @every_format
 @given(data=st.data())
-def test_any_bytes_decode_as_with_gguf(name, data):
+def test_q4_1_and_q5_1_blocks_decode_as_in_gguf(name, data):
     blocks = data.draw(hnp.arrays(np.uint8, (4, FORMATS[name][0])))
     blocks[:, [1, 3]] &= 0xBF  # keep the scale and the minimum finite
     expected = gguf_values(name, blocks)
@@ -159,7 +159,7 @@ def test_any_bytes_decode_as_with_gguf(name, data):
 
 
 @every_format
-def test_code_histogram(name):
+def test_q4_1_and_q5_1_histograms_count_each_code(name):
     blocks, _, _ = quantize(NUMBA[name], battery()["normal"])
     header = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float32)
     codes = np.rint((gguf_values(name, blocks).reshape(-1, 32) - header[:, 1:]) / header[:, :1]).astype(int)
@@ -174,7 +174,7 @@ def test_code_histogram(name):
 @pytest.mark.parametrize("how", ["naive", *SEARCHES])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @every_family
-def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kernels, bad, how):
+def test_q4_1_encoding_reports_nan_and_infinity_at_any_position(kernels, bad, how):
     x = np.tile(np.linspace(-1, 2, 32, dtype=np.float32), (70, 1))
     for position in range(32):
         x[2 * position, position] = bad
@@ -187,7 +187,7 @@ def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kernels, bad, 
 
 @pytest.mark.parametrize("how", SEARCHES)
 @pytest.mark.parametrize("case", battery())
-def test_searches_measure_the_error_of_their_blocks(how, case):
+def test_q4_1_searches_measure_the_error_of_their_blocks(how, case):
     x = battery()[case]
     blocks, lanes, found = encode(NUMBA, how, x)
     if not found[2]:
@@ -197,7 +197,7 @@ def test_searches_measure_the_error_of_their_blocks(how, case):
 @given(
     x=rows, scales=hnp.arrays(np.uint16, 8), minima=hnp.arrays(np.uint16, 8), tie=st.sampled_from([0.0, 1.0, 0.0625])
 )
-def test_twins_encode_any_scales_and_minima_alike(x, scales, minima, tie):
+def test_numba_and_numpy_encode_q4_1_with_any_scales_and_minima_alike(x, scales, minima, tie):
     x = np.where(np.arange(x.size) % 3 == 0, np.float32(tie), x)
     count = x.size // 32
     scales, minima = scales[:count] & 0xBFFF, minima[:count] & 0xBFFF
@@ -224,18 +224,18 @@ def assert_searches_are_in_order(x: np.ndarray) -> None:
 
 
 @given(x=st.one_of(rows, likely))
-def test_no_search_is_worse_than_the_one_before(x):
+def test_no_q4_1_search_errs_more_than_a_cheaper_one(x):
     assert_searches_are_in_order(x)
 
 
 @pytest.mark.parametrize("case", battery())
-def test_no_search_is_worse_than_the_one_before_for_awkward_blocks(case):
+def test_no_q4_1_search_errs_more_than_a_cheaper_one_on_awkward_blocks(case):
     assert_searches_are_in_order(battery()[case].astype(np.float32))
 
 
 @pytest.mark.parametrize("how", SEARCHES)
 @every_family
-def test_a_block_s_result_does_not_depend_on_its_neighbours(kernels, how):
+def test_q4_1_searches_treat_each_block_by_itself(kernels, how):
     x = np.concatenate([battery()[case] for case in ("normal", "sparse", "constant", "scale vanishes")])
     x = np.ascontiguousarray(np.random.default_rng(3).permutation(x + np.float32(0.5) * (x > 0)).astype(np.float32))
     scales, minima = search(kernels, how, x)
@@ -247,7 +247,7 @@ def test_a_block_s_result_does_not_depend_on_its_neighbours(kernels, how):
 
 @pytest.mark.parametrize("how", SEARCHES)
 @pytest.mark.parametrize("levels", range(2, 17))
-def test_equally_spaced_values_are_hit(how, levels):
+def test_q4_1_searches_meet_equally_spaced_values(how, levels):
     rng = np.random.default_rng(levels)
     values = rng.integers(0, levels, (64, 32))
     values[:, :2] = 0, levels - 1
@@ -262,7 +262,7 @@ OPTIMUM = {"normal": 19.4306982, "laplace": 48.0559494, "uniform": 0.930740478}
 
 @pytest.mark.parametrize(("how", "limit"), [("als", 1.006), ("best", 1.001)])
 @pytest.mark.parametrize("case", OPTIMUM)
-def test_searches_come_close_to_the_optimum(how, limit, case):
+def test_q4_1_searches_come_close_to_the_optimum(how, limit, case):
     x = sample(case)
     blocks, _, _ = encode(NUMBA, how, x)
     assert 1 - 1e-6 < np.sqrt(errors(x, blocks).sum() / OPTIMUM[case]) < limit
@@ -277,7 +277,7 @@ def sample(case: str) -> np.ndarray:
 
 @pytest.mark.parametrize("text", ["q4_1", "q4_1:search=naive", "q4_1:search=als", "q4_1:search=best", "q5_1"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
-def test_codecs_encode_and_decode(text, dtype):
+def test_q4_1_and_q5_1_codecs_round_trip_with_the_measured_error(text, dtype):
     codec = parse_type(text)
     values = np.random.default_rng(2).standard_normal((3, 70))
     stored = {
@@ -297,7 +297,7 @@ def test_codecs_encode_and_decode(text, dtype):
     assert codec.histograms(encoded.parts, Chunk(0, 3, 0, 70))["histogram"].sum() == 9 * 32
 
 
-def test_parameters():
+def test_q4_1_and_q5_1_parameters_are_parsed_or_refused():
     assert parse_type("q4_1") == parse_type("q4_1:search=als")
     assert str(parse_type("q4_1")) == "q4_1"
     assert str(parse_type("q4_1:search=best")) == "q4_1:search=best"
@@ -311,7 +311,7 @@ def test_parameters():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("how", ["naive", *SEARCHES])
-def test_codecs_report_what_cannot_be_stored(how, bad):
+def test_q4_1_codecs_report_nonfinite_overflowed_and_zeroed_blocks(how, bad):
     codec = parse_type(f"q4_1:search={how}")
     x = np.ones((2, 64), np.float32)
     x[1, 5] = bad

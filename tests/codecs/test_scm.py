@@ -87,7 +87,7 @@ def bits_of(found: np.ndarray, source: Elements) -> bytes:
 # ---- parameters
 
 
-def test_without_parameters_everything_is_kept():
+def test_scm_types_print_as_they_are_written_and_are_lossless_by_default():
     assert parse_type("scm") == parse_type("scm:bpw=any")
     assert str(parse_type("scm")) == "scm"
     assert parse_type("scm:lossless=true") != parse_type("scm:bpw=8")
@@ -125,14 +125,14 @@ def test_without_parameters_everything_is_kept():
         ("scm:rate=3", "scm has no parameter 'rate'; it knows bpw, max_rmse, max_abs, mean_abs, lossless"),
     ],
 )
-def test_wrong_parameters_are_explained(type_, message):
+def test_impossible_scm_parameters_are_refused(type_, message):
     with pytest.raises(TypeSpecError) as caught:
         parse_type(type_)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_dtypes_that_it_cannot_hold_are_refused(tmp_path):
+def test_scm_refuses_f64_and_f8_and_leaves_integers_raw(tmp_path):
     for name in ("f64", "f8_e4m3", "f8_e5m2"):
         dtype = DTYPES[name]
         with pytest.raises(SourceError, match=rf"tensor 'x': type scm cannot hold {name}"):
@@ -160,20 +160,20 @@ def check_ladder(record: TensorRecord, *, full: bool) -> None:
 
 @pytest.mark.parametrize("distribution", [*DISTRIBUTIONS, "logistic"])
 @pytest.mark.parametrize("shape", [(320, 320), (7, 20_011), (1_100, 600)])
-def test_layers_take_the_bits_that_they_may(distribution, shape, tmp_path):
+def test_scm_layers_take_the_bits_of_the_ladder(distribution, shape, tmp_path):
     store(tmp_path / "x.qf", "scm", x=drawn(distribution, *shape, seed=shape[0]))
     check_ladder(record_of(tmp_path / "x.qf"), full=True)
 
 
 @every_dtype
-def test_layers_take_the_bits_that_they_may_of_all_dtypes(dtype, tmp_path):
+def test_scm_layers_take_the_bits_of_the_ladder_for_every_dtype(dtype, tmp_path):
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(400, 300)) * rng.lognormal(-4, 0.5, (400, 1))  # as weights are
     store(tmp_path / "x.qf", "scm", x=elements(dtype, rows))
     check_ladder(record_of(tmp_path / "x.qf"), full=dtype != "bf16")
 
 
-def test_layers_of_sparse_weights_take_the_bits_that_they_may(tmp_path):
+def test_scm_layers_of_sparse_weights_take_the_bits_of_the_ladder(tmp_path):
     x = drawn("normal", 400, 500)
     x[np.random.default_rng(1).random(x.shape) < 0.3] = 0
     store(tmp_path / "x.qf", "scm", x=x)
@@ -185,7 +185,7 @@ def test_layers_of_sparse_weights_take_the_bits_that_they_may(tmp_path):
 
 @pytest.mark.parametrize("bpw", [1.5, 1.77, 2, 2.01, 2.7, 3.14, 4.5, 6.6, 8])
 @every_distribution
-def test_a_file_takes_the_bits_that_were_asked_for(bpw, distribution, tmp_path):
+def test_scm_files_take_the_requested_bits_per_weight(bpw, distribution, tmp_path):
     x = drawn(distribution, 330, 350, seed=3)
     for number, part in enumerate((x, np.concatenate([x] * 5, axis=0))):
         store(tmp_path / f"{number}.qf", f"scm:bpw={bpw}", x=part)
@@ -200,7 +200,7 @@ def test_a_file_takes_the_bits_that_were_asked_for(bpw, distribution, tmp_path):
             assert layer.bpw <= bits
 
 
-def test_layers_of_small_tensors_do_not_take_more_than_they_may(tmp_path):
+def test_scm_layers_of_small_tensors_stay_within_the_ladder(tmp_path):
     for size in (1, 2, 31, 64, 65, 200, 3000, 5000):
         store(tmp_path / "x.qf", "scm", x=drawn("normal", 1, size), y=drawn("laplace", size))
         for name in "xy":
@@ -249,7 +249,7 @@ def ideal(distribution: str, rates: list[float]) -> dict[float, float]:
     return found
 
 
-def test_the_ideal_is_what_theory_says():
+def test_ideal_rate_distortion_of_the_test_is_that_of_theory():
     rate = 7.0
     assert ideal("normal", [rate])[rate] == pytest.approx(math.sqrt(math.pi * math.e / 6) * 2**-rate, rel=2e-3)
     # the best of all scalar quantizers has 10.55 dB
@@ -257,7 +257,7 @@ def test_the_ideal_is_what_theory_says():
 
 
 @every_distribution
-def test_errors_are_near_those_of_ideal_coding(distribution, tmp_path):
+def test_scm_errors_are_near_those_of_ideal_coding(distribution, tmp_path):
     best = ideal(distribution, [*LADDER])
     # small matrices have to be told their cells, too
     for shape, limit in (((320, 320), 1.125), ((1_200, 1_000), 1.10 if distribution == "normal" else 1.115)):
@@ -277,7 +277,7 @@ def test_errors_are_near_those_of_ideal_coding(distribution, tmp_path):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("bound", [0.014, 0.0101, 0.004, 0.0007])
-def test_bounds_are_met_and_not_far_exceeded(metric, bound, tmp_path):
+def test_scm_meets_error_bounds_with_as_few_bits_as_possible(metric, bound, tmp_path):
     x = drawn("laplace", 300, 400, seed=5)
     spread = float(np.float64(x.max()) - x.min())
     errors = {}
@@ -302,7 +302,7 @@ def test_bounds_are_met_and_not_far_exceeded(metric, bound, tmp_path):
     assert getattr(record_of(tmp_path / "less.qf").layers[-1].error, METRICS[metric]) > bound * spread
 
 
-def test_bounds_out_of_reach_are_met_losslessly_and_easy_ones_with_one_layer(tmp_path):
+def test_scm_meets_bounds_out_of_reach_losslessly_and_loose_ones_with_one_layer(tmp_path):
     x = drawn("normal", 60, 70)
     for type_ in ("scm:max_rmse=1e-9", "scm:max_abs=0", "scm:mean_abs=0"):
         store(tmp_path / "x.qf", type_, x=x)
@@ -312,7 +312,7 @@ def test_bounds_out_of_reach_are_met_losslessly_and_easy_ones_with_one_layer(tmp
     assert record_of(tmp_path / "x.qf").params == {"layers": 1, "lossless": False}
 
 
-def test_bounds_of_weights_without_a_range(tmp_path):
+def test_scm_stores_constant_tensors_exactly_under_any_bound(tmp_path):
     """All are the same, so no error but 0 is allowed."""
     for value in (0.0, -0.3, 2.5):
         x = np.full((20, 30), value, np.float32)
@@ -326,7 +326,7 @@ def test_bounds_of_weights_without_a_range(tmp_path):
 
 
 @every_dtype
-def test_weights_come_back_bit_for_bit_in_little_more_bytes_than_as_lossless(dtype, tmp_path):
+def test_scm_returns_weights_bit_for_bit_in_at_most_two_percent_more_bytes_than_lossless(dtype, tmp_path):
     x = elements(dtype, drawn("normal", 500, 1000))
     layered, plain = store(tmp_path / "x.qf", "scm", x=x), store(tmp_path / "y.qf", "lossless", x=x)
     assert bits_of(read(tmp_path / "x.qf"), x) == x.data.tobytes()
@@ -338,7 +338,7 @@ def test_weights_come_back_bit_for_bit_in_little_more_bytes_than_as_lossless(dty
 
 
 @pytest.mark.parametrize("origin", ["f16", "bf16"])
-def test_short_mantissas_are_made_use_of(origin, tmp_path):
+def test_scm_takes_advantage_of_short_mantissas(origin, tmp_path):
     x = elements(origin, drawn("normal", 500, 1000)).to_f32()
     layered, plain = store(tmp_path / "x.qf", "scm", x=x), store(tmp_path / "y.qf", "lossless", x=x)
     assert read(tmp_path / "x.qf").tobytes() == x.tobytes()
@@ -359,7 +359,7 @@ def ends_of(path: Path) -> list[int]:
     ("dtype", "kept", "end"),
     [("f32", 23, 512), ("f16", 10, 512), ("f32", 9, 512), ("f32", 8, 448), ("f32", 7, None), ("bf16", 7, None)],
 )
-def test_layers_go_on_where_the_rest_would_take_more(dtype, kept, end, tmp_path, monkeypatch):
+def test_scm_adds_layers_where_the_residual_would_take_more_bytes(dtype, kept, end, tmp_path, monkeypatch):
     x = drawn("normal", 500, 1000).view(np.uint32) >> (23 - kept) << (23 - kept)
     source = elements(dtype, x.view(np.float32))
     size = store(tmp_path / "x.qf", "scm", x=source)
@@ -373,7 +373,7 @@ def test_layers_go_on_where_the_rest_would_take_more(dtype, kept, end, tmp_path,
     assert size < without - 1000 if end else size == without
 
 
-def test_a_layer_that_does_not_pay_for_its_record_is_left_out(tmp_path):
+def test_scm_omits_a_layer_that_saves_less_than_its_record_takes(tmp_path):
     x = drawn("normal", 400, 200)
     x[np.random.default_rng(0).random(x.shape) < 0.2] = 0
     assert np.count_nonzero(x) < 1 << 16 < x.size
@@ -403,7 +403,7 @@ def odd_patterns(dtype: str) -> dict[str, np.ndarray]:
 
 
 @every_dtype
-def test_odd_weights_come_back_bit_for_bit(dtype, tmp_path):
+def test_scm_returns_unusual_patterns_bit_for_bit(dtype, tmp_path):
     sources = {
         name: Elements(DTYPES[dtype], patterns.view(DTYPES[dtype].storage))
         for name, patterns in odd_patterns(dtype).items()
@@ -419,7 +419,7 @@ def test_odd_weights_come_back_bit_for_bit(dtype, tmp_path):
 @every_dtype
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_any_mixture_comes_back_bit_for_bit(dtype, seed, tmp_path_factory):
+def test_scm_returns_any_mixture_bit_for_bit(dtype, seed, tmp_path_factory):
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 12)), int(rng.integers(1, 32)))
     exponents = (-8, 3) if dtype == "f16" else (-60, 60)
@@ -439,7 +439,7 @@ def test_any_mixture_comes_back_bit_for_bit(dtype, seed, tmp_path_factory):
 
 @pytest.mark.parametrize("share", [1 / 64, 0.05, 0.5, 0.99])
 @every_dtype
-def test_zeros_stay_zeros_at_every_quality(dtype, share, tmp_path):
+def test_scm_keeps_zeros_at_every_quality(dtype, share, tmp_path):
     x = drawn("normal", 640, 100, seed=4)
     zeros = np.zeros(x.size, bool)
     zeros[np.random.default_rng(5).permutation(x.size)[: math.ceil(share * x.size)]] = True
@@ -454,7 +454,7 @@ def test_zeros_stay_zeros_at_every_quality(dtype, share, tmp_path):
         assert not read(tmp_path / "y.qf")[x == 0].any()
 
 
-def test_zeros_of_every_chunk_stay_zeros(tmp_path):
+def test_scm_keeps_zeros_in_every_chunk(tmp_path):
     x = drawn("normal", 3, 600_000, seed=6)
     x[np.random.default_rng(7).random(x.shape) < 0.03] = 0
     store(tmp_path / "x.qf", "scm:bpw=3", x=x)
@@ -462,7 +462,7 @@ def test_zeros_of_every_chunk_stay_zeros(tmp_path):
         assert not read(tmp_path / "x.qf", quality)[x == 0].any()
 
 
-def test_a_tensor_of_zeros_is_small_and_exact(tmp_path):
+def test_scm_stores_a_tensor_of_zeros_exactly_in_few_bytes(tmp_path):
     for shape in ((200, 300), (1, 700_000)):
         x = np.zeros(shape, np.float32)
         nbytes = store(tmp_path / "x.qf", "scm", x=x)
@@ -481,7 +481,7 @@ def test_a_tensor_of_zeros_is_small_and_exact(tmp_path):
 @pytest.mark.parametrize("type_", ["scm", "scm:bpw=3", "scm:max_rmse=0.01"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @every_dtype
-def test_what_is_not_finite_is_refused_or_kept_raw(dtype, bad, type_, tmp_path):
+def test_scm_refuses_nan_and_infinity_or_keeps_the_tensor_raw(dtype, bad, type_, tmp_path):
     x = drawn("normal", 12, 20)
     x[7, 3] = bad
     tensors = {"good": elements(dtype, drawn("normal", 12, 20)), "odd one": elements(dtype, x)}
@@ -495,7 +495,7 @@ def test_what_is_not_finite_is_refused_or_kept_raw(dtype, bad, type_, tmp_path):
     assert bits_of(read(tmp_path / "x.qf", name="odd one"), tensors["odd one"]) == tensors["odd one"].data.tobytes()
 
 
-def test_what_is_not_finite_is_found_in_a_late_chunk(tmp_path):
+def test_scm_finds_nan_in_a_late_chunk(tmp_path):
     x = drawn("normal", 3, 600_000)
     x[2, 599_999] = np.nan
     with pytest.raises(SourceError, match=r"tensor 'x' holds NaN or infinity"):
@@ -504,7 +504,7 @@ def test_what_is_not_finite_is_found_in_a_late_chunk(tmp_path):
 
 
 @pytest.mark.parametrize("exponent", [-70, -40, 30, 100])
-def test_scales_make_no_difference(exponent, tmp_path):
+def test_scm_layers_do_not_depend_on_the_magnitude_of_weights(exponent, tmp_path):
     x = drawn("normal", 150, 200)
     store(tmp_path / "x.qf", "scm", x=x)
     store(tmp_path / "y.qf", "scm", x=np.ldexp(x, exponent))
@@ -521,7 +521,7 @@ def test_scales_make_no_difference(exponent, tmp_path):
         assert read(tmp_path / "y.qf", quality).tobytes() == found.tobytes()
 
 
-def test_values_too_large_or_too_small_are_refused_by_name(tmp_path):
+def test_scm_refuses_values_too_large_or_too_small_by_name(tmp_path):
     largest = float(np.finfo(np.float32).max)
     cases = [
         (drawn("normal", 9, 40) * 1e-30, "holds weights that are too small"),
@@ -536,13 +536,13 @@ def test_values_too_large_or_too_small_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("magnitude", [2.0**-149, 2.0**-140, 2.0**-134])
-def test_values_much_too_small_are_refused_too(magnitude, tmp_path):
+def test_scm_refuses_subnormal_values(magnitude, tmp_path):
     x = np.sign(drawn("normal", 9, 40)) * np.float32(magnitude)
     with pytest.raises(SourceError, match="too small"):
         store(tmp_path / "x.qf", "scm", x=x)
 
 
-def test_values_far_apart_do_not_overflow(tmp_path):
+def test_scm_values_far_apart_do_not_overflow(tmp_path):
     """Warnings are errors."""
     for big, small in ((3e38, 1e-44), (1e38, 1.0), (1e30, 1e-30), (1.0, 1e-45)):
         x = drawn("normal", 30, 40) * np.float32(small)
@@ -564,7 +564,7 @@ def test_values_far_apart_do_not_overflow(tmp_path):
 
 
 @every_dtype
-def test_errors_and_the_range_are_recorded(dtype, tmp_path):
+def test_scm_records_the_errors_of_layers_and_the_range(dtype, tmp_path):
     x = elements(dtype, np.concatenate([drawn("normal", 700, 800), drawn("laplace", 300, 800)]))
     store(tmp_path / "x.qf", "scm", x=x)
     record, source = record_of(tmp_path / "x.qf"), x.to_f32().astype(np.float64)
@@ -594,7 +594,7 @@ def test_errors_and_the_range_are_recorded(dtype, tmp_path):
     assert (record.error.rmse, record.error.maximum, record.error.mean) == (last.rmse, last.maximum, None)
 
 
-def test_shapes_of_every_kind(tmp_path):
+def test_scm_tensors_of_every_shape_round_trip(tmp_path):
     shapes: list[tuple[int, ...]] = [(), (1,), (0,), (3, 0), (0, 7), (1, 600_000), (3, 5, 2), (2, 3, 4, 5), (70, 1)]
     sources = {str(shape): drawn("normal", *shape).reshape(shape) for shape in shapes if shape}
     sources["()"] = np.array(0.5, np.float32)
@@ -647,7 +647,7 @@ def digests(path: Path) -> list[str]:
     return found
 
 
-def test_bytes_and_values_do_not_depend_on_kernels(tmp_path):
+def test_scm_bytes_and_values_do_not_depend_on_kernels(tmp_path):
     expected = digests(tmp_path / "x.qf")
     env = os.environ | {"QFORMAT_KERNELS": "numpy", "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "y.qf")]
@@ -657,7 +657,7 @@ def test_bytes_and_values_do_not_depend_on_kernels(tmp_path):
 
 
 @pytest.mark.parametrize("type_", ["scm", "scm:bpw=2.3", "scm:mean_abs=0.004"])
-def test_bytes_and_values_do_not_depend_on_jobs(type_, tmp_path):
+def test_scm_bytes_and_values_do_not_depend_on_jobs(type_, tmp_path):
     long = drawn("normal", 5, 524_288)  # more chunks than are encoded by one thread
     long[3] *= 2
     long[4, ::2] = 0
@@ -674,7 +674,7 @@ def test_bytes_and_values_do_not_depend_on_jobs(type_, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-def test_rows_are_those_of_the_whole_tensor(dtype, tmp_path):
+def test_rows_of_scm_tensors_are_those_of_the_whole_tensor(dtype, tmp_path):
     tensors = {
         "x": elements(dtype, drawn("normal", 2, 530_000)),  # more than one chunk to a row
         "y": elements(dtype, drawn("laplace", 50, 6, 7)),
@@ -753,7 +753,7 @@ def lengthened(content: bytes) -> bytes:
 @every_kind
 @settings(max_examples=25)
 @given(data=st.data())
-def test_changed_segments_are_refused_or_read_alike(written, kind, data, tmp_path_factory):
+def test_both_readers_agree_on_changed_scm_segments(written, kind, data, tmp_path_factory):
     """By both readers of the format, digests being right."""
     record = written[kind]
     number = data.draw(st.integers(0, len(record["segments"]) - 1))
@@ -782,7 +782,7 @@ def test_changed_segments_are_refused_or_read_alike(written, kind, data, tmp_pat
 @every_kind
 @settings(max_examples=20)
 @given(data=st.data())
-def test_flipped_bytes_of_a_file_are_refused_or_give_values(written, kind, data, tmp_path_factory):
+def test_flipped_bytes_of_scm_files_are_refused_or_decode(written, kind, data, tmp_path_factory):
     """Without digests, and with all of them wrong."""
     content = bytearray(packed(written[kind]))
     first = content.index(next(one["bytes"] for one in written[kind]["segments"] if one["bytes"]))
@@ -795,7 +795,7 @@ def test_flipped_bytes_of_a_file_are_refused_or_give_values(written, kind, data,
 
 
 @every_kind
-def test_segments_that_are_cut_are_refused(written, kind, tmp_path):
+def test_truncated_scm_segments_are_refused(written, kind, tmp_path):
     """With and without lengths that fit; at every byte of short ones."""
     record = written[kind]
     for one in record["segments"]:
@@ -812,7 +812,7 @@ def test_segments_that_are_cut_are_refused(written, kind, tmp_path):
                     f.get_tensor("t")
 
 
-def test_changes_of_a_tensor_of_two_chunks(written, tmp_path):
+def test_wrong_chunk_lengths_of_scm_layers_are_refused(written, tmp_path):
     record = written["long"]
     for one in record["segments"][1:5]:
         content = one["bytes"]
@@ -850,7 +850,7 @@ def test_changes_of_a_tensor_of_two_chunks(written, tmp_path):
         {"error": {"rmse": "1.000000000e-01", "max": "5.000000000e-01"}},
     ],
 )
-def test_wrong_records_are_refused(written, change, tmp_path):
+def test_impossible_scm_records_are_refused(written, change, tmp_path):
     record = written["dense"]
     (tmp_path / "x.qf").write_bytes(packed(record))
     assert read(tmp_path / "x.qf", name="t").shape == (11, 31)
@@ -859,7 +859,7 @@ def test_wrong_records_are_refused(written, change, tmp_path):
         read(tmp_path / "x.qf", name="t")
 
 
-def test_a_wrong_digest_is_noticed_first(written, tmp_path):
+def test_a_wrong_digest_of_an_scm_layer_is_reported_unless_the_layer_is_not_read(written, tmp_path):
     data = bytearray(packed(written["dense"]))
     layer = next(one["bytes"] for one in written["dense"]["segments"] if one["name"] == "layer.3")
     data[data.index(layer) + len(layer) - 2] ^= 1
@@ -891,7 +891,7 @@ def _kinds() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", _kinds())
-def test_weights_of_any_kind_are_as_good_at_a_rate_as_truncated_to_it(kind, tmp_path):
+def test_converting_to_an_scm_rate_equals_truncating_to_it(kind, tmp_path):
     array = _kinds()[kind]
     qformat.save_file({"x": array}, tmp_path / "whole.qf", {"x": "scm"})
     for bits in (2, 3, 6):

@@ -171,7 +171,7 @@ SHAPES: list[tuple[int, ...]] = [(1,), (), (1, 1), (63,), (65, 1), (3, 33), (129
 
 
 @pytest.mark.parametrize("number", range(len(SHAPES)))
-def test_shapes(reference: ModuleType, tmp_path: Path, number: int) -> None:
+def test_both_readers_agree_on_scm_tensors_of_every_shape(reference: ModuleType, tmp_path: Path, number: int) -> None:
     for dtype, type_ in types_in_turn(number):
         x = normal(*SHAPES[number])
         rates = check(reference, tmp_path / "x.qf", patterns_of(x, dtype), dtype, type_, every=5)
@@ -180,7 +180,9 @@ def test_shapes(reference: ModuleType, tmp_path: Path, number: int) -> None:
 
 @every_dtype
 @pytest.mark.parametrize("type_", ["scm", *OTHERS])
-def test_no_elements(reference: ModuleType, tmp_path: Path, dtype: str, type_: str) -> None:
+def test_both_readers_agree_on_scm_tensors_without_elements(
+    reference: ModuleType, tmp_path: Path, dtype: str, type_: str
+) -> None:
     for shape in ((0,), (0, 5), (3, 0), (2, 0, 4)):
         rates = check(reference, tmp_path / "x.qf", patterns_of(normal(*shape), dtype), dtype, type_)
         assert set(rates) == {0}
@@ -218,7 +220,7 @@ def values_of_kinds() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", values_of_kinds())
-def test_kinds(reference: ModuleType, tmp_path: Path, kind: str) -> None:
+def test_both_readers_agree_on_scm_tensors_of_unusual_weights(reference: ModuleType, tmp_path: Path, kind: str) -> None:
     kinds = values_of_kinds()
     for dtype, type_ in types_in_turn(list(kinds).index(kind)):
         writers = FAMILIES if kind in ("sparse", "outlier") else ("numba",)
@@ -226,7 +228,9 @@ def test_kinds(reference: ModuleType, tmp_path: Path, kind: str) -> None:
 
 
 @every_dtype
-def test_patterns(reference: ModuleType, tmp_path: Path, dtype: str) -> None:
+def test_both_readers_agree_on_scm_tensors_of_unusual_bit_patterns(
+    reference: ModuleType, tmp_path: Path, dtype: str
+) -> None:
     """What only patterns tell: subnormal numbers, short mantissas, all exponents."""
     rng = np.random.default_rng(1)
     m = MANTISSA[dtype]
@@ -252,7 +256,7 @@ def test_patterns(reference: ModuleType, tmp_path: Path, dtype: str) -> None:
             check(reference, tmp_path / "x.qf", patterns, dtype, type_, every=9, writers=("numba",))
 
 
-def test_only_subnormal_numbers(reference: ModuleType, tmp_path: Path) -> None:
+def test_both_readers_agree_on_scm_tensors_of_subnormal_f16(reference: ModuleType, tmp_path: Path) -> None:
     """Of f16, which are far from those of binary32; others are refused."""
     patterns = signed(np.random.default_rng(0).integers(0, 1 << 10, (20, 35)).astype("<u2"), "f16")
     for some in (patterns, patterns[:5] & 0x8001):
@@ -265,7 +269,9 @@ def test_only_subnormal_numbers(reference: ModuleType, tmp_path: Path) -> None:
 
 
 @every_dtype
-def test_the_largest_numbers(reference: ModuleType, tmp_path: Path, dtype: str) -> None:
+def test_scm_tensors_of_the_largest_numbers_are_refused_or_finite(
+    reference: ModuleType, tmp_path: Path, dtype: str
+) -> None:
     """A tensor is refused if one of its layers would have an infinity, and none is written."""
     usual = patterns_of(normal(9, 33, scale=1), dtype)
     refused = 0
@@ -291,7 +297,9 @@ def test_the_largest_numbers(reference: ModuleType, tmp_path: Path, dtype: str) 
 @pytest.mark.parametrize(
     ("dtype", "type_"), [("f32", "scm:bpw=2.2"), ("bf16", "scm:max_abs=0.2"), ("f16", "scm:bpw=3.6")]
 )
-def test_one_long_row(reference: ModuleType, tmp_path: Path, dtype: str, type_: str) -> None:
+def test_both_readers_agree_on_scm_rows_longer_than_a_chunk(
+    reference: ModuleType, tmp_path: Path, dtype: str, type_: str
+) -> None:
     x = normal(1, 600_001)
     x[0, 524_288:] *= 3  # the second chunk
     writers = FAMILIES if type_ == "scm:bpw=2.2" else ("numba",)
@@ -299,7 +307,9 @@ def test_one_long_row(reference: ModuleType, tmp_path: Path, dtype: str, type_: 
 
 
 @pytest.mark.parametrize(("dtype", "type_"), [("f32", "scm"), ("bf16", "scm:bpw=2.7"), ("f16", "scm:bpw=1.6")])
-def test_chunks_of_different_kinds(reference: ModuleType, tmp_path: Path, dtype: str, type_: str) -> None:
+def test_both_readers_agree_on_dense_sparse_and_empty_scm_chunks(
+    reference: ModuleType, tmp_path: Path, dtype: str, type_: str
+) -> None:
     """Dense, sparse and empty ones; one with outliers; rows of short mantissas."""
     x = np.zeros((440, 2501), np.float32)  # 209 rows to a chunk
     x[:209:8] = normal(27, 2501)
@@ -314,7 +324,7 @@ def test_chunks_of_different_kinds(reference: ModuleType, tmp_path: Path, dtype:
     check(reference, tmp_path / "x.qf", patterns, dtype, type_, every=20, writers=("numba",))
 
 
-def test_magnitudes_in_wide_chunks(reference: ModuleType, tmp_path: Path) -> None:
+def test_both_readers_agree_on_wide_scm_chunks(reference: ModuleType, tmp_path: Path) -> None:
     """More than one in 4096 has a magnitude of 15 or more, of 255 or more."""
     x = normal(30, 2000)
     x[:, ::400] *= 40
@@ -344,7 +354,7 @@ def check_other(reference: ModuleType, path: Path, case: written.Case) -> None:
 
 @settings(max_examples=30)
 @given(written.tensors())
-def test_what_the_package_never_writes(
+def test_both_readers_agree_on_valid_scm_tensors_of_another_writer(
     reference: ModuleType, tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, list[int], Any, tuple[int, int]]
 ) -> None:
     """Any ends, offsets and steps; sections by classes without need; sparse or wide chunks without need; too many layers."""
@@ -354,7 +364,9 @@ def test_what_the_package_never_writes(
 
 
 @pytest.mark.parametrize(("dtype", "sparse"), [("f16", False), ("bf16", True), ("f32", True), ("f32", False)])
-def test_all_parts_of_another_writer(reference: ModuleType, tmp_path: Path, dtype: str, sparse: bool) -> None:
+def test_both_readers_agree_on_every_part_of_another_scm_writer(
+    reference: ModuleType, tmp_path: Path, dtype: str, sparse: bool
+) -> None:
     rng = np.random.default_rng(sparse)
     patterns = patterns_of(rng.laplace(size=2500), dtype).copy()
     patterns[::7] &= SIGN[dtype]
@@ -366,13 +378,15 @@ def test_all_parts_of_another_writer(reference: ModuleType, tmp_path: Path, dtyp
     check_other(reference, tmp_path / "x.qf", case)
 
 
-def test_by_hand(reference: ModuleType, tmp_path: Path) -> None:
+def test_both_readers_agree_on_scm_tensors_made_by_hand(reference: ModuleType, tmp_path: Path) -> None:
     for case in (written.BY_HAND, written.LOSSY, written.SPARSE):
         check_other(reference, tmp_path / "x.qf", case)
 
 
 @every_family
-def test_what_is_wrong(reference: ModuleType, tmp_path: Path, family: str) -> None:
+def test_the_package_refuses_scm_chunks_that_the_reference_refuses(
+    reference: ModuleType, tmp_path: Path, family: str
+) -> None:
     """What the independent reader refuses is refused by the package."""
     path = tmp_path / "x.qf"
 
@@ -427,7 +441,7 @@ def test_what_is_wrong(reference: ModuleType, tmp_path: Path, family: str) -> No
 
 
 @every_family
-def test_what_is_changed_is_refused_by_both_or_decodes_alike(
+def test_both_readers_agree_on_scm_tensors_with_changed_bytes(
     reference: ModuleType, tmp_path: Path, family: str
 ) -> None:
     rng = np.random.default_rng(0)
@@ -495,7 +509,7 @@ def tensors(draw: st.DrawFn) -> tuple[str, str, np.ndarray]:
 
 @settings(max_examples=30)
 @given(tensors(), st.sampled_from([*FAMILIES, "numba"]))
-def test_any(
+def test_both_readers_agree_on_any_scm_tensor(
     reference: ModuleType, tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, str, np.ndarray], family: str
 ) -> None:
     dtype, type_, patterns = drawn

@@ -88,13 +88,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def test_the_helper_rebuilds_a_written_file(saved: bytes) -> None:
+def test_the_draft_helper_rebuilds_a_written_file(saved: bytes) -> None:
     draft = Draft.of(saved)
     draft.index["header_sha256"] = ...
     assert draft.pack() == saved
 
 
-def test_the_base_of_all_mutations_reads_well(tmp_path: Path, small: bytes) -> None:
+def test_the_small_draft_is_a_valid_file(tmp_path: Path, small: bytes) -> None:
     content, report = compare_readers(tmp_path / "f.qf", small)
     assert report.ok
     assert report.root == sha256(small_draft().index_bytes())
@@ -105,7 +105,7 @@ def test_the_base_of_all_mutations_reads_well(tmp_path: Path, small: bytes) -> N
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x80])
-def test_no_byte_changes_unnoticed(tmp_path: Path, saved: bytes, flip: int) -> None:
+def test_a_change_of_any_byte_is_found(tmp_path: Path, saved: bytes, flip: int) -> None:
     path = tmp_path / "f.qf"
     path.write_bytes(saved)
     good = read_package(path)
@@ -120,7 +120,7 @@ def test_no_byte_changes_unnoticed(tmp_path: Path, saved: bytes, flip: int) -> N
     assert verify_one(path).ok
 
 
-def test_the_reference_notices_every_changed_byte(saved: bytes) -> None:
+def test_the_reference_reader_finds_a_change_of_any_byte(saved: bytes) -> None:
     data = bytearray(saved)
     for at in range(len(data)):
         data[at] ^= 0x10
@@ -129,7 +129,7 @@ def test_the_reference_notices_every_changed_byte(saved: bytes) -> None:
         data[at] ^= 0x10
 
 
-def test_verify_names_what_is_damaged(tmp_path: Path, small: bytes) -> None:
+def test_verify_names_the_damaged_tensor_or_asset(tmp_path: Path, small: bytes) -> None:
     path = tmp_path / "f.qf"
     index = small_draft().place().index
     for kind, records in (("tensor", index["tensors"]), ("asset", index["assets"])):
@@ -149,7 +149,7 @@ def test_verify_names_what_is_damaged(tmp_path: Path, small: bytes) -> None:
             assert record["name"] in content.errors[kind, record["name"]]
 
 
-def test_damage_behind_an_empty_tensor_is_noticed(tmp_path: Path) -> None:
+def test_damage_after_an_empty_tensor_is_found(tmp_path: Path) -> None:
     # Both segments have the same offset.
     path = tmp_path / "f.qf"
     arrays = {"a": np.zeros((0, 3), np.float32), "b": weights(0, 4)}
@@ -163,7 +163,7 @@ def test_damage_behind_an_empty_tensor_is_noticed(tmp_path: Path) -> None:
             file.get_tensor("b")
 
 
-def test_damage_can_be_read_if_checking_is_turned_off(tmp_path: Path) -> None:
+def test_damaged_tensors_can_be_read_without_verification(tmp_path: Path) -> None:
     path = tmp_path / "f.qf"
     qformat.save_file({"a": weights(0, 4)}, path)
     data = bytearray(path.read_bytes())
@@ -173,7 +173,7 @@ def test_damage_can_be_read_if_checking_is_turned_off(tmp_path: Path) -> None:
         assert file.get_tensor("a").shape == (4,)
 
 
-def test_every_truncation_is_refused(tmp_path: Path, saved: bytes) -> None:
+def test_files_truncated_at_any_byte_are_refused(tmp_path: Path, saved: bytes) -> None:
     path = tmp_path / "f.qf"
     path.write_bytes(saved)
     for length in reversed(range(len(saved))):
@@ -187,7 +187,7 @@ def test_every_truncation_is_refused(tmp_path: Path, saved: bytes) -> None:
 
 @pytest.mark.parametrize("extra", [b"\0", b"\n", bytes(64), bytes(4096), b"x" * 200, "the file itself"])
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_added_bytes_are_refused(tmp_path: Path, small: bytes, extra: bytes | str, where: str) -> None:
+def test_files_with_added_bytes_are_refused(tmp_path: Path, small: bytes, extra: bytes | str, where: str) -> None:
     more = small if isinstance(extra, str) else extra
     content, _ = compare_readers(tmp_path / "f.qf", more + small if where == "before" else small + more)
     assert content.refused
@@ -195,7 +195,9 @@ def test_added_bytes_are_refused(tmp_path: Path, small: bytes, extra: bytes | st
 
 @pytest.mark.parametrize("at", [64, 128, 640])
 @pytest.mark.parametrize("count", [1, 64])
-def test_bytes_lost_or_added_in_the_middle_are_refused(tmp_path: Path, small: bytes, at: int, count: int) -> None:
+def test_files_with_bytes_lost_or_added_in_the_middle_are_refused(
+    tmp_path: Path, small: bytes, at: int, count: int
+) -> None:
     for data in (small[:at] + small[at + count :], small[:at] + bytes(count) + small[at:]):
         content, _ = compare_readers(tmp_path / "f.qf", data)
         assert content.refused
@@ -225,7 +227,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_files_are_refused(tmp_path: Path, name: str) -> None:
+def test_files_of_other_formats_are_refused(tmp_path: Path, name: str) -> None:
     content, _ = compare_readers(tmp_path / "f.qf", FOREIGN[name])
     assert content.refused
     if not FOREIGN[name].startswith(MAGIC) and len(FOREIGN[name]) > 1:
@@ -246,13 +248,13 @@ TRANSFERS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", TRANSFERS)
-def test_damage_by_a_text_mode_transfer_is_called_so(tmp_path: Path, small: bytes, name: str) -> None:
+def test_damage_by_a_text_mode_transfer_is_recognized(tmp_path: Path, small: bytes, name: str) -> None:
     content, _ = compare_readers(tmp_path / "f.qf", TRANSFERS[name](small))
     assert content.refused
     assert "damaged in transfer" in content.refused
 
 
-def test_what_is_no_file_is_an_os_error(tmp_path: Path) -> None:
+def test_paths_that_are_no_regular_files_raise_os_errors(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="is a directory"):
         qformat.safe_open(tmp_path)
     os.mkfifo(tmp_path / "pipe")
@@ -268,7 +270,7 @@ def test_what_is_no_file_is_an_os_error(tmp_path: Path) -> None:
     assert "directory" in reports[0].errors[0].what
 
 
-def test_unknown_names_are_key_errors(tmp_path: Path, small: bytes) -> None:
+def test_unknown_tensor_and_asset_names_raise_key_errors(tmp_path: Path, small: bytes) -> None:
     path = tmp_path / "f.qf"
     path.write_bytes(small)
     with qformat.safe_open(path) as file:
@@ -1166,7 +1168,7 @@ def test_both_readers_agree_on(case: Case, tmp_path: Path, small: bytes) -> None
             assert content.values[key] == original.values[key]
 
 
-def test_the_table_has_no_name_twice() -> None:
+def test_the_cases_for_both_readers_have_unique_names() -> None:
     names = [case.name for case in CASES]
     assert [name for name in set(names) if names.count(name) > 1] == []
 
@@ -1176,7 +1178,7 @@ def test_the_table_has_no_name_twice() -> None:
 
 @pytest.mark.parametrize("kernels", ["numba", "numpy"])
 @pytest.mark.parametrize("scale", [0x7C00, 0xFC00, 0x7C01, 0xFFFF])
-def test_infinite_and_nan_scales_do_no_harm(tmp_path: Path, scale: int, kernels: str) -> None:
+def test_infinite_and_nan_scales_are_refused_or_decode(tmp_path: Path, scale: int, kernels: str) -> None:
     # A decoder may refuse them, or give any value for the block; the reference refuses.
     draft = small_draft()
     blocks = bytearray(draft.tensors[1]["segments"][0]["bytes"])
@@ -1197,7 +1199,7 @@ def test_infinite_and_nan_scales_do_no_harm(tmp_path: Path, scale: int, kernels:
     subprocess.run([sys.executable, "-W", "error", "-c", code, path], check=True, env=env, timeout=60)
 
 
-def test_a_view_of_the_file_is_checked_as_well(tmp_path: Path) -> None:
+def test_tensors_read_without_a_copy_are_checked(tmp_path: Path) -> None:
     draft = small_draft()
     draft.tensors[2]["segments"][0]["bytes"] = b"\0\1\2\1\0"
     path = tmp_path / "f.qf"
@@ -1207,7 +1209,7 @@ def test_a_view_of_the_file_is_checked_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2**52, 0), (0, 2**52)])
-def test_tensors_without_elements_in_every_way(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_tensors_without_elements_are_read_in_every_way(tmp_path: Path, shape: tuple[int, ...]) -> None:
     draft = Draft(tensors=[raw_tensor("raw", "f32", weights(0, 0)) | {"shape": list(shape)}])
     path = tmp_path / "f.qf"
     path.write_bytes(draft.pack())
@@ -1222,7 +1224,7 @@ def test_tensors_without_elements_in_every_way(tmp_path: Path, shape: tuple[int,
             assert file.get_rows("raw", [0, -1]).shape == (2, shape[1])
 
 
-def test_torch_reads_and_refuses_the_same(tmp_path: Path) -> None:
+def test_the_torch_reader_refuses_hostile_files(tmp_path: Path) -> None:
     from qformat.readers.torch import load_file
 
     path = tmp_path / "f.qf"
@@ -1245,7 +1247,7 @@ def test_torch_reads_and_refuses_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2**52,), (2**26, 2**26), (2**40, 1), (1, 2**40), (2**52, 0, 1)])
-def test_absurd_shapes_take_no_memory(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_absurd_shapes_are_refused_in_little_memory(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path = tmp_path / "f.qf"
     for place in (A, B):
         draft = small_draft()
@@ -1262,7 +1264,7 @@ def many_blocks(**fields: Any) -> bytes:
     return handmade(1 << 20, **fields)[:-4] + 500 * block + b"\1\0\0"
 
 
-def test_zstd_bombs_take_no_memory(tmp_path: Path, small: bytes) -> None:
+def test_zstd_bombs_are_refused_in_little_memory(tmp_path: Path, small: bytes) -> None:
     path = tmp_path / "f.qf"
     path.write_bytes(small)
     read_package(path)  # imports take memory too
@@ -1292,7 +1294,7 @@ def sparse(path: Path, head: bytes, size: int, tail: bytes) -> None:
 
 
 @pytest.mark.parametrize("length", [(64 << 20) + 1, 1 << 30, 1 << 40])
-def test_a_huge_index_is_refused_unread(tmp_path: Path, length: int) -> None:
+def test_an_index_above_the_limit_is_refused_unread(tmp_path: Path, length: int) -> None:
     path = tmp_path / "f.qf"
     sparse(path, header(), 64 + length + 128, trailer(b"", 64, index_length=length))
     with bounded_memory(1 << 20):
@@ -1326,7 +1328,7 @@ def in_little_memory(path: Path) -> str:
 
 
 @pytest.mark.parametrize("length", [(16 << 20) + 16, 1 << 30, 1 << 40])
-def test_huge_trailer_records_are_refused_unread(tmp_path: Path, length: int) -> None:
+def test_trailer_records_above_the_limit_are_refused_unread(tmp_path: Path, length: int) -> None:
     index = Draft().index_bytes()
     path = tmp_path / "f.qf"
     end = trailer(index, 64, records_length=length, records_sha256=bytes(32))
@@ -1337,7 +1339,7 @@ def test_huge_trailer_records_are_refused_unread(tmp_path: Path, length: int) ->
     assert "more than they may have" in content.refused
 
 
-def test_trailer_records_may_have_16_mib(tmp_path: Path) -> None:
+def test_trailer_records_of_16_mib_are_accepted(tmp_path: Path) -> None:
     for more, ok in ((0, True), (8, False)):
         draft = Draft(records=trailer_record(bytes((16 << 20) - 16 + more)))
         content, report = compare_readers(tmp_path / "f.qf", draft.pack())
@@ -1345,7 +1347,7 @@ def test_trailer_records_may_have_16_mib(tmp_path: Path) -> None:
         assert (content.refused is None) == ok
 
 
-def test_segments_larger_than_memory_are_no_matter(tmp_path: Path) -> None:
+def test_files_with_segments_larger_than_memory_open(tmp_path: Path) -> None:
     size = 3 << 29
     draft = Draft(tensors=[raw_tensor("a", "bool", np.zeros(0, bool))])
     draft.place()
@@ -1358,7 +1360,7 @@ def test_segments_larger_than_memory_are_no_matter(tmp_path: Path) -> None:
     assert in_little_memory(path) == "opened\n"
 
 
-def test_long_lists_of_small_things_are_read_in_time(tmp_path: Path) -> None:
+def test_files_with_thousands_of_tensors_are_read_in_time(tmp_path: Path) -> None:
     count = 3000
     record = raw_tensor("", "u8", np.zeros(0, np.uint8))
     draft = Draft(tensors=[deepcopy(record) | {"name": f"t{i:05}"} for i in range(count)])
@@ -1368,7 +1370,7 @@ def test_long_lists_of_small_things_are_read_in_time(tmp_path: Path) -> None:
     assert len(content.values) == count
 
 
-def test_asset_names_with_many_folders_are_read_in_time(tmp_path: Path) -> None:
+def test_assets_in_thousands_of_folders_are_read_in_time(tmp_path: Path) -> None:
     names = sorted(f"{i:04}/" + "/".join(["folder" * 10] * 15) for i in range(1000))
     content, report = compare_readers(tmp_path / "f.qf", Draft(assets=[raw_asset(n, b"") for n in names]).pack())
     assert report.ok
@@ -1416,7 +1418,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @FUZZ
 @given(data=st.data())
-def test_random_edits_of_the_index(data: st.DataObject, tmp_path: Path) -> None:
+def test_both_readers_agree_on_random_edits_of_the_index(data: st.DataObject, tmp_path: Path) -> None:
     draft = small_draft().place()
     index = draft.index
     draft.index_bytes()
@@ -1448,7 +1450,7 @@ def test_random_edits_of_the_index(data: st.DataObject, tmp_path: Path) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_random_edits_of_the_bytes_of_the_index(data: st.DataObject, tmp_path: Path) -> None:
+def test_both_readers_agree_on_random_bytes_in_the_index(data: st.DataObject, tmp_path: Path) -> None:
     draft = small_draft()
     index = bytearray(draft.index_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
@@ -1460,7 +1462,7 @@ def test_random_edits_of_the_bytes_of_the_index(data: st.DataObject, tmp_path: P
 
 @FUZZ
 @given(data=st.data())
-def test_random_headers_trailers_and_records(data: st.DataObject, tmp_path: Path) -> None:
+def test_both_readers_agree_on_random_headers_trailers_and_records(data: st.DataObject, tmp_path: Path) -> None:
     draft = small_draft().place()
     numbers = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 4096), st.sampled_from([64, 128, 2**63, 2**64 - 64]))
     head = bytearray(draft.header)
@@ -1475,7 +1477,7 @@ def test_random_headers_trailers_and_records(data: st.DataObject, tmp_path: Path
 
 @FUZZ
 @given(data=st.binary(max_size=600), start=st.sampled_from([b"", MAGIC, header()]), end=st.booleans())
-def test_random_bytes(data: bytes, start: bytes, end: bool, tmp_path: Path) -> None:
+def test_random_bytes_are_refused_as_a_file(data: bytes, start: bytes, end: bool, tmp_path: Path) -> None:
     whole = start + data
     content, _ = compare_readers(tmp_path / "f.qf", whole + trailer(b"", align(len(whole))) if end else whole)
     assert content.refused
@@ -1483,7 +1485,7 @@ def test_random_bytes(data: bytes, start: bytes, end: bool, tmp_path: Path) -> N
 
 @FUZZ
 @given(data=st.data())
-def test_random_damage_is_noticed(data: st.DataObject, tmp_path: Path, saved: bytes) -> None:
+def test_random_damage_is_found(data: st.DataObject, tmp_path: Path, saved: bytes) -> None:
     path = tmp_path / "f.qf"
     path.write_bytes(saved)
     good = read_package(path)
@@ -1500,7 +1502,7 @@ def test_random_damage_is_noticed(data: st.DataObject, tmp_path: Path, saved: by
 
 @FUZZ
 @given(frame=st.binary(max_size=80), size=st.integers(0, 2**20), real=st.booleans())
-def test_random_zstd_frames(frame: bytes, size: int, real: bool, tmp_path: Path) -> None:
+def test_both_readers_agree_on_random_zstd_frames(frame: bytes, size: int, real: bool, tmp_path: Path) -> None:
     data = FRAME[: 9 + size % 20] + frame if real else FRAME[:4] + frame
     draft = small_draft()
     stored(data, size=size)(draft)

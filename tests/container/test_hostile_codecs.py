@@ -125,7 +125,7 @@ def record_of(codec: str, params: Params, shape: tuple[int, ...], /, **changes: 
 
 
 @every_base
-def test_the_bases_of_all_changes_read_well(tmp_path: Path, name: str) -> None:
+def test_unchanged_tensors_of_fixed_size_are_valid(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     for shape in [*SHAPES, (33,), (0,), (1, 0, 3), (2**40, 0), (341, 1), (2, 2, 2, 40)]:
         assert readable(tmp_path / "f.qf", record_of(codec, params, shape)), shape
@@ -135,7 +135,7 @@ def test_the_bases_of_all_changes_read_well(tmp_path: Path, name: str) -> None:
 
 
 @every_base
-def test_parameters(tmp_path: Path, name: str) -> None:
+def test_impossible_codec_parameters_are_refused(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     changed = [params | {key: value} for key in params for value in [*NUMBERS, *WORDS, *ODD_VALUES]]
     changed += [{k: v for k, v in params.items() if k != key} for key in params] + [{}]
@@ -157,7 +157,7 @@ def test_parameters(tmp_path: Path, name: str) -> None:
 
 @every_base
 @pytest.mark.parametrize("shape", SHAPES[::2])
-def test_segments(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+def test_wrong_segments_are_refused(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     codec, params = BASES[name]
     parts = record_of(codec, params, shape)["segments"]
     wrong: list[list[dict[str, Any]]] = [[], [*parts, segment("extra", b"")], [segment("data", b""), *parts]]
@@ -179,7 +179,7 @@ def test_segments(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
 
 
 @every_base
-def test_shapes_that_the_segments_do_not_fit(tmp_path: Path, name: str) -> None:
+def test_shapes_that_segments_do_not_fit_are_refused_in_little_memory(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     for shape in ((2, 341), (0, 64)):
         for other in [*SHAPES, *OTHER_SHAPES]:
@@ -190,7 +190,7 @@ def test_shapes_that_the_segments_do_not_fit(tmp_path: Path, name: str) -> None:
 
 
 @every_base
-def test_other_keys(tmp_path: Path, name: str) -> None:
+def test_impossible_keys_in_records_are_refused(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     wrong: Params = {"dtype": ["i32", "bool", "u8", "F32", "float32", "f128", "", codec, ...]}
     wrong |= {"error": [{"rmse": "inf", "max": "inf"}, {"rmse": "0.000000000e+00"}, {}, ...], "params": [..., [], ""]}
@@ -229,7 +229,7 @@ def decode(codec: str, params: Params, shape: tuple[int, ...], parts: dict[str, 
 
 
 @given(tensor=tensors(), seed=st.integers(0, 2**32), chunk=st.sampled_from([32, 96, 2**19]))
-def test_finite_scales_decode_alike_everywhere(tensor: Any, seed: int, chunk: int) -> None:
+def test_both_readers_and_kernel_families_decode_random_bytes_alike(tensor: Any, seed: int, chunk: int) -> None:
     codec, params, shape = tensor
     parts = random_segments(codec, params, shape, seed, finite=True)
     record = {"params": params, "error": ERROR}
@@ -242,7 +242,7 @@ def test_finite_scales_decode_alike_everywhere(tensor: Any, seed: int, chunk: in
 
 
 @given(tensor=tensors(), seed=st.integers(0, 2**32), ones=st.booleans())
-def test_any_bytes_do_no_harm(tensor: Any, seed: int, ones: bool) -> None:
+def test_random_bytes_are_refused_or_decode(tensor: Any, seed: int, ones: bool) -> None:
     codec, params, shape = tensor
     parts = random_segments(codec, params, shape, seed, finite=False)
     if ones:
@@ -306,7 +306,7 @@ def check_error(x: np.ndarray, values: np.ndarray, info: TensorRecord) -> None:
 
 @every_type
 @pytest.mark.parametrize("cols", [1, 31, 33, 341])
-def test_the_error_is_the_true_one(tmp_path: Path, type_: str, cols: int) -> None:
+def test_the_recorded_error_is_the_true_one(tmp_path: Path, type_: str, cols: int) -> None:
     doubles = np.random.default_rng(1).standard_normal((5, cols))  # are rounded to float32 first
     for x in (normal(5, cols), normal(5, cols) * np.float32(0.02) + 1, normal(5, cols).astype(np.float16), doubles):
         check_error(x, *save(tmp_path / "f.qf", x, type_))
@@ -317,7 +317,9 @@ def test_the_error_is_the_true_one(tmp_path: Path, type_: str, cols: int) -> Non
 
 
 @every_type
-def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_and_infinity_are_refused_by_tensor_name(
+    tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for chunk in (1 << 19, 96):
         monkeypatch.setattr(base, "CHUNK_ELEMENTS", chunk)
         for i, at in enumerate([(0, 0), (0, 340), (2, 320), (4, 0), (4, 340)]):
@@ -391,7 +393,7 @@ def test_small_values_are_refused_or_stored_faithfully(tmp_path: Path, type_: st
 
 
 @every_type
-def test_zeros_equal_values_and_an_outlier(tmp_path: Path, type_: str) -> None:
+def test_zeros_equal_values_and_outliers_are_stored_well(tmp_path: Path, type_: str) -> None:
     path = tmp_path / "f.qf"
     for shape in ((3, 341), (1,), (4, 1)):
         for value in (0.0, -0.0, 0.3, -0.3, 1.0, 3e4, 1e-3):
@@ -410,7 +412,9 @@ def test_zeros_equal_values_and_an_outlier(tmp_path: Path, type_: str) -> None:
 
 
 @every_type
-def test_chunks_threads_and_rows_change_nothing(tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_and_values_do_not_depend_on_chunks_threads_and_rows(
+    tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "f.qf"
     for x in (normal(7, 341), normal(3, 5, 33), normal(700)):
         results = []

@@ -44,7 +44,7 @@ def quantize(kernels: ModuleType, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return blocks, lanes, tuple(int(value) for value in found)
 
 
-def test_the_compiled_kernels_are_the_ones_that_are_used():
+def test_numba_kernels_are_loaded_by_default():
     assert load("q4_0") is NUMBA["q4_0"]
     assert load("floats") is FLOATS[0]
 
@@ -96,7 +96,7 @@ def test_rounding_to_bfloat16_agrees_with_torch(floats):
 
 @every_format
 @given(x=rows)
-def test_blocks_equal_gguf_s_and_the_twin_s(name, x):
+def test_blocks_without_minima_are_those_of_gguf(name, x):
     blocks, lanes, found = quantize(NUMBA[name], x)
     np.testing.assert_array_equal(blocks, gguf_blocks(name, x))
     numpy_blocks, numpy_lanes, numpy_found = quantize(NUMPY[name], x)
@@ -109,7 +109,7 @@ def test_blocks_equal_gguf_s_and_the_twin_s(name, x):
 @every_format
 @pytest.mark.parametrize("case", battery())
 @every_family
-def test_awkward_blocks_equal_gguf_s(kernels, case, name, reference):
+def test_awkward_blocks_without_minima_are_those_of_gguf(kernels, case, name, reference):
     x = battery()[case].astype(np.float32)
     blocks, lanes, (peak, largest, overflowed, zeroed) = quantize(kernels[name], x)
     np.testing.assert_array_equal(blocks, gguf_blocks(name, x))
@@ -130,7 +130,7 @@ def test_awkward_blocks_equal_gguf_s(kernels, case, name, reference):
 
 @every_format
 @given(patterns=hnp.arrays(np.uint16, 64, elements=st.integers(0, 0xFFFF).filter(lambda p: p & 0x7F80 != 0x7F80)))
-def test_blocks_of_bfloat16_are_those_of_its_values(name, patterns):
+def test_blocks_of_bfloat16_are_those_of_the_same_float32_values(name, patterns):
     values = (patterns.astype(np.uint32) << 16).view(np.float32)
     expected = quantize(NUMBA[name], values)
     for kernels in BOTH:
@@ -143,7 +143,7 @@ def test_blocks_of_bfloat16_are_those_of_its_values(name, patterns):
 
 @every_format
 @given(data=st.data())
-def test_any_bytes_decode_as_with_gguf(name, data):
+def test_blocks_without_minima_decode_as_in_gguf(name, data):
     blocks = data.draw(hnp.arrays(np.uint8, (4, FORMATS[name][0])))
     blocks[:, 1] &= 0xBF  # keep the scale finite
     expected = gguf_values(name, blocks)
@@ -156,7 +156,7 @@ def test_any_bytes_decode_as_with_gguf(name, data):
 @every_format
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @every_family
-def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kernels, bad, name):
+def test_quantizing_reports_nan_and_infinity_at_any_position(kernels, bad, name):
     for position in range(64):
         x = np.ones(64, np.float32)
         x[position] = bad
@@ -164,7 +164,7 @@ def test_a_value_that_is_not_finite_is_noticed_wherever_it_stands(kernels, bad, 
 
 
 @every_format
-def test_inputs_may_be_read_only(name):
+def test_block_kernels_take_read_only_arrays(name):
     x = np.ones(64, np.float32)
     blocks, _, _ = quantize(NUMBA[name], x)
     x.flags.writeable = blocks.flags.writeable = False
@@ -173,7 +173,7 @@ def test_inputs_may_be_read_only(name):
 
 
 @pytest.mark.parametrize(("name", "zero"), [("q4_0", 8), ("q5_0", 16)])
-def test_code_histogram(name, zero):
+def test_block_histograms_count_each_code(name, zero):
     blocks, _, _ = quantize(NUMBA[name], battery()["normal"])
     scales = blocks.reshape(-1, FORMATS[name][0])[:, :2].copy().view(np.float16).astype(np.float32)
     codes = np.rint(gguf_values(name, blocks).reshape(-1, 32) / scales).astype(int) + zero

@@ -66,7 +66,7 @@ def elements(dtype: str, values: np.ndarray) -> Elements:
         (Quality(), Quality()),
     ],
 )
-def test_what_a_quality_may_be(value, expected):
+def test_qualities_are_parsed(value, expected):
     assert Quality.parse(value) == expected
 
 
@@ -79,7 +79,7 @@ def test_what_a_quality_may_be(value, expected):
         *(0, -2, math.nan, math.inf),
     ],
 )
-def test_what_a_quality_may_not_be(value, tmp_path):
+def test_malformed_qualities_are_refused_before_files_are_opened(value, tmp_path):
     with pytest.raises(QualityError) as caught:
         Quality.parse(value)
     message = str(caught.value)
@@ -97,7 +97,7 @@ def test_what_a_quality_may_not_be(value, tmp_path):
 
 
 @given(st.text(max_size=30))
-def test_any_text_is_a_quality_or_refused(text):
+def test_any_text_is_parsed_as_a_quality_or_refused(text):
     try:
         quality = Quality.parse(text)
     except QualityError as error:
@@ -132,7 +132,7 @@ def count_of(quality: Any, of: TensorRecord) -> tuple[int, bool]:
     return int(found.params["layers"]), bool(found.params["lossless"])
 
 
-def test_layers_are_those_of_the_record():
+def test_records_list_their_layers_with_sizes_and_errors():
     layers = record(*THREE, lossless=200).layers
     assert [layer.nbytes for layer in layers] == [20, 30, 50, 250]
     assert [layer.bpw for layer in layers] == [2, 3, 5, 25]
@@ -168,11 +168,11 @@ def test_layers_are_those_of_the_record():
         ("lossless", (3, True)),
     ],
 )
-def test_as_few_layers_as_a_quality_needs(quality, expected):
+def test_a_quality_selects_the_fewest_layers(quality, expected):
     assert count_of(quality, record(*THREE, lossless=200)) == expected
 
 
-def test_a_quality_that_no_layer_reaches():
+def test_a_quality_that_no_layer_reaches_is_refused():
     lossy = record(*THREE)
     with pytest.raises(QualityError) as caught:
         Quality.parse("max_rmse=0.01").of(lossy)
@@ -186,7 +186,7 @@ def test_a_quality_that_no_layer_reaches():
     assert count_of(1000, lossy) == count_of(None, lossy) == (3, False)
 
 
-def test_errors_over_a_range_of_zero():
+def test_error_bounds_of_constant_tensors_select_exact_layers():
     """0 over 0 is 0; else there is nothing to compare with, and as much is read as there is."""
     exact = record((10, 0.0, 0.0, 0.0), spread=0.0)
     assert count_of("max_abs=0", exact) == (1, False)
@@ -195,7 +195,7 @@ def test_errors_over_a_range_of_zero():
     assert count_of("max_abs=100", record((10, 0.1, 0.1, 0.1), (10, 0.1, 0.1, 0.1), spread=0.0)) == (2, False)
 
 
-def test_fewer_layers_make_a_record_of_their_own():
+def test_records_cut_to_fewer_layers_are_valid_records():
     whole = record(*THREE, lossless=200)
     assert whole.up_to(4) is whole.up_to(100) is whole
     three = whole.up_to(3)
@@ -210,7 +210,7 @@ def test_fewer_layers_make_a_record_of_their_own():
     assert lossy.up_to(2).params == {"layers": 2, "lossless": False}
 
 
-def test_tensors_without_layers_are_left_as_they_are():
+def test_qualities_do_not_change_tensors_without_layers():
     raw = TensorRecord("x", (3,), "f32", "f32", {}, (Segment("data", 64, 12, "0" * 64),))
     assert raw.layers == ()
     for quality in (2, "lossless", "max_abs=0", None):
@@ -287,7 +287,7 @@ def nothing_at(target: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 2.25, 3, 3.75, 5.5, 6, 8])
-def test_a_truncated_file_is_that_of_converting_at_that_rate(bits, whole, tmp_path):
+def test_truncating_to_a_rate_equals_converting_at_that_rate(bits, whole, tmp_path):
     done = truncate(whole, tmp_path / "cut.qf", Quality(bits=bits))
     expected = write(tmp_path / "made.qf", f"scm:bpw={bits}", model(0, big=True))
     assert (tmp_path / "cut.qf").read_bytes() == expected
@@ -298,7 +298,7 @@ def test_a_truncated_file_is_that_of_converting_at_that_rate(bits, whole, tmp_pa
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_so_are_those_of_other_models(seed, tmp_path):
+def test_truncating_other_models_equals_converting_at_that_rate(seed, tmp_path):
     write(tmp_path / "whole.qf", "scm", model(seed))
     for bits in LADDER[seed::3]:
         truncate(tmp_path / "whole.qf", tmp_path / "cut.qf", Quality(bits=bits), overwrite=True)
@@ -306,7 +306,7 @@ def test_so_are_those_of_other_models(seed, tmp_path):
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(2, 3), (7, 9), (13, 17), (50, 60), (77, 80), (100, 257)])
-def test_so_are_those_of_small_tensors(rows, cols, tmp_path):
+def test_truncating_small_tensors_equals_converting_at_that_rate(rows, cols, tmp_path):
     rng = np.random.default_rng(rows)
     tensors = {
         "a": elements("f32", rng.normal(size=(rows, cols)).astype(np.float32)),
@@ -318,13 +318,13 @@ def test_so_are_those_of_small_tensors(rows, cols, tmp_path):
         assert (tmp_path / "cut.qf").read_bytes() == write(tmp_path / "made.qf", f"scm:bpw={bits}", tensors), bits
 
 
-def test_so_are_those_of_tensors_that_are_lossless_at_that_rate(tmp_path):
+def test_truncating_tensors_that_few_bits_hold_exactly_equals_converting_at_that_rate(tmp_path):
     write(tmp_path / "whole.qf", "scm", exact())
     truncate(tmp_path / "whole.qf", tmp_path / "cut.qf", Quality(bits=6))
     assert (tmp_path / "cut.qf").read_bytes() == write(tmp_path / "made.qf", "scm:bpw=6", exact())
 
 
-def test_what_few_bits_hold_losslessly_is_lossless_from_more_than_8_bits_on(tmp_path):
+def test_tensors_that_few_bits_hold_exactly_are_lossless_above_8_bits(tmp_path):
     write(tmp_path / "whole.qf", "scm", exact())
     for bits, lossless in ((6, False), (8, False), (30, True)):
         with qformat.safe_open(tmp_path / "whole.qf", quality=bits) as f:
@@ -335,7 +335,7 @@ def test_what_few_bits_hold_losslessly_is_lossless_from_more_than_8_bits_on(tmp_
                 assert f._decoder(name).codec.lossless == lossless
 
 
-def test_truncating_twice_is_truncating_once(tmp_path):
+def test_truncating_twice_equals_truncating_once(tmp_path):
     whole, tensors = tmp_path / "whole.qf", model(4)
     for name in ("d.one", "d.two", "e.few", "k.small", "l.scalar"):  # with too few layers for a bound
         del tensors[name]
@@ -350,7 +350,7 @@ def test_truncating_twice_is_truncating_once(tmp_path):
         valid(second)
 
 
-def test_everything_is_kept_if_that_is_asked_for(whole, tmp_path):
+def test_truncating_to_lossless_keeps_all_layers(whole, tmp_path):
     for quality in ("lossless", 1000, "max_abs=0"):
         truncate(whole, tmp_path / "x.qf", Quality.parse(quality), overwrite=True)
         if quality != "max_abs=0":  # some are exact before all layers
@@ -361,7 +361,7 @@ def test_everything_is_kept_if_that_is_asked_for(whole, tmp_path):
                 np.testing.assert_array_equal(cut.get_tensor(name), f.get_tensor(name))
 
 
-def test_a_truncated_file_holds_what_the_whole_one_gives(whole, tmp_path):
+def test_a_truncated_file_reads_like_the_whole_one_at_that_quality(whole, tmp_path):
     for quality in (2.5, 4, "max_rmse=0.01", "mean_abs=0.003"):
         target = tmp_path / "x.qf"
         truncate(whole, target, Quality.parse(quality), overwrite=True)
@@ -389,7 +389,7 @@ def test_a_truncated_file_holds_what_the_whole_one_gives(whole, tmp_path):
 # ---- what cannot be truncated
 
 
-def test_wrong_targets_are_refused(whole, tmp_path):
+def test_truncating_into_the_source_or_an_existing_file_is_refused(whole, tmp_path):
     source = tmp_path / "s.qf"
     source.write_bytes(whole.read_bytes())
     (tmp_path / "link.qf").symlink_to(source)
@@ -408,7 +408,7 @@ def test_wrong_targets_are_refused(whole, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hard.qf", "link.qf", "s.qf", "there.qf"]
 
 
-def test_files_without_what_is_asked_for_are_refused(whole, tmp_path):
+def test_truncating_files_that_do_not_reach_the_quality_is_refused(whole, tmp_path):
     target = tmp_path / "x.qf"
     qformat.save_file({"w": normal(4, 64), "b": normal(3)}, tmp_path / "plain.qf", "q4_0")
     write(tmp_path / "lossy.qf", "scm:bpw=4", {"a": elements("f32", normal(50, 60))})
@@ -440,7 +440,7 @@ def test_files_without_what_is_asked_for_are_refused(whole, tmp_path):
     valid(target)
 
 
-def test_a_tensor_that_is_not_lossless_is_named_among_those_that_are(tmp_path):
+def test_the_tensor_that_is_not_lossless_is_named(tmp_path):
     write(
         tmp_path / "x.qf",
         "scm",
@@ -462,7 +462,7 @@ def flipped(source: Path, target: Path, offset: int) -> None:
     target.write_bytes(data)
 
 
-def test_a_damaged_source_is_found(whole, tmp_path):
+def test_truncating_a_damaged_file_is_refused(whole, tmp_path):
     source, target = tmp_path / "damaged.qf", tmp_path / "x.qf"
     with ContainerReader(whole) as container:
         index = container.index
@@ -494,7 +494,7 @@ def test_a_damaged_source_is_found(whole, tmp_path):
         nothing_at(tmp_path / "z.qf")
 
 
-def test_what_newer_versions_may_have_added_is_not_lost_silently(whole, tmp_path):
+def test_truncating_a_file_with_unknown_parameters_is_refused(whole, tmp_path):
     """Keys that nobody knows here are either kept or refused, as are tensors that need a newer version."""
     draft = Draft.of(whole.read_bytes())
     put("tensors", "a.weight", "params", {"layers": 19, "lossless": True, "new": 1})(draft)
@@ -553,7 +553,7 @@ def read_all(source: Any, quality: Any = None) -> dict[str, tuple[Any, ...]]:
         return {name: (x.dtype, x.shape, x.tobytes()) for name, x in arrays.items()}
 
 
-def test_only_what_is_needed_is_read_of_a_file_object(whole):
+def test_only_the_needed_ranges_of_a_file_object_are_read(whole):
     file = Counting(whole.read_bytes())
     with ContainerReader(whole) as container:
         index = (container.trailer.index_offset, len(file.data))
@@ -576,7 +576,7 @@ def test_only_what_is_needed_is_read_of_a_file_object(whole):
 
 
 @pytest.mark.parametrize("quality", [2, 3.5, "max_rmse=0.01", "lossless", None])
-def test_file_objects_give_what_the_path_gives(quality, whole, tmp_path):
+def test_file_objects_read_like_the_path(quality, whole, tmp_path):
     data = whole.read_bytes()
     expected = read_all(whole, quality)
     for source in (io.BytesIO(data), Counting(data), Counting(data, most=1000), io.BufferedReader(Counting(data))):
@@ -594,7 +594,7 @@ def test_file_objects_give_what_the_path_gives(quality, whole, tmp_path):
     assert read_all(str(whole), quality) == expected
 
 
-def test_rows_and_other_parts_come_from_file_objects_too(whole):
+def test_rows_and_metadata_are_read_from_file_objects(whole):
     file = io.BytesIO(whole.read_bytes())
     with qformat.safe_open(file, quality=3) as f, qformat.safe_open(whole, quality=3) as g:
         assert f.root == g.root
@@ -607,7 +607,7 @@ def test_rows_and_other_parts_come_from_file_objects_too(whole):
             f.get_tensor("nothing")
 
 
-def test_files_of_fsspec(whole):
+def test_fsspec_files_are_read(whole):
     fsspec = pytest.importorskip("fsspec")
     fs = fsspec.filesystem("memory")
     fs.pipe("/models/whole.qf", whole.read_bytes())
@@ -624,14 +624,14 @@ def test_files_of_fsspec(whole):
 
 
 @pytest.mark.parametrize("most", [1, 7, 4096])
-def test_short_reads_are_gone_on_with(most, tmp_path):
+def test_short_reads_of_file_objects_are_continued(most, tmp_path):
     write(tmp_path / "x.qf", "scm", {"a": elements("f32", normal(20, 30))})
     file = Counting((tmp_path / "x.qf").read_bytes(), most=most)
     assert read_all(file, 4) == read_all(tmp_path / "x.qf", 4)
     assert max(stop - start for start, stop in file.spans) <= most
 
 
-def test_a_file_object_that_ends_early_is_damaged(whole):
+def test_file_objects_that_end_early_are_refused(whole):
     data = whole.read_bytes()
     with ContainerReader(whole) as container:
         segment = container.tensor("m.long").segments[3]
@@ -655,7 +655,7 @@ def test_a_file_object_that_ends_early_is_damaged(whole):
             f.get_rows("m.long", 0)
 
 
-def test_damage_is_found_in_file_objects(whole):
+def test_damage_in_file_objects_is_found(whole):
     with ContainerReader(whole) as container:
         at = container.tensor("a.weight").segments[2].offset
     data = bytearray(whole.read_bytes())
@@ -668,7 +668,7 @@ def test_damage_is_found_in_file_objects(whole):
         assert f.get_tensor("a.weight").shape == (120, 90)
 
 
-def test_errors_of_file_objects_are_passed_on(whole):
+def test_os_errors_of_file_objects_are_passed_on(whole):
     class Broken(Counting):
         def readinto(self, buffer: Any) -> int:
             if 64 < self.at < 20_000:
@@ -691,7 +691,7 @@ def open_descriptors() -> set[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-def test_what_was_opened_is_closed_and_what_was_given_is_not(whole, tmp_path):
+def test_opened_files_are_closed_and_given_file_objects_stay_open(whole, tmp_path):
     path = tmp_path / "mine.qf"
     path.write_bytes(whole.read_bytes())
     with qformat.safe_open(path, quality=2) as f:
@@ -722,7 +722,7 @@ def test_what_was_opened_is_closed_and_what_was_given_is_not(whole, tmp_path):
 # ---- torch
 
 
-def test_torch_gets_a_quality(whole):
+def test_the_torch_reader_returns_tensors_at_a_quality(whole):
     for quality in (2, "3.5", "max_rmse=0.01", None, "lossless"):
         loaded = load_file(whole, quality=quality)
         with qformat.safe_open(whole, quality=quality) as f:
@@ -747,7 +747,7 @@ def test_torch_gets_a_quality(whole):
     assert torch.equal(as_double, load_file(whole, quality=2)["a.weight"].double())
 
 
-def test_lossless_torch_tensors_are_the_source(whole):
+def test_lossless_torch_tensors_equal_the_source(whole):
     loaded = load_file(whole, quality="lossless")
     for name, source in (model(0, big=True) | OTHERS).items():
         if name == "z.q4":
@@ -762,7 +762,7 @@ class Net(torch.nn.Module):
         self.two = torch.nn.Linear(50, 30, dtype=torch.bfloat16)
 
 
-def test_a_model_is_loaded_at_a_quality(tmp_path):
+def test_load_model_loads_a_model_at_a_quality(tmp_path):
     torch.manual_seed(0)
     source = Net()
     tensors = [
@@ -792,7 +792,7 @@ def test_a_model_is_loaded_at_a_quality(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_a_model_is_unchanged_if_the_file_does_not_reach_the_quality(tmp_path):
+def test_load_model_leaves_the_model_unchanged_if_the_quality_is_not_reached(tmp_path):
     torch.manual_seed(0)
     tensors = {name: tensor.detach().float().numpy() for name, tensor in Net().state_dict().items()}
     qformat.save_file(tensors, tmp_path / "net.qf", "scm:bpw=3")
@@ -803,7 +803,7 @@ def test_a_model_is_unchanged_if_the_file_does_not_reach_the_quality(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_qualities_that_a_file_does_not_reach_are_refused_by_torch_readers(tmp_path):
+def test_the_torch_reader_refuses_qualities_that_the_file_does_not_reach(tmp_path):
     tensors = {name: tensor.detach().float().numpy() for name, tensor in Net().state_dict().items()}
     qformat.save_file(tensors, tmp_path / "net.qf", "scm:bpw=3")
     for quality, message in (
@@ -819,7 +819,7 @@ def test_qualities_that_a_file_does_not_reach_are_refused_by_torch_readers(tmp_p
 # ---- numpy
 
 
-def test_dtypes_of_what_is_read(whole):
+def test_lossy_layers_are_read_as_float32_and_lossless_tensors_in_their_dtype(whole):
     for quality, lossless in ((3, False), ("max_abs=0.05", False), ("lossless", True), (None, True)):
         with qformat.safe_open(whole, quality=quality) as f:
             for name, dtype in (("a.weight", "f32"), ("b.bf16", "bf16"), ("c.f16", "f16")):
@@ -833,7 +833,7 @@ def test_dtypes_of_what_is_read(whole):
                     f.get_tensor(name, np.int32)
 
 
-def test_a_quality_is_of_each_tensor_and_errors_fall_with_it(whole):
+def test_a_quality_applies_to_each_tensor_and_errors_fall_with_it(whole):
     source = model(0, big=True)["m.long"].data
     errors = []
     for bits in (1, 2, 3, 4, 5, 6, 8, 100):
@@ -855,7 +855,7 @@ def test_a_quality_is_of_each_tensor_and_errors_fall_with_it(whole):
             assert found <= 0.004 * (float(source.max()) - float(source.min())) * (1 + 1e-9)
 
 
-def test_what_the_index_says_is_not_changed_by_a_quality(whole):
+def test_a_quality_does_not_change_root_and_records(whole):
     with qformat.safe_open(whole, quality=2) as f, qformat.safe_open(whole) as g:
         assert f.root == g.root
         assert f.info("a.weight") == g.info("a.weight")

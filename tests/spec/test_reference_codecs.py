@@ -66,7 +66,7 @@ def decode(reference: ModuleType, codec: str, shape: Any, params: Any, segments:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values(reference: ModuleType, case: str) -> None:
+def test_the_reference_decodes_blocks_made_by_hand(reference: ModuleType, case: str) -> None:
     codec, shape, params, segments, expected = CASES[case]
     values = decode(reference, codec, shape, params, segments)
     assert values.dtype == np.float32
@@ -88,7 +88,7 @@ def test_values(reference: ModuleType, case: str) -> None:
         reference.decode(tensor)
 
 
-def test_not_finite(reference: ModuleType) -> None:
+def test_the_reference_refuses_infinite_and_nan_scales(reference: ModuleType) -> None:
     for case, name, at, number in (
         ("q4_1", "blocks", 2, "007c"),
         ("q5_1", "blocks", 0, "00fe"),
@@ -103,7 +103,7 @@ def test_not_finite(reference: ModuleType) -> None:
             decode(reference, codec, shape, params, segments | {name: changed})
 
 
-def test_nlm(reference: ModuleType) -> None:
+def test_the_reference_decodes_nlm_blocks_made_by_hand(reference: ModuleType) -> None:
     import reference_codecs
 
     t = [[Fraction(level, 16384) for level in row] for row in reference_codecs.NLM_LEVELS]
@@ -146,7 +146,9 @@ def test_nlm(reference: ModuleType) -> None:
         ("lut", LUT_BLOCKS, [{"scale": "row"}, {"block": 0}, {"block": 512}, {"size": "4"}]),
     ],
 )
-def test_params(reference: ModuleType, codec: str, params: dict[str, Any], wrong: list[dict[str, Any]]) -> None:
+def test_the_reference_refuses_impossible_parameters(
+    reference: ModuleType, codec: str, params: dict[str, Any], wrong: list[dict[str, Any]]
+) -> None:
     names = {"affine": ["scales", "zeros", "codes"], "lut": ["codebooks", *["scales"] * (params == LUT), "codes"]}
     segments = dict.fromkeys(names.get(codec, ["blocks"]), b"")  # of a tensor without elements
     assert decode(reference, codec, (0,), params, segments).shape == (0,)

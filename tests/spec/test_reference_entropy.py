@@ -84,7 +84,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_streams_by_hand(streams: ModuleType, name: str) -> None:
+def test_the_reference_decodes_streams_made_by_hand(streams: ModuleType, name: str) -> None:
     body, count, s, letters = BY_HAND[name]
     assert read(streams, sized(body), count, s) == letters
     for wrong in (body + b"\0", body + b"\0\0", body[:-1], body[:-2]):
@@ -97,7 +97,7 @@ def test_streams_by_hand(streams: ModuleType, name: str) -> None:
         read(streams, sized(body)[:3], count, s)
 
 
-def test_the_small_encoder_gives_the_bytes_made_by_hand() -> None:
+def test_the_stream_encoder_of_the_tests_gives_the_bytes_made_by_hand() -> None:
     assert table([128, 128]) == HALVES[2:]
     assert table([1, 32767]) == UNEVEN[2:]
     assert table([255, 1]) == PAIRS[2:]
@@ -113,7 +113,9 @@ def test_the_small_encoder_gives_the_bytes_made_by_hand() -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 4095, 4096, 65535, 65536, 131071, 131072, 150_001])
 @pytest.mark.parametrize(("s", "mode"), [(256, CODED), (3, CODED), (3, BY_SYMBOLS), (16, BY_SYMBOLS)])
-def test_coded_streams_of_every_number_of_lanes(streams: ModuleType, count: int, s: int, mode: int) -> None:
+def test_the_reference_decodes_streams_of_every_number_of_lanes(
+    streams: ModuleType, count: int, s: int, mode: int
+) -> None:
     letters = random_letters(count, s ** symbols_each(s), count)
     if mode == BY_SYMBOLS:
         letters = join(random_letters(count * symbols_each(s), s, count), s)
@@ -121,7 +123,7 @@ def test_coded_streams_of_every_number_of_lanes(streams: ModuleType, count: int,
 
 
 @pytest.mark.parametrize("s", [3, 4, 5, 6, 7, 9, 11, 13, 15, 16, 17, 32, 256])
-def test_symbols_of_every_base(streams: ModuleType, s: int) -> None:
+def test_the_reference_decodes_symbols_of_every_base(streams: ModuleType, s: int) -> None:
     for precision in (8, 12, 15):
         for count in (1, 2, 4, 5, 6, 499):
             symbols = [(i * i) % min(s, 7) for i in range(count)]
@@ -131,7 +133,7 @@ def test_symbols_of_every_base(streams: ModuleType, s: int) -> None:
                 assert streams.symbols(cursor, count, s).tolist() == symbols
 
 
-def test_products_are_rounded_down_one_after_the_other(streams: ModuleType) -> None:
+def test_products_of_frequencies_are_rounded_down_one_after_the_other(streams: ModuleType) -> None:
     """Of the symbols 1, 2, 3, 3 the exact product, rounded once, would be another one; so would some in another order."""
     frequencies = [4008, 3576, 12831, 12353]
     of_letters = products(frequencies, 4, 4, 15)
@@ -183,13 +185,13 @@ WRONG_STREAMS = {
 
 
 @pytest.mark.parametrize("name", WRONG_STREAMS)
-def test_wrong_streams(streams: ModuleType, name: str) -> None:
+def test_the_reference_refuses_wrong_streams(streams: ModuleType, name: str) -> None:
     body, count, s, message = WRONG_STREAMS[name]
     with pytest.raises(streams.SpecError, match=f"^here: stream: .*{message}"):
         read(streams, sized(body), count, s)
 
 
-def test_words_are_taken_in_the_order_of_letters(streams: ModuleType) -> None:
+def test_words_of_a_stream_are_taken_in_the_order_of_letters(streams: ModuleType) -> None:
     letters = random_letters(300, 256)
     frequencies = scaled(letters, 256, 12)
     entries = table(without_end(frequencies))
@@ -242,7 +244,7 @@ PLACES: dict[str, tuple[dict[str, Any], tuple[int, int], list[tuple[range, range
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_chunks(reference: ModuleType, name: str) -> None:
+def test_the_reference_cuts_ternary_tensors_into_chunks_as_the_spec_says(reference: ModuleType, name: str) -> None:
     params, shape, places = PLACES[name]
     expected = np.empty(shape, np.float32)
     chunks = []
@@ -261,7 +263,7 @@ def test_chunks(reference: ModuleType, name: str) -> None:
 CONSTANT_CHUNK = bytes.fromhex("0200000001f2")  # ten thousand elements of the code 2, which need 10 bytes
 
 
-def test_a_chunk_is_filled_up(reference: ModuleType) -> None:
+def test_the_reference_requires_padding_of_short_chunks(reference: ModuleType) -> None:
     book = {"codebook": BOOK.tobytes()}
     right = chunked([CONSTANT_CHUNK + bytes(4)], **book)
     assert np.all(decode(reference, "ternary", (10_000,), TERNARY, right) == 2)
@@ -280,7 +282,7 @@ def test_a_chunk_is_filled_up(reference: ModuleType) -> None:
             decode(reference, "ternary", (count,), TERNARY, chunked([wrong], **book))
 
 
-def test_the_lengths_of_chunks(reference: ModuleType) -> None:
+def test_the_reference_refuses_wrong_chunk_lengths(reference: ModuleType) -> None:
     """Three chunks, two of which have 512 bytes and the last one 6."""
     shape = (1, 2 * CHUNK_ELEMENTS + 3)
     segments = chunked([CONSTANT_CHUNK + bytes(506)] * 2 + [CONSTANT_CHUNK], codebook=BOOK.tobytes())
@@ -310,7 +312,7 @@ EMPTY: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", EMPTY)
-def test_segments(reference: ModuleType, name: str) -> None:
+def test_the_reference_refuses_wrong_segments_of_chunked_tensors(reference: ModuleType, name: str) -> None:
     codec, params, others = EMPTY[name]
     segments = dict.fromkeys(["chunks", "lengths", *others], b"")
     for shape in ((0,), (0, 70), (3, 0), (0, 2**53 - 1), (2**53 - 1, 0)):
@@ -351,7 +353,9 @@ def test_segments(reference: ModuleType, name: str) -> None:
         ("lossless", {}, [{"coded": True}, {"n": 3}]),
     ],
 )
-def test_params(reference: ModuleType, codec: str, params: dict[str, Any], wrong: list[dict[str, Any]]) -> None:
+def test_the_reference_refuses_impossible_parameters_of_chunked_codecs(
+    reference: ModuleType, codec: str, params: dict[str, Any], wrong: list[dict[str, Any]]
+) -> None:
     names = ["codebook"] * (codec in ("ternary", "levels")) + ["scales"] * (params.get("scale") in ("row", "group"))
     segments = dict.fromkeys(["chunks", "lengths", *names], b"")
     assert decode(reference, codec, (0,), params, segments).shape == (0,)
@@ -411,7 +415,7 @@ def block_codec(name: str) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_coded_blocks_are_the_plain_ones(reference: ModuleType, name: str) -> None:
+def test_the_reference_decodes_entropy_coded_blocks_to_the_plain_ones(reference: ModuleType, name: str) -> None:
     codec, params = block_codec(name)
     for shape in ((), (5,), (3, 70), (2, 3, 50), (7, 128)):
         rows = shape[0] if len(shape) > 1 else 1
@@ -426,7 +430,7 @@ def test_coded_blocks_are_the_plain_ones(reference: ModuleType, name: str) -> No
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_chunks_of_coded_blocks(reference: ModuleType, name: str) -> None:
+def test_the_reference_cuts_entropy_coded_blocks_into_chunks_as_the_spec_says(reference: ModuleType, name: str) -> None:
     """The rows of a chunk are counted with what fills them up, and columns are cut at blocks."""
     codec, params = block_codec(name)
     head, _, size = BLOCKS[name]
@@ -451,7 +455,7 @@ def test_chunks_of_coded_blocks(reference: ModuleType, name: str) -> None:
         assert found.tobytes() == expected.tobytes()
 
 
-def test_the_minimum_of_a_coded_block(reference: ModuleType) -> None:
+def test_the_minimum_of_an_entropy_coded_block_is_relative_to_its_scale(reference: ModuleType) -> None:
     """d 0x3c00, m 0xb400: (m - d) mod 2^16 is 0x7800; all codes are 3."""
     chunk = bytes.fromhex("020000000100 02000000013c 020000000100 020000000178 020000000133")
     assert decode(reference, "q4_1", (2,), {"coded": True}, chunked([chunk])).tolist() == [2.75, 2.75]
@@ -460,7 +464,7 @@ def test_the_minimum_of_a_coded_block(reference: ModuleType) -> None:
     assert decode(reference, "q5_1", (2,), {"coded": True}, chunked([chunk])).tolist() == [-16, -16]
 
 
-def test_wrong_coded_blocks(reference: ModuleType) -> None:
+def test_the_reference_refuses_wrong_entropy_coded_blocks(reference: ModuleType) -> None:
     for name in BLOCKS:
         codec, params = block_codec(name)
         params["coded"] = True
@@ -502,7 +506,9 @@ def narrow(values: np.ndarray, dtype: str) -> bytes:
         *(("group", group, dtype) for group, dtype in ((32, "f16"), (64, "bf16"), (2**20, "f32"))),
     ],
 )
-def test_levels(reference: ModuleType, n: int, scale: str, group: int, dtype: str) -> None:
+def test_the_reference_decodes_levels_with_every_kind_of_scale(
+    reference: ModuleType, n: int, scale: str, group: int, dtype: str
+) -> None:
     rng = np.random.default_rng(n)
     rows, cols = 5, 150
     codes = np.array(random_letters(rows * cols, n, n)).reshape(rows, cols)
@@ -529,7 +535,7 @@ def test_levels(reference: ModuleType, n: int, scale: str, group: int, dtype: st
             assert decode(reference, "ternary", (rows, cols), params, segments).tobytes() == values.tobytes()
 
 
-def test_a_level_by_hand(reference: ModuleType) -> None:
+def test_products_of_levels_and_scales_are_rounded_once(reference: ModuleType) -> None:
     """0x3eaaaaab = 11184811 × 2^-25, and 3 × that = 33554433 × 2^-25 is rounded to 1."""
     book = bytes.fromhex("000000bf 00000000 abaaaa3e")
     chunk = bytes.fromhex("0300000000 4b 01")  # codes 0, 1, 2, 2, 0: 0 + 3 + 18 + 54 = 75; then 1
@@ -539,7 +545,7 @@ def test_a_level_by_hand(reference: ModuleType) -> None:
     assert np.signbit(values).tolist() == [[True, False, False], [True, False, True]]
 
 
-def test_a_million_elements(reference: ModuleType) -> None:
+def test_the_reference_decodes_a_million_ternary_elements(reference: ModuleType) -> None:
     chunks, codes = [], []
     for half in range(2):  # of 2^19 elements, in more than 2^16 letters
         codes.append(random_letters(CHUNK_ELEMENTS, 3, half))
@@ -548,7 +554,7 @@ def test_a_million_elements(reference: ModuleType) -> None:
     assert values.tobytes() == BOOK[np.array(codes)].tobytes()
 
 
-def test_wrong_levels(reference: ModuleType) -> None:
+def test_the_reference_refuses_wrong_levels(reference: ModuleType) -> None:
     chunk = bytes.fromhex("0300000000 4b 01")
     right = chunked([chunk], codebook=BOOK.tobytes(), scales=bytes.fromhex("0042 00c2"))
     decode(reference, "ternary", (2, 3), ROW, right)
@@ -643,7 +649,7 @@ def check_lossless(
 
 @pytest.mark.parametrize("mode", [RAW, CODED])
 @pytest.mark.parametrize("dtype", SIZES)
-def test_lossless(reference: ModuleType, dtype: str, mode: int) -> None:
+def test_the_reference_decodes_lossless_groups_of_every_kind(reference: ModuleType, dtype: str, mode: int) -> None:
     rows = patterns(dtype, 6, 21)
     rows[2] = [0] * 21  # of a sparse group without an element that is not 0
     plains = [False, True] if dtype in {"bf16", "f32"} else [False]
@@ -662,7 +668,7 @@ def test_lossless(reference: ModuleType, dtype: str, mode: int) -> None:
     check_lossless(reference, dtype, [[7]], [lossless_chunk([[7]], dtype, [0], [(False, False, 0)], RAW)], ())
 
 
-def test_chunks_of_lossless(reference: ModuleType) -> None:
+def test_the_reference_cuts_lossless_tensors_into_chunks_as_the_spec_says(reference: ModuleType) -> None:
     """Rows of zeros, but the last element of each chunk is not 0."""
     for shape, sizes in (
         ((5, 200_000), [400_000, 400_000, 200_000]),
@@ -687,7 +693,7 @@ TWO_GROUPS = bytes.fromhex("02 0300000000 00 01  00 0902 020000000100 0200000001
 SPARSE = bytes.fromhex("01 01 020000000001 020000000080")
 
 
-def test_lossless_by_hand(reference: ModuleType) -> None:
+def test_the_reference_decodes_lossless_chunks_made_by_hand(reference: ModuleType) -> None:
     for chunk in (TWO_ROWS, TWO_GROUPS):
         check_lossless(reference, "bf16", [[0xC123], [0]], [chunk])
     check_lossless(reference, "f8_e4m3", [[0x80, 0]], [SPARSE])
@@ -717,7 +723,9 @@ def test_lossless_by_hand(reference: ModuleType) -> None:
         ("f8_e4m3", SPARSE, "0000000001", "0000000003", "are needed"),
     ],
 )
-def test_wrong_lossless(reference: ModuleType, dtype: str, chunk: bytes, old: str, new: str, message: str) -> None:
+def test_the_reference_refuses_wrong_lossless_chunks(
+    reference: ModuleType, dtype: str, chunk: bytes, old: str, new: str, message: str
+) -> None:
     assert chunk.count(bytes.fromhex(old)) == 1
     wrong = chunk.replace(bytes.fromhex(old), bytes.fromhex(new))
     shape = (2, 1) if dtype == "bf16" else (1, 2)
@@ -725,7 +733,7 @@ def test_wrong_lossless(reference: ModuleType, dtype: str, chunk: bytes, old: st
         decode(reference, "lossless", shape, {}, chunked([wrong]), dtype)
 
 
-def test_what_is_cut_or_changed_is_refused_or_decodes(reference: ModuleType) -> None:
+def test_truncated_or_changed_chunks_raise_only_spec_errors(reference: ModuleType) -> None:
     """No other error than `SpecError` leaves the reader."""
     rng = np.random.default_rng(0)
     rows = patterns("f32", 6, 40)

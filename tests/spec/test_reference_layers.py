@@ -78,14 +78,16 @@ def check(reference: ModuleType, chunks: Sequence[tuple[Sequence[int], Choices]]
 
 @settings(max_examples=150)
 @given(tensors())
-def test_round_trips(reference: ModuleType, drawn: tuple[str, list[int], Choices, tuple[int, int]]) -> None:
+def test_the_reference_decodes_scm_tensors_of_the_test_encoder(
+    reference: ModuleType, drawn: tuple[str, list[int], Choices, tuple[int, int]]
+) -> None:
     dtype, patterns, choices, shape = drawn
     check(reference, [(patterns, choices)], dtype, shape)
 
 
 @pytest.mark.parametrize("dtype", MANTISSA)
 @pytest.mark.parametrize("sparse", [False, True])
-def test_every_part(reference: ModuleType, dtype: str, sparse: bool) -> None:
+def test_the_reference_decodes_every_part_of_scm_tensors(reference: ModuleType, dtype: str, sparse: bool) -> None:
     """More than 2048 elements, so that parts come again; ends in the midst of each part's turn, each with its own section."""
     rng = np.random.default_rng(sparse)
     magnitudes = [largest_below(dtype, Fraction(float(u))) for u in rng.exponential(1, 2500)]
@@ -101,7 +103,7 @@ def test_every_part(reference: ModuleType, dtype: str, sparse: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", MANTISSA)
-def test_extremes(reference: ModuleType, dtype: str) -> None:
+def test_the_reference_decodes_extreme_scm_values_in_cells_of_all_widths(reference: ModuleType, dtype: str) -> None:
     """The largest finite number, the smallest subnormal one, both zeros, in cells of all widths."""
     m = MANTISSA[dtype]
     for exponent in (-100, -30, -6, 0, 15, 100, 126):
@@ -117,7 +119,7 @@ def test_extremes(reference: ModuleType, dtype: str) -> None:
     assert top == LARGEST[dtype]
 
 
-def test_sparse_chunks_without_elements(reference: ModuleType) -> None:
+def test_the_reference_decodes_sparse_scm_chunks_without_elements(reference: ModuleType) -> None:
     for z in (None, (0, 1, 2), (23, 23, 23)):
         for wide in (False, True):
             choices = Choices((Fraction(1), Fraction(2)), ends=(3, 512), sparse=True, wide=wide, z=z)
@@ -129,7 +131,9 @@ def test_sparse_chunks_without_elements(reference: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 200_000), (2, CHUNK_ELEMENTS + 1), (CHUNK_ELEMENTS + 1,)])
-def test_chunks(reference: ModuleType, shape: tuple[int, ...]) -> None:
+def test_the_reference_cuts_scm_tensors_into_chunks_as_the_spec_says(
+    reference: ModuleType, shape: tuple[int, ...]
+) -> None:
     """Each with its own end, and each of another kind; most elements are zeros."""
     sizes = {5: [400_000, 400_000, 200_000], 2: [CHUNK_ELEMENTS, 1] * 2}.get(shape[0], [CHUNK_ELEMENTS, 1])
     chunks: list[tuple[list[int], Choices]] = []
@@ -149,7 +153,7 @@ def test_chunks(reference: ModuleType, shape: tuple[int, ...]) -> None:
         assert np.all(values[x == 0] == 0)
 
 
-def test_many_dense_elements(reference: ModuleType) -> None:
+def test_the_reference_decodes_large_dense_scm_chunks(reference: ModuleType) -> None:
     """Two chunks of 300,000 weights, with coded streams; the reader needs some seconds."""
     count = 300_000
     # All of one phase's elements take turns with the other's, in blocks of 32.
@@ -176,7 +180,7 @@ def test_many_dense_elements(reference: ModuleType) -> None:
 # ---- by hand
 
 
-def test_by_hand(reference: ModuleType) -> None:
+def test_the_reference_decodes_scm_tensors_made_by_hand(reference: ModuleType) -> None:
     assert decode(reference, BY_HAND, 1).tolist() == [1.5, -0.5, 20.5]
     # Magnitudes 2, 1, 40 and cells 1, 0, 3: only the first one has the other o.
     assert decode(reference, BY_HAND, 2).tolist() == [1.125, -0.75, 20.25]
@@ -192,7 +196,7 @@ def test_by_hand(reference: ModuleType) -> None:
             decode(reference, BY_HAND, layers)
 
 
-def test_records_that_name_fewer_layers(reference: ModuleType) -> None:
+def test_scm_records_naming_fewer_layers_decode_to_those_layers(reference: ModuleType) -> None:
     for case, most in ((BY_HAND, 3), (LOSSY, 2), (SPARSE, 2)):
         for count in range(1, most + 1):
             names = list(case.segments)[: count + 1]
@@ -203,7 +207,7 @@ def test_records_that_name_fewer_layers(reference: ModuleType) -> None:
             )
 
 
-def test_only_the_layers_that_are_asked_for_are_read(reference: ModuleType) -> None:
+def test_the_reference_reads_only_the_requested_scm_layers(reference: ModuleType) -> None:
     broken = BY_HAND.with_segments(layer_3=b"", rest=b"\0")
     assert decode(reference, broken, 2).tolist() == [1.125, -0.75, 20.25]
     for layers in (3, None):
@@ -215,7 +219,7 @@ def test_only_the_layers_that_are_asked_for_are_read(reference: ModuleType) -> N
         reference.decode(other, layers=1)
 
 
-def test_a_magnitude_then_the_sum_are_rounded_before_the_product(reference: ModuleType) -> None:
+def test_scm_magnitudes_and_sums_are_rounded_before_the_product(reference: ModuleType) -> None:
     """Magnitude 2^21 + 1, then the bits 0, 0, 1: t = 2^24 + 9, which is rounded to 2^24 + 8; with ½ it would not be."""
     step = bytes.fromhex("00002040")  # 2.5
     first = bytes.fromhex("0000 00 02000000010f 01002000 00020000000100")
@@ -226,7 +230,7 @@ def test_a_magnitude_then_the_sum_are_rounded_before_the_product(reference: Modu
     assert decode(reference, case).tobytes() == expected.tobytes()
 
 
-def test_signs_by_classes(reference: ModuleType) -> None:
+def test_scm_signs_may_be_stored_by_classes(reference: ModuleType) -> None:
     """Signs of magnitudes 0, 1, and 2 and more: those of one element each."""
     signs = bytes.fromhex("00 020000000102")
     assert LAYER_1.endswith(signs)
@@ -236,13 +240,13 @@ def test_signs_by_classes(reference: ModuleType) -> None:
     assert decode(reference, case).tolist() == [-1.25, 0.5, -20]
 
 
-def test_zeros_with_a_sign(reference: ModuleType) -> None:
+def test_scm_zeros_keep_their_sign(reference: ModuleType) -> None:
     case = LOSSY.with_segments(grid=GRID[:8] + bytes(32))
     expected = np.array([1, -0.0, 20], np.float32)
     assert decode(reference, case, 1).tobytes() == expected.tobytes()
 
 
-def test_two_phases_by_hand(reference: ModuleType) -> None:
+def test_scm_elements_of_two_phases_decode_as_made_by_hand(reference: ModuleType) -> None:
     """Elements from 32 on are in phase 1: signs stand with their phase's magnitudes; r < 16 is a class of both phases."""
     patterns = [*[0x3C00 + i % 2 for i in range(31)], 0x3009, 0xC401, 0x4400, 0x380F, 0x3025]
     # From 1 on in cells of 2^-9, from 4 on of 2^-7: class 2. From 1/8 on of 2^-9, from 1/2 on of 2^-7: r = 16 and classes
@@ -258,12 +262,12 @@ def test_two_phases_by_hand(reference: ModuleType) -> None:
     assert decode(reference, case).view(np.uint16).tolist() == patterns
 
 
-def test_elsewhere_without_need(reference: ModuleType) -> None:
+def test_scm_magnitudes_may_be_stored_elsewhere_without_need(reference: ModuleType) -> None:
     first = LAYER_1.replace(bytes.fromhex("010f 14000000"), bytes.fromhex("0f0f 01000000 14000000"))
     assert decode(reference, BY_HAND.with_segments(layer_1=cut([first]))).tolist() == [1.25, -0.5, 20]
 
 
-def test_what_fills_up_letters_of_symbols_is_ignored(reference: ModuleType) -> None:
+def test_padding_symbols_in_scm_letters_are_ignored(reference: ModuleType) -> None:
     changed = {
         "layer_1": cut([LAYER_1.replace(b"\1\x0f", b"\1\xff").replace(b"\1\2", b"\1\xfa")]),
         "layer_2": cut([LAYER_2.replace(b"\1\2", b"\1\xfa")]),
@@ -285,7 +289,7 @@ def test_what_fills_up_letters_of_symbols_is_ignored(reference: ModuleType) -> N
     WRONG,
     ids=[f"{number} {wrong[1]}" for number, wrong in enumerate(WRONG)],
 )
-def test_wrong_chunks(
+def test_the_reference_refuses_wrong_scm_chunks(
     reference: ModuleType, case: Case, name: str, chunk: bytes, old: str, new: str, message: str
 ) -> None:
     assert case.segments[name] == cut([chunk])
@@ -295,7 +299,7 @@ def test_wrong_chunks(
         decode(reference, wrong)
 
 
-def test_patterns_have_to_be_finite(reference: ModuleType) -> None:
+def test_the_reference_refuses_nonfinite_scm_patterns(reference: ModuleType) -> None:
     """One element of the cell from 0 to 2^100."""
     first = bytes.fromhex("0000 00 020000000100 00020000000100")
     segments = {"grid": bytes.fromhex("00008071") * 2 + bytes(32), "layer.1": cut([first])}
@@ -329,7 +333,7 @@ def test_patterns_have_to_be_finite(reference: ModuleType) -> None:
             values("f32", constant(0, *wrong))
 
 
-def test_infinities(reference: ModuleType) -> None:
+def test_scm_layers_that_overflow_decode_to_infinity(reference: ModuleType) -> None:
     """That of the last is too large for binary32, which writers refuse; what follows may still be right."""
     step = bytes.fromhex("0000807e")  # 2^126
     assert decode(reference, LOSSY.with_segments(grid=step * 2 + GRID[8:]), 1).tolist() == [
@@ -361,12 +365,12 @@ def test_infinities(reference: ModuleType) -> None:
         ),
     ],
 )
-def test_wrong_grids(reference: ModuleType, grid: bytes, message: str) -> None:
+def test_the_reference_refuses_wrong_scm_grids(reference: ModuleType, grid: bytes, message: str) -> None:
     with pytest.raises(reference.SpecError, match=message):
         decode(reference, BY_HAND.with_segments(grid=grid))
 
 
-def test_the_smallest_and_the_largest_step(reference: ModuleType) -> None:
+def test_the_reference_decodes_the_smallest_and_the_largest_scm_step(reference: ModuleType) -> None:
     for step, size in (("0000800d", 2.0**-100), ("0000007c", 2.0**121), ("00ffff3f", 2 - 2.0**-15)):
         case = LOSSY.with_segments(grid=bytes.fromhex(step) * 2 + GRID[8:])
         assert decode(reference, case, 1).tolist() == [1.5 * size, -0.5 * size, 20.5 * size]
@@ -381,7 +385,7 @@ def test_the_smallest_and_the_largest_step(reference: ModuleType) -> None:
         {"coded": True},
     ],
 )
-def test_params(reference: ModuleType, change: dict[str, Any]) -> None:
+def test_the_reference_refuses_impossible_scm_parameters(reference: ModuleType, change: dict[str, Any]) -> None:
     wrong = Case("f32", (3,), BY_HAND.params | change, BY_HAND.segments)
     with pytest.raises(reference.SpecError, match=r"'layers'|'lossless'|unknown params|segments are|segment .* must"):
         decode(reference, wrong)
@@ -391,7 +395,7 @@ def test_params(reference: ModuleType, change: dict[str, Any]) -> None:
             decode(reference, Case("f32", (3,), params, BY_HAND.segments))
 
 
-def test_sixty_four_layers(reference: ModuleType) -> None:
+def test_the_reference_decodes_at_most_64_scm_layers(reference: ModuleType) -> None:
     choices = Choices((Fraction(1), Fraction(2)), ends=tuple(range(64)), z=(0,))
     check(reference, [([0x3F800001] * 70, choices)], "f32", (70,))
     choices.ends = tuple(range(65))
@@ -400,12 +404,12 @@ def test_sixty_four_layers(reference: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f64", "f8_e4m3", "f8_e5m2", "i32", "bool", "f128"])
-def test_dtypes(reference: ModuleType, dtype: str) -> None:
+def test_the_reference_refuses_scm_tensors_of_other_dtypes(reference: ModuleType, dtype: str) -> None:
     with pytest.raises(reference.SpecError, match="dtype"):
         decode(reference, Case(dtype, (3,), BY_HAND.params, BY_HAND.segments))
 
 
-def test_segments(reference: ModuleType) -> None:
+def test_the_reference_refuses_wrong_scm_segments(reference: ModuleType) -> None:
     every = BY_HAND.segments
     for shape in ((3,), (0,)):
         segments = every if shape == (3,) else dict.fromkeys(every, b"")
@@ -421,7 +425,9 @@ def test_segments(reference: ModuleType) -> None:
 
 @pytest.mark.parametrize("shape", [(0,), (0, 70), (3, 0), (0, 2**53 - 1), (2**53 - 1, 0)])
 @pytest.mark.parametrize("dtype", MANTISSA)
-def test_no_elements(reference: ModuleType, dtype: str, shape: tuple[int, ...]) -> None:
+def test_the_reference_decodes_scm_tensors_without_elements(
+    reference: ModuleType, dtype: str, shape: tuple[int, ...]
+) -> None:
     for lossless in (False, True):
         names = ["grid", "layer.1", "layer.2", *["rest"] * lossless]
         params = {"layers": 2, "lossless": lossless}
@@ -437,7 +443,7 @@ def test_no_elements(reference: ModuleType, dtype: str, shape: tuple[int, ...]) 
             decode(reference, Case(dtype, shape, params, case.segments))
 
 
-def test_the_lengths_of_chunks(reference: ModuleType) -> None:
+def test_the_reference_refuses_wrong_scm_chunk_lengths(reference: ModuleType) -> None:
     for name, content in BY_HAND.segments.items():
         if name == "grid":
             continue
@@ -455,7 +461,7 @@ def test_the_lengths_of_chunks(reference: ModuleType) -> None:
                 decode(reference, BY_HAND.with_segments(**{name: wrong}))
 
 
-def test_only_chunks_of_the_first_layer_are_filled_up(reference: ModuleType) -> None:
+def test_only_chunks_of_the_first_scm_layer_are_padded(reference: ModuleType) -> None:
     """40,000 elements, which need 40 bytes; all of them are zeros and do not count."""
     stored = {"layer.1": bytes.fromhex("0000 01") + constant(0), "layer.2": bytes(2), "rest": constant(0, 0)}
     right = {"grid": GRID} | {
@@ -474,7 +480,7 @@ def test_only_chunks_of_the_first_layer_are_filled_up(reference: ModuleType) -> 
             decode(reference, case.with_segments(layer_1=cut([stored["layer.1"] + filling])))
 
 
-def test_a_tensor_of_too_many_elements(reference: ModuleType) -> None:
+def test_the_reference_refuses_scm_tensors_with_too_many_elements(reference: ModuleType) -> None:
     """Refused before the list of chunks or the result is made."""
     for shape in ((2**53 - 1,), (2**50, 8), (1, 2**52), (2**26, 2**26), (64 * 1024,)):
         case = Case("f32", shape, BY_HAND.params, BY_HAND.segments)
@@ -482,7 +488,7 @@ def test_a_tensor_of_too_many_elements(reference: ModuleType) -> None:
             decode(reference, case)
 
 
-def test_what_is_cut_or_changed_is_refused_or_decodes(reference: ModuleType) -> None:
+def test_truncated_or_changed_scm_segments_raise_only_spec_errors(reference: ModuleType) -> None:
     """No other error than `SpecError` leaves the reader."""
     rng = np.random.default_rng(0)
     patterns = [largest_below("f32", Fraction(float(u))) for u in rng.exponential(4, 300)]
@@ -547,7 +553,7 @@ def read_and_decode(reference: ModuleType, data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", WRONG_RECORDS)
-def test_wrong_records(reference: ModuleType, name: str) -> None:
+def test_the_reference_refuses_wrong_scm_records(reference: ModuleType, name: str) -> None:
     case, edit, message = WRONG_RECORDS[name]
     assert read_and_decode(reference, case.draft().pack()).tobytes() == decode(reference, case).tobytes()
     draft = case.draft()
@@ -556,7 +562,7 @@ def test_wrong_records(reference: ModuleType, name: str) -> None:
         read_and_decode(reference, draft.pack())
 
 
-def test_known_keys_may_have_to_be_understood(reference: ModuleType) -> None:
+def test_known_keys_of_scm_records_may_be_listed_in_must_understand(reference: ModuleType) -> None:
     draft = BY_HAND.draft()
     put(*TENSOR, "must_understand", ["range", "error"])(draft)
     put(*TENSOR, "segments", 1, "must_understand", ["error"])(draft)
@@ -564,7 +570,7 @@ def test_known_keys_may_have_to_be_understood(reference: ModuleType) -> None:
     assert read_and_decode(reference, draft.pack()).tolist() == [1.25, -0.5, 20]
 
 
-def test_only_layered_tensors_have_a_range_and_layers_an_error(reference: ModuleType) -> None:
+def test_ranges_and_layer_errors_of_other_codecs_are_refused(reference: ModuleType) -> None:
     error = dict.fromkeys(["rmse", "max", "mean"], ZERO)
     for edit in (put(*TENSOR, "range", ZERO), put(*TENSOR, "segments", 0, "error", error)):
         draft = Draft(tensors=[raw_tensor("t", "f32", np.ones(3, "<f4"))])
