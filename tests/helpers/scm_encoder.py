@@ -330,10 +330,7 @@ BY_HAND = Case(
 
 
 LOSSY = Case(
-    "f32",
-    (3,),
-    {"layers": 2, "lossless": False},
-    {"grid": GRID, "layer.1": cut([LAYER_1]), "layer.2": cut([LAYER_2])},
+    "f32", (3,), {"layers": 2, "lossless": False}, {"grid": GRID, "layer.1": cut([LAYER_1]), "layer.2": cut([LAYER_2])}
 )
 
 

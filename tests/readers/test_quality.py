@@ -731,12 +731,7 @@ def test_the_torch_reader_returns_tensors_at_a_quality(whole):
                 info = f.info(name)
                 assert (
                     str(tensor.dtype).removeprefix("torch.")
-                    == {
-                        "f32": "float32",
-                        "bf16": "bfloat16",
-                        "f16": "float16",
-                        "i64": "int64",
-                    }[info.dtype]
+                    == {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64"}[info.dtype]
                 )
                 expected = torch.from_numpy(f.get_tensor(name)).to(tensor.dtype)
                 assert torch.equal(tensor, expected), name
