@@ -72,3 +72,13 @@ def minilm_qf(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("minilm") / "minilm.qf"
     convert(open_checkpoint(minilm), path, Recipe.parse("q4_0"))
     return path
+
+
+@pytest.fixture(scope="session")
+def layered_qf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A container file of layered tensors (scm) of many sizes, other tensors, assets and metadata."""
+    from tests.helpers.layered import model, write
+
+    path = tmp_path_factory.mktemp("layered") / "whole.qf"
+    write(path, "scm", model(0, big=True))
+    return path
