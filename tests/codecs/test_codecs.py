@@ -31,14 +31,7 @@ def round_trip(tmp_path, array, types, **options):
 def test_the_registry_holds_the_codecs_of_the_spec():
     assert set(codecs()) == {
         *DTYPES,
-        "q4_0",
-        "q4_1",
-        "q5_0",
-        "q5_1",
-        "q8_0",
-        "affine",
-        "lut",
-        "nlm",
+        *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "affine", "lut", "nlm"),
         *ENTROPY_CODED,
         *COPIED,
     }

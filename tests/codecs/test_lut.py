@@ -26,13 +26,8 @@ SIZES = [4, 8, 16]
 every_size = pytest.mark.parametrize("size", SIZES)
 
 TYPES = [
-    "lut",
-    "lut:size=8,fit=percentile",
-    "lut:size=4,fit=gauss",
-    "lut:scale=row",
-    "lut:size=8,scale=row,fit=gauss",
-    "lut:scale=row,fit=percentile",
-    "lut:scope=block",
+    *("lut", "lut:size=8,fit=percentile", "lut:size=4,fit=gauss", "lut:scale=row"),
+    *("lut:size=8,scale=row,fit=gauss", "lut:scale=row,fit=percentile", "lut:scope=block"),
     "lut:scope=block,block=256,size=8",
 ]
 
@@ -263,13 +258,8 @@ def test_the_parts_of_a_lut_chunk_are_contiguous():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"block": 256},
-        {"block": 0},
-        {"scope": "block"},
-        {"scope": "block", "block": 64},
-        {"size": 5},
-        {"block": "0"},
-        {"size": True},
+        *({"block": 256}, {"block": 0}, {"scope": "block"}, {"scope": "block", "block": 64}, {"size": 5}),
+        *({"block": "0"}, {"size": True}),
     ],
 )
 def test_records_with_impossible_lut_parameters_are_refused(changes):

@@ -424,14 +424,7 @@ def test_the_package_refuses_scm_chunks_that_the_reference_refuses(
             if not refused(case):
                 accepted.append(f"{dtype} {letters}")
         grids = (
-            "00000000",
-            "000080bf",
-            "0100803f",
-            "8000803f",
-            "0000807f",
-            "0000c07f",
-            "0001807e",
-            "0000007f",
+            *("00000000", "000080bf", "0100803f", "8000803f", "0000807f", "0000c07f", "0001807e", "0000007f"),
             "00ff7f0d",
         )
         for step in map(bytes.fromhex, grids):

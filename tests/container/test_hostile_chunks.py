@@ -35,15 +35,8 @@ from tests.helpers.hostile import (
 )
 
 TYPES = [
-    "ternary",
-    "ternary:scale=tensor",
-    "ternary:scale=group,group=64,dtype=bf16",
-    "levels:dtype=f32",
-    "levels:n=15,scale=tensor",
-    "lossless",
-    "q4_0:coded=true",
-    "q5_1:coded=true",
-    "q8_0:coded=true",
+    *("ternary", "ternary:scale=tensor", "ternary:scale=group,group=64,dtype=bf16", "levels:dtype=f32"),
+    *("levels:n=15,scale=tensor", "lossless", "q4_0:coded=true", "q5_1:coded=true", "q8_0:coded=true"),
     "nlm:block=64,coded=true",
 ]
 every_type = pytest.mark.parametrize("type_", TYPES)

@@ -23,17 +23,7 @@ FUZZ = settings(
 
 INTEGERS = st.sampled_from([0, 1, 2, 3, 18, 24, 63, 64, 108, 128, 2**31, 2**32, 2**52, TWO_53 - 1, TWO_53, 2**64, -1])
 WORDS = [
-    "",
-    "data",
-    "blocks",
-    "f32",
-    "f16",
-    "q4_0",
-    "bool",
-    "raw",
-    "zstd",
-    "name",
-    "future",
+    *("", "data", "blocks", "f32", "f16", "q4_0", "bool", "raw", "zstd", "name", "future"),
     "0" * 64,
     "../x",
     "\0",

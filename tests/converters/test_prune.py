@@ -163,33 +163,17 @@ def shares(
 
 def test_embeddings_and_output_heads_are_not_pruned_by_default():
     kept = [
-        "model.embed_tokens.weight",
-        "embeddings.word_embeddings.weight",
-        "tok_embeddings.weight",
-        "token_embd.weight",
-        "transformer.wte.weight",
-        "wpe.weight",
-        "emb.weight",
-        "shared.weight",
-        "model.shared.weight",
-        "lm_head.weight",
-        "lm_head.decoder.weight",
-        "head.weight",
-        "output.weight",
-        "proj_out.weight",
-        "score.weight",
-        "classifier.weight",
-        "cls.predictions.decoder.weight",
+        *("model.embed_tokens.weight", "embeddings.word_embeddings.weight", "tok_embeddings.weight"),
+        *("token_embd.weight", "transformer.wte.weight", "wpe.weight", "emb.weight", "shared.weight"),
+        *("model.shared.weight", "lm_head.weight", "lm_head.decoder.weight", "head.weight", "output.weight"),
+        *("proj_out.weight", "score.weight", "classifier.weight", "cls.predictions.decoder.weight"),
         "params.Embed_0.embedding",
     ]
     taken = [
         "model.layers.0.self_attn.q_proj.weight",
         "encoder.layer.0.attention.output.dense.weight",
-        "layers.0.attention.output.weight",
-        "mlp.shared_expert.up_proj.weight",
-        "blk.0.attn_output.weight",
-        "multihead_attn.in_proj_weight",
-        "pooler.dense.weight",
+        *("layers.0.attention.output.weight", "mlp.shared_expert.up_proj.weight", "blk.0.attn_output.weight"),
+        *("multihead_attn.in_proj_weight", "pooler.dense.weight"),
     ]
     assert shares(kept, Pruning.parse(0.5)) == dict.fromkeys(kept, 0.0)
     assert shares(taken, Pruning.parse(0.5)) == dict.fromkeys(taken, 0.5)

@@ -378,11 +378,7 @@ def test_layers_of_several_tools_in_one_checkpoint_are_recognized(tmp_path, monk
     with safe_open(tmp_path / "1.qf") as file:
         assert sorted(file.keys()) == [
             *(
-                "x.awq.weight",
-                "x.gptq.bias",
-                "x.gptq.input_scale",
-                "x.gptq.weight",
-                "x.no_layer.g_idx",
+                *("x.awq.weight", "x.gptq.bias", "x.gptq.input_scale", "x.gptq.weight", "x.no_layer.g_idx"),
                 "x.no_layer.scales",
             ),
             *("x.packed.weight", "x.plain.weight"),
@@ -704,16 +700,8 @@ JSON = st.recursive(
 )
 KEYS = (
     *(
-        "bits",
-        "group_size",
-        "quant_method",
-        "method",
-        "checkpoint_format",
-        "format",
-        "version",
-        "desc_act",
-        "sym",
-        "dynamic",
+        *("bits", "group_size", "quant_method", "method", "checkpoint_format", "format", "version", "desc_act"),
+        *("sym", "dynamic"),
     ),
     *("config_groups", "weight_block_size", "linear_class", "quantization_mode", "packing_format", "is_marlin_format"),
 )
