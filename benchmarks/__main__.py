@@ -14,7 +14,6 @@ from benchmarks.report import Section, as_markdown, as_text, machine, summary
 
 #: by name of the benchmark: its module
 BENCHMARKS = {
-    "quality": "quality",
     "formats": "formats",
     "optimum": "optimum",
     "kernels": "kernels",
@@ -25,7 +24,6 @@ BENCHMARKS = {
     "scm": "scm",
     "convert": "convert",
     "sources": "sources",
-    "identical": "identical",
     "startup": "startup",
     "verify": "verify",
     "load": "loading",

@@ -1,8 +1,9 @@
+"""``q4_1`` and ``q5_1``: the searches for scales and minima, and the codecs."""
+
 from __future__ import annotations
 
 from types import ModuleType
 
-import gguf
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,46 +17,16 @@ from qformat.errors import TypeSpecError
 from qformat.kernels import load
 from tests.helpers.codecs import decode, segment_lengths
 from tests.helpers.codecs import encode as encode_with
-from tests.helpers.kernels import FAMILIES, battery, modules, rows
+from tests.helpers.kernels import FAMILIES, battery, likely_rows, modules, rows
 
-FORMATS = {"q4_1": (20, gguf.GGMLQuantizationType.Q4_1), "q5_1": (24, gguf.GGMLQuantizationType.Q5_1)}
-NAMES = [*FORMATS, "q4_1_als", "q4_1_best"]
-BOTH = [NUMBA, NUMPY] = modules(*NAMES)
+BLOCK_BYTES = {"q4_1": 20, "q5_1": 24}
+BOTH = [NUMBA, _] = modules(*BLOCK_BYTES, "q4_1_als", "q4_1_best")
 SEARCHES = ["als", "best"]
-every_format = pytest.mark.parametrize("name", FORMATS)
 every_family = pytest.mark.parametrize("kernels", BOTH, ids=FAMILIES)
-
-# Blocks as weights are: around some value, of some spread, perhaps with few different values.
-numbers = st.sampled_from([0.0, 1.0, -0.7, 10.0, 3e-5, -1e-7, 1000.0])
-likely = st.tuples(
-    hnp.arrays(np.float32, st.integers(1, 40).map(lambda n: 32 * n), elements=st.integers(-9, 9).map(np.float32)),
-    numbers,
-    numbers,
-).map(lambda parts: (parts[0] * np.float32(parts[1]) + np.float32(parts[2])).astype(np.float32))
-
-
-def gguf_blocks(name: str, x: np.ndarray) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        return gguf.quants.quantize(x.reshape(-1, 32), FORMATS[name][1]).reshape(-1, FORMATS[name][0])
-
-
-def gguf_values(name: str, blocks: np.ndarray) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        return gguf.quants.dequantize(blocks.reshape(-1, FORMATS[name][0]), FORMATS[name][1]).reshape(-1)
-
-
-def certain(x: np.ndarray) -> np.ndarray:
-    """Which blocks have only one smallest value.
-
-    If it is a zero, and there are zeros of both signs, numpy's minimum may be either of them (it depends on its vector code).
-    """
-    values = x.reshape(-1, 32)
-    zero, minus = values == 0, np.signbit(values)
-    return ~((values.min(axis=1) == 0) & (zero & minus).any(axis=1) & (zero & ~minus).any(axis=1))
 
 
 def quantize(module: ModuleType, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    size = FORMATS[module.__name__.rpartition(".")[2]][0]
+    size = BLOCK_BYTES[module.__name__.rpartition(".")[2]]
     blocks, lanes = np.zeros((x.size // 32, size), np.uint8), np.zeros(load("blocks").LANES)
     found = module.quantize(x.reshape(-1), blocks.reshape(-1), lanes)
     return blocks, lanes, tuple(int(value) for value in found)
@@ -81,94 +52,6 @@ def errors(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     NUMBA["q4_1"].dequantize(blocks.reshape(-1), decoded)
     with np.errstate(all="ignore"):
         return ((x.reshape(-1).astype(np.float64) - decoded) ** 2).reshape(-1, 32).sum(axis=1)
-
-
-def test_numba_kernels_are_loaded_for_q4_1_and_q5_1():
-    for name in NAMES:
-        assert load(name) is NUMBA[name]
-
-
-@every_format
-@given(x=rows)
-def test_naive_q4_1_and_q5_1_blocks_are_those_of_gguf(name, x):
-    blocks, lanes, found = quantize(NUMBA[name], x)
-    np.testing.assert_array_equal(blocks[certain(x)], gguf_blocks(name, x)[certain(x)])
-    numpy_blocks, numpy_lanes, numpy_found = quantize(NUMPY[name], x)
-    np.testing.assert_array_equal(blocks, numpy_blocks)
-    assert found == numpy_found
-    if not found[2]:
-        assert lanes.tobytes() == numpy_lanes.tobytes()
-
-
-@every_format
-@pytest.mark.parametrize("case", battery())
-@every_family
-def test_awkward_q4_1_and_q5_1_blocks_are_those_of_gguf(kernels, case, name):
-    x = battery()[case].astype(np.float32)
-    blocks, lanes, (peak, largest, overflowed, zeroed) = quantize(kernels[name], x)
-    np.testing.assert_array_equal(blocks[certain(x)], gguf_blocks(name, x)[certain(x)])
-    assert peak == np.abs(x).view(np.uint32).max()
-    header = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float32)
-    assert overflowed == np.isinf(header).any(axis=1).sum()
-    assert zeroed == ((header == 0).all(axis=1) & (x != 0).any(axis=1)).sum()
-    if not overflowed:
-        decoded = np.empty(x.size, np.float32)
-        kernels[name].dequantize(blocks.reshape(-1), decoded)
-        np.testing.assert_array_equal(decoded, gguf_values(name, blocks))
-        error = x.reshape(-1) - decoded
-        np.testing.assert_allclose(lanes.sum(), (error.astype(np.float64) ** 2).sum(), rtol=1e-6, atol=1e-40)
-        assert np.uint32(largest).view(np.float32) == np.abs(error).max()
-
-
-@every_format
-@every_family
-@pytest.mark.parametrize("signs", [(0.0, -0.0), (-0.0, 0.0)])
-@pytest.mark.parametrize("rest", [0.0, 1.0])
-def test_the_first_of_several_zeros_is_the_minimum_of_a_block(kernels, name, signs, rest):
-    x = np.full(32, rest, np.float32)
-    x[[7, 20]] = signs
-    x[:7] = np.abs(rest) or signs[0]
-    blocks, _, _ = quantize(kernels[name], x)
-    assert blocks[0, 3] == (0x80 if np.signbit(np.float32(signs[0])) else 0)
-    assert blocks[0, 1] & 0x80 == 0
-
-
-@every_format
-@given(patterns=hnp.arrays(np.uint16, 64, elements=st.integers(0, 0xFFFF).filter(lambda p: p & 0x7F80 != 0x7F80)))
-def test_q4_1_and_q5_1_blocks_of_bfloat16_are_those_of_the_same_float32_values(name, patterns):
-    values = (patterns.astype(np.uint32) << 16).view(np.float32)
-    expected = quantize(NUMBA[name], values)
-    for kernels in BOTH:
-        blocks, lanes, found = quantize(kernels[name], patterns)
-        np.testing.assert_array_equal(blocks, expected[0])
-        assert found == expected[2]
-        if not found[2]:
-            assert lanes.tobytes() == expected[1].tobytes()
-
-
-@every_format
-@given(data=st.data())
-def test_q4_1_and_q5_1_blocks_decode_as_in_gguf(name, data):
-    blocks = data.draw(hnp.arrays(np.uint8, (4, FORMATS[name][0])))
-    blocks[:, [1, 3]] &= 0xBF  # keep the scale and the minimum finite
-    expected = gguf_values(name, blocks)
-    for kernels in BOTH:
-        values = np.empty(128, np.float32)
-        kernels[name].dequantize(blocks.reshape(-1), values)
-        np.testing.assert_array_equal(values.view(np.uint32), expected.view(np.uint32))
-
-
-@every_format
-def test_q4_1_and_q5_1_histograms_count_each_code(name):
-    blocks, _, _ = quantize(NUMBA[name], battery()["normal"])
-    header = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float32)
-    codes = np.rint((gguf_values(name, blocks).reshape(-1, 32) - header[:, 1:]) / header[:, :1]).astype(int)
-    top = 16 if name == "q4_1" else 32
-    expected = np.bincount(codes.ravel(), minlength=top) + 1
-    for kernels in BOTH:
-        counts = np.ones(top, np.int64)
-        kernels[name].code_histogram(blocks.reshape(-1), counts)
-        np.testing.assert_array_equal(counts, expected)
 
 
 @pytest.mark.parametrize("how", ["naive", *SEARCHES])
@@ -223,7 +106,7 @@ def assert_searches_are_in_order(x: np.ndarray) -> None:
         before = found
 
 
-@given(x=st.one_of(rows, likely))
+@given(x=st.one_of(rows, likely_rows))
 def test_no_q4_1_search_errs_more_than_a_cheaper_one(x):
     assert_searches_are_in_order(x)
 
@@ -288,8 +171,8 @@ def test_q4_1_and_q5_1_codecs_round_trip_with_the_measured_error(text, dtype):
     elements = Elements(dtype, stored)
     encoded = encode_with(codec, elements)
     assert (encoded.finite, encoded.overflowed, encoded.zeroed) == (True, 0, 0)
-    assert len(encoded.parts[0]) == codec.nbytes((3, 70)) == 9 * FORMATS[codec.id][0]
-    assert segment_lengths(codec, (3, 70)) == {"blocks": 9 * FORMATS[codec.id][0]}
+    assert len(encoded.parts[0]) == codec.nbytes((3, 70)) == 9 * BLOCK_BYTES[codec.id]
+    assert segment_lengths(codec, (3, 70)) == {"blocks": 9 * BLOCK_BYTES[codec.id]}
     decoded = decode(codec, encoded.parts, (3, 70))
     squares = (elements.to_f32().astype(np.float64) - decoded) ** 2
     np.testing.assert_allclose(encoded.error.squares, squares.sum(), rtol=1e-5)

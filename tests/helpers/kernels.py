@@ -21,6 +21,15 @@ finite_f32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 #: vectors of up to eight blocks of 32
 rows = hnp.arrays(np.float32, st.integers(1, 8).map(lambda n: 32 * n), elements=finite_f32)
 
+_factors = st.sampled_from([0.0, 1.0, -0.7, 10.0, 3e-5, -1e-7, 1000.0])
+_levels = hnp.arrays(
+    np.float32, st.integers(1, 40).map(lambda n: 32 * n), elements=st.integers(-12, 12).map(np.float32)
+)
+#: vectors of blocks as weights are: around some value, of some spread, often with few different values
+likely_rows = st.tuples(_levels, _factors, _factors).map(
+    lambda parts: (parts[0] * np.float32(parts[1]) + np.float32(parts[2])).astype(np.float32)
+)
+
 
 def modules(*names: str) -> list[dict[str, ModuleType]]:
     """Return kernel modules by name, those of numba and those of numpy."""

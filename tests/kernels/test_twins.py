@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from qformat import kernels
 from qformat.codecs.affine import _EXTREMES, _STEPS
 from qformat.codecs.codebooks import midpoints
-from tests.helpers.kernels import FAMILIES, asymmetric_battery, modules, padded_rows, q4_0_battery, rows
+from tests.helpers.kernels import FAMILIES, asymmetric_battery, likely_rows, modules, padded_rows, q4_0_battery, rows
 
 SOURCES = {family: Path(kernels.__file__).parent / family for family in FAMILIES}
 PUBLIC = sorted(path.stem for path in SOURCES["numpy"].glob("[!_]*.py"))
@@ -179,12 +179,6 @@ RUNS: dict[str, Callable[[Kernels, np.ndarray], list[Any]]] = {
 SLOW_RUNS = {"affine sym": partial(affine, sym=True), "affine": partial(affine, sym=False), "lut": lut}
 CASES = asymmetric_battery() | q4_0_battery()
 
-#: blocks as weights are: around some value, of some spread, often with few different values
-factors = st.sampled_from([0.0, 1.0, -0.7, 10.0, 3e-5, -1e-7, 1000.0])
-levels = hnp.arrays(np.float32, st.integers(1, 40).map(lambda n: 32 * n), elements=st.integers(-12, 12).map(np.float32))
-likely = st.tuples(levels, factors, factors).map(
-    lambda parts: (parts[0] * np.float32(parts[1]) + np.float32(parts[2])).astype(np.float32)
-)
 modest = hnp.arrays(np.float32, 256, elements=st.floats(-(2.0**15), 2.0**15, width=32))
 
 
@@ -206,7 +200,7 @@ def test_numba_and_numpy_give_identical_results(kernel, case):
 
 
 @pytest.mark.parametrize("kernel", RUNS)
-@given(x=st.one_of(rows, likely, modest))
+@given(x=st.one_of(rows, likely_rows, modest))
 def test_numba_and_numpy_give_identical_results_for_any_floats(kernel, x):
     assert_identical(RUNS[kernel], x)
 
