@@ -23,7 +23,7 @@ from qformat.errors import FormatError, SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint, QuantizedTensor
 from qformat.records import TensorRecord
-from tests.helpers.codecs import check_wrong_lengths_are_refused, decode, encode, part_of, record_of, segment_lengths
+from tests.helpers.codecs import decode, encode, part_of, record_of, segment_lengths, wrong_lengths_are_refused
 
 FORMATS = ("e4m3", "e5m2")
 
@@ -281,7 +281,7 @@ def test_records_with_impossible_fp8_parameters_are_refused(changes):
 
 def test_fp8_parts_of_the_wrong_length_or_with_missing_bands_are_refused():
     for codec in (Fp8(), Fp8(rows=1, cols=7), Fp8(rows=5, cols=7, scale="bf16")):
-        check_wrong_lengths_are_refused(codec, (20, 30))
+        wrong_lengths_are_refused(codec, (20, 30))
     scales, bands, codes = (bytes(length) for length in segment_lengths(codec, (20, 30)).values())
     outside = (np.arange(20) // 5 + 1).astype("<u4").tobytes()
     with pytest.raises(ValueError, match="a row is in band 4 of 4"):

@@ -16,7 +16,7 @@ from qformat.codecs.level_fit import fit
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, Elements
-from qformat.errors import SourceError, TypeSpecError
+from qformat.errors import SourceError
 from tests.helpers.codecs import chunks_of, encode, survey_of
 from tests.helpers.kernels import modules
 
@@ -153,30 +153,6 @@ def test_levels_keep_to_a_rate_and_err_less_at_higher_ones(type_, tmp_path, mini
 def test_a_rate_below_that_of_the_scales_is_refused(tmp_path):
     with pytest.raises(SourceError, match=r"'x': its scales alone take 0.25 bits per weight.*--tensor-type"):
         saved(tmp_path, normal(64, 64), "ternary:scale=row,bpw=0.2")
-
-
-@pytest.mark.parametrize(
-    ("type_", "message"),
-    [
-        ("ternary:sparsity=1", "sparsity may be a number from 0 to below 1, not '1'"),
-        ("ternary:sparsity=-0.1", "sparsity may be"),
-        ("ternary:sparsity=nan", "sparsity may be"),
-        ("ternary:sparsity=x", "sparsity may be"),
-        ("levels:bpw=0", "bpw may be a number above 0 or any, not '0'"),
-        ("levels:bpw=inf", "bpw may be"),
-        ("levels:bpw=1,sparsity=0.5", "exclude each other"),
-        ("levels:n=4", "n may be 3 or 5 or 7 or 9 or 11 or 13 or 15, not '4'"),
-        ("levels:n=17", "n may be"),
-        ("ternary:n=3", "ternary has no parameter 'n'"),
-        ("ternary:group=64", "group=64 needs scale=group"),
-        ("ternary:scale=group,group=40", "multiple of 32"),
-        ("ternary:scale=tensor,dtype=f32", "dtype=f32 needs scale=row or scale=group"),
-    ],
-)
-def test_impossible_parameters_of_levels_are_refused(type_, message):
-    with pytest.raises(TypeSpecError) as caught:
-        parse_type(type_)
-    assert message in str(caught.value)
 
 
 # ---- weights that have few values already

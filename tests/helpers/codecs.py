@@ -70,7 +70,7 @@ def record_of(codec: Codec, shape: tuple[int, ...], **changes: Any) -> TensorRec
     return replace(record, **changes)
 
 
-def check_wrong_lengths_are_refused(codec: Codec, shape: Sequence[int]) -> None:
+def wrong_lengths_are_refused(codec: Codec, shape: Sequence[int]) -> None:
     """Assert that a decoder takes parts of the right lengths only."""
     good = [bytes(length or 0) for length in segment_lengths(codec, shape).values()]
     decode(codec, good, shape)
