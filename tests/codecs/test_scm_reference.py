@@ -22,12 +22,9 @@ from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from tests.helpers import scm_encoder as written
 from tests.helpers.kernels import FAMILIES, every_family, using
+from tests.helpers.scm import METRICS
+from tests.helpers.scm_encoder import LARGEST, MANTISSA, SIGN, UNSIGNED
 
-MANTISSA = {"f16": 10, "bf16": 7, "f32": 23}
-LARGEST = {"f16": 0x7BFF, "bf16": 0x7F7F, "f32": 0x7F7FFFFF}
-UNSIGNED = {"f16": "<u2", "bf16": "<u2", "f32": "<u4"}
-SIGN = {"f16": 1 << 15, "bf16": 1 << 15, "f32": 1 << 31}
-METRICS = {"max_rmse": "rmse", "max_abs": "maximum", "mean_abs": "mean"}
 OTHERS = ("scm:bpw=2.7", "scm:bpw=5", "scm:max_rmse=0.02", "scm:max_abs=0.03", "scm:mean_abs=0.001")
 
 
@@ -170,10 +167,12 @@ every_dtype = pytest.mark.parametrize("dtype", MANTISSA)
 SHAPES: list[tuple[int, ...]] = [(1,), (), (1, 1), (63,), (65, 1), (3, 33), (129, 31), (5, 7, 3, 3), (4097,)]
 
 
-@pytest.mark.parametrize("number", range(len(SHAPES)))
-def test_both_readers_agree_on_scm_tensors_of_every_shape(reference: ModuleType, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(("number", "shape"), list(enumerate(SHAPES)))
+def test_both_readers_agree_on_scm_tensors_of_every_shape(
+    reference: ModuleType, tmp_path: Path, number: int, shape: tuple[int, ...]
+) -> None:
     for dtype, type_ in types_in_turn(number):
-        x = normal(*SHAPES[number])
+        x = normal(*shape)
         rates = check(reference, tmp_path / "x.qf", patterns_of(x, dtype), dtype, type_, every=5)
         assert type_ != "scm" or len(rates) > 8 or x.size < 2000
 
