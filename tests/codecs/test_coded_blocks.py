@@ -1,4 +1,4 @@
-"""``coded=true``: the same blocks, in fewer bytes; and what chunked tensors of all kinds have in common in a file."""
+"""``coded=true``: the same blocks in fewer bytes; and properties that chunked tensors of all types share."""
 
 from __future__ import annotations
 

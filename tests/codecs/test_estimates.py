@@ -1,4 +1,4 @@
-"""Estimates of what streams take: both kinds of kernels give the same, and what the specification says."""
+"""Estimates of the sizes of streams are those of the specification, with the kernels of both families."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ sections = st.lists(numbers, min_size=6, max_size=6).map(lambda found: np.array(
 
 
 def stream(zeros: int, ones: int) -> int:
-    """What spec/codecs.md says that a stream of bits takes."""
+    """Return the bytes of a stream of bits, from the text of spec/codecs.md."""
     count = zeros + ones
     if not zeros or not ones:
         return 6 if count else 4

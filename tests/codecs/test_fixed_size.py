@@ -1,4 +1,4 @@
-"""What ``affine`` and ``lut`` have in common: codecs whose sizes the shape decides, with scales or codebooks of their own."""
+"""Properties that ``affine`` and ``lut`` share: sizes follow from the shape, and bytes from the weights."""
 
 from __future__ import annotations
 

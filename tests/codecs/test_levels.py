@@ -228,7 +228,7 @@ def test_levels_of_every_shape_round_trip(type_, shape, tmp_path):
             np.testing.assert_array_equal(f.get_rows("x", [0, shape[0] - 1, 0]), found[[0, shape[0] - 1, 0]])
 
 
-# ---- what cannot be stored
+# ---- refusals
 
 
 def test_levels_refuse_weights_that_cannot_be_stored_by_name(tmp_path):

@@ -138,7 +138,7 @@ def test_lut_row_scales_reduce_the_error_of_rows_of_different_magnitudes(tmp_pat
         assert [(s.name, s.length) for s in f.info("x").segments][:2] == [("codebooks", 32), ("scales", 128)]
 
 
-# ---- what is refused
+# ---- refusals
 
 
 @pytest.mark.parametrize("type_", TYPES)

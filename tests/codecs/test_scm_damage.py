@@ -60,7 +60,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Records:
 
 
 def check_all_qualities(path: Path) -> int:
-    """Read at each quality without comparing digests; count what is refused."""
+    """Read at each quality without comparing digests; return how many reads are refused."""
     refused = 0
     for quality in (2, 5, None):
         with qformat.safe_open(path, quality=quality, verify=False) as f:
@@ -194,4 +194,7 @@ def test_a_wrong_digest_of_an_scm_layer_is_reported_unless_the_layer_is_not_read
     with pytest.raises(FormatError, match=r"tensor 't', segment 'layer.3' is damaged: its SHA-256"):
         read(tmp_path / "x.qf", name="t")
     record = record_of(tmp_path / "x.qf", "t")
-    assert read(tmp_path / "x.qf", record.layers[1].bpw, "t").shape == (11, 31)  # what is not read is not checked
+    assert read(tmp_path / "x.qf", record.layers[1].bpw, "t").shape == (
+        11,
+        31,
+    )  # digests of unread layers are not compared

@@ -169,7 +169,7 @@ def test_ideal_rate_distortion_of_the_test_is_that_of_theory():
 @every_distribution
 def test_scm_errors_are_near_those_of_ideal_coding(distribution, tmp_path):
     best = ideal(distribution, [*LADDER])
-    # small matrices have to be told their cells, too
+    # for small matrices the parameters of cells count, too
     for shape, limit in (((320, 320), 1.125), ((1_200, 1_000), 1.10 if distribution == "normal" else 1.115)):
         x = drawn(distribution, *shape, seed=7)
         store(tmp_path / "x.qf", "scm", x=x)
@@ -234,7 +234,7 @@ def test_scm_stores_constant_tensors_exactly_under_any_bound(tmp_path):
 
 def _kinds() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(7)
-    shape = 600, 512  # more than what is small
+    shape = 600, 512  # above the limit for small tensors
 
     def with_zeros(share: float) -> np.ndarray:
         return np.where(rng.random(shape) < share, 0, rng.standard_normal(shape)).astype(np.float32)

@@ -38,7 +38,7 @@ def patterns_of(values: Any, dtype: str) -> np.ndarray:
 
 
 def values_of(patterns: np.ndarray, dtype: str) -> np.ndarray:
-    """What a reader of everything has to give."""
+    """Return the values of a lossless read."""
     if dtype == "bf16":
         return (patterns.astype("<u4") << 16).view("<f4")
     return patterns.view("<f2" if dtype == "f16" else "<f4")
@@ -130,7 +130,7 @@ def check(
 
 
 def check_bound(info: Any, type_: str) -> None:
-    """The last layer is the first one within the bound that was asked for."""
+    """Assert that the last layer is the first one within the bound of the type."""
     key, _, number = type_.partition(":")[2].partition("=")
     if key in METRICS:
         errors = [getattr(layer.error, METRICS[key]) for layer in info.layers]
@@ -230,7 +230,7 @@ def test_both_readers_agree_on_scm_tensors_of_unusual_weights(reference: ModuleT
 def test_both_readers_agree_on_scm_tensors_of_unusual_bit_patterns(
     reference: ModuleType, tmp_path: Path, dtype: str
 ) -> None:
-    """What only patterns tell: subnormal numbers, short mantissas, all exponents."""
+    """Subnormal numbers, short mantissas, all exponents."""
     rng = np.random.default_rng(1)
     m = MANTISSA[dtype]
     usual = patterns_of(normal(24, 43), dtype)
@@ -386,7 +386,7 @@ def test_both_readers_agree_on_scm_tensors_made_by_hand(reference: ModuleType, t
 def test_the_package_refuses_scm_chunks_that_the_reference_refuses(
     reference: ModuleType, tmp_path: Path, family: str
 ) -> None:
-    """What the independent reader refuses is refused by the package."""
+    """The package refuses what the independent reader refuses."""
     path = tmp_path / "x.qf"
 
     def refused(case: written.Case) -> bool:

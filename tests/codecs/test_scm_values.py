@@ -174,7 +174,7 @@ def test_scm_stores_a_tensor_of_zeros_exactly_in_few_bytes(tmp_path):
         assert (record.error.rmse, record.error.maximum) == (0, 0)
 
 
-# ---- what cannot be stored
+# ---- refusals
 
 
 @pytest.mark.parametrize("type_", ["scm", "scm:bpw=3", "scm:max_rmse=0.01"])
@@ -306,7 +306,7 @@ def test_scm_tensors_of_every_shape_round_trip(tmp_path):
                 assert type_ != "scm" or found.tobytes() == source.tobytes()
 
 
-# ---- what bytes do not depend on
+# ---- bytes
 
 SCRIPT = """
 import sys

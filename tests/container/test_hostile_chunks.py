@@ -200,7 +200,7 @@ def test_chunks_are_padded_to_a_byte_for_1024_elements(tmp_path):
                 other = [size + step * (i == j) for j, size in enumerate(sizes)]
                 new = changed(record, chunks=part, lengths=struct.pack("<4I", *other))
                 assert not readable(path, record, segments=new)
-            if sizes[i] == 512:  # what fills up has to be zeros
+            if sizes[i] == 512:  # padding has to be zeros
                 new = changed(record, chunks=content[: at - 1] + b"\1" + content[at:])
                 assert not readable(path, record, segments=new)
 

@@ -151,7 +151,7 @@ def test_an_index_above_the_limit_is_refused_unread(tmp_path: Path, length: int)
 
 
 def in_little_memory(path: Path) -> str:
-    """Open a file in a process that may have 1 GiB; return what became of it."""
+    """Open a file in a process that may have 1 GiB; return ``opened`` or the error."""
     code = textwrap.dedent("""
         import sys
         from qformat import FormatError

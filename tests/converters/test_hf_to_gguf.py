@@ -1,4 +1,4 @@
-"""Hugging Face models into GGUF files; judged by what transformers reads of them."""
+"""Hugging Face models exported to GGUF, read back by transformers."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def model(kv_heads: int = HEADS, dtype: torch.dtype = torch.bfloat16) -> Tensors
 def split(
     tensors: Tensors, count: int, *, embeddings: int, kv_heads: int = HEADS, spread: bool = False
 ) -> list[Tensors]:
-    """Return what each GPU has; keys and values are given to several if there are fewer heads, next to each other or spread."""
+    """Return the tensors of each GPU; if there are fewer key heads than GPUs, neighbours share them, or GPUs far apart."""
     shards = []
     for i in range(count):
         shard = {"rope.freqs": torch.ones(HEAD_DIM // 2)}

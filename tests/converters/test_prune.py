@@ -46,7 +46,7 @@ def whole(tensor) -> np.ndarray:
 
 
 def sorted_out(bits: np.ndarray, dtype: str, rank: int) -> tuple[np.ndarray, int]:
-    """Return what pruning should leave, by sorting values as torch understands them, and how many zeros that is."""
+    """Return the bits after pruning and the number of zeros, by sorting the values that torch sees."""
     flat = bits.reshape(-1)
     values = np.abs(torch.from_numpy(flat.copy()).view(TORCH[dtype]).double().numpy())
     finite = np.sort(values[np.isfinite(values)])

@@ -1,4 +1,4 @@
-"""Layers that other tools have quantized, packed here one bit after the other, and what becomes of them."""
+"""Layers quantized by other tools, packed here bit by bit, have the values of their codes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def awq_words_of(codes: Sequence[int]) -> list[int]:
 
 @dataclass
 class Layer:
-    """A layer with random numbers and what it stands for."""
+    """A quantized layer with random numbers, and its values."""
 
     codes: np.ndarray  # [out, in]
     zeros: np.ndarray  # [out, groups]
@@ -182,7 +182,7 @@ def refused(parts: Mapping[str, Any], config: Any = None, **options: Any) -> str
 
 
 def check(tensor: Any, values: np.ndarray) -> None:
-    """Check what a tensor reads as, whole, in part, and chunk by chunk as it is stored."""
+    """Compare the values of a tensor read whole, in part, and chunk by chunk."""
     assert tensor.shape == values.shape
     flat = values.reshape(-1)
     assert tensor.read(slice(0, flat.size)).data.tobytes() == flat.tobytes()
@@ -198,7 +198,7 @@ def check(tensor: Any, values: np.ndarray) -> None:
         assert decoded.tobytes() == flat[chunk.elements(Matrix.of(tensor.shape))].tobytes()
 
 
-# ---- what the tools wrote
+# ---- real tools
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in DATA.iterdir() if path.is_dir()))
@@ -486,7 +486,7 @@ def test_gptq_words_that_lost_their_zeros_give_a_warning():
     assert recognized(parts, None, "v2")[1] == []
 
 
-# ---- what is refused
+# ---- refusals
 
 V1 = gptq(layer(4, 16, 64, 32), 4)
 PACKED = compressed(layer(4, 16, 64, 32), 4)

@@ -174,7 +174,7 @@ def test_truncating_files_that_do_not_reach_the_quality_is_refused(layered_qf, t
             truncate(tmp_path / name, target, Quality.parse(quality))
         assert "\n" not in str(caught.value)
         nothing_at(target)
-    # what is replaced stays if it is not to be
+    # a refused run leaves the old file
     target.write_bytes(b"old")
     with pytest.raises(QualityError):
         truncate(tmp_path / "lossy.qf", target, Quality.parse("lossless"), overwrite=True)
@@ -225,7 +225,7 @@ def test_truncating_a_damaged_file_is_refused(layered_qf, tmp_path):
         with pytest.raises(FormatError, match=message):
             truncate(source, target, Quality(bits=3))
         nothing_at(target)
-    # what is left out may be damaged
+    # damage in layers that are left out does not matter
     flipped(layered_qf, source, layered.segments[-1].offset)
     truncate(source, target, Quality(bits=3))
     truncate(layered_qf, tmp_path / "y.qf", Quality(bits=3))

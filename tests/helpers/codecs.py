@@ -34,7 +34,7 @@ def survey_of(values: np.ndarray) -> Survey:
 
 
 def encode(codec: Codec, array: np.ndarray | Elements) -> EncodedChunk:
-    """Encode a matrix as one chunk, with what the codec finds out about it beforehand."""
+    """Encode a matrix as one chunk, after the passes that the codec makes over it."""
     elements = array if isinstance(array, Elements) else from_array(array)
     return codec.encode(elements, codec.fitted_to([codec.survey(elements)]) if codec.fits else None)
 

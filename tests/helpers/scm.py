@@ -1,4 +1,4 @@
-"""Tensors stored as scm, and what is read of them."""
+"""Writing and reading tensors of type scm."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def read(path: Path, quality: Any = None, name: str = "x") -> np.ndarray:
 
 
 def bits_of(found: np.ndarray, source: Elements) -> bytes:
-    """Return the patterns of what was read in the dtype of the source."""
+    """Return the bits of values after a cast to the dtype of the source."""
     return Elements(source.dtype, Elements(DTYPES["f32"], found.astype(np.float32)).cast(source.dtype)).data.tobytes()
 
 
@@ -69,7 +69,7 @@ def many() -> dict[str, Elements]:
 
 
 def digests(path: Path) -> list[str]:
-    """Return digests of files and of what is read."""
+    """Return digests of files and of their values."""
     found = []
     two_chunks = elements("f32", drawn("normal", 2, 270_000))
     for type_, tensors in (

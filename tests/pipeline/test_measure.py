@@ -1,4 +1,4 @@
-"""What `quantize-stats` measures, against errors computed from gguf's decoded weights."""
+"""The errors that `quantize-stats` measures, against those of gguf's decoded weights."""
 
 from __future__ import annotations
 

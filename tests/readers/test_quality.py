@@ -89,7 +89,7 @@ def test_any_text_is_parsed_as_a_quality_or_refused(text):
 
 
 def record(*layers: tuple[int, float, float, float], lossless: int = 0, spread: float = 2.0) -> TensorRecord:
-    """Return the record of 80 weights; bytes of each layer, its rmse, largest and mean error, and what the rest takes."""
+    """Return the record of 80 weights; each layer is given as bytes, rmse, largest and mean error, `lossless` as bytes."""
     segments = [Segment("grid", 64, 10, "0" * 64)]
     for number, (nbytes, *errors) in enumerate(layers, 1):
         error = MeasuredError(errors[0], errors[1], errors[2])
@@ -166,7 +166,7 @@ def test_a_quality_that_no_layer_reaches_is_refused():
 
 
 def test_error_bounds_of_constant_tensors_select_exact_layers():
-    """0 over 0 is 0; else there is nothing to compare with, and as much is read as there is."""
+    """An error of 0 meets any bound; others meet none, so that all layers are read."""
     exact = record((10, 0.0, 0.0, 0.0), spread=0.0)
     assert count_of("max_abs=0", exact) == (1, False)
     rough = record((10, 0.1, 0.1, 0.1), (10, 0.0, 0.0, 0.0), spread=0.0)

@@ -17,8 +17,8 @@ from tests.helpers.stream_encoder import (
     RAW,
     bits_to_bytes,
     chunked,
-    filled_up,
     join,
+    padded,
     random_letters,
     stream,
 )
@@ -66,7 +66,7 @@ PLACES: dict[str, tuple[dict[str, Any], tuple[int, int], list[tuple[range, range
         (1, CHUNK_ELEMENTS + 3),
         [(range(1), range(524_256)), (range(1), range(524_256, CHUNK_ELEMENTS + 3))],
     ),
-    "filled up groups": (
+    "padded groups": (
         G96,
         (3, CHUNK_ELEMENTS // 2),
         [(range(i, i + 1), range(CHUNK_ELEMENTS // 2)) for i in range(3)],
@@ -84,7 +84,7 @@ def test_the_reference_cuts_ternary_tensors_into_chunks_as_the_spec_says(referen
     for i, (rows, cols) in enumerate(places):
         expected[rows.start : rows.stop, cols.start : cols.stop] = BOOK[i % 3]
         letter = i % 3 * 121  # five symbols that are equal
-        chunks.append(filled_up(stream([letter], 3, CONSTANT), len(rows) * len(cols)))
+        chunks.append(padded(stream([letter], 3, CONSTANT), len(rows) * len(cols)))
     width = {"row": shape[1], "group": min(params["group"], shape[1])}.get(params["scale"], 0)
     scales = {"scales": np.ones(shape[0] * -(-shape[1] // width), "<f2").tobytes()} if width else {}
     segments = chunked(chunks, codebook=BOOK.tobytes(), **scales)
@@ -264,7 +264,7 @@ def test_the_reference_decodes_entropy_coded_blocks_to_the_plain_ones(reference:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_reference_cuts_entropy_coded_blocks_into_chunks_as_the_spec_says(reference: ModuleType, name: str) -> None:
-    """The rows of a chunk are counted with what fills them up, and columns are cut at blocks."""
+    """Rows are counted with their padding, and columns are cut at blocks."""
     codec, params = block_codec(name)
     head, _, size = BLOCKS[name]
     high = CHUNK_ELEMENTS // size
@@ -281,7 +281,7 @@ def test_the_reference_cuts_entropy_coded_blocks_into_chunks_as_the_spec_says(re
             if name.startswith("q5"):
                 block[:, head : head + 4] = 255 * (i % 2)
             # All streams are constant, for one block as for many.
-            chunks.append(filled_up(block_chunk(name, block, CONSTANT), elements))
+            chunks.append(padded(block_chunk(name, block, CONSTANT), elements))
             blocks.append(np.repeat(block, count, axis=0))
         expected = decode(reference, codec, shape, params, {"blocks": np.concatenate(blocks).tobytes()})
         found = decode(reference, codec, shape, params | {"coded": True}, chunked(chunks))
@@ -470,7 +470,7 @@ def patterns(dtype: str, rows: int, cols: int, seed: int = 0) -> list[list[int]]
 def check_lossless(
     reference: ModuleType, dtype: str, rows: list[list[int]], chunks: list[bytes], shape: tuple[int, ...] | None = None
 ) -> None:
-    """They decode to what the raw codec gives."""
+    """Assert that chunks decode to the values of the raw codec."""
     data = b"".join(element.to_bytes(SIZES[dtype], "little") for row in rows for element in row)
     shape = shape or (len(rows), len(rows[0]))
     expected = decode(reference, dtype, shape, {}, {"data": data}, dtype)
@@ -513,7 +513,7 @@ def test_the_reference_cuts_lossless_tensors_into_chunks_as_the_spec_says(refere
             elements += [0] * (size - 1) + [number + 1]
             rows = [elements[-size:]]
             # One group, that of the one row as which the chunk is seen here.
-            chunks.append(filled_up(lossless_chunk(rows, "f16", [0], [(True, False, 0)]), size))
+            chunks.append(padded(lossless_chunk(rows, "f16", [0], [(True, False, 0)]), size))
         check_lossless(reference, "f16", [elements], chunks, shape)
 
 

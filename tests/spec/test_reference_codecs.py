@@ -1,4 +1,4 @@
-"""Bytes made by hand from the text of spec/codecs.md, and what the independent reader has to make of them."""
+"""Bytes made by hand from the text of spec/codecs.md, decoded by the independent reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layered tensors made from the text of spec/codecs.md, and what the independent reader has to make of them."""
+"""Layered tensors made from the text of spec/codecs.md, decoded by the independent reader."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.helpers.stream_encoder import CHUNK_ELEMENTS, CONSTANT, RAW, join, ra
 
 
 def check(reference: ModuleType, chunks: Sequence[tuple[Sequence[int], Choices]], dtype: str, shape: Any) -> Case:
-    """What every layer decodes to, and everything."""
+    """Assert that each layer, and all of them, decode to the values of the encoder."""
     case, known = encode(chunks, dtype, shape)
     x = source([pattern for patterns, _ in chunks for pattern in patterns], dtype)
     before: list[tuple[int, Fraction, float]] = []
@@ -281,7 +281,7 @@ def test_padding_symbols_in_scm_letters_are_ignored(reference: ModuleType) -> No
     assert decode(reference, SPARSE.with_segments(**changed)).tobytes() == decode(reference, SPARSE).tobytes()
 
 
-# ---- what is wrong
+# ---- refusals
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_the_reference_refuses_nonfinite_scm_patterns(reference: ModuleType) -> 
 
 
 def test_scm_layers_that_overflow_decode_to_infinity(reference: ModuleType) -> None:
-    """That of the last is too large for binary32, which writers refuse; what follows may still be right."""
+    """The last value exceeds binary32, which writers refuse; later layers may still be right."""
     step = bytes.fromhex("0000807e")  # 2^126
     assert decode(reference, LOSSY.with_segments(grid=step * 2 + GRID[8:]), 1).tolist() == [
         1.5 * 2.0**126,
