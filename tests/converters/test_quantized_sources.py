@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,12 @@ from qformat.converters.request import Request
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.safetensors import open_safetensors
-from qformat.dtypes import BF16, DTYPES, Elements, from_array
+from qformat.dtypes import DTYPES, Elements, from_array
 from qformat.errors import SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint, QuantizedTensor
 from tests.helpers.codecs import chunks_of, decode, part_of, segment_lengths
+from tests.helpers.quantized import Layer, awq, compressed, gptq, layer, loose_words_of, packed, random_scales, words_of
 
 DATA = Path(__file__).parents[1] / "data" / "quantized"
 CONFIGS = ("config.json", "quantize_config.json", "quantization_config.json")
@@ -39,118 +39,7 @@ UNIT = {2: 16, 3: 32, 4: 8, 8: 4}  # codes that fill whole words
 every_width = pytest.mark.parametrize("bits", UNIT)
 
 
-# ---- an independent packer
-
-
-def words_of(codes: Sequence[int], bits: int) -> list[int]:
-    """Return 32-bit words that are one string of bits."""
-    text = sum(int(code) << bits * i for i, code in enumerate(codes))
-    count = -(-len(codes) * bits // 32)
-    return [text >> 32 * i & 0xFFFFFFFF for i in range(count)]
-
-
-def loose_words_of(codes: Sequence[int], bits: int) -> list[int]:
-    """Return 32-bit words that each hold whole codes only."""
-    each = 32 // bits
-    return [word for i in range(0, len(codes), each) for word in words_of(codes[i : i + each], bits)]
-
-
-def packed(rows: Any, bits: int, pack: Any = words_of) -> np.ndarray:
-    return np.array([pack(row, bits) for row in rows], np.uint32).view(np.int32)
-
-
-def less_one(words: np.ndarray, zeros: np.ndarray, bits: int) -> np.ndarray:
-    """Return words of zeros as GPTQ v1 stores them."""
-    if bits == 3:
-        return packed((zeros - 1) % 8, 3)
-    return words - np.uint32(sum(1 << i for i in range(0, 32, bits))).view(np.int32)
-
-
-def awq_words_of(codes: Sequence[int]) -> list[int]:
-    words = []
-    for i in range(0, len(codes), 8):
-        field = {place: int(code) for place, code in zip((0, 4, 1, 5, 2, 6, 3, 7), codes[i : i + 8], strict=True)}
-        words.append(sum(field[place] << 4 * place for place in field))
-    return words
-
-
-# ---- layers
-
-
-@dataclass
-class Layer:
-    """A quantized layer with random numbers, and its values."""
-
-    codes: np.ndarray  # [out, in]
-    zeros: np.ndarray  # [out, groups]
-    scales: Elements  # [out, groups]
-    places: np.ndarray  # the group of each column
-
-    @property
-    def values(self) -> np.ndarray:
-        levels = (self.codes - self.zeros[:, self.places]).astype(np.float32)
-        return self.scales.to_f32()[:, self.places] * levels
-
-
-def random_scales(rng: Any, shape: Any, dtype: str = "f16") -> Elements:
-    values = rng.normal(size=shape).astype(np.float32)
-    if dtype == "bf16":
-        return Elements(BF16, (values.view(np.uint32) >> 16).astype(np.uint16))
-    return from_array(values.astype(DTYPES[dtype].storage))
-
-
-def layer(
-    bits: int,
-    rows: int,
-    cols: int,
-    group: int,
-    *,
-    order: bool = False,
-    sym: bool = False,
-    scale: str = "f16",
-    seed: int = 0,
-) -> Layer:
-    rng = np.random.default_rng(seed)
-    groups = -(-cols // group)
-    places = np.arange(cols) // group
-    zeros = np.full((rows, groups), 1 << (bits - 1)) if sym else rng.integers(0, 1 << bits, (rows, groups))
-    return Layer(
-        rng.integers(0, 1 << bits, (rows, cols)),
-        zeros,
-        random_scales(rng, (rows, groups), scale),
-        rng.permutation(places) if order else places,
-    )
-
-
-def transposed(elements: Elements) -> Elements:
-    return Elements(elements.dtype, np.ascontiguousarray(elements.data.T))
-
-
-def gptq(x: Layer, bits: int, version: str = "v1", *, g_idx: bool = True) -> dict[str, Any]:
-    words = packed(x.zeros.T, bits)
-    parts = {
-        "qweight": np.ascontiguousarray(packed(x.codes, bits).T),
-        "qzeros": less_one(words, x.zeros.T, bits) if version == "v1" else words,
-        "scales": transposed(x.scales),
-    }
-    return parts | ({"g_idx": x.places.astype(np.int32)} if g_idx else {})
-
-
-def awq(x: Layer) -> dict[str, Any]:
-    return {
-        "qweight": np.array([awq_words_of(column) for column in x.codes.T], np.uint32).view(np.int32),
-        "qzeros": np.array([awq_words_of(column) for column in x.zeros.T], np.uint32).view(np.int32),
-        "scales": transposed(x.scales),
-    }
-
-
-def compressed(x: Layer, bits: int, pack: Any = words_of, *, zeros: bool = True) -> dict[str, Any]:
-    parts = {
-        "weight_packed": packed(x.codes, bits, pack),
-        "weight_scale": x.scales,
-        "weight_shape": np.array(x.codes.shape, np.int64),
-    }
-    return parts | ({"weight_zero_point": np.ascontiguousarray(packed(x.zeros.T, bits, pack).T)} if zeros else {})
+# ---- checks
 
 
 def sources(parts: Mapping[str, Any], name: str = "a.b") -> list[Any]:

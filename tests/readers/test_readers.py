@@ -81,13 +81,6 @@ def test_raw_tensors_read_without_a_copy_are_views(arrays, tmp_path):
     assert not view.flags.owndata
 
 
-def test_unknown_names_raise_key_errors(path):
-    with qformat.safe_open(path) as f:
-        for call in (f.get_tensor, f.info, f.get_asset):
-            with pytest.raises(KeyError, match="nothing"):
-                call("nothing")
-
-
 def test_damaged_tensors_are_refused_by_every_reader(path):
     with qformat.safe_open(path) as f:
         segment = f.info("w").segments[0]

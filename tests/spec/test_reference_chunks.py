@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.reference import decode
 from tests.helpers.stream_encoder import (
     BY_SYMBOLS,
     CHUNK_ELEMENTS,
@@ -27,13 +28,6 @@ ERROR = {"rmse": "0.000000000e+00", "max": "0.000000000e+00"}
 
 
 # ---- a small encoder, written from the text
-
-
-def decode(
-    reference: ModuleType, codec: str, shape: tuple[int, ...], params: Any, segments: Any, dtype: str = "f32"
-) -> Any:
-    record = {"params": params} if codec in (dtype, "lossless") else {"params": params, "error": ERROR}
-    return reference.decode(reference.Tensor("t", shape, dtype, codec, record, tuple(segments.items()), ""))
 
 
 # ---- chunks
@@ -66,11 +60,7 @@ PLACES: dict[str, tuple[dict[str, Any], tuple[int, int], list[tuple[range, range
         (1, CHUNK_ELEMENTS + 3),
         [(range(1), range(524_256)), (range(1), range(524_256, CHUNK_ELEMENTS + 3))],
     ),
-    "padded groups": (
-        G96,
-        (3, CHUNK_ELEMENTS // 2),
-        [(range(i, i + 1), range(CHUNK_ELEMENTS // 2)) for i in range(3)],
-    ),
+    "padded groups": (G96, (3, CHUNK_ELEMENTS // 2), [(range(i, i + 1), range(CHUNK_ELEMENTS // 2)) for i in range(3)]),
     "long rows": (ROW, (2, CHUNK_ELEMENTS + 3), [(range(i, i + 1), range(CHUNK_ELEMENTS + 3)) for i in range(2)]),
     "long groups": (G_WIDE, (2, CHUNK_ELEMENTS + 3), [(range(i, i + 1), range(CHUNK_ELEMENTS + 3)) for i in range(2)]),
 }
@@ -88,9 +78,9 @@ def test_the_reference_cuts_ternary_tensors_into_chunks_as_the_spec_says(referen
     width = {"row": shape[1], "group": min(params["group"], shape[1])}.get(params["scale"], 0)
     scales = {"scales": np.ones(shape[0] * -(-shape[1] // width), "<f2").tobytes()} if width else {}
     segments = chunked(chunks, codebook=BOOK.tobytes(), **scales)
-    assert decode(reference, "ternary", shape, params, segments).tobytes() == expected.tobytes()
+    assert decode("ternary", shape, params, segments).tobytes() == expected.tobytes()
     with pytest.raises(reference.SpecError, match="segments are"):
-        decode(reference, "ternary", shape, params, segments | {"lengths": segments["lengths"] + bytes(4)})
+        decode("ternary", shape, params, segments | {"lengths": segments["lengths"] + bytes(4)})
 
 
 CONSTANT_CHUNK = bytes.fromhex("0200000001f2")  # ten thousand elements of the code 2, which need 10 bytes
@@ -99,9 +89,9 @@ CONSTANT_CHUNK = bytes.fromhex("0200000001f2")  # ten thousand elements of the c
 def test_the_reference_requires_padding_of_short_chunks(reference: ModuleType) -> None:
     book = {"codebook": BOOK.tobytes()}
     right = chunked([CONSTANT_CHUNK + bytes(4)], **book)
-    assert np.all(decode(reference, "ternary", (10_000,), TERNARY, right) == 2)
+    assert np.all(decode("ternary", (10_000,), TERNARY, right) == 2)
     right = chunked([CONSTANT_CHUNK], **book)
-    assert np.all(decode(reference, "ternary", (6 * 1024,), TERNARY, right) == 2)
+    assert np.all(decode("ternary", (6 * 1024,), TERNARY, right) == 2)
     for wrong, count, message in (
         (CONSTANT_CHUNK + bytes(5), 10_000, "5 bytes are left over"),
         (CONSTANT_CHUNK + b"\0\0\0\1", 10_000, "4 bytes are left over"),
@@ -112,14 +102,14 @@ def test_the_reference_requires_padding_of_short_chunks(reference: ModuleType) -
         (b"", 5, "too few"),
     ):
         with pytest.raises(reference.SpecError, match=message):
-            decode(reference, "ternary", (count,), TERNARY, chunked([wrong], **book))
+            decode("ternary", (count,), TERNARY, chunked([wrong], **book))
 
 
 def test_the_reference_refuses_wrong_chunk_lengths(reference: ModuleType) -> None:
     """Three chunks, two of which have 512 bytes and the last one 6."""
     shape = (1, 2 * CHUNK_ELEMENTS + 3)
     segments = chunked([CONSTANT_CHUNK + bytes(506)] * 2 + [CONSTANT_CHUNK], codebook=BOOK.tobytes())
-    assert np.all(decode(reference, "ternary", shape, TERNARY, segments) == 2)
+    assert np.all(decode("ternary", shape, TERNARY, segments) == 2)
     for lengths, message in (
         ((512, 512, 5), "sum 1029, but there are 1030"),
         ((512, 512, 7), "sum 1031, but there are 1030"),
@@ -129,7 +119,7 @@ def test_the_reference_refuses_wrong_chunk_lengths(reference: ModuleType) -> Non
     ):
         wrong = segments | {"lengths": struct.pack("<3I", *lengths)}
         with pytest.raises(reference.SpecError, match=message):
-            decode(reference, "ternary", shape, TERNARY, wrong)
+            decode("ternary", shape, TERNARY, wrong)
 
 
 # Codec, params and the other segments, all empty.
@@ -149,21 +139,21 @@ def test_the_reference_refuses_wrong_segments_of_chunked_tensors(reference: Modu
     codec, params, others = EMPTY[name]
     segments = dict.fromkeys(["chunks", "lengths", *others], b"")
     for shape in ((0,), (0, 70), (3, 0), (0, 2**53 - 1), (2**53 - 1, 0)):
-        assert decode(reference, codec, shape, params, segments).shape == shape
+        assert decode(codec, shape, params, segments).shape == shape
         for key in segments:
             with pytest.raises(reference.SpecError, match="segments are"):
-                decode(reference, codec, shape, params, segments | {key: bytes(4)})
+                decode(codec, shape, params, segments | {key: bytes(4)})
     backwards = dict(reversed(segments.items()))
     without = [{key: b"" for key in segments if key != left_out} for left_out in segments]
     for wrong in (backwards, segments | {"more": b""}, {"blocks": b""}, {}, *without):
         with pytest.raises(reference.SpecError, match="segments are"):
-            decode(reference, codec, (0,), params, wrong)
+            decode(codec, (0,), params, wrong)
     # Refused before the list of chunks or the result is made; there are not even the bytes for one chunk in 2^33.
     for shape in ((2**53 - 1,), (2**50, 8), (1, 2**52), (2**26, 2**26)):
         with pytest.raises(reference.SpecError, match="too few"):
-            decode(reference, codec, shape, params, segments | {"chunks": b"\0", "lengths": bytes(4)})
+            decode(codec, shape, params, segments | {"chunks": b"\0", "lengths": bytes(4)})
     with pytest.raises(reference.SpecError, match="cannot be stored"):
-        decode(reference, codec, (0,), params, segments, "i32")
+        decode(codec, (0,), params, segments, "i32")
     tensor = reference.Tensor("t", (0,), "f32", codec, {"params": params, "error": ERROR}, tuple(segments.items()), "")
     if codec == "lossless":
         with pytest.raises(reference.SpecError, match="must not have an error"):
@@ -191,13 +181,13 @@ def test_the_reference_refuses_impossible_parameters_of_chunked_codecs(
 ) -> None:
     names = ["codebook"] * (codec in ("ternary", "levels")) + ["scales"] * (params.get("scale") in ("row", "group"))
     segments = dict.fromkeys(["chunks", "lengths", *names], b"")
-    assert decode(reference, codec, (0,), params, segments).shape == (0,)
+    assert decode(codec, (0,), params, segments).shape == (0,)
     missing = [{key: value for key, value in params.items() if key != name} for name in params if name != "coded"]
     for bad in [*(params | change for change in wrong), *missing]:
         with pytest.raises(
             reference.SpecError, match=r"params|'coded'|is missing|is .* none of|'group' .* not possible"
         ):
-            decode(reference, codec, (0,), bad, segments)
+            decode(codec, (0,), bad, segments)
 
 
 # ---- entropy-coded blocks
@@ -253,10 +243,10 @@ def test_the_reference_decodes_entropy_coded_blocks_to_the_plain_ones(reference:
     for shape in ((), (5,), (3, 70), (2, 3, 50), (7, 128)):
         rows = shape[0] if len(shape) > 1 else 1
         blocks = some_blocks(name, rows * -(-(int(np.prod(shape)) // rows) // BLOCKS[name][2]))
-        expected = decode(reference, codec, shape, params, {"blocks": blocks.tobytes()})
+        expected = decode(codec, shape, params, {"blocks": blocks.tobytes()})
         for mode in (RAW, CODED):
             segments = chunked([block_chunk(name, blocks, mode)])
-            values = decode(reference, codec, shape, params | {"coded": True}, segments)
+            values = decode(codec, shape, params | {"coded": True}, segments)
             assert values.dtype == np.float32
             assert values.shape == shape
             assert values.tobytes() == expected.tobytes()
@@ -283,18 +273,18 @@ def test_the_reference_cuts_entropy_coded_blocks_into_chunks_as_the_spec_says(re
             # All streams are constant, for one block as for many.
             chunks.append(padded(block_chunk(name, block, CONSTANT), elements))
             blocks.append(np.repeat(block, count, axis=0))
-        expected = decode(reference, codec, shape, params, {"blocks": np.concatenate(blocks).tobytes()})
-        found = decode(reference, codec, shape, params | {"coded": True}, chunked(chunks))
+        expected = decode(codec, shape, params, {"blocks": np.concatenate(blocks).tobytes()})
+        found = decode(codec, shape, params | {"coded": True}, chunked(chunks))
         assert found.tobytes() == expected.tobytes()
 
 
 def test_the_minimum_of_an_entropy_coded_block_is_relative_to_its_scale(reference: ModuleType) -> None:
     """d 0x3c00, m 0xb400: (m - d) mod 2^16 is 0x7800; all codes are 3."""
     chunk = bytes.fromhex("020000000100 02000000013c 020000000100 020000000178 020000000133")
-    assert decode(reference, "q4_1", (2,), {"coded": True}, chunked([chunk])).tolist() == [2.75, 2.75]
+    assert decode("q4_1", (2,), {"coded": True}, chunked([chunk])).tolist() == [2.75, 2.75]
     # d 0xbc00, m 0x3c00: 0x8000; the code is 17.
     chunk = bytes.fromhex("020000000100 0200000001bc 020000000100 020000000180 020000000111")
-    assert decode(reference, "q5_1", (2,), {"coded": True}, chunked([chunk])).tolist() == [-16, -16]
+    assert decode("q5_1", (2,), {"coded": True}, chunked([chunk])).tolist() == [-16, -16]
 
 
 def test_the_reference_refuses_wrong_entropy_coded_blocks(reference: ModuleType) -> None:
@@ -313,10 +303,10 @@ def test_the_reference_refuses_wrong_entropy_coded_blocks(reference: ModuleType)
             (block_chunk(name, infinite), "infinite or NaN"),
         ):
             with pytest.raises(reference.SpecError, match=message):
-                decode(reference, codec, (BLOCKS[name][2] + 1,), params, chunked([chunk]))
+                decode(codec, (BLOCKS[name][2] + 1,), params, chunked([chunk]))
     chunk = bytes.fromhex("020000000100 02000000013c 020000000120")  # a code of 32
     with pytest.raises(reference.SpecError, match="letter 32 is none of 32"):
-        decode(reference, "q5_0", (2,), {"coded": True}, chunked([chunk]))
+        decode("q5_0", (2,), {"coded": True}, chunked([chunk]))
 
 
 # ---- ternary and levels
@@ -360,12 +350,12 @@ def test_the_reference_decodes_levels_with_every_kind_of_scale(
     for mode in (RAW, CODED, BY_SYMBOLS):
         chunk = stream(join(codes.reshape(-1).tolist(), n, n // 2), n, mode)
         segments = chunked([chunk], **others)
-        values = decode(reference, "levels", (rows, 15, 10), params | {"n": n}, segments)
+        values = decode("levels", (rows, 15, 10), params | {"n": n}, segments)
         assert values.dtype == np.float32
         assert values.shape == (rows, 15, 10)
         assert values.tobytes() == expected.astype(np.float32).tobytes()
         if n == 3:
-            assert decode(reference, "ternary", (rows, cols), params, segments).tobytes() == values.tobytes()
+            assert decode("ternary", (rows, cols), params, segments).tobytes() == values.tobytes()
 
 
 def test_products_of_levels_and_scales_are_rounded_once(reference: ModuleType) -> None:
@@ -373,7 +363,7 @@ def test_products_of_levels_and_scales_are_rounded_once(reference: ModuleType) -
     book = bytes.fromhex("000000bf 00000000 abaaaa3e")
     chunk = bytes.fromhex("0300000000 4b 01")  # codes 0, 1, 2, 2, 0: 0 + 3 + 18 + 54 = 75; then 1
     segments = chunked([chunk], codebook=book, scales=bytes.fromhex("0042 00c2"))  # 3 and -3
-    values = decode(reference, "ternary", (2, 3), ROW, segments)
+    values = decode("ternary", (2, 3), ROW, segments)
     assert values.tolist() == [[-1.5, 0, 1], [-1, 1.5, 0]]
     assert np.signbit(values).tolist() == [[True, False, False], [True, False, True]]
 
@@ -383,14 +373,14 @@ def test_the_reference_decodes_a_million_ternary_elements(reference: ModuleType)
     for half in range(2):  # of 2^19 elements, in more than 2^16 letters
         codes.append(random_letters(CHUNK_ELEMENTS, 3, half))
         chunks.append(stream(join(codes[-1], 3, 1), 3, BY_SYMBOLS))
-    values = decode(reference, "ternary", (2, CHUNK_ELEMENTS), TERNARY, chunked(chunks, codebook=BOOK.tobytes()))
+    values = decode("ternary", (2, CHUNK_ELEMENTS), TERNARY, chunked(chunks, codebook=BOOK.tobytes()))
     assert values.tobytes() == BOOK[np.array(codes)].tobytes()
 
 
 def test_the_reference_refuses_wrong_levels(reference: ModuleType) -> None:
     chunk = bytes.fromhex("0300000000 4b 01")
     right = chunked([chunk], codebook=BOOK.tobytes(), scales=bytes.fromhex("0042 00c2"))
-    decode(reference, "ternary", (2, 3), ROW, right)
+    decode("ternary", (2, 3), ROW, right)
     for change, message in (
         ({"codebook": bytes.fromhex("000080bf 00000034 0000803f")}, "middle entry"),
         ({"codebook": bytes.fromhex("000080ff 00000000 0000803f")}, "codebook entry 0 is infinite"),
@@ -405,11 +395,11 @@ def test_the_reference_refuses_wrong_levels(reference: ModuleType) -> None:
         ({"chunks": bytes.fromhex("0400000000 4b 01 01"), "lengths": b"\x08\0\0\0"}, "left over"),
     ):
         with pytest.raises(reference.SpecError, match=message):
-            decode(reference, "ternary", (2, 3), ROW, right | change)
+            decode("ternary", (2, 3), ROW, right | change)
     with pytest.raises(reference.SpecError, match="segments are"):
-        decode(reference, "ternary", (2, 3), TERNARY, right)
+        decode("ternary", (2, 3), TERNARY, right)
     with pytest.raises(reference.SpecError, match="segments are"):
-        decode(reference, "levels", (2, 3), ROW | {"n": 5}, right)
+        decode("levels", (2, 3), ROW | {"n": 5}, right)
 
 
 # ---- lossless
@@ -473,8 +463,8 @@ def check_lossless(
     """Assert that chunks decode to the values of the raw codec."""
     data = b"".join(element.to_bytes(SIZES[dtype], "little") for row in rows for element in row)
     shape = shape or (len(rows), len(rows[0]))
-    expected = decode(reference, dtype, shape, {}, {"data": data}, dtype)
-    values = decode(reference, "lossless", shape, {}, chunked(chunks), dtype)
+    expected = decode(dtype, shape, {}, {"data": data}, dtype)
+    values = decode("lossless", shape, {}, chunked(chunks), dtype)
     assert values.dtype == expected.dtype
     assert values.shape == shape
     assert values.tobytes() == expected.tobytes()
@@ -563,7 +553,7 @@ def test_the_reference_refuses_wrong_lossless_chunks(
     wrong = chunk.replace(bytes.fromhex(old), bytes.fromhex(new))
     shape = (2, 1) if dtype == "bf16" else (1, 2)
     with pytest.raises(reference.SpecError, match=message):
-        decode(reference, "lossless", shape, {}, chunked([wrong]), dtype)
+        decode("lossless", shape, {}, chunked([wrong]), dtype)
 
 
 def test_truncated_or_changed_chunks_raise_only_spec_errors(reference: ModuleType) -> None:
@@ -577,16 +567,16 @@ def test_truncated_or_changed_chunks_raise_only_spec_errors(reference: ModuleTyp
         ("q5_1", (3, 70), {"coded": True}, block_chunk("q5_1", blocks), {}),
         ("ternary", (400,), TERNARY, stream(random_letters(80, 243), 3, BY_SYMBOLS), {"codebook": BOOK.tobytes()}),
     ):
-        decode(reference, codec, shape, params, chunked([chunk], **others))
+        decode(codec, shape, params, chunked([chunk], **others))
         refused = 0
         for end in rng.integers(0, len(chunk), 60):
             with pytest.raises(reference.SpecError):
-                decode(reference, codec, shape, params, chunked([chunk[:end]], **others))
+                decode(codec, shape, params, chunked([chunk[:end]], **others))
         for _ in range(120):
             changed = bytearray(chunk)
             changed[rng.integers(len(chunk))] ^= rng.integers(1, 256)
             try:
-                decode(reference, codec, shape, params, chunked([bytes(changed)], **others))
+                decode(codec, shape, params, chunked([bytes(changed)], **others))
             except reference.SpecError:
                 refused += 1
         assert refused > 80

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.reference import decode
+
 ERROR = {"rmse": "0.000000000e+00", "max": "0.000000000e+00"}
 NLM, AFFINE = {"block": 64}, {"bits": 4, "group": 32, "sym": False, "scale": "bf16"}
 LUT = {"scope": "tensor", "block": 128, "size": 8, "scale": "row"}
@@ -60,15 +62,10 @@ VALUES = [0, 10, 20, 30, *[0] * 124, 11, 31, 2, 12, 22, 32, *[2] * 124, 13, 33]
 CASES["lut block"] = ("lut", (2, 130), LUT_BLOCKS, SEGMENTS, VALUES)
 
 
-def decode(reference: ModuleType, codec: str, shape: Any, params: Any, segments: Any, dtype: str = "f32") -> Any:
-    record = {"params": params, "error": ERROR}
-    return reference.decode(reference.Tensor("t", shape, dtype, codec, record, tuple(segments.items()), ""))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_decodes_blocks_made_by_hand(reference: ModuleType, case: str) -> None:
     codec, shape, params, segments, expected = CASES[case]
-    values = decode(reference, codec, shape, params, segments)
+    values = decode(codec, shape, params, segments)
     assert values.dtype == np.float32
     assert values.tobytes() == np.array(expected, np.float32).tobytes()
     assert values.shape == shape
@@ -76,13 +73,13 @@ def test_the_reference_decodes_blocks_made_by_hand(reference: ModuleType, case: 
     wrong += [segments | {name: segments[name][1:]} for name in segments]
     for bad in [*wrong, {"other": b""} | segments, dict(list(segments.items())[1:])]:
         with pytest.raises(reference.SpecError, match="segments"):
-            decode(reference, codec, shape, params, bad)
+            decode(codec, shape, params, bad)
     for none in ((0, 32), (3, 0)):
-        assert decode(reference, codec, none, params, dict.fromkeys(segments, b"")).shape == none
+        assert decode(codec, none, params, dict.fromkeys(segments, b"")).shape == none
         with pytest.raises(reference.SpecError, match="segments"):
-            decode(reference, codec, none, params, segments)
+            decode(codec, none, params, segments)
     with pytest.raises(reference.SpecError, match="dtype"):
-        decode(reference, codec, shape, params, segments, "i32")
+        decode(codec, shape, params, segments, "i32")
     tensor = reference.Tensor("t", shape, "f32", codec, {"params": params}, tuple(segments.items()), "")
     with pytest.raises(reference.SpecError, match="must have an error"):
         reference.decode(tensor)
@@ -100,7 +97,7 @@ def test_the_reference_refuses_infinite_and_nan_scales(reference: ModuleType) ->
         codec, shape, params, segments, _ = CASES[case]
         changed = segments[name][:at] + bytes.fromhex(number) + segments[name][at + 2 :]
         with pytest.raises(reference.SpecError, match="infinite or NaN"):
-            decode(reference, codec, shape, params, segments | {name: changed})
+            decode(codec, shape, params, segments | {name: changed})
 
 
 def test_the_reference_decodes_nlm_blocks_made_by_hand(reference: ModuleType) -> None:
@@ -111,11 +108,11 @@ def test_the_reference_decodes_nlm_blocks_made_by_hand(reference: ModuleType) ->
     first[1], first[32] = Fraction(-3, 2) + 2 * t[3][7], Fraction(-3, 2) + 2 * t[3][15]
     second[0], second[1], second[5] = (1 + t[1][q] / 2**19 for q in (11, 7, 3))
     expected = np.array([float(value) for value in first + second], np.float32)  # in binary64 they are exact
-    assert decode(reference, "nlm", (70,), NLM, {"blocks": NLM_BLOCKS}).tobytes() == expected.tobytes()
-    assert decode(reference, "nlm", (0, 70), NLM, {"blocks": b""}).shape == (0, 70)
+    assert decode("nlm", (70,), NLM, {"blocks": NLM_BLOCKS}).tobytes() == expected.tobytes()
+    assert decode("nlm", (0, 70), NLM, {"blocks": b""}).shape == (0, 70)
     for params, blocks in ((NLM, NLM_BLOCKS[:-1]), ({"block": 32}, NLM_BLOCKS), (NLM, b"\xff\x03" + NLM_BLOCKS[2:])):
         with pytest.raises(reference.SpecError):
-            decode(reference, "nlm", (70,), params, {"blocks": blocks})
+            decode("nlm", (70,), params, {"blocks": blocks})
 
 
 @pytest.mark.parametrize(
@@ -146,8 +143,8 @@ def test_the_reference_refuses_impossible_parameters(
 ) -> None:
     names = {"affine": ["scales", "zeros", "codes"], "lut": ["codebooks", *["scales"] * (params == LUT), "codes"]}
     segments = dict.fromkeys(names.get(codec, ["blocks"]), b"")  # of a tensor without elements
-    assert decode(reference, codec, (0,), params, segments).shape == (0,)
+    assert decode(codec, (0,), params, segments).shape == (0,)
     missing = [{key: value for key, value in params.items() if key != name} for name in params]
     for bad in [*(params | change for change in wrong), *missing]:
         with pytest.raises(reference.SpecError, match=r"params|is missing|is .* none of|is not a multiple"):
-            decode(reference, codec, (0,), bad, segments)
+            decode(codec, (0,), bad, segments)
