@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from tests.helpers import scm_encoder as written
 from tests.helpers.kernels import FAMILIES, every_family, using
+from tests.helpers.reference import reference
 from tests.helpers.scm import METRICS
 from tests.helpers.scm_encoder import LARGEST, MANTISSA, SIGN, UNSIGNED
 
@@ -68,7 +68,6 @@ def read(path: Path, quality: Any) -> np.ndarray:
 
 
 def check(
-    reference: ModuleType,
     path: Path,
     patterns: np.ndarray,
     dtype: str,
@@ -168,22 +167,18 @@ SHAPES: list[tuple[int, ...]] = [(1,), (), (1, 1), (63,), (65, 1), (3, 33), (129
 
 
 @pytest.mark.parametrize(("number", "shape"), list(enumerate(SHAPES)))
-def test_both_readers_agree_on_scm_tensors_of_every_shape(
-    reference: ModuleType, tmp_path: Path, number: int, shape: tuple[int, ...]
-) -> None:
+def test_both_readers_agree_on_scm_tensors_of_every_shape(tmp_path: Path, number: int, shape: tuple[int, ...]) -> None:
     for dtype, type_ in types_in_turn(number):
         x = normal(*shape)
-        rates = check(reference, tmp_path / "x.qf", patterns_of(x, dtype), dtype, type_, every=5)
+        rates = check(tmp_path / "x.qf", patterns_of(x, dtype), dtype, type_, every=5)
         assert type_ != "scm" or len(rates) > 8 or x.size < 2000
 
 
 @every_dtype
 @pytest.mark.parametrize("type_", ["scm", *OTHERS])
-def test_both_readers_agree_on_scm_tensors_without_elements(
-    reference: ModuleType, tmp_path: Path, dtype: str, type_: str
-) -> None:
+def test_both_readers_agree_on_scm_tensors_without_elements(tmp_path: Path, dtype: str, type_: str) -> None:
     for shape in ((0,), (0, 5), (3, 0), (2, 0, 4)):
-        rates = check(reference, tmp_path / "x.qf", patterns_of(normal(*shape), dtype), dtype, type_)
+        rates = check(tmp_path / "x.qf", patterns_of(normal(*shape), dtype), dtype, type_)
         assert set(rates) == {0}
 
 
@@ -219,17 +214,15 @@ def values_of_kinds() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", values_of_kinds())
-def test_both_readers_agree_on_scm_tensors_of_unusual_weights(reference: ModuleType, tmp_path: Path, kind: str) -> None:
+def test_both_readers_agree_on_scm_tensors_of_unusual_weights(tmp_path: Path, kind: str) -> None:
     kinds = values_of_kinds()
     for dtype, type_ in types_in_turn(list(kinds).index(kind)):
         writers = FAMILIES if kind in ("sparse", "outlier") else ("numba",)
-        check(reference, tmp_path / "x.qf", patterns_of(kinds[kind], dtype), dtype, type_, every=7, writers=writers)
+        check(tmp_path / "x.qf", patterns_of(kinds[kind], dtype), dtype, type_, every=7, writers=writers)
 
 
 @every_dtype
-def test_both_readers_agree_on_scm_tensors_of_unusual_bit_patterns(
-    reference: ModuleType, tmp_path: Path, dtype: str
-) -> None:
+def test_both_readers_agree_on_scm_tensors_of_unusual_bit_patterns(tmp_path: Path, dtype: str) -> None:
     """Subnormal numbers, short mantissas, all exponents."""
     rng = np.random.default_rng(1)
     m = MANTISSA[dtype]
@@ -252,15 +245,15 @@ def test_both_readers_agree_on_scm_tensors_of_unusual_bit_patterns(
     arrays["subnormal and usual"][::2] = usual[::2]
     for number, patterns in enumerate(arrays.values()):
         for type_ in ("scm", "scm:mean_abs=0.0001" if number % 2 else "scm:bpw=4.1"):
-            check(reference, tmp_path / "x.qf", patterns, dtype, type_, every=9, writers=("numba",))
+            check(tmp_path / "x.qf", patterns, dtype, type_, every=9, writers=("numba",))
 
 
-def test_both_readers_agree_on_scm_tensors_of_subnormal_f16(reference: ModuleType, tmp_path: Path) -> None:
+def test_both_readers_agree_on_scm_tensors_of_subnormal_f16(tmp_path: Path) -> None:
     """Of f16, which are far from those of binary32; others are refused."""
     patterns = signed(np.random.default_rng(0).integers(0, 1 << 10, (20, 35)).astype("<u2"), "f16")
     for some in (patterns, patterns[:5] & 0x8001):
         for type_ in ("scm", "scm:max_rmse=0.02"):
-            check(reference, tmp_path / "x.qf", some, "f16", type_, every=5)
+            check(tmp_path / "x.qf", some, "f16", type_, every=5)
     for dtype in ("f32", "bf16"):
         for pattern in (1, (1 << MANTISSA[dtype]) - 1, 1 << MANTISSA[dtype], 34 << MANTISSA[dtype]):
             with pytest.raises(SourceError, match="too small"):
@@ -268,9 +261,7 @@ def test_both_readers_agree_on_scm_tensors_of_subnormal_f16(reference: ModuleTyp
 
 
 @every_dtype
-def test_scm_tensors_of_the_largest_numbers_are_refused_or_finite(
-    reference: ModuleType, tmp_path: Path, dtype: str
-) -> None:
+def test_scm_tensors_of_the_largest_numbers_are_refused_or_finite(tmp_path: Path, dtype: str) -> None:
     """A tensor is refused if one of its layers would have an infinity, and none is written."""
     usual = patterns_of(normal(9, 33, scale=1), dtype)
     refused = 0
@@ -283,7 +274,7 @@ def test_scm_tensors_of_the_largest_numbers_are_refused_or_finite(
         for patterns in arrays:
             some = signed(patterns & (SIGN[dtype] - 1), dtype)
             try:
-                check(reference, tmp_path / "x.qf", some, dtype, every=6, writers=("numba",))
+                check(tmp_path / "x.qf", some, dtype, every=6, writers=("numba",))
             except SourceError as error:
                 assert "too large" in str(error)  # noqa: PT017
                 refused += 1
@@ -296,19 +287,15 @@ def test_scm_tensors_of_the_largest_numbers_are_refused_or_finite(
 @pytest.mark.parametrize(
     ("dtype", "type_"), [("f32", "scm:bpw=2.2"), ("bf16", "scm:max_abs=0.2"), ("f16", "scm:bpw=3.6")]
 )
-def test_both_readers_agree_on_scm_rows_longer_than_a_chunk(
-    reference: ModuleType, tmp_path: Path, dtype: str, type_: str
-) -> None:
+def test_both_readers_agree_on_scm_rows_longer_than_a_chunk(tmp_path: Path, dtype: str, type_: str) -> None:
     x = normal(1, 600_001)
     x[0, 524_288:] *= 3  # the second chunk
     writers = FAMILIES if type_ == "scm:bpw=2.2" else ("numba",)
-    check(reference, tmp_path / "x.qf", patterns_of(x, dtype), dtype, type_, every=20, writers=writers)
+    check(tmp_path / "x.qf", patterns_of(x, dtype), dtype, type_, every=20, writers=writers)
 
 
 @pytest.mark.parametrize(("dtype", "type_"), [("f32", "scm"), ("bf16", "scm:bpw=2.7"), ("f16", "scm:bpw=1.6")])
-def test_both_readers_agree_on_dense_sparse_and_empty_scm_chunks(
-    reference: ModuleType, tmp_path: Path, dtype: str, type_: str
-) -> None:
+def test_both_readers_agree_on_dense_sparse_and_empty_scm_chunks(tmp_path: Path, dtype: str, type_: str) -> None:
     """Dense, sparse and empty ones; one with outliers; rows of short mantissas."""
     x = np.zeros((440, 2501), np.float32)  # 209 rows to a chunk
     x[:209:8] = normal(27, 2501)
@@ -320,21 +307,21 @@ def test_both_readers_agree_on_dense_sparse_and_empty_scm_chunks(
     patterns[8:209:16] = patterns[8:209:16] >> 5 << 5
     if dtype == "f16":
         patterns[:300] &= SIGN[dtype]  # no element of the first chunk counts
-    check(reference, tmp_path / "x.qf", patterns, dtype, type_, every=20, writers=("numba",))
+    check(tmp_path / "x.qf", patterns, dtype, type_, every=20, writers=("numba",))
 
 
-def test_both_readers_agree_on_wide_scm_chunks(reference: ModuleType, tmp_path: Path) -> None:
+def test_both_readers_agree_on_wide_scm_chunks(tmp_path: Path) -> None:
     """More than one in 4096 has a magnitude of 15 or more, of 255 or more."""
     x = normal(30, 2000)
     x[:, ::400] *= 40
     x[:, 1::2000] *= 3000
-    check(reference, tmp_path / "x.qf", x.view("<u4"), "f32", every=9, writers=("numba",))
+    check(tmp_path / "x.qf", x.view("<u4"), "f32", every=9, writers=("numba",))
 
 
 # ---- files of another writer
 
 
-def check_other(reference: ModuleType, path: Path, case: written.Case) -> None:
+def check_other(path: Path, case: written.Case) -> None:
     """Every layer of a file from the encoder that was written from the text."""
     path.write_bytes(case.draft().pack())
     tensor = reference.read(path.read_bytes()).tensors["t"]
@@ -354,18 +341,16 @@ def check_other(reference: ModuleType, path: Path, case: written.Case) -> None:
 @settings(max_examples=30)
 @given(written.tensors())
 def test_both_readers_agree_on_valid_scm_tensors_of_another_writer(
-    reference: ModuleType, tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, list[int], Any, tuple[int, int]]
+    tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, list[int], Any, tuple[int, int]]
 ) -> None:
     """Any ends, offsets and steps; sections by classes without need; sparse or wide chunks without need; too many layers."""
     dtype, patterns, choices, shape = drawn
     case, _ = written.encode([(patterns, choices)], dtype, shape)
-    check_other(reference, tmp_path_factory.mktemp("other") / "x.qf", case)
+    check_other(tmp_path_factory.mktemp("other") / "x.qf", case)
 
 
 @pytest.mark.parametrize(("dtype", "sparse"), [("f16", False), ("bf16", True), ("f32", True), ("f32", False)])
-def test_both_readers_agree_on_every_part_of_another_scm_writer(
-    reference: ModuleType, tmp_path: Path, dtype: str, sparse: bool
-) -> None:
+def test_both_readers_agree_on_every_part_of_another_scm_writer(tmp_path: Path, dtype: str, sparse: bool) -> None:
     rng = np.random.default_rng(sparse)
     patterns = patterns_of(rng.laplace(size=2500), dtype).copy()
     patterns[::7] &= SIGN[dtype]
@@ -374,18 +359,16 @@ def test_both_readers_agree_on_every_part_of_another_scm_writer(
     steps = (Fraction(1, 8), Fraction(3, 16))
     choices = written.Choices(steps, rng.bytes(32), ends, sparse, False, [0] * 25, lambda: next(modes))
     case, _ = written.encode([(patterns.tolist(), choices)], dtype, (25, 10, 10))
-    check_other(reference, tmp_path / "x.qf", case)
+    check_other(tmp_path / "x.qf", case)
 
 
-def test_both_readers_agree_on_scm_tensors_made_by_hand(reference: ModuleType, tmp_path: Path) -> None:
+def test_both_readers_agree_on_scm_tensors_made_by_hand(tmp_path: Path) -> None:
     for case in (written.BY_HAND, written.LOSSY, written.SPARSE):
-        check_other(reference, tmp_path / "x.qf", case)
+        check_other(tmp_path / "x.qf", case)
 
 
 @every_family
-def test_the_package_refuses_scm_chunks_that_the_reference_refuses(
-    reference: ModuleType, tmp_path: Path, family: str
-) -> None:
+def test_the_package_refuses_scm_chunks_that_the_reference_refuses(tmp_path: Path, family: str) -> None:
     """The package refuses what the independent reader refuses."""
     path = tmp_path / "x.qf"
 
@@ -433,9 +416,7 @@ def test_the_package_refuses_scm_chunks_that_the_reference_refuses(
 
 
 @every_family
-def test_both_readers_agree_on_scm_tensors_with_changed_bytes(
-    reference: ModuleType, tmp_path: Path, family: str
-) -> None:
+def test_both_readers_agree_on_scm_tensors_with_changed_bytes(tmp_path: Path, family: str) -> None:
     rng = np.random.default_rng(0)
     patterns = np.abs(rng.laplace(size=300)).astype(np.float32).view("<u4")
     patterns[::5] = 0
@@ -502,7 +483,7 @@ def tensors(draw: st.DrawFn) -> tuple[str, str, np.ndarray]:
 @settings(max_examples=30)
 @given(tensors(), st.sampled_from([*FAMILIES, "numba"]))
 def test_both_readers_agree_on_any_scm_tensor(
-    reference: ModuleType, tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, str, np.ndarray], family: str
+    tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, str, np.ndarray], family: str
 ) -> None:
     dtype, type_, patterns = drawn
-    check(reference, tmp_path_factory.mktemp("any") / "x.qf", patterns, dtype, type_, every=2, writers=(family,))
+    check(tmp_path_factory.mktemp("any") / "x.qf", patterns, dtype, type_, every=2, writers=(family,))

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from itertools import groupby
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 from tests.helpers.files import Draft
+from tests.helpers.reference import reference
 from tests.helpers.stream_encoder import CODED, CONSTANT, RAW, join, padded, stream
 
 ZERO = "0.000000000e+00"
@@ -238,7 +238,7 @@ def encode(chunks: Sequence[tuple[Sequence[int], Choices]], dtype: str, shape: t
     return Case(dtype, shape, params, dict(zip(names, contents, strict=True))), known
 
 
-def decode(reference: ModuleType, case: Case, layers: int | None = None) -> Any:
+def decode(case: Case, layers: int | None = None) -> Any:
     tensor = reference.Tensor("t", case.shape, case.dtype, "scm", case.record, tuple(case.segments.items()), "")
     return reference.decode(tensor, layers=layers)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import struct
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.helpers.reference import decode
+from tests.helpers.reference import decode, reference
 from tests.helpers.stream_encoder import (
     BY_SYMBOLS,
     CHUNK_ELEMENTS,
@@ -67,7 +66,7 @@ PLACES: dict[str, tuple[dict[str, Any], tuple[int, int], list[tuple[range, range
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_the_reference_cuts_ternary_tensors_into_chunks_as_the_spec_says(reference: ModuleType, name: str) -> None:
+def test_the_reference_cuts_ternary_tensors_into_chunks_as_the_spec_says(name: str) -> None:
     params, shape, places = PLACES[name]
     expected = np.empty(shape, np.float32)
     chunks = []
@@ -86,7 +85,7 @@ def test_the_reference_cuts_ternary_tensors_into_chunks_as_the_spec_says(referen
 CONSTANT_CHUNK = bytes.fromhex("0200000001f2")  # ten thousand elements of the code 2, which need 10 bytes
 
 
-def test_the_reference_requires_padding_of_short_chunks(reference: ModuleType) -> None:
+def test_the_reference_requires_padding_of_short_chunks() -> None:
     book = {"codebook": BOOK.tobytes()}
     right = chunked([CONSTANT_CHUNK + bytes(4)], **book)
     assert np.all(decode("ternary", (10_000,), TERNARY, right) == 2)
@@ -105,7 +104,7 @@ def test_the_reference_requires_padding_of_short_chunks(reference: ModuleType) -
             decode("ternary", (count,), TERNARY, chunked([wrong], **book))
 
 
-def test_the_reference_refuses_wrong_chunk_lengths(reference: ModuleType) -> None:
+def test_the_reference_refuses_wrong_chunk_lengths() -> None:
     """Three chunks, two of which have 512 bytes and the last one 6."""
     shape = (1, 2 * CHUNK_ELEMENTS + 3)
     segments = chunked([CONSTANT_CHUNK + bytes(506)] * 2 + [CONSTANT_CHUNK], codebook=BOOK.tobytes())
@@ -135,7 +134,7 @@ EMPTY: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", EMPTY)
-def test_the_reference_refuses_wrong_segments_of_chunked_tensors(reference: ModuleType, name: str) -> None:
+def test_the_reference_refuses_wrong_segments_of_chunked_tensors(name: str) -> None:
     codec, params, others = EMPTY[name]
     segments = dict.fromkeys(["chunks", "lengths", *others], b"")
     for shape in ((0,), (0, 70), (3, 0), (0, 2**53 - 1), (2**53 - 1, 0)):
@@ -177,7 +176,7 @@ def test_the_reference_refuses_wrong_segments_of_chunked_tensors(reference: Modu
     ],
 )
 def test_the_reference_refuses_impossible_parameters_of_chunked_codecs(
-    reference: ModuleType, codec: str, params: dict[str, Any], wrong: list[dict[str, Any]]
+    codec: str, params: dict[str, Any], wrong: list[dict[str, Any]]
 ) -> None:
     names = ["codebook"] * (codec in ("ternary", "levels")) + ["scales"] * (params.get("scale") in ("row", "group"))
     segments = dict.fromkeys(["chunks", "lengths", *names], b"")
@@ -238,7 +237,7 @@ def block_codec(name: str) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_reference_decodes_entropy_coded_blocks_to_the_plain_ones(reference: ModuleType, name: str) -> None:
+def test_the_reference_decodes_entropy_coded_blocks_to_the_plain_ones(name: str) -> None:
     codec, params = block_codec(name)
     for shape in ((), (5,), (3, 70), (2, 3, 50), (7, 128)):
         rows = shape[0] if len(shape) > 1 else 1
@@ -253,7 +252,7 @@ def test_the_reference_decodes_entropy_coded_blocks_to_the_plain_ones(reference:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_reference_cuts_entropy_coded_blocks_into_chunks_as_the_spec_says(reference: ModuleType, name: str) -> None:
+def test_the_reference_cuts_entropy_coded_blocks_into_chunks_as_the_spec_says(name: str) -> None:
     """Rows are counted with their padding, and columns are cut at blocks."""
     codec, params = block_codec(name)
     head, _, size = BLOCKS[name]
@@ -278,7 +277,7 @@ def test_the_reference_cuts_entropy_coded_blocks_into_chunks_as_the_spec_says(re
         assert found.tobytes() == expected.tobytes()
 
 
-def test_the_minimum_of_an_entropy_coded_block_is_relative_to_its_scale(reference: ModuleType) -> None:
+def test_the_minimum_of_an_entropy_coded_block_is_relative_to_its_scale() -> None:
     """d 0x3c00, m 0xb400: (m - d) mod 2^16 is 0x7800; all codes are 3."""
     chunk = bytes.fromhex("020000000100 02000000013c 020000000100 020000000178 020000000133")
     assert decode("q4_1", (2,), {"coded": True}, chunked([chunk])).tolist() == [2.75, 2.75]
@@ -287,7 +286,7 @@ def test_the_minimum_of_an_entropy_coded_block_is_relative_to_its_scale(referenc
     assert decode("q5_1", (2,), {"coded": True}, chunked([chunk])).tolist() == [-16, -16]
 
 
-def test_the_reference_refuses_wrong_entropy_coded_blocks(reference: ModuleType) -> None:
+def test_the_reference_refuses_wrong_entropy_coded_blocks() -> None:
     for name in BLOCKS:
         codec, params = block_codec(name)
         params["coded"] = True
@@ -329,9 +328,7 @@ def narrow(values: np.ndarray, dtype: str) -> bytes:
         *(("group", group, dtype) for group, dtype in ((32, "f16"), (64, "bf16"), (2**20, "f32"))),
     ],
 )
-def test_the_reference_decodes_levels_with_every_kind_of_scale(
-    reference: ModuleType, n: int, scale: str, group: int, dtype: str
-) -> None:
+def test_the_reference_decodes_levels_with_every_kind_of_scale(n: int, scale: str, group: int, dtype: str) -> None:
     rng = np.random.default_rng(n)
     rows, cols = 5, 150
     codes = np.array(random_letters(rows * cols, n, n)).reshape(rows, cols)
@@ -358,7 +355,7 @@ def test_the_reference_decodes_levels_with_every_kind_of_scale(
             assert decode("ternary", (rows, cols), params, segments).tobytes() == values.tobytes()
 
 
-def test_products_of_levels_and_scales_are_rounded_once(reference: ModuleType) -> None:
+def test_products_of_levels_and_scales_are_rounded_once() -> None:
     """0x3eaaaaab = 11184811 × 2^-25, and 3 × that = 33554433 × 2^-25 is rounded to 1."""
     book = bytes.fromhex("000000bf 00000000 abaaaa3e")
     chunk = bytes.fromhex("0300000000 4b 01")  # codes 0, 1, 2, 2, 0: 0 + 3 + 18 + 54 = 75; then 1
@@ -368,7 +365,7 @@ def test_products_of_levels_and_scales_are_rounded_once(reference: ModuleType) -
     assert np.signbit(values).tolist() == [[True, False, False], [True, False, True]]
 
 
-def test_the_reference_decodes_a_million_ternary_elements(reference: ModuleType) -> None:
+def test_the_reference_decodes_a_million_ternary_elements() -> None:
     chunks, codes = [], []
     for half in range(2):  # of 2^19 elements, in more than 2^16 letters
         codes.append(random_letters(CHUNK_ELEMENTS, 3, half))
@@ -377,7 +374,7 @@ def test_the_reference_decodes_a_million_ternary_elements(reference: ModuleType)
     assert values.tobytes() == BOOK[np.array(codes)].tobytes()
 
 
-def test_the_reference_refuses_wrong_levels(reference: ModuleType) -> None:
+def test_the_reference_refuses_wrong_levels() -> None:
     chunk = bytes.fromhex("0300000000 4b 01")
     right = chunked([chunk], codebook=BOOK.tobytes(), scales=bytes.fromhex("0042 00c2"))
     decode("ternary", (2, 3), ROW, right)
@@ -458,7 +455,7 @@ def patterns(dtype: str, rows: int, cols: int, seed: int = 0) -> list[list[int]]
 
 
 def check_lossless(
-    reference: ModuleType, dtype: str, rows: list[list[int]], chunks: list[bytes], shape: tuple[int, ...] | None = None
+    dtype: str, rows: list[list[int]], chunks: list[bytes], shape: tuple[int, ...] | None = None
 ) -> None:
     """Assert that chunks decode to the values of the raw codec."""
     data = b"".join(element.to_bytes(SIZES[dtype], "little") for row in rows for element in row)
@@ -472,7 +469,7 @@ def check_lossless(
 
 @pytest.mark.parametrize("mode", [RAW, CODED])
 @pytest.mark.parametrize("dtype", SIZES)
-def test_the_reference_decodes_lossless_groups_of_every_kind(reference: ModuleType, dtype: str, mode: int) -> None:
+def test_the_reference_decodes_lossless_groups_of_every_kind(dtype: str, mode: int) -> None:
     rows = patterns(dtype, 6, 21)
     rows[2] = [0] * 21  # of a sparse group without an element that is not 0
     plains = [False, True] if dtype in {"bf16", "f32"} else [False]
@@ -480,18 +477,16 @@ def test_the_reference_decodes_lossless_groups_of_every_kind(reference: ModuleTy
         for sparse in (False, True):
             for base in (0, 500, 1023):
                 one = [(sparse, plain, base)]
-                check_lossless(reference, dtype, rows, [lossless_chunk(rows, dtype, [0] * 6, one, mode)], (6, 7, 3))
+                check_lossless(dtype, rows, [lossless_chunk(rows, dtype, [0] * 6, one, mode)], (6, 7, 3))
     marks = [(False, False, 300), (True, False, 1000), (True, plains[-1], 7), (False, plains[-1], 0)]
     marks += [(False, False, 0)] * 12  # without rows
     groups = [3, 0, 1, 2, 0, 2]
-    check_lossless(reference, dtype, rows, [lossless_chunk(rows, dtype, groups, marks, mode)])
-    check_lossless(
-        reference, dtype, rows, [lossless_chunk(rows, dtype, [g + 12 for g in groups], marks[4:] + marks[:4])]
-    )
-    check_lossless(reference, dtype, [[7]], [lossless_chunk([[7]], dtype, [0], [(False, False, 0)], RAW)], ())
+    check_lossless(dtype, rows, [lossless_chunk(rows, dtype, groups, marks, mode)])
+    check_lossless(dtype, rows, [lossless_chunk(rows, dtype, [g + 12 for g in groups], marks[4:] + marks[:4])])
+    check_lossless(dtype, [[7]], [lossless_chunk([[7]], dtype, [0], [(False, False, 0)], RAW)], ())
 
 
-def test_the_reference_cuts_lossless_tensors_into_chunks_as_the_spec_says(reference: ModuleType) -> None:
+def test_the_reference_cuts_lossless_tensors_into_chunks_as_the_spec_says() -> None:
     """Rows of zeros, but the last element of each chunk is not 0."""
     for shape, sizes in (
         ((5, 200_000), [400_000, 400_000, 200_000]),
@@ -504,7 +499,7 @@ def test_the_reference_cuts_lossless_tensors_into_chunks_as_the_spec_says(refere
             rows = [elements[-size:]]
             # One group, that of the one row as which the chunk is seen here.
             chunks.append(padded(lossless_chunk(rows, "f16", [0], [(True, False, 0)]), size))
-        check_lossless(reference, "f16", [elements], chunks, shape)
+        check_lossless("f16", [elements], chunks, shape)
 
 
 # bf16 0xc123 and 0x0000, in two rows. v = 0x209 = 521 and 0; B = 521; 0 is elsewhere: 0 - 521 mod 1024 is 503.
@@ -516,10 +511,10 @@ TWO_GROUPS = bytes.fromhex("02 0300000000 00 01  00 0902 020000000100 0200000001
 SPARSE = bytes.fromhex("01 01 020000000001 020000000080")
 
 
-def test_the_reference_decodes_lossless_chunks_made_by_hand(reference: ModuleType) -> None:
+def test_the_reference_decodes_lossless_chunks_made_by_hand() -> None:
     for chunk in (TWO_ROWS, TWO_GROUPS):
-        check_lossless(reference, "bf16", [[0xC123], [0]], [chunk])
-    check_lossless(reference, "f8_e4m3", [[0x80, 0]], [SPARSE])
+        check_lossless("bf16", [[0xC123], [0]], [chunk])
+    check_lossless("f8_e4m3", [[0x80, 0]], [SPARSE])
 
 
 @pytest.mark.parametrize(
@@ -547,7 +542,7 @@ def test_the_reference_decodes_lossless_chunks_made_by_hand(reference: ModuleTyp
     ],
 )
 def test_the_reference_refuses_wrong_lossless_chunks(
-    reference: ModuleType, dtype: str, chunk: bytes, old: str, new: str, message: str
+    dtype: str, chunk: bytes, old: str, new: str, message: str
 ) -> None:
     assert chunk.count(bytes.fromhex(old)) == 1
     wrong = chunk.replace(bytes.fromhex(old), bytes.fromhex(new))
@@ -556,7 +551,7 @@ def test_the_reference_refuses_wrong_lossless_chunks(
         decode("lossless", shape, {}, chunked([wrong]), dtype)
 
 
-def test_truncated_or_changed_chunks_raise_only_spec_errors(reference: ModuleType) -> None:
+def test_truncated_or_changed_chunks_raise_only_spec_errors() -> None:
     """No other error than `SpecError` leaves the reader."""
     rng = np.random.default_rng(0)
     rows = patterns("f32", 6, 40)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.helpers.reference import decode
+from tests.helpers.reference import decode, reference
 
 ERROR = {"rmse": "0.000000000e+00", "max": "0.000000000e+00"}
 NLM, AFFINE = {"block": 64}, {"bits": 4, "group": 32, "sym": False, "scale": "bf16"}
@@ -63,7 +62,7 @@ CASES["lut block"] = ("lut", (2, 130), LUT_BLOCKS, SEGMENTS, VALUES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_reference_decodes_blocks_made_by_hand(reference: ModuleType, case: str) -> None:
+def test_the_reference_decodes_blocks_made_by_hand(case: str) -> None:
     codec, shape, params, segments, expected = CASES[case]
     values = decode(codec, shape, params, segments)
     assert values.dtype == np.float32
@@ -85,7 +84,7 @@ def test_the_reference_decodes_blocks_made_by_hand(reference: ModuleType, case: 
         reference.decode(tensor)
 
 
-def test_the_reference_refuses_infinite_and_nan_scales(reference: ModuleType) -> None:
+def test_the_reference_refuses_infinite_and_nan_scales() -> None:
     for case, name, at, number in (
         ("q4_1", "blocks", 2, "007c"),
         ("q5_1", "blocks", 0, "00fe"),
@@ -100,7 +99,7 @@ def test_the_reference_refuses_infinite_and_nan_scales(reference: ModuleType) ->
             decode(codec, shape, params, segments | {name: changed})
 
 
-def test_the_reference_decodes_nlm_blocks_made_by_hand(reference: ModuleType) -> None:
+def test_the_reference_decodes_nlm_blocks_made_by_hand() -> None:
     import reference_codecs
 
     t = [[Fraction(level, 16384) for level in row] for row in reference_codecs.NLM_LEVELS]
@@ -139,7 +138,7 @@ def test_the_reference_decodes_nlm_blocks_made_by_hand(reference: ModuleType) ->
     ],
 )
 def test_the_reference_refuses_impossible_parameters(
-    reference: ModuleType, codec: str, params: dict[str, Any], wrong: list[dict[str, Any]]
+    codec: str, params: dict[str, Any], wrong: list[dict[str, Any]]
 ) -> None:
     names = {"affine": ["scales", "zeros", "codes"], "lut": ["codebooks", *["scales"] * (params == LUT), "codes"]}
     segments = dict.fromkeys(names.get(codec, ["blocks"]), b"")  # of a tensor without elements
