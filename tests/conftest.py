@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 from hypothesis import settings
 
+from qformat.codecs.base import Codec
 from tests.helpers.reference import reference as independent_reader
 
 # Runs are repeatable, and pass on machines of any speed.
@@ -26,6 +27,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Show shapes, parameters, codecs and functions themselves in the ids of tests."""
+    name = getattr(val, "__name__", getattr(val, "name", None))
+    if isinstance(name, str):
+        return None if name == "<lambda>" else name
+    text = (
+        repr(val)
+        if isinstance(val, (tuple, list, dict))
+        else str(val)
+        if isinstance(val, Codec) or type(val).__name__ == "dtype"
+        else ""
+    )
+    return None if not text or " at 0x" in text else " ".join(text.split())[:60].encode("unicode_escape").decode()
 
 
 @pytest.fixture
@@ -71,4 +87,14 @@ def minilm_qf(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("minilm") / "minilm.qf"
     convert(open_checkpoint(minilm), path, Recipe.parse("q4_0"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def layered_qf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A container file of layered tensors (scm) of many sizes, other tensors, assets and metadata."""
+    from tests.helpers.layered import model, write
+
+    path = tmp_path_factory.mktemp("layered") / "whole.qf"
+    write(path, "scm", model(0, big=True))
     return path

@@ -161,7 +161,7 @@ class Copied(QuantizedSource):
 
     def encoded(self, chunk: Chunk) -> tuple[bytes, ...]:
         """Return the bytes of a chunk."""
-        places = spans(self.codec.layout(Matrix.of(self.shape)), Matrix.of(self.shape), chunk)
+        places = spans(self.codec.segments(Matrix.of(self.shape)), Matrix.of(self.shape), chunk)
         return tuple(segment[span] for segment, span in zip(self.segments, places, strict=True))
 
     def read(self, elements: slice) -> Elements:

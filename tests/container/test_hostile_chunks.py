@@ -35,15 +35,8 @@ from tests.helpers.hostile import (
 )
 
 TYPES = [
-    "ternary",
-    "ternary:scale=tensor",
-    "ternary:scale=group,group=64,dtype=bf16",
-    "levels:dtype=f32",
-    "levels:n=15,scale=tensor",
-    "lossless",
-    "q4_0:coded=true",
-    "q5_1:coded=true",
-    "q8_0:coded=true",
+    *("ternary", "ternary:scale=tensor", "ternary:scale=group,group=64,dtype=bf16", "levels:dtype=f32"),
+    *("levels:n=15,scale=tensor", "lossless", "q4_0:coded=true", "q5_1:coded=true", "q8_0:coded=true"),
     "nlm:block=64,coded=true",
 ]
 every_type = pytest.mark.parametrize("type_", TYPES)
@@ -93,7 +86,7 @@ def allowed(codec: str, params: Json) -> bool:
 
 
 @every_type
-def test_the_bases_of_all_changes_read_well(written, type_, tmp_path):
+def test_unchanged_chunked_tensors_are_valid(written, type_, tmp_path):
     for shape in SHAPES:
         record = written[type_, shape]
         assert allowed(record["codec"], record["params"])
@@ -106,7 +99,7 @@ def test_the_bases_of_all_changes_read_well(written, type_, tmp_path):
 
 
 @every_type
-def test_parameters(written, type_, tmp_path):
+def test_impossible_parameters_of_chunked_codecs_are_refused(written, type_, tmp_path):
     record = written[type_, (0, 64)]
     codec, params = record["codec"], record["params"]
     variants = [params | {key: value} for key in params for value in [*NUMBERS, *WORDS, *ODD_VALUES]]
@@ -122,7 +115,7 @@ def test_parameters(written, type_, tmp_path):
 
 @every_type
 @pytest.mark.parametrize("shape", [(3, 5, 3), (0, 64)])
-def test_segments(written, type_, shape, tmp_path):
+def test_wrong_segments_of_chunked_tensors_are_refused(written, type_, shape, tmp_path):
     record = written[type_, shape]
     parts = record["segments"]
     wrong = [[], parts[::-1], parts[1:], [*parts, segment("extra", b"")], [segment("data", b""), *parts]]
@@ -138,7 +131,7 @@ def test_segments(written, type_, shape, tmp_path):
 
 
 @every_type
-def test_other_keys(written, type_, tmp_path):
+def test_impossible_keys_in_records_of_chunked_tensors_are_refused(written, type_, tmp_path):
     wrong: Json = {"dtype": ["i32", "bool", "u8", "F32", "f128", "", ...], "params": [..., [], ""]}
     wrong |= {"codec": ["ternaries", "Lossless", "q4_2", ...], "shape": [[2, -1], [True, 0], [0, 0.0], ...]}
     wrong["error"] = [{"rmse": "inf", "max": "inf"}, {"rmse": "0.000000000e+00"}, {}]
@@ -150,7 +143,7 @@ def test_other_keys(written, type_, tmp_path):
 
 
 @every_type
-def test_shapes_that_the_chunks_do_not_fit(written, type_, tmp_path):
+def test_shapes_that_chunks_do_not_fit_are_refused_in_little_memory(written, type_, tmp_path):
     beyond = [*OTHER_SHAPES, (2**20 + 1,), (2, 600_000), (600_000, 1), (2**30, 2**10), (1, 2**53 - 1), (2**53 - 1, 1)]
     for shape in ((2, 341), (0, 64)):
         count = int(np.prod(shape))
@@ -163,7 +156,7 @@ def test_shapes_that_the_chunks_do_not_fit(written, type_, tmp_path):
 
 
 @every_type
-def test_lengths_of_chunks(written, type_, tmp_path):
+def test_wrong_chunk_lengths_are_refused_by_all_readers(written, type_, tmp_path):
     record = written[type_, (1, 600_000)]
     content, lengths = (one["bytes"] for one in record["segments"][:2])
     sizes = struct.unpack(f"<{len(lengths) // 4}I", lengths)
@@ -191,7 +184,7 @@ def test_lengths_of_chunks(written, type_, tmp_path):
                 file.get_rows("t", [0])
 
 
-def test_a_chunk_has_a_byte_for_1024_elements(tmp_path):
+def test_chunks_are_padded_to_a_byte_for_1024_elements(tmp_path):
     path = tmp_path / "f.qf"
     for type_ in ("ternary:scale=tensor", "lossless", "q8_0:coded=true"):
         qformat.save_file({"t": np.full((2, 600_000), 1e-3, np.float32)}, path, {"t": type_}, overwrite=True)
@@ -207,7 +200,7 @@ def test_a_chunk_has_a_byte_for_1024_elements(tmp_path):
                 other = [size + step * (i == j) for j, size in enumerate(sizes)]
                 new = changed(record, chunks=part, lengths=struct.pack("<4I", *other))
                 assert not readable(path, record, segments=new)
-            if sizes[i] == 512:  # what fills up has to be zeros
+            if sizes[i] == 512:  # padding has to be zeros
                 new = changed(record, chunks=content[: at - 1] + b"\1" + content[at:])
                 assert not readable(path, record, segments=new)
 
@@ -216,7 +209,7 @@ def test_a_chunk_has_a_byte_for_1024_elements(tmp_path):
 
 
 @pytest.mark.parametrize("type_", TYPES[:5])
-def test_levels_and_scales_have_to_be_finite(written, type_, tmp_path):
+def test_nonfinite_levels_and_scales_are_refused(written, type_, tmp_path):
     record = written[type_, (2, 341)]
     path = tmp_path / "f.qf"
     book = np.frombuffer(find(record, "segments", "codebook", "bytes"), "<f4")
@@ -243,7 +236,7 @@ def test_levels_and_scales_have_to_be_finite(written, type_, tmp_path):
 
 
 @pytest.mark.parametrize("type_", ["levels:dtype=f32", "ternary:scale=group,group=64,dtype=bf16"])
-def test_products_may_overflow(written, type_, tmp_path):
+def test_products_of_levels_and_scales_may_overflow(written, type_, tmp_path):
     record = written[type_, (2, 341)]
     book = np.frombuffer(find(record, "segments", "codebook", "bytes"), "<f4") * np.float32(1e38)
     scales = find(record, "segments", "scales", "bytes")
@@ -298,7 +291,7 @@ def check_damaged(path: Path, data: bytes) -> None:
 
 @every_type
 @given(data=st.data())
-def test_changed_bytes_are_refused_or_read_alike(written, type_, data, tmp_path_factory):
+def test_all_readers_agree_on_changed_bytes_of_chunked_tensors(written, type_, data, tmp_path_factory):
     record = written[type_, data.draw(st.sampled_from([(2, 341), (3, 5, 3), (1,)]))]
     number = data.draw(st.sampled_from([0, 0, 0, *range(len(record["segments"]))]))
     name, content = (record["segments"][number][key] for key in ("name", "bytes"))
@@ -308,7 +301,7 @@ def test_changed_bytes_are_refused_or_read_alike(written, type_, data, tmp_path_
 
 @every_type
 @given(content=st.binary(min_size=1, max_size=200))
-def test_any_chunk_is_refused_or_read_alike(written, type_, content, tmp_path_factory):
+def test_all_readers_agree_on_random_bytes_as_a_chunk(written, type_, content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.qf"
     for shape in ((1,), (3, 5, 3)):
         record = written[type_, shape]
@@ -317,7 +310,7 @@ def test_any_chunk_is_refused_or_read_alike(written, type_, content, tmp_path_fa
 
 
 @every_type
-def test_changes_of_a_tensor_of_two_chunks(written, type_, tmp_path):
+def test_all_readers_agree_on_changes_of_a_tensor_of_two_chunks(written, type_, tmp_path):
     record = written[type_, (1, 600_000)]
     content, lengths = (one["bytes"] for one in record["segments"][:2])
     first = struct.unpack_from("<I", lengths)[0]
@@ -327,7 +320,7 @@ def test_changes_of_a_tensor_of_two_chunks(written, type_, tmp_path):
         check_damaged(tmp_path / "f.qf", packed(record, segments=changed(record, chunks=bytes(other))))
 
 
-def test_a_wrong_digest_is_noticed_first(written, tmp_path):
+def test_a_wrong_digest_of_chunks_is_reported_before_they_are_decoded(written, tmp_path):
     record = written["ternary", (2, 341)]
     data = packed(record)
     at = data.index(find(record, "segments", "chunks", "bytes"))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qformat
-from qformat.codecs.layout import Matrix, spans
+from qformat.codecs.layout import Matrix
 from qformat.codecs.registry import codec_of
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
@@ -22,6 +22,8 @@ from qformat.errors import FormatError, SourceError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.records import MeasuredError, Segment, TensorRecord
+from tests.helpers.codecs import chunks_of, part_of
+from tests.helpers.codecs import decode as decode_chunk
 from tests.helpers.files import segment
 from tests.helpers.hostile import (
     ERROR,
@@ -122,7 +124,7 @@ def record_of(codec: str, params: Params, shape: tuple[int, ...], /, **changes: 
 
 
 @every_base
-def test_the_bases_of_all_changes_read_well(tmp_path: Path, name: str) -> None:
+def test_unchanged_tensors_of_fixed_size_are_valid(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     for shape in [*SHAPES, (33,), (0,), (1, 0, 3), (2**40, 0), (341, 1), (2, 2, 2, 40)]:
         assert readable(tmp_path / "f.qf", record_of(codec, params, shape)), shape
@@ -132,7 +134,7 @@ def test_the_bases_of_all_changes_read_well(tmp_path: Path, name: str) -> None:
 
 
 @every_base
-def test_parameters(tmp_path: Path, name: str) -> None:
+def test_impossible_codec_parameters_are_refused(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     changed = [params | {key: value} for key in params for value in [*NUMBERS, *WORDS, *ODD_VALUES]]
     changed += [{k: v for k, v in params.items() if k != key} for key in params] + [{}]
@@ -154,7 +156,7 @@ def test_parameters(tmp_path: Path, name: str) -> None:
 
 @every_base
 @pytest.mark.parametrize("shape", SHAPES[::2])
-def test_segments(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+def test_wrong_segments_are_refused(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     codec, params = BASES[name]
     parts = record_of(codec, params, shape)["segments"]
     wrong: list[list[dict[str, Any]]] = [[], [*parts, segment("extra", b"")], [segment("data", b""), *parts]]
@@ -176,7 +178,7 @@ def test_segments(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
 
 
 @every_base
-def test_shapes_that_the_segments_do_not_fit(tmp_path: Path, name: str) -> None:
+def test_shapes_that_segments_do_not_fit_are_refused_in_little_memory(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     for shape in ((2, 341), (0, 64)):
         for other in [*SHAPES, *OTHER_SHAPES]:
@@ -187,7 +189,7 @@ def test_shapes_that_the_segments_do_not_fit(tmp_path: Path, name: str) -> None:
 
 
 @every_base
-def test_other_keys(tmp_path: Path, name: str) -> None:
+def test_impossible_keys_in_records_are_refused(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     wrong: Params = {"dtype": ["i32", "bool", "u8", "F32", "float32", "f128", "", codec, ...]}
     wrong |= {"error": [{"rmse": "inf", "max": "inf"}, {"rmse": "0.000000000e+00"}, {}, ...], "params": [..., [], ""]}
@@ -217,19 +219,16 @@ def decode(codec: str, params: Params, shape: tuple[int, ...], parts: dict[str, 
     """Decode chunk by chunk; a value is compared by its bits."""
     segments = tuple(Segment(name, 0, len(data), "0" * 64) for name, data in parts.items())
     found = codec_of(TensorRecord("t", shape, "f32", codec, params, segments, error=MeasuredError(0.1, 0.5)))
-    matrix, out = Matrix.of(shape), np.empty(math.prod(shape), np.float32)
+    out = np.empty(math.prod(shape), np.float32)
     with using(family):
-        for chunk in matrix.chunks(found.chunk_alignment(matrix)):
-            cut = [
-                data[span]
-                for data, span in zip(parts.values(), spans(found.layout(matrix), matrix, chunk), strict=True)
-            ]
-            found.decode(cut, out[chunk.elements(matrix)].reshape(chunk.rows, chunk.cols))
+        for chunk in chunks_of(found, shape):
+            part = part_of(found, shape, chunk, list(parts.values()))
+            out[chunk.elements(Matrix.of(shape))] = decode_chunk(found, part, (chunk.rows, chunk.cols)).reshape(-1)
     return out.view(np.uint32)
 
 
 @given(tensor=tensors(), seed=st.integers(0, 2**32), chunk=st.sampled_from([32, 96, 2**19]))
-def test_finite_scales_decode_alike_everywhere(tensor: Any, seed: int, chunk: int) -> None:
+def test_both_readers_and_kernel_families_decode_random_bytes_alike(tensor: Any, seed: int, chunk: int) -> None:
     codec, params, shape = tensor
     parts = random_segments(codec, params, shape, seed, finite=True)
     record = {"params": params, "error": ERROR}
@@ -242,7 +241,7 @@ def test_finite_scales_decode_alike_everywhere(tensor: Any, seed: int, chunk: in
 
 
 @given(tensor=tensors(), seed=st.integers(0, 2**32), ones=st.booleans())
-def test_any_bytes_do_no_harm(tensor: Any, seed: int, ones: bool) -> None:
+def test_random_bytes_are_refused_or_decode(tensor: Any, seed: int, ones: bool) -> None:
     codec, params, shape = tensor
     parts = random_segments(codec, params, shape, seed, finite=False)
     if ones:
@@ -306,7 +305,7 @@ def check_error(x: np.ndarray, values: np.ndarray, info: TensorRecord) -> None:
 
 @every_type
 @pytest.mark.parametrize("cols", [1, 31, 33, 341])
-def test_the_error_is_the_true_one(tmp_path: Path, type_: str, cols: int) -> None:
+def test_the_recorded_error_is_the_true_one(tmp_path: Path, type_: str, cols: int) -> None:
     doubles = np.random.default_rng(1).standard_normal((5, cols))  # are rounded to float32 first
     for x in (normal(5, cols), normal(5, cols) * np.float32(0.02) + 1, normal(5, cols).astype(np.float16), doubles):
         check_error(x, *save(tmp_path / "f.qf", x, type_))
@@ -317,7 +316,9 @@ def test_the_error_is_the_true_one(tmp_path: Path, type_: str, cols: int) -> Non
 
 
 @every_type
-def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_and_infinity_are_refused_by_tensor_name(
+    tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for chunk in (1 << 19, 96):
         monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", chunk)
         for i, at in enumerate([(0, 0), (0, 340), (2, 320), (4, 0), (4, 340)]):
@@ -391,7 +392,7 @@ def test_small_values_are_refused_or_stored_faithfully(tmp_path: Path, type_: st
 
 
 @every_type
-def test_zeros_equal_values_and_an_outlier(tmp_path: Path, type_: str) -> None:
+def test_zeros_equal_values_and_outliers_are_stored_well(tmp_path: Path, type_: str) -> None:
     path = tmp_path / "f.qf"
     for shape in ((3, 341), (1,), (4, 1)):
         for value in (0.0, -0.0, 0.3, -0.3, 1.0, 3e4, 1e-3):
@@ -410,7 +411,9 @@ def test_zeros_equal_values_and_an_outlier(tmp_path: Path, type_: str) -> None:
 
 
 @every_type
-def test_chunks_threads_and_rows_change_nothing(tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_and_values_do_not_depend_on_chunks_threads_and_rows(
+    tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "f.qf"
     for x in (normal(7, 341), normal(3, 5, 33), normal(700)):
         results = []

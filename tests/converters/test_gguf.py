@@ -39,7 +39,7 @@ def back(path: Path) -> bytes:
     return path.with_suffix(".out").read_bytes()
 
 
-def test_sizes_of_blocks_are_those_of_the_package():
+def test_gguf_block_sizes_are_those_of_the_gguf_package():
     for number, (block, nbytes) in GGML_QUANT_SIZES.items():
         expected = (number.name.lower(), block, nbytes)
         if number.name == "Q8_1":  # the package has what ggml had in 2023, with two binary32 numbers
@@ -49,7 +49,7 @@ def test_sizes_of_blocks_are_those_of_the_package():
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_of_every_type_in_and_out(tmp_path, name):
+def test_gguf_blocks_of_every_type_round_trip_byte_for_byte(tmp_path, name):
     if name == "q8_1":
         pytest.skip("the package writes another layout")
     data = random_blocks(name, 5, 6)
@@ -76,7 +76,7 @@ def test_blocks_of_every_type_in_and_out(tmp_path, name):
                 assert np.array_equal(file.get_rows(tensor, [1, 0]), expected[[1, 0]])
 
 
-def test_plain_numbers_in_and_out(tmp_path):
+def test_gguf_tensors_of_plain_numbers_round_trip_byte_for_byte(tmp_path):
     rng = np.random.default_rng(0)
     tensors: dict[str, tuple[Any, str]] = {}
     for name in PLAIN:
@@ -98,13 +98,13 @@ def test_plain_numbers_in_and_out(tmp_path):
 
 
 @pytest.mark.parametrize("alignment", [8, 32, 256, 4096])
-def test_alignments(tmp_path, alignment):
+def test_gguf_files_of_any_alignment_round_trip(tmp_path, alignment):
     data = random_blocks("q5_1", 3, 1)
     source = write(tmp_path / "m.gguf", {"x": (data, "q5_1"), "a": (data, "q5_1")}, alignment)
     assert back(store(source)) == source.read_bytes()
 
 
-def test_detected_by_content(tmp_path):
+def test_gguf_files_are_detected_by_content(tmp_path):
     source = write(tmp_path / "m.bin", {"x": (random_blocks("q4_0", 2, 2), "q4_0")})
     checkpoint = open_checkpoint(source)
     assert checkpoint.quantized
@@ -112,7 +112,7 @@ def test_detected_by_content(tmp_path):
     assert isinstance(checkpoint.tensors[0], QuantizedSource)
 
 
-def test_another_type_is_made_of_the_values(tmp_path):
+def test_gguf_tensors_convert_to_another_type_by_value(tmp_path):
     blocks = random_blocks("q6_k", 4, 3)
     values = dequantize(blocks, GGMLQuantizationType.Q6_K)
     source = write(tmp_path / "m.gguf", {"x": (blocks, "q6_k"), "n": (np.ones(7, np.float32), "f32")})
@@ -124,7 +124,7 @@ def test_another_type_is_made_of_the_values(tmp_path):
         assert np.array_equal(tensor.read(slice(start, stop)).data, values.reshape(-1)[start:stop])
 
 
-def test_without_the_package_files_are_carried(tmp_path, monkeypatch):
+def test_gguf_files_round_trip_without_the_gguf_package(tmp_path, monkeypatch):
     source = write(tmp_path / "m.gguf", {"x": (random_blocks("q4_k", 3, 2), "q4_k")})
     ggml._decoder.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -140,7 +140,7 @@ def test_without_the_package_files_are_carried(tmp_path, monkeypatch):
         store(source, "q8_0")
 
 
-def test_blocks_that_decode_to_nan_are_refused(tmp_path):
+def test_gguf_blocks_that_decode_to_nan_are_refused(tmp_path):
     blocks = random_blocks("q4_k", 3, 2)
     blocks[1, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
     source = write(tmp_path / "m.gguf", {"x": (blocks, "q4_k")})
@@ -194,7 +194,7 @@ HOSTILE: dict[str, tuple[Draft | bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_files_are_refused_in_one_line(tmp_path, case):
+def test_hostile_gguf_files_are_refused_in_one_line(tmp_path, case):
     draft, message = HOSTILE[case]
     path = tmp_path / "m.gguf"
     path.write_bytes(draft if isinstance(draft, bytes) else draft.pack())
@@ -228,19 +228,19 @@ def test_hostile_files_are_refused_in_one_line(tmp_path, case):
         Draft([u32("split.count", 1), pair("x", 8, string("ü" * 5))]),
     ],
 )
-def test_unusual_files_come_back(tmp_path, draft):
+def test_unusual_gguf_files_round_trip_byte_for_byte(tmp_path, draft):
     source = tmp_path / "m.gguf"
     source.write_bytes(draft.pack())
     assert back(store(source)) == source.read_bytes()
 
 
-def test_part_of_a_model_is_told(tmp_path):
+def test_one_part_of_a_split_gguf_model_is_read_with_a_warning(tmp_path):
     source = tmp_path / "m.gguf"
     source.write_bytes(Draft([pair("split.count", 2, struct.pack("<H", 3))]).pack())
     assert "one part of 3" in open_gguf(source).warnings[0]
 
 
-def test_what_belongs_to_no_tensor_is_limited(tmp_path):
+def test_gguf_files_with_a_gigabyte_outside_tensors_are_refused(tmp_path):
     source = tmp_path / "m.gguf"
     source.write_bytes(Draft().pack())
     with source.open("r+b") as file:
@@ -262,7 +262,7 @@ SMALL = Draft(
 
 
 @given(st.data())
-def test_damaged_files_are_read_or_refused(tmp_path_factory, data):
+def test_damaged_gguf_files_are_read_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("g") / "m.gguf"
     raw = bytearray(SMALL)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -279,7 +279,7 @@ def test_damaged_files_are_read_or_refused(tmp_path_factory, data):
         assert back(qf) == path.read_bytes()
 
 
-def test_every_flipped_bit_of_the_header(tmp_path):
+def test_gguf_headers_with_any_flipped_bit_are_read_or_refused(tmp_path):
     path = tmp_path / "m.gguf"
     for at in range(SMALL.index(bytes(150))):
         for bit in (0, 3, 7):
@@ -292,7 +292,7 @@ def test_every_flipped_bit_of_the_header(tmp_path):
                 assert "\n" not in str(error)  # noqa: PT017
 
 
-def test_large_vocabularies_are_skipped_quickly(tmp_path):
+def test_large_gguf_vocabularies_are_skipped_quickly(tmp_path):
     tokens = b"".join(string(f"token {i}") for i in range(200_000))
     source = tmp_path / "m.gguf"
     source.write_bytes(Draft([pair("tokens", 9, struct.pack("<IQ", 8, 200_000) + tokens)]).pack())
@@ -314,7 +314,7 @@ def smollm2() -> Path:
 
 
 @pytest.mark.slow
-def test_a_real_file_comes_back(smollm2, tmp_path):
+def test_a_real_gguf_file_round_trips_byte_for_byte(smollm2, tmp_path):
     path = tmp_path / "m.qf"
     convert(open_gguf(smollm2), path, Recipe())
     export(path, tmp_path / "m.gguf", "gguf")

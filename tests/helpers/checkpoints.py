@@ -1,4 +1,4 @@
-"""TODO."""
+"""Checkpoints in safetensors files, written byte by byte."""
 
 from __future__ import annotations
 

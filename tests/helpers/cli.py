@@ -1,4 +1,4 @@
-"""TODO."""
+"""Running the command line in processes of their own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Result:
+    """Exit status and output of a command."""
+
     code: int
     out: str
     err: str

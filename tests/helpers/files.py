@@ -122,7 +122,7 @@ class Draft:
         return canonical(self.index)
 
     def pack(self, index: bytes | None = None, **fields: Any) -> bytes:
-        """Return the file; `index` stands in for the canonical index, `fields` for what the trailer would hold."""
+        """Return the file; `index` stands in for the canonical index, `fields` for fields of the trailer."""
         data = self.index_bytes() if index is None else index
         at = fields.pop("index_offset", len(self.header) + len(self.body))
         end = trailer(data, at, **({"records": self.records, "minor": self.minor} | fields))

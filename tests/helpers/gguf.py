@@ -1,4 +1,4 @@
-"""TODO."""
+"""GGUF files, written by the gguf package or byte by byte, and their blocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def store(source: Path, type_: str | None = None) -> Path:
 
 
 def random_blocks(name: str, rows: int, blocks: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    """Return random rows of blocks, none of which decodes to infinity or NaN."""
+    """Return random rows of blocks, which decode to finite values."""
     rng = np.random.default_rng(seed)
     size = TYPES[TYPE_NUMBERS[name]].nbytes
     found = rng.integers(0, 256, (4 * rows * blocks + 64, size), dtype=np.uint8)

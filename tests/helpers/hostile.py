@@ -53,7 +53,7 @@ class Content:
 
 
 def value_of(array: np.ndarray | bytes) -> Any:
-    """Return what two equal results have in common, NaNs included."""
+    """Return a value that is equal for results with the same bits, NaNs included."""
     return array if isinstance(array, bytes) else (array.dtype.str, array.shape, array.tobytes())
 
 
@@ -109,7 +109,7 @@ def one_line(error: FormatError, path: Path) -> str:
 
 
 def verify_one(path: Path) -> FileReport:
-    """Return what `verify` reports of a file."""
+    """Return the report of `verify` on a file."""
     (report,) = verify([str(path)], jobs=1)
     assert all("\n" not in damage.what for damage in report.errors)
     return report

@@ -21,6 +21,15 @@ finite_f32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 #: vectors of up to eight blocks of 32
 rows = hnp.arrays(np.float32, st.integers(1, 8).map(lambda n: 32 * n), elements=finite_f32)
 
+_factors = st.sampled_from([0.0, 1.0, -0.7, 10.0, 3e-5, -1e-7, 1000.0])
+_levels = hnp.arrays(
+    np.float32, st.integers(1, 40).map(lambda n: 32 * n), elements=st.integers(-12, 12).map(np.float32)
+)
+#: vectors of blocks as weights are: around some value, of some spread, often with few different values
+likely_rows = st.tuples(_levels, _factors, _factors).map(
+    lambda parts: (parts[0] * np.float32(parts[1]) + np.float32(parts[2])).astype(np.float32)
+)
+
 
 def modules(*names: str) -> list[dict[str, ModuleType]]:
     """Return kernel modules by name, those of numba and those of numpy."""
@@ -84,6 +93,25 @@ def asymmetric_battery() -> dict[str, np.ndarray]:
         "narrow, far from zero": positive / 1000 + 5,
         "outlier": np.where(np.arange(2048) == 77, 300, rng.standard_normal(2048)).astype(np.float32),
     }
+
+
+def q4_0_battery() -> dict[str, np.ndarray]:
+    """Return the battery, and blocks with few levels, of one sign, or next to the borders of binary16 scales."""
+    rng = np.random.default_rng(6)
+    scale = rng.random((64, 1)) + 0.5
+    normal = rng.standard_normal((64, 32))
+    more = {
+        "five levels": rng.choice([-2, -1, 0, 1, 2], (64, 32)) * scale,
+        "integers": rng.integers(-9, 9, (64, 32)),
+        "zeros and one magnitude of one sign": rng.choice([0, -1], (64, 32)) * scale,
+        "halves": normal.astype(np.float16),
+        "magnitudes far apart": normal * 2.0 ** rng.integers(-20, 3, (64, 32)),
+        "laplace": rng.laplace(size=(64, 32)),
+        "sparse": normal * (rng.random((64, 32)) < 0.1),
+        "no multiple of 16 blocks": normal[:37],
+    }
+    small = {f"normal, 2^{e}": normal * 2.0**e for e in range(-30, -8, 3)}
+    return {**battery(), **{name: x.astype(np.float32) for name, x in {**more, **small}.items()}}
 
 
 def padded_rows(x: np.ndarray, cols: int) -> np.ndarray:

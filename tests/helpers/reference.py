@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,3 +24,10 @@ def load_script(path: Path) -> ModuleType:
 
 
 reference = load_script(ROOT / "spec" / "reference.py")
+
+
+def decode(codec: str, shape: tuple[int, ...], params: Any, segments: Mapping[str, bytes], dtype: str = "f32") -> Any:
+    """Decode one tensor with the independent reader."""
+    lossless = codec in (dtype, "lossless")
+    record = {"params": params} | ({} if lossless else {"error": dict.fromkeys(("rmse", "max"), "0.000000000e+00")})
+    return reference.decode(reference.Tensor("t", shape, dtype, codec, record, tuple(segments.items()), ""))

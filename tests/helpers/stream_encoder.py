@@ -1,4 +1,4 @@
-"""TODO."""
+"""A small encoder of streams and chunks, written from the text of spec/codecs.md."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 
 RAW, CONSTANT, CODED, BY_SYMBOLS = range(4)
-
-
 CHUNK_ELEMENTS = 2**19
 
 
@@ -96,8 +94,8 @@ def digits_per_symbol(s: int) -> int:
 def join(symbols: Sequence[int], s: int, fill: int = 0) -> list[int]:
     """The letters of these symbols."""
     k = digits_per_symbol(s)
-    filled = [*symbols, *[fill] * (-len(symbols) % k)]
-    return [sum(filled[i + j] * s**j for j in range(k)) for i in range(0, len(filled), k)]
+    complete = [*symbols, *[fill] * (-len(symbols) % k)]
+    return [sum(complete[i + j] * s**j for j in range(k)) for i in range(0, len(complete), k)]
 
 
 def stream(letters: Any, s: int = 256, mode: int = CODED, precision: int = 12) -> bytes:
@@ -118,7 +116,7 @@ def stream(letters: Any, s: int = 256, mode: int = CODED, precision: int = 12) -
 
 
 def random_letters(count: int, size: int, seed: int = 0) -> list[int]:
-    """Letters of which the small ones are frequent."""
+    """Return letters, small ones more often."""
     wanted = np.random.default_rng(seed).exponential(size / 9, count)
     return [int(letter) for letter in np.minimum(wanted, size - 1)]
 
@@ -128,5 +126,5 @@ def chunked(chunks: Sequence[bytes], **others: bytes) -> dict[str, bytes]:
     return {"chunks": b"".join(chunks), "lengths": lengths, **others}
 
 
-def filled_up(content: bytes, elements: int) -> bytes:
+def padded(content: bytes, elements: int) -> bytes:
     return content.ljust(-(-elements // 1024), b"\0")
