@@ -6,11 +6,11 @@ import glob
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
 
 from qformat.codecs.base import ChunkEncoder, Codec, Encoder
 from qformat.codecs.registry import codecs, parse_type
-from qformat.errors import SourceError, TypeSpecError
+from qformat.errors import SourceError
+from qformat.pipeline.patterns import check_patterns, last_match, split_items
 from qformat.pipeline.source import SourceTensor
 
 
@@ -46,7 +46,7 @@ class Recipe:
         TypeSpecError
             If one is malformed.
         """
-        pairs = overrides.items() if isinstance(overrides, Mapping) else [_split(item) for item in overrides]
+        pairs = split_items(overrides, "PATTERN=TYPE", lambda text: text.partition(":")[0] in codecs())
         parsed = tuple((pattern, parse_type(text)) for pattern, text in pairs)
         return cls(None if default is None else parse_type(default), parsed)
 
@@ -62,10 +62,8 @@ class Recipe:
         keep = copies[0][1]
         if not tensor.dtype.floating:
             return keep
-        encoder = keep if self.default is None or len(tensor.shape) < 2 else self.default
-        for pattern, override in self.overrides:
-            if fnmatchcase(tensor.name, pattern):
-                encoder = override
+        default = keep if self.default is None or len(tensor.shape) < 2 else self.default
+        encoder = last_match(tensor.name, self.overrides, default)
         for codec, copy in copies:
             if _is_fulfilled(encoder, codec):
                 return copy
@@ -77,16 +75,11 @@ class Recipe:
 
     def check_patterns(self, tensors: Iterable[SourceTensor]) -> None:
         """Raise `TypeSpecError` if a pattern matches no floating tensor: it would be ignored silently."""
-        every = list(tensors)
-        for pattern, encoder in self.overrides:
-            matches = [tensor for tensor in every if fnmatchcase(tensor.name, pattern)]
-            if not matches:
-                raise TypeSpecError(f"no tensor matches the pattern of {pattern}={encoder}")
-            if not any(tensor.dtype.floating for tensor in matches):
-                kind = matches[0].dtype.name
-                raise TypeSpecError(
-                    f"{pattern}={encoder} matches only tensors that stay as they are, such as one of {kind}"
-                )
+        check_patterns(self.overrides, tensors, lambda tensor: tensor.dtype.floating, _never_encoded)
+
+
+def _never_encoded(tensor: SourceTensor) -> str:
+    return f"tensors that stay as they are, such as one of {tensor.dtype.name}"
 
 
 def _is_fulfilled(encoder: Encoder, codec: Codec) -> bool:
@@ -99,16 +92,6 @@ def _is_fulfilled(encoder: Encoder, codec: Codec) -> bool:
         for f in fields(encoder)
         if f.metadata.get("option") and f.name != "search"
     )
-
-
-def _split(item: str) -> tuple[str, str]:
-    """Cut ``PATTERN=TYPE``, of which both may hold more equals signs: before the last one that a codec's id follows."""
-    cuts = [i for i, c in enumerate(item) if c == "="]
-    known = [i for i in cuts if item[i + 1 :].partition(":")[0] in codecs()]
-    if not cuts or item.startswith("=") or item.endswith("="):
-        raise TypeSpecError(f"{item!r} is not of the form PATTERN=TYPE")
-    cut = known[-1] if known else cuts[-1]
-    return item[:cut], item[cut + 1 :]
 
 
 def override_for(name: str, type_: str) -> str:

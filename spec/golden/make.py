@@ -1,10 +1,10 @@
-"""Make the golden files of a format version, once: an existing folder is never touched.
+"""Make the golden files of a format version, once: an existing folder is never changed.
 
     python spec/golden/make.py 1.1
 
-Each NAME.qf has a NAME.npz beside it with the arrays that went in (``source/...``) and the arrays that a reader has to give
-(``decoded/...``), decoded by the reference reader, and all are listed in SHA256SUMS. ``copied`` holds tensors of types that are
-only copied, and ``head`` is the head of shards.
+Each NAME.qf has a NAME.npz beside it with the source arrays (``source/...``) and the arrays that readers must return
+(``decoded/...``), as the reference reader decodes them; SHA256SUMS lists all files. ``copied`` has tensors of types that are only
+copied, and ``head`` is the head of shards.
 """
 
 from __future__ import annotations
@@ -137,13 +137,13 @@ def sources() -> dict[str, dict[str, Array]]:
         tensors[f"{kind}.long"] = np.where(thousandth, weights(601, seed=11).repeat(1000)[:600_001], 0).astype(
             np.float32
         )
-    # enough for bits by classes; and numbers far from the others
+    # enough weights for sections by classes; and outliers
     tensors["scm.many"] = weights(90, 400, seed=13)
     tensors["scm.far"] = np.where(weights(60, 64, seed=14) > 1, 1e6, weights(60, 64, seed=15)).astype(np.float32)
     tensors["scm.short"] = tensors["lossless.short"]
-    # five values, and many letters of them
+    # five values, and a long stream
     tensors["levels.many"] = (np.round(weights(100, 300, seed=12) * 1.5) / 2).astype(np.float32)
-    # enough that a layer is added to those before the rest
+    # enough weights for the additional layer before the residual
     tensors["scm.most"] = weights(300, 256, seed=16).astype(np.float16)
     shards = {f"layer.{number}.weight": weights(32, 64, seed=60 + number) for number in range(3)}
     return {"tensors": tensors, "empty": {}, "copied": {}, "head": shards}
@@ -151,7 +151,7 @@ def sources() -> dict[str, dict[str, Array]]:
 
 @dataclass(frozen=True)
 class Copied(QuantizedSource):
-    """A tensor that is quantized already."""
+    """A tensor that another tool has quantized."""
 
     name: str
     shape: tuple[int, ...]
@@ -175,7 +175,7 @@ def some_bytes(count: int, *, seed: int, below: int = 256) -> bytes:
 
 
 def copied() -> list[Copied]:
-    """Return tensors of the types that are only copied, and one of blocks that could be made of floats."""
+    """Return tensors of the types that are only copied, and one of blocks, which can also be encoded from floats."""
     tensors = []
 
     def add(name: str, kind: Codec, rows: int, cols: int, *segments: bytes) -> None:
@@ -211,7 +211,7 @@ def copied() -> list[Copied]:
 
 
 def write(name: str, arrays: dict[str, Array], path: Path, jobs: int | None = None) -> None:
-    """Write one golden file; what the bytes mean is decided by the reference reader."""
+    """Write one golden file."""
     if name == "copied":
         convert(Checkpoint(copied()), path, Recipe(), jobs=jobs)
     elif name == "head":

@@ -53,7 +53,7 @@ def test_every_dtype(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.warnings == [
-        "model.bin: 'decoder/weight' is 'encoder/weight'; stored once, and the metadata tells"
+        "model.bin: 'decoder/weight' is an alias of 'encoder/weight'; stored once, the aliases in the metadata"
     ]
     convert(checkpoint, tmp_path / "m.qf", Recipe())
     with qformat.safe_open(tmp_path / "m.qf") as file:
@@ -88,16 +88,22 @@ def test_integers_with_scales_are_kept_and_told(tmp_path):
     arrays = {"a/weight": np.ones((2, 3), np.int8), "a/weight_scale": np.ones(2, np.float32)}
     (tmp_path / "model.bin").write_bytes(model(arrays, version=4))
     (warning,) = [w for w in open_checkpoint(tmp_path / "model.bin").warnings if "integers" in w]
-    assert warning == "model.bin: 1 matrices are integers, kept beside their scales, such as 'a/weight_scale'"
+    assert warning == "model.bin: 1 matrices of integers are kept as they are, with scales such as 'a/weight_scale'"
 
 
 BROKEN = {
-    "version 3": (model(ARRAYS, version=3), "TransformerSpec of CTranslate2's version 3 is not known, only 4 to 6"),
-    "cut": (model(ARRAYS)[:-1], "in the middle of something"),
-    "longer": (model(ARRAYS) + b"\0", "it has 1 bytes more than it should"),
-    "alias": (model(ARRAYS, {"x": "y"}), "alias 'x' of 'y' is impossible"),
-    "twice": (model(ARRAYS).replace(b"encoder/half", b"encoder/none"), "'encoder/none' is there twice"),
-    "shape": (model({"w": ARRAYS["encoder/half"]}).replace(b"\x06\0\0\0\x04", b"\x07\0\0\0\x04"), "not what its shape"),
+    "version 3": (
+        model(ARRAYS, version=3),
+        "TransformerSpec in version 3 of CTranslate2's format cannot be read, only 4 to 6",
+    ),
+    "cut": (model(ARRAYS)[:-1], "in the middle of a field"),
+    "longer": (model(ARRAYS) + b"\0", "1 bytes too many at its end"),
+    "alias": (model(ARRAYS, {"x": "y"}), "invalid alias 'x' of 'y'"),
+    "twice": (model(ARRAYS).replace(b"encoder/half", b"encoder/none"), "duplicate variable 'encoder/none'"),
+    "shape": (
+        model({"w": ARRAYS["encoder/half"]}).replace(b"\x06\0\0\0\x04", b"\x07\0\0\0\x04"),
+        "does not match its shape",
+    ),
     "dtype": (model({"w": ARRAYS["encoder/half"]}).replace(b"\x06\0\0\0\x04", b"\x06\0\0\0\x09"), "dtype number 9"),
 }
 

@@ -153,7 +153,7 @@ def test_a_tokenizer_above_is_mentioned(tmp_path):
     source = write(tmp_path / "7B", split(model(), 1, embeddings=1))
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     (warning,) = open_checkpoint(source).warnings
-    assert "tokenizer.model of the directory above" in warning
+    assert "tokenizer.model of the parent directory" in warning
 
 
 def missing(number: int) -> Callable[[Path], object]:

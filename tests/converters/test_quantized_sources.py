@@ -160,7 +160,8 @@ def sources(parts: Mapping[str, Any], name: str = "a.b") -> list[Any]:
 
 def recognized(parts: Mapping[str, Any], config: Any = None, version: Any = None) -> Any:
     configs = {} if config is None else {"quantize_config.json": config}
-    return recognize(sources(parts), configs, SourceOptions(gptq_format=version))
+    found = recognize(sources(parts), configs, SourceOptions(gptq_format=version))
+    return found.tensors, found.warnings
 
 
 def only(parts: Mapping[str, Any], config: Any = None, version: Any = None) -> Any:
@@ -203,7 +204,8 @@ def check(tensor: Any, values: np.ndarray) -> None:
 def test_layers_of_real_tools(tmp_path, name):
     folder = DATA / name
     configs = {file: json.loads((folder / file).read_bytes()) for file in CONFIGS if (folder / file).exists()}
-    tensors, warnings = recognize(open_safetensors(folder / "model.safetensors"), configs, SourceOptions())
+    found = recognize(open_safetensors(folder / "model.safetensors").tensors, configs, SourceOptions())
+    tensors, warnings = found.tensors, found.warnings
     assert warnings == []
     convert(Checkpoint(tensors), tmp_path / "a.qf", Recipe.parse(None))
     digests = json.loads((DATA / "expected.json").read_bytes())[name]
@@ -260,7 +262,7 @@ def test_without_g_idx_columns_are_in_order(group, config):
 @pytest.mark.parametrize("model", ["gpt2", "llama", 3, ["gpt2"]])
 def test_models_that_keep_their_matrices_the_other_way_round_are_told(model):
     config = {"config.json": {"model_type": model}}
-    _, warnings = recognize(sources(gptq(layer(4, 8, 64, 32), 4)), config, SourceOptions())
+    warnings = recognize(sources(gptq(layer(4, 8, 64, 32), 4)), config, SourceOptions()).warnings
     assert [warning for warning in warnings if "[in, out]" in warning] == (
         ["GPTQ: models of type gpt2 keep some matrices as [in, out], and those of quantized layers are [out, in] here"]
         if model == "gpt2"
@@ -272,7 +274,7 @@ def test_groups_of_which_the_last_is_short():
     x = layer(4, 8, 80, 32)
     check(only(gptq(x, 4)), x.values)  # g_idx tells
     check(only(gptq(x, 4, g_idx=False), {"group_size": 32}), x.values)
-    assert "80 columns do not tell how long 3 groups are; say group_size" in refused(gptq(x, 4, g_idx=False))
+    assert "the length of 3 groups in 80 columns is unknown; set group_size" in refused(gptq(x, 4, g_idx=False))
 
 
 @given(x=layers(4, cols_unit=5))
@@ -369,7 +371,8 @@ def test_all_kinds_in_one_checkpoint(tmp_path, monkeypatch):
         *sources({"weight": np.ones((3, 3), np.float32)}, "x.plain"),
         *sources({"scales": bias, "g_idx": bias}, "x.no_layer"),
     ]
-    tensors, warnings = recognize(parts, {}, SourceOptions())
+    found = recognize(parts, {}, SourceOptions())
+    tensors, warnings = found.tensors, found.warnings
     assert warnings == []
     store = [convert(Checkpoint(tensors), tmp_path / f"{jobs}.qf", Recipe.parse(None), jobs=jobs) for jobs in (1, 4)]
     assert store[0].root == store[1].root
@@ -404,7 +407,7 @@ def test_rows_longer_than_a_chunk(monkeypatch):
 def test_a_layer_at_the_top_has_a_name():
     x = layer(4, 8, 32, 32)
     tensors = [ArrayTensor(t.name.removeprefix("a.b."), t.elements) for t in sources(gptq(x, 4))]
-    found, _ = recognize(tensors, {}, SourceOptions())
+    found = recognize(tensors, {}, SourceOptions()).tensors
     assert [tensor.name for tensor in found] == ["weight"]
 
 
@@ -424,7 +427,7 @@ def test_a_layer_is_read_once_for_all_its_chunks(monkeypatch):
     monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 256)
     x = layer(4, 64, 128, 32)
     tensors = [Counted(tensor) for tensor in sources(gptq(x, 4))]
-    (tensor,), _ = recognize(tensors, {}, SourceOptions())
+    (tensor,) = recognize(tensors, {}, SourceOptions()).tensors
     qweight = tensors[0]
     assert qweight.reads == 0
     matrix = Matrix.of(tensor.shape)
@@ -542,7 +545,7 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     (PACKED | {"weight_packed": np.zeros((16, 80), I32)}, "no number of bits puts 64 columns into 80 words"),
     (PACKED | {"weight_scale": np.ones((15, 2), np.float32)}, "'a.b.weight_scale' has shape [15, 2]"),
     (PACKED | {"weight_scale": np.ones((16, 2, 1), np.float32)}, "'a.b.weight_scale' has shape [16, 2, 1]"),
-    (PACKED | {"weight_scale": np.ones((16, 3), np.float32)}, "64 columns do not tell how long 3 groups are"),
+    (PACKED | {"weight_scale": np.ones((16, 3), np.float32)}, "the length of 3 groups in 64 columns is unknown"),
     (PACKED | {"weight_zero_point": np.zeros((3, 2), I32)}, "'a.b.weight_zero_point' of shape [3, 2] does not fit"),
     (PACKED | {"weight_zero_point": np.zeros((2, 2), np.int8)}, "'a.b.weight_zero_point' of shape [2, 2] does not fit"),
     (PACKED | {"weight_zero_point": np.zeros((0, 2), I32)}, "it has no elements"),
@@ -574,7 +577,7 @@ def test_two_ways_to_pack_that_look_alike_are_told_by_width_or_refused():
     x = layer(3, 4, 15, 15)
     config = {"config_groups": {"a": {"weights": {"num_bits": 3}}}}
     assert "old and new versions pack 15 columns into 2 words" in refused(compressed(x, 3), config)
-    assert "say num_bits in config.json" in refused(compressed(layer(4, 4, 3, 3), 4))
+    assert "set num_bits in config.json" in refused(compressed(layer(4, 4, 3, 3), 4))
 
 
 CONFIG: list[tuple[Any, str]] = [
@@ -633,7 +636,7 @@ def test_files_that_contradict_each_other():
     wrong = {"config.json": inner, "quantize_config.json": {"checkpoint_format": "gptq_v2"}}
     with pytest.raises(SourceError, match=r"says checkpoint_format 'gptq_v2', but config.json says .* 'gptq'"):
         recognize(parts, wrong, ask)
-    assert recognize(parts, wrong, SourceOptions(gptq_format="v1"))[1] == []
+    assert recognize(parts, wrong, SourceOptions(gptq_format="v1")).warnings == []
 
 
 def test_layers_may_differ_if_the_configuration_says_so():
@@ -681,10 +684,11 @@ def test_formats_that_are_not_known_stay_as_they_are():
     assert [tensor.name for tensor in found] == ["a.b.weight", "a.b.quant_map"]
     assert len(warnings) == 1
     assert warnings[0].startswith(
-        "quantize_config.json says quant_method 'bitsandbytes', but no tensor is quantized in a way"
+        "quantize_config.json says quant_method 'bitsandbytes', but no tensor is quantized in a known layout"
     )
     plain = sources({"weight": np.ones((4, 4), np.float32)})
-    assert recognize(plain, {"config.json": {"model_type": "llama"}}, SourceOptions()) == (plain, [])
+    found = recognize(plain, {"config.json": {"model_type": "llama"}}, SourceOptions())
+    assert (found.tensors, found.warnings) == (plain, [])
 
 
 JSON = st.recursive(
@@ -741,7 +745,7 @@ def save(folder: Path, parts: Mapping[str, Any], config: Any) -> Path:
 
 
 def types(request: Request) -> dict[str, str]:
-    return {plan.source.name: str(plan.codec) for plan in request.plans()}
+    return {plan.source.name: str(plan.encoder) for plan in request.plans()}
 
 
 def test_what_belongs_to_quantized_weights_of_a_kind_that_is_not_known_is_not_made_smaller(tmp_path):

@@ -25,7 +25,7 @@ import qformat
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
-from qformat.converters.sources.torch import TorchTensor
+from qformat.converters.sources.torch_tensors import TorchTensor
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.pipeline.recipe import Recipe
@@ -368,7 +368,7 @@ def test_a_pickle_of_another_protocol_is_not_run_either(tmp_path):
 
 def test_torch_s_advice_is_not_repeated(tmp_path):
     message = refused(save({"w": weights(3), "x": 10**5000}, tmp_path / "x.pt"))
-    assert "asks for more than tensors (Unsupported operand" in message
+    assert "contains more than tensors (Unsupported operand" in message
     assert "weights_only" not in message
 
 
@@ -435,7 +435,7 @@ def npz() -> bytes:
         (zipped({"config.json": b"{}", "model.weights.h5": b"\x89HDF"}), "'model.weights.h5'"),
         (npz(), "'a.npy'"),
         (zipped({"m/data.pkl": b"\x80\x02}.", "m/constants.pkl": b"\x80\x02)."}), "TorchScript"),
-        (zipped({"a/data.pkl": b"", "b/data.pkl": b""}), "torch.save did not make"),
+        (zipped({"a/data.pkl": b"", "b/data.pkl": b""}), "torch.save did not write"),
         (zipped({"m/data.pkl": b""}), "is damaged"),
         (zipped({"m/data.pkl": b"\x80\x02}."}, zipfile.ZIP_DEFLATED), "compressed"),
     ],

@@ -9,10 +9,11 @@ import numpy as np
 from qformat.codecs.base import Codec
 from qformat.codecs.layout import Chunk, Matrix, spans
 from qformat.dtypes import F32, DType, Elements
+from qformat.pipeline.source import QuantizedSource
 
 
 @dataclass(frozen=True)
-class Codes:
+class Codes(QuantizedSource):
     """A tensor of some codec, in memory."""
 
     name: str

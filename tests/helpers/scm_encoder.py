@@ -391,7 +391,7 @@ WRONG: list[tuple[Case, str, bytes, str, str, str]] = [
     (BY_HAND, "rest", REST, "14 020000000100", "17 020000000100", "left over"),
     (BY_HAND, "rest", REST, "020000000114", "03000000001414", "left over"),  # there is one row
     (BY_HAND, "rest", REST, "020000000114", "", "left over|are needed"),
-    (SPARSE, "layer.1", SPARSE_1, "00 1900", "00 0900", "left over|unknown way|are needed"),
+    (SPARSE, "layer.1", SPARSE_1, "00 1900", "00 0900", "left over|unknown mode|are needed"),
     (SPARSE, "layer.1", SPARSE_1, "0300000000 1900", "02000000 0019", "are needed"),
     (SPARSE, "rest", SPARSE_REST, "00 150005", "00 180005", "24 bits are left out, more than 23"),
     (SPARSE, "rest", SPARSE_REST, "00 150005", "00 15ff05", "255 bits are left out, more than 23"),

@@ -19,6 +19,7 @@ from tests.helpers.stream_encoder import (
     chunked,
     coded,
     coder,
+    digits_per_symbol,
     filled_up,
     join,
     products,
@@ -26,7 +27,6 @@ from tests.helpers.stream_encoder import (
     scaled,
     sized,
     stream,
-    symbols_each,
     table,
     without_end,
 )
@@ -46,7 +46,7 @@ def decode(
 
 def read(streams: ModuleType, content: bytes, count: int, s: int = 256) -> list[int]:
     cursor = streams.Cursor(content, "here")
-    found = streams.letters(cursor, count, s)
+    found = streams.symbols(cursor, count, s)
     assert found.dtype == np.uint8
     assert len(cursor.rest) == 0
     letters: list[int] = found.tolist()
@@ -114,9 +114,9 @@ def test_the_small_encoder_gives_the_bytes_made_by_hand() -> None:
 @pytest.mark.parametrize("count", [1, 5, 4095, 4096, 65535, 65536, 131071, 131072, 150_001])
 @pytest.mark.parametrize(("s", "mode"), [(256, CODED), (3, CODED), (3, BY_SYMBOLS), (16, BY_SYMBOLS)])
 def test_coded_streams_of_every_number_of_lanes(streams: ModuleType, count: int, s: int, mode: int) -> None:
-    letters = random_letters(count, s ** symbols_each(s), count)
+    letters = random_letters(count, s ** digits_per_symbol(s), count)
     if mode == BY_SYMBOLS:
-        letters = join(random_letters(count * symbols_each(s), s, count), s)
+        letters = join(random_letters(count * digits_per_symbol(s), s, count), s)
     assert read(streams, stream(letters, s, mode), count, s) == letters
 
 
@@ -128,7 +128,7 @@ def test_symbols_of_every_base(streams: ModuleType, s: int) -> None:
             letters = join(symbols, s, s - 1)
             for mode in (RAW, CODED, *[BY_SYMBOLS] * (s <= 16 and precision > 8)):
                 cursor = streams.Cursor(stream(letters, s, mode, precision), "here")
-                assert streams.symbols(cursor, count, s).tolist() == symbols
+                assert streams.digits(cursor, count, s).tolist() == symbols
 
 
 def test_products_are_rounded_down_one_after_the_other(streams: ModuleType) -> None:
@@ -147,12 +147,12 @@ ONES = "1" * 15 + "0" + "0" * 7  # 128 after 0
 WRONG_STREAMS = {
     "no byte at all": (b"", 4, 256, "are needed"),
     "letters that are not there": (b"\0", 0, 256, "left over"),
-    "a way unknown": (b"\4\0\0\0\0", 4, 16, "way 4"),
-    "by symbols of one each": (b"\3" + HALVES[1:] + HALVES_STATES, 4, 32, "way 3"),
-    "by symbols of bytes": (b"\3" + HALVES[1:] + HALVES_STATES, 4, 256, "way 3"),
-    "raw letter": (b"\0\0\xf3\0", 3, 3, "letter 243 is none of 243"),
-    "raw letter of 32": (b"\0\0\x20\0", 3, 32, "letter 32 is none of 32"),
-    "constant letter": (b"\1\xf3", 3, 3, "letter 243 is none of 243"),
+    "a way unknown": (b"\4\0\0\0\0", 4, 16, "mode 4"),
+    "by symbols of one each": (b"\3" + HALVES[1:] + HALVES_STATES, 4, 32, "mode 3"),
+    "by symbols of bytes": (b"\3" + HALVES[1:] + HALVES_STATES, 4, 256, "mode 3"),
+    "raw letter": (b"\0\0\xf3\0", 3, 3, "symbol 243 is not below 243"),
+    "raw letter of 32": (b"\0\0\x20\0", 3, 32, "symbol 32 is not below 32"),
+    "constant letter": (b"\1\xf3", 3, 3, "symbol 243 is not below 243"),
     "two constant letters": (b"\1\1\1", 3, 3, "left over"),
     "precision 7": (b"\2\7" + table([64, 64]) + HALVES_STATES, 4, 256, "precision 7"),
     "precision 16": (b"\2\x10" + table([2**15, 2**15]) + HALVES_STATES, 4, 256, "precision 16"),
@@ -163,13 +163,13 @@ WRONG_STREAMS = {
     "bits below 0": (b"\2\x08" + BITS("110" + ONES) + HALVES_STATES, 4, 256, "of -1 bits"),
     "bits below 0 later": (b"\2\x08" + BITS("1 0 1111 0".replace(" ", "")) + HALVES_STATES, 4, 256, "of -1 bits"),
     "bits above L + 1": (b"\2\x08" + BITS("1" * 19 + "0" + "0" * 9) + HALVES_STATES, 4, 256, "of 10 bits"),
-    "filled up with a one": (b"\2\x08" + bytes.fromhex("ff7f0080") + HALVES_STATES, 4, 256, "fills up the table"),
+    "filled up with a one": (b"\2\x08" + bytes.fromhex("ff7f0080") + HALVES_STATES, 4, 256, "padding of the table"),
     "table cut": (b"\2\x08\xff", 4, 256, "are needed"),
     "letter without place": (
         b"\3\x08" + table([234, 8, *[1] * 14]) + HALVES_STATES,  # 213 for the first letter, but 267 for the others
         4,
         16,
-        "of letters do not fit",
+        "of symbols do not fit",
     ),
     "first state": (HALVES + b"\x81" + HALVES_STATES[1:], 4, 256, "does not end at"),
     "last state": (HALVES + HALVES_STATES[:-4] + b"\x81\0\2\0", 4, 256, "does not end at"),
@@ -478,7 +478,7 @@ def test_wrong_coded_blocks(reference: ModuleType) -> None:
             with pytest.raises(reference.SpecError, match=message):
                 decode(reference, codec, (BLOCKS[name][2] + 1,), params, chunked([chunk]))
     chunk = bytes.fromhex("020000000100 02000000013c 020000000120")  # a code of 32
-    with pytest.raises(reference.SpecError, match="letter 32 is none of 32"):
+    with pytest.raises(reference.SpecError, match="symbol 32 is not below 32"):
         decode(reference, "q5_0", (2,), {"coded": True}, chunked([chunk]))
 
 
@@ -561,7 +561,7 @@ def test_wrong_levels(reference: ModuleType) -> None:
         ({"scales": bytes.fromhex("0042 007c")}, "scale 1 is infinite"),
         ({"scales": bytes.fromhex("01fe 0042")}, "scale 0 is infinite"),
         ({"scales": bytes(8)}, "segments are"),
-        ({"chunks": bytes.fromhex("0300000000 4b f3")}, "letter 243"),
+        ({"chunks": bytes.fromhex("0300000000 4b f3")}, "symbol 243"),
         ({"chunks": bytes.fromhex("0300000000 4b"), "lengths": b"\6\0\0\0"}, "are needed"),
         ({"chunks": bytes.fromhex("0400000000 4b 01 01"), "lengths": b"\x08\0\0\0"}, "left over"),
     ):
@@ -705,15 +705,15 @@ def test_lossless_by_hand(reference: ModuleType) -> None:
         ("bf16", TWO_ROWS, "00 ff 0000", "00 00 0000", "are needed"),  # two bytes that belong to no element
         ("bf16", TWO_ROWS, "00 ff 0000", "ff ff 0000", "are needed"),  # two bytes too few
         ("bf16", TWO_ROWS, "0000000002", "000000000200", "left over"),
-        ("bf16", TWO_GROUPS, "00 01 00 0902", "00 02 00 0902", "group 2 is none of 2"),
-        ("bf16", TWO_GROUPS, "01 020000000000", "01 020000000002", "marked that there are not"),
+        ("bf16", TWO_GROUPS, "00 01 00 0902", "00 02 00 0902", "group 2 is not below 2"),
+        ("bf16", TWO_GROUPS, "01 020000000000", "01 020000000002", "bits past the last element"),
         ("bf16", TWO_GROUPS, "01 020000000000", "01 020000000001", "are needed"),
         ("bf16", TWO_GROUPS, "01 020000000000", "01 020000000000 00", "left over"),
         ("bf16", TWO_GROUPS, "01 020000000000", "", "are needed"),
         ("f8_e4m3", SPARSE, "01 01 02", "01 03 02", "marked with 3"),
         ("f8_e4m3", SPARSE, "01 01 02", "01 02 02", "marked with 2"),
-        ("f8_e4m3", SPARSE, "0000000001", "0000000005", "marked that there are not"),
-        ("f8_e4m3", SPARSE, "0000000080", "0000000000", "0 that is marked not to be"),
+        ("f8_e4m3", SPARSE, "0000000001", "0000000005", "bits past the last element"),
+        ("f8_e4m3", SPARSE, "0000000080", "0000000000", "but marked as not 0"),
         ("f8_e4m3", SPARSE, "0000000001", "0000000003", "are needed"),
     ],
 )
