@@ -21,7 +21,7 @@ import qformat
 from qformat.cli import cli
 from qformat.codecs.registry import parse_type, types_for_weights
 from qformat.errors import DISTRIBUTION, install_hint
-from tests.conftest import ROOT
+from tests.helpers.reference import ROOT
 
 
 def run(*args: object, code: int = 0) -> Result:
