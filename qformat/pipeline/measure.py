@@ -210,6 +210,8 @@ def measure(
                 arrays = [part for part in prepared.codec.layout(plan.matrix) if isinstance(part, Array)]
                 total = ErrorStats(tensor.name, str(encoder), tuple(tensor.shape))
                 total.nbytes = sum(part.length(plan.matrix) for part in arrays)
+                if not prepared.codec.has_fixed_size:
+                    total.entropies.append(0.0)  # so that a tensor without elements has an entropy, too
                 chunks = list(plan.matrix.chunks(prepared.codec.chunk_alignment(plan.matrix)))
                 shares = [chunks[i::jobs] for i in range(min(jobs, len(chunks)))]
                 parts = [pool.submit(_measure, plan, prepared, share, progress, stopped) for share in shares]
