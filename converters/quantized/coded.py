@@ -90,8 +90,8 @@ class Grouping:
 def grouping(name: str, cols: int, groups: int, claimed: int | None, places: NDArray[Any] | None) -> Grouping:
     """Find the columns that share a scale.
 
-    `name` is the tensor with the groups, `claimed` the group size in the configuration and `places` the group of each column, as far
-    as there are such. Raises `SourceError` if the numbers are impossible or ambiguous.
+    `name` is the tensor with the groups, `claimed` the group size in the configuration, if any, and `places` the group of each
+    column, if there is such a list. Raises `SourceError` if the numbers are impossible or ambiguous.
     """
     if not 0 < groups <= cols:
         raise SourceError(f"tensor {name!r}: there are scales for {groups} groups in rows of {cols} columns")
@@ -131,8 +131,8 @@ def affine_encode(
 ) -> Encode:
     """Return the function that encodes the chunks of an `affine` tensor.
 
-    Scales and zero points are ``[rows, groups]``, without zero points if all are in the middle; `places` is the group of each column,
-    if the codec has such a list; `packed` returns the codes of rows ``start:stop``, ``[rows, bytes]``, maybe without padding.
+    Scales and zero points are ``[rows, groups]``, without zero points if all are in the middle; `places` is the group of each
+    column, if the codec has such a list; `packed` returns the codes of rows ``start:stop``, ``[rows, bytes]``, maybe unpadded.
     """
     numbers = [as_bytes(array) for array in (scales, zeros, places) if array is not None]
     return partial(_affine_parts, codec, Matrix(*shape), numbers, packed)

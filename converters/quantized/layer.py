@@ -71,8 +71,8 @@ class Found(NamedTuple):
 class Layout(NamedTuple):
     """A layout in which other tools store quantized layers.
 
-    `matches` goes by roles, dtypes and shapes; `read` makes the tensors of all layers that match, and raises `SourceError` if one is
-    damaged or contradicts the configuration.
+    `matches` goes by roles, dtypes and shapes; `read` makes the tensors of all layers that match, and raises `SourceError` if
+    one is damaged or contradicts the configuration.
     """
 
     matches: Callable[[Layer], bool]
