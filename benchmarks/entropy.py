@@ -21,8 +21,8 @@ from qformat.codecs.layout import Buffer, Chunk, Matrix
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, Elements
-from qformat.entropy.frequencies import symbols_each
-from qformat.entropy.streams import StreamWriter, letter_count
+from qformat.entropy.frequencies import digits_per_symbol
+from qformat.entropy.streams import StreamWriter, symbol_count
 from qformat.kernels import load
 from qformat.pipeline.measure import ErrorStats
 
@@ -119,15 +119,15 @@ class _Coded:
 
     def coder(self) -> Callable[[], None]:
         """Return a function that codes the codes alone."""
-        size, each = self.codec.size, symbols_each(self.codec.size)
+        size, each = self.codec.size, digits_per_symbol(self.codec.size)
 
         def code() -> None:
             for chunk in self.chunks:
                 codes = self.codes[chunk.elements(self.matrix)]
-                letters = np.empty(letter_count(codes.size, size), np.uint8)
-                load("symbols").join(np.pad(codes, (0, letters.size * each - codes.size)), size, each, letters)
+                symbols = np.empty(symbol_count(codes.size, size), np.uint8)
+                load("symbols").join(np.pad(codes, (0, symbols.size * each - codes.size)), size, each, symbols)
                 writer = StreamWriter()
-                writer.stream(letters, size)
+                writer.stream(symbols, size)
                 writer.chunk(codes.size)
 
         return code
@@ -171,7 +171,7 @@ def _torchac(codes: np.ndarray) -> float | None:
 
 def _zstd(codes: np.ndarray, size: int) -> float:
     """Return bits for each code of zstd -19, of as many codes to a byte as it can hold, which it codes better than whole bits."""
-    each = symbols_each(size)
+    each = digits_per_symbol(size)
     whole = codes[: codes.size // each * each].reshape(-1, each)
     packed = (whole * size ** np.arange(each)).sum(axis=1).astype(np.uint8)
     return 8 * len(zstandard.ZstdCompressor(19).compress(packed.tobytes())) / whole.size

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from qformat.errors import SourceError
+from qformat.errors import SourceError, install_hint
 
 _AT_ONCE = 8 << 20  # bytes per request
 _CHANGES = ("size", "mtime", "LastModified", "Last-Modified", "ETag", "Content-MD5", "Digest")  # keys of fsspec
@@ -28,7 +28,7 @@ def source_path(text: str) -> Path:
     try:
         from upath import UPath
     except ImportError:
-        raise SourceError(f"{text}: universal-pathlib is needed for URLs; pip install 'qformat[remote]'") from None
+        raise SourceError(f"{text}: universal-pathlib is needed for URLs; {install_hint('remote')}") from None
     try:
         path = UPath(text)
         _ = path.fs

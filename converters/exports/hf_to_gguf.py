@@ -117,7 +117,7 @@ class Model:
         """
         arch = self.architecture.name
         heads, width = self._number("num_attention_heads"), self._number("hidden_size")
-        values = {
+        values: dict[str, Any] = {
             "general.architecture": arch,
             "general.type": "model",
             f"{arch}.block_count": self._number("num_hidden_layers"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qformat.converters.sources.rwkv import rwkv_version
 from qformat.converters.wording import and_more
-from qformat.errors import SourceError
+from qformat.errors import SourceError, install_hint
 from qformat.files import on_this_machine, open_regular
 from qformat.pipeline.source import Checkpoint
 
@@ -75,7 +75,7 @@ def _read(
         from qformat.converters.sources.state_dict import find_state_dict
         from qformat.converters.sources.torch_tensors import check_amount, load, source_tensor
     except ImportError:
-        raise SourceError(f"{path}: torch is needed to read it; pip install 'qformat[torch]'") from None
+        raise SourceError(f"{path}: torch is needed to read it; {install_hint('torch')}") from None
     try:
         with on_this_machine(path) as here:
             found = find_state_dict(load(here, zipped=_is_archive(here)), key)

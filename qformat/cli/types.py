@@ -10,16 +10,16 @@ import click
 
 from qformat.cli.common import echo_json, echo_table
 
-_SHAPE = (4096, 4096)  # bits per weight hardly depend on it
+_SHAPE = (4096, 4096)  # the bits per weight hardly depend on it
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
-    """List the types for weights, with their parameters, the default of each first.
+    """List the weight types and their parameters; the first value of each parameter is its default.
 
-    A type is written as ID or ID:KEY=VALUE,KEY=VALUE. Bits per weight are those of a matrix of 4096 x 4096 with the defaults; they
-    vary where codes are entropy-coded: quantize-stats measures them.
+    A type is written as ID or ID:KEY=VALUE,KEY=VALUE. The bits per weight are those of a 4096 x 4096 matrix with the default
+    parameters. For entropy-coded types they depend on the weights: quantize-stats measures them.
     """
     from qformat.codecs.base import Codec
     from qformat.codecs.registry import parameters, types_for_weights
@@ -50,7 +50,7 @@ def _shown(value: Any) -> str:
 
 
 def _values(field: Field[Any], kind: Any) -> list[Any]:
-    """Return what a parameter may be, the default first; a number of any size is N."""
+    """Return the values of a parameter, the default first; N stands for any number."""
     if get_origin(kind) is Literal:
         allowed: list[Any] = list(get_args(kind))
     elif kind is bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from qformat.codecs.layout import Array, Buffer, Chunk, Layout, Matrix, segment_lengths
-from qformat.dtypes import DType, Elements
+from qformat.dtypes import F32, DType, Elements
 from qformat.records import MeasuredError, Params, Segment, TensorRecord, type_string
 
 if TYPE_CHECKING:
@@ -137,17 +137,19 @@ class Codec(ABC):
 
     id: ClassVar[str]
 
-    @abstractmethod
     def decoded_from(self, dtype: DType) -> DType:
-        """Return the dtype that `decode` gives for tensors whose source has this dtype."""
+        """Return the dtype that `decode` gives for tensors whose source has this dtype: float32 unless a codec says otherwise."""
+        del dtype
+        return F32
 
-    @abstractmethod
     def accepts(self, dtype: DType) -> bool:
-        """Return whether tensors of this dtype can be stored."""
+        """Return whether tensors of this dtype can be stored: floats unless a codec says otherwise."""
+        return dtype.floating
 
-    @abstractmethod
     def is_lossless(self, dtype: DType) -> bool:
-        """Return whether tensors of this dtype are stored bit for bit."""
+        """Return whether tensors of this dtype are stored bit for bit: none unless a codec says otherwise."""
+        del dtype
+        return False
 
     def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the multiple of columns on which chunks begin within a row."""

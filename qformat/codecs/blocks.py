@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -40,14 +39,14 @@ class BlockCodec(QuantizedCodec):
     coded: bool = optional(False)
 
     @property
-    @abstractmethod
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-
-    @property
     def block_size(self) -> int:
         """Elements of a block."""
         return 32
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block: its header, then its codes."""
+        return self.header_bytes + self.block_size * ((self.codes or 256).bit_length() - 1) // 8
 
     @property
     def takes_bf16(self) -> bool:

@@ -14,7 +14,7 @@ from qformat.codecs.layout import Array, Buffer, Layout, Matrix
 from qformat.codecs.packed import LONGEST, cuts
 from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
-from qformat.dtypes import DTYPES, F32, DType, Elements
+from qformat.dtypes import DTYPES, DType, Elements
 
 _BAND = np.dtype("<u4")  # number of one
 
@@ -46,23 +46,9 @@ class Fp8(Codec):
             if size != "all" and not 0 < size <= LONGEST:
                 raise ValueError(f"rows and cols may be all or a positive number up to {LONGEST}, not {size}")
 
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether these are floats."""
-        return dtype.floating
-
-    def is_lossless(self, dtype: DType) -> bool:
-        """Return False: codes are approximations."""
-        del dtype
-        return False
-
     def chunk_alignment(self, matrix: Matrix) -> int:
         """Return whole rows."""
         return max(1, matrix.cols)
-
-    def decoded_from(self, dtype: DType) -> DType:
-        """Return float32."""
-        del dtype
-        return F32
 
     def layout(self, matrix: Matrix) -> Layout:
         """Return scales, bands of rows if they are listed, and codes."""

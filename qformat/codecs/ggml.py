@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qformat.codecs.layout import Array, Buffer, Layout, Matrix
 from qformat.codecs.quantized import RowCodec, check_length
 from qformat.codecs.registry import register
-from qformat.errors import MissingDecoderError
+from qformat.errors import MissingDecoderError, install_hint
 
 #: elements and bytes of a block of each type
 GGML_BLOCKS = {
@@ -97,7 +97,7 @@ def _decoder(type_: str) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
         from gguf.quants import dequantize
     except ImportError:
         raise MissingDecoderError(
-            f"type ggml:type={type_} is decoded by the gguf package, which is missing: pip install 'qformat[gguf]'"
+            f"type ggml:type={type_} is decoded by the gguf package, which is missing: {install_hint('gguf')}"
         ) from None
     try:
         number = GGMLQuantizationType[type_.upper()]

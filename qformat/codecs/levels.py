@@ -18,9 +18,9 @@ from qformat.codecs.level_fit import Levels, fit
 from qformat.codecs.packed import LONGEST, cuts
 from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
-from qformat.dtypes import DTYPES, F32, F64, DType, Elements
-from qformat.entropy.frequencies import digits, symbols_each
-from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
+from qformat.dtypes import DTYPES, F32, F64, Elements
+from qformat.entropy.frequencies import digit_table, digits_per_symbol
+from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
 
 U8 = NDArray[np.uint8]
@@ -75,20 +75,6 @@ class LevelCodec(ChunkEncoder):
     @property
     def _sparsity(self) -> float:
         return float(self.sparsity)
-
-    def decoded_from(self, dtype: DType) -> DType:
-        """Return float32."""
-        del dtype
-        return F32
-
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether these are floats."""
-        return dtype.floating
-
-    def is_lossless(self, dtype: DType) -> bool:
-        """Return False: levels are approximations."""
-        del dtype
-        return False
 
     def _columns(self, cols: int) -> int:
         """Return how many columns share a scale."""
@@ -159,16 +145,16 @@ class LevelCodec(ChunkEncoder):
         if scaled:
             scales = self._scales(values.shape, *self._measured(values))
         unscaled = self._unscaled(values, scales) if scaled else values
-        letters = np.empty(letter_count(values.size, self.size), np.uint8)
-        codes = np.full(letters.size * symbols_each(self.size), self.size // 2, np.uint8)
+        symbols = np.empty(symbol_count(values.size, self.size), np.uint8)
+        codes = np.full(symbols.size * digits_per_symbol(self.size), self.size // 2, np.uint8)
         kernels.classify(unscaled.reshape(-1), levels.thresholds, codes[: values.size])
-        load("symbols").join(codes, self.size, symbols_each(self.size), letters)
+        load("symbols").join(codes, self.size, digits_per_symbol(self.size), symbols)
         if scaled:
             scales = self._refined(values, codes[: values.size], levels.entries, scales)
         decoded = np.empty(values.size, np.float32)
-        self._give(letters, levels.entries, scales, cols, decoded)
+        self._give(symbols, levels.entries, scales, cols, decoded)
         writer = StreamWriter()
-        writer.stream(letters, self.size)
+        writer.stream(symbols, self.size)
         parts: list[Buffer] = [writer.chunk(values.size), levels.entries.tobytes()]
         zeroed = int(bool(elements.data.any()) and not levels.entries.any())
         if self.scale != "tensor":
@@ -232,10 +218,10 @@ class LevelCodec(ChunkEncoder):
         starts = np.arange(0, values.shape[1], self._columns(values.shape[1]))
         return np.logical_or.reduceat(values != 0, starts, axis=1).reshape(-1)
 
-    def _give(self, letters: U8, entries: Floats, scales: Floats, cols: int, out: Floats) -> None:
-        """Put the values of letters into a flat array of rows."""
-        table = entries[digits(self.size)].reshape(-1)
-        load("symbols").values(letters, table, symbols_each(self.size), out)
+    def _give(self, symbols: U8, entries: Floats, scales: Floats, cols: int, out: Floats) -> None:
+        """Put the values of symbols into a flat array of rows."""
+        table = entries[digit_table(self.size)].reshape(-1)
+        load("symbols").values(symbols, table, digits_per_symbol(self.size), out)
         if self.scale != "tensor":
             load("levels").rescale(out, cols, self._columns(cols), scales)
 
@@ -243,7 +229,7 @@ class LevelCodec(ChunkEncoder):
         """Decode the rows of a chunk."""
         rows, cols = out.shape
         entries, scales = self.numbers(parts[1:], Matrix(rows, cols))
-        self._give(self._letters(parts[0], out.size), entries, scales.reshape(-1), cols, out.reshape(-1))
+        self._give(self._symbols(parts[0], out.size), entries, scales.reshape(-1), cols, out.reshape(-1))
 
     def numbers(self, parts: Sequence[Buffer], matrix: Matrix) -> tuple[Floats, Floats]:
         """Return the levels, and the scales of the groups of each row: two-dimensional, a single 1 if there are none.
@@ -288,15 +274,15 @@ class LevelCodec(ChunkEncoder):
         ValueError
             If the bytes are none that an encoder can have written.
         """
-        table = (digits(self.size) - np.uint8(self.size // 2)).reshape(-1)
-        letters = self._letters(parts[0], out.size)
-        load("symbols").split(letters, table, symbols_each(self.size), out.reshape(-1).view(np.uint8))
+        table = (digit_table(self.size) - np.uint8(self.size // 2)).reshape(-1)
+        symbols = self._symbols(parts[0], out.size)
+        load("symbols").split(symbols, table, digits_per_symbol(self.size), out.reshape(-1).view(np.uint8))
 
-    def _letters(self, chunk: Buffer, count: int) -> U8:
+    def _symbols(self, chunk: Buffer, count: int) -> U8:
         reader = StreamReader(chunk)
-        letters = reader.stream(letter_count(count, self.size), self.size)
+        symbols = reader.stream(symbol_count(count, self.size), self.size)
         reader.end(count)
-        return letters
+        return symbols
 
     def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
         """Return how often each code occurs, from the most negative one on."""

@@ -15,7 +15,7 @@ from qformat.codecs.layout import Buffer, Chunks, Layout, Matrix
 from qformat.codecs.registry import register
 from qformat.codecs.row_groups import VALUES, group_rows
 from qformat.dtypes import DType, Elements
-from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
+from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
 
 U8 = NDArray[np.uint8]
@@ -40,10 +40,6 @@ class Lossless(ChunkEncoder):
     def decoded_from(self, dtype: DType) -> DType:
         """Return the dtype of the source."""
         return dtype
-
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether these are floats."""
-        return dtype.floating
 
     def is_lossless(self, dtype: DType) -> bool:
         """Return whether these are floats, which are kept bit for bit."""
@@ -177,7 +173,7 @@ def _write_headed(writer: StreamWriter, patterns: Patterns, base: int) -> None:
     if patterns.itemsize == 4:
         upper, rest = np.empty(size, np.uint16), [np.empty(size, np.uint8) for _ in range(2)]
         kernels.split_32(patterns, upper, *rest)
-    heads, low, high = (np.zeros(letter_count(size, symbols), np.uint8) for symbols in (256, 16, 4))
+    heads, low, high = (np.zeros(symbol_count(size, symbols), np.uint8) for symbols in (256, 16, 4))
     elsewhere = kernels.split_upper(upper, base, heads, low, high)
     writer.add(struct.pack("<H", base))
     writer.stream(heads)
@@ -197,7 +193,7 @@ def _read_headed(reader: StreamReader, patterns: Patterns) -> None:
     elsewhere = np.frombuffer(reader.take(2 * int(np.count_nonzero(heads == _ELSEWHERE))).tobytes(), "<u2")
     if max(base, elsewhere.max(initial=0)) >= VALUES:
         raise ValueError("an exponent is impossible")
-    low, high = (reader.stream(letter_count(size, symbols), symbols) for symbols in (16, 4))
+    low, high = (reader.stream(symbol_count(size, symbols), symbols) for symbols in (16, 4))
     upper: U16 = patterns if patterns.itemsize == 2 else np.empty(size, np.uint16)
     kernels.join_upper(heads, low, high, base, elsewhere, upper)
     if patterns.itemsize == 4:

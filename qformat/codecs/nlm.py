@@ -49,11 +49,6 @@ class Nlm(BlockCodec):
         """Its searches do not."""
         return False
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return 3 + self.block // 2
-
     def _fill(
         self, x: NDArray[Any], blocks: NDArray[np.uint8], lanes: NDArray[np.float64]
     ) -> tuple[int, int, int, int]:

@@ -26,8 +26,3 @@ class Q4_0(SearchedBlockCodec):  # noqa: N801  the format's name
     codes: ClassVar[int] = 16
 
     search: Literal["naive", "table", "exact"] = option("table")
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return 18

@@ -29,8 +29,3 @@ class Q4_1(SearchedBlockCodec):  # noqa: N801  the format's name
     header_bytes: ClassVar[int] = 4
 
     search: Literal["naive", "als", "best"] = option("als")
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return 20

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qformat.codecs.base import ChunkEncoder, Codec, EncodedChunk, ErrorSum
 from qformat.codecs.layout import Buffer
-from qformat.dtypes import BF16, F32, F64, DType, Elements
+from qformat.dtypes import BF16, F64, Elements
 from qformat.kernels import load
 
 INFINITY_BITS = 0x7F800000
@@ -47,20 +47,6 @@ class RowCodec(Codec):
     @abstractmethod
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
         """Decode to C-contiguous rows of whole blocks, after checking the lengths of the parts: kernels do not check them."""
-
-    def decoded_from(self, dtype: DType) -> DType:
-        """Return float32."""
-        del dtype
-        return F32
-
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether these are floats."""
-        return dtype.floating
-
-    def is_lossless(self, dtype: DType) -> bool:
-        """Return False: codes are approximations."""
-        del dtype
-        return False
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode the rows of a chunk."""

@@ -130,7 +130,10 @@ def test_without_the_package_files_are_carried(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     path = store(source)
     assert back(path) == source.read_bytes()
-    with safe_open(path) as file, pytest.raises(MissingDecoderError, match=r"pip install 'qformat\[gguf\]'") as caught:
+    with (
+        safe_open(path) as file,
+        pytest.raises(MissingDecoderError, match=r"pip install 'qformat-models\[gguf\]'") as caught,
+    ):
         file.get_tensor("x")
     assert "tensor 'x'" in str(caught.value)
     with pytest.raises(MissingDecoderError, match=r"m\.gguf: tensor 'x'.*pip install"):

@@ -522,7 +522,7 @@ def test_without_torch_the_error_says_what_to_install(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == f"Error: {source}: torch is needed to read it; pip install 'qformat[torch]'\n"
+    assert done.stderr == f"Error: {source}: torch is needed to read it; pip install 'qformat-models[torch]'\n"
 
 
 # ---- directories

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qformat.entropy import frequencies as fr
-from qformat.entropy.streams import CODED, CODED_BY_SYMBOLS, CONSTANT, RAW, StreamReader, StreamWriter, letter_count
+from qformat.entropy.streams import CODED, CODED_BY_DIGITS, CONSTANT, RAW, StreamReader, StreamWriter, symbol_count
 from tests.helpers.kernels import FAMILIES, modules
 
 NUMBA, NUMPY = modules("rans", "frequencies", "symbols")
@@ -39,7 +39,7 @@ def drawn(shares: list[float], count: int, seed: int = 0) -> np.ndarray:
 
 
 def lettered(symbols: np.ndarray, base: int) -> np.ndarray:
-    each = fr.symbols_each(base)
+    each = fr.digits_per_symbol(base)
     filled = np.pad(symbols, (0, -symbols.size % each))
     letters = np.empty(filled.size // each, np.uint8)
     NUMBA["symbols"].join(filled, base, each, letters)
@@ -52,7 +52,7 @@ def lettered(symbols: np.ndarray, base: int) -> np.ndarray:
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 4095, 4096, 65535, 65536, 131071, 131072, 200_003])
 @pytest.mark.parametrize("base", [256, 16, 5, 3])
 def test_every_length_comes_back_in_both_readers(count, base, streams):
-    size = base ** fr.symbols_each(base)
+    size = base ** fr.digits_per_symbol(base)
     shares = np.exp(-np.arange(size) / (size / 9))
     letters = drawn((shares / shares.sum()).tolist(), count)
     stream = packed(letters, base)
@@ -72,7 +72,7 @@ def test_the_way_of_storing_is_the_shortest():
     assert packed(noise) == struct.pack("<IB", 10_001, RAW) + noise.tobytes()
     assert mode(packed(drawn([0.9, 0.1], 10_000))) == CODED
     independent = lettered(drawn([0.1, 0.8, 0.1], 100_000), 3)
-    assert mode(packed(independent, 3)) == CODED_BY_SYMBOLS
+    assert mode(packed(independent, 3)) == CODED_BY_DIGITS
     dependent = np.where(independent < 121, 0, 242).astype(np.uint8)  # each letter has five equal symbols
     assert mode(packed(dependent, 3)) == CODED
 
@@ -124,7 +124,7 @@ def test_a_chunk_is_filled_up_and_nothing_else_is_left():
     for wrong in (chunk + bytes(1), chunk[:-1] + b"\1", chunk[:-1]):
         reader = StreamReader(wrong)
         reader.stream(5)
-        with pytest.raises(ValueError, match="more than its elements need"):
+        with pytest.raises(ValueError, match="more bytes than its elements need"):
             reader.end(20_000)
 
 
@@ -135,7 +135,7 @@ def test_a_chunk_is_filled_up_and_nothing_else_is_left():
 def test_a_changed_stream_is_refused_or_gives_letters(data):
     base = data.draw(st.sampled_from(BASES))
     count = data.draw(st.sampled_from([1, 40, 3000, 5000]))
-    size = base ** fr.symbols_each(base)
+    size = base ** fr.digits_per_symbol(base)
     letters = np.random.default_rng(count).binomial(size - 1, 0.2, count).astype(np.uint8)
     stream = bytearray(packed(letters, base))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -160,7 +160,7 @@ def test_a_changed_stream_is_refused_or_gives_letters(data):
 
 @given(st.binary(max_size=300), st.sampled_from([1, 5, 100, 5000]), st.sampled_from(BASES), st.integers(8, 15))
 def test_any_bytes_are_refused_or_give_letters(content, count, base, precision):
-    for head in (b"", bytes([CODED, precision]), bytes([CODED_BY_SYMBOLS, precision])):
+    for head in (b"", bytes([CODED, precision]), bytes([CODED_BY_DIGITS, precision])):
         stream = struct.pack("<I", len(head + content)) + head + content
         try:
             found = StreamReader(stream).stream(count, base)
@@ -172,7 +172,7 @@ def test_any_bytes_are_refused_or_give_letters(content, count, base, precision):
 @pytest.mark.parametrize("base", [256, 16, 3])
 @pytest.mark.parametrize("count", [3, 200])
 def test_every_change_is_refused_or_read_alike(base, count, streams):
-    size = base ** fr.symbols_each(base)
+    size = base ** fr.digits_per_symbol(base)
     letters = np.random.default_rng(count).binomial(size - 1, 0.02, count).astype(np.uint8)
     good = packed(letters, base)
     bad = [good[:at] + good[at + 1 :] for at in range(len(good))] + [good[:at] for at in range(len(good))]
@@ -203,10 +203,10 @@ def test_refusals_name_the_rule():
         (good, 5001, 256, "does not end"),
         (good, 0, 256, "another length"),
         (bytes(4), 1, 256, "another length"),
-        (struct.pack("<IBB", 2, RAW, 243), 1, 3, "a letter that there is not"),
-        (struct.pack("<IBB", 2, CONSTANT, 243), 1, 3, "a letter that there is not"),
-        (struct.pack("<IBB", 2, 4, 0), 1, 256, "unknown way, 4"),
-        (struct.pack("<IBB", 2, CODED_BY_SYMBOLS, 8), 1, 256, "unknown way, 3"),
+        (struct.pack("<IBB", 2, RAW, 243), 1, 3, "not below 243"),
+        (struct.pack("<IBB", 2, CONSTANT, 243), 1, 3, "not below 243"),
+        (struct.pack("<IBB", 2, 4, 0), 1, 256, "unknown mode 4"),
+        (struct.pack("<IBB", 2, CODED_BY_DIGITS, 8), 1, 256, "unknown mode 3"),
         (struct.pack("<IBB", 2, CODED, 7), 1, 256, "precision 7"),
         (struct.pack("<IBBB", 3, CODED, 8, 0), 1, 256, "table of frequencies"),
     ]
@@ -242,14 +242,14 @@ def test_frequencies_of_letters_are_products(base):
     counts = np.zeros(256, np.int64)
     counts[:base] = np.arange(1, base + 1) ** 3
     symbols = fr.normalized(counts, 15)
-    letters = fr.of_letters(symbols, base, 15)
+    letters = fr.symbol_frequencies(symbols, base, 15)
     assert letters.sum() == 1 << 15
-    expected = np.ones(base ** fr.symbols_each(base))
-    for i in range(fr.symbols_each(base)):
+    expected = np.ones(base ** fr.digits_per_symbol(base))
+    for i in range(fr.digits_per_symbol(base)):
         expected *= symbols[np.arange(expected.size) // base**i % base] / (1 << 15)
     wrong = np.abs(letters[: expected.size] - expected * (1 << 15))
     assert np.delete(wrong, letters.argmax()).max() <= 1
-    assert fr.of_symbols(letters.astype(np.int64), base)[:base].sum() == fr.symbols_each(base) << 15
+    assert fr.digit_counts(letters.astype(np.int64), base)[:base].sum() == fr.digits_per_symbol(base) << 15
 
 
 def test_logarithms():
@@ -300,11 +300,11 @@ def test_both_kinds_agree_on_products(seed, base, precision):
         counts[:base] = rng.integers(0, 1 + 10 ** rng.integers(0, 5), base)
         counts[rng.integers(base)] += 1
         symbols = fr.normalized(counts, precision)[:base].copy()
-    each = fr.symbols_each(base)
+    each = fr.digits_per_symbol(base)
     results = []
     for kernels in (NUMBA, NUMPY):
         guarded = np.zeros(base**each + GUARD, np.uint32)
-        fits = kernels["frequencies"].letter_frequencies(symbols, base, each, precision, guarded[: base**each])
+        fits = kernels["frequencies"].symbol_frequencies(symbols, base, each, precision, guarded[: base**each])
         assert not guarded[base**each :].any()
         assert not fits or symbols.sum() != 1 << precision or guarded.sum() == 1 << precision
         results.append((bool(fits), guarded.tolist()))
@@ -373,13 +373,13 @@ def test_without_avx512_the_letters_are_the_same():
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 100, 4097])
 def test_letters_give_their_symbols(base, count, kernels):
-    each = fr.symbols_each(base)
-    symbols = np.random.default_rng(count).integers(0, base, letter_count(count, base) * each).astype(np.uint8)
+    each = fr.digits_per_symbol(base)
+    symbols = np.random.default_rng(count).integers(0, base, symbol_count(count, base) * each).astype(np.uint8)
     letters = np.empty(symbols.size // each, np.uint8)
     kernels["symbols"].join(symbols, base, each, letters)
     expected = symbols.reshape(-1, each).astype(np.int64) @ (base ** np.arange(each))
     np.testing.assert_array_equal(letters, expected)
-    table = fr.digits(base).reshape(-1)
+    table = fr.digit_table(base).reshape(-1)
     for function, kind in ((kernels["symbols"].split, np.uint8), (kernels["symbols"].values, np.float32)):
         guarded = np.full(count + GUARD, 77, kind)
         function(letters, table.astype(kind), each, guarded[:count])
@@ -441,10 +441,10 @@ def test_compiled_kernels_stay_within_their_arrays():
         content, found = rooms.put(noise, np.zeros(entries, np.uint32))
         NUMBA["frequencies"].read_table(content, entries, precision, found)
         base = int(rng.choice(BASES))
-        each = fr.symbols_each(base)
+        each = fr.digits_per_symbol(base)
         symbols = np.zeros(int(rng.integers(1, 300)), np.uint8)
-        some = rng.integers(0, 256, letter_count(symbols.size, base)).astype(np.uint8)
-        digits = fr.digits(base).reshape(-1)
+        some = rng.integers(0, 256, symbol_count(symbols.size, base)).astype(np.uint8)
+        digits = fr.digit_table(base).reshape(-1)
         few, numbers, out = rooms.put(some, digits, symbols)
         NUMBA["symbols"].split(few, numbers, each, out)
         few, floats, out = rooms.put(some, digits.astype(np.float32), symbols.astype(np.float32))

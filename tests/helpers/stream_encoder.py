@@ -89,20 +89,20 @@ def coded(mode: int, precision: int, entries: bytes, states: Sequence[int], word
     return sized(bytes([mode, precision]) + entries + struct.pack(f"<{len(states)}I{len(words)}H", *states, *words))
 
 
-def symbols_each(s: int) -> int:
+def digits_per_symbol(s: int) -> int:
     return max(k for k in range(1, 9) if s**k <= 256)
 
 
 def join(symbols: Sequence[int], s: int, fill: int = 0) -> list[int]:
     """The letters of these symbols."""
-    k = symbols_each(s)
+    k = digits_per_symbol(s)
     filled = [*symbols, *[fill] * (-len(symbols) % k)]
     return [sum(filled[i + j] * s**j for j in range(k)) for i in range(0, len(filled), k)]
 
 
 def stream(letters: Any, s: int = 256, mode: int = CODED, precision: int = 12) -> bytes:
     letters = [int(letter) for letter in letters]
-    k = symbols_each(s)
+    k = digits_per_symbol(s)
     if not letters:
         return bytes(4)
     if mode == RAW:

@@ -19,6 +19,7 @@ from tests.helpers.stream_encoder import (
     chunked,
     coded,
     coder,
+    digits_per_symbol,
     filled_up,
     join,
     products,
@@ -26,7 +27,6 @@ from tests.helpers.stream_encoder import (
     scaled,
     sized,
     stream,
-    symbols_each,
     table,
     without_end,
 )
@@ -114,9 +114,9 @@ def test_the_small_encoder_gives_the_bytes_made_by_hand() -> None:
 @pytest.mark.parametrize("count", [1, 5, 4095, 4096, 65535, 65536, 131071, 131072, 150_001])
 @pytest.mark.parametrize(("s", "mode"), [(256, CODED), (3, CODED), (3, BY_SYMBOLS), (16, BY_SYMBOLS)])
 def test_coded_streams_of_every_number_of_lanes(streams: ModuleType, count: int, s: int, mode: int) -> None:
-    letters = random_letters(count, s ** symbols_each(s), count)
+    letters = random_letters(count, s ** digits_per_symbol(s), count)
     if mode == BY_SYMBOLS:
-        letters = join(random_letters(count * symbols_each(s), s, count), s)
+        letters = join(random_letters(count * digits_per_symbol(s), s, count), s)
     assert read(streams, stream(letters, s, mode), count, s) == letters
 
 

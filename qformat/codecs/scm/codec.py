@@ -13,7 +13,7 @@ from qformat.codecs.layout import Array, Buffer, Chunks, Layout, Matrix
 from qformat.codecs.registry import register
 from qformat.codecs.scm.grid import Grid
 from qformat.codecs.scm.planes import Decoder
-from qformat.codecs.scm.residual import read_rest
+from qformat.codecs.scm.residual import read_residual
 from qformat.dtypes import BF16, F16, F32, DType
 
 _MOST_LAYERS = 64
@@ -69,4 +69,4 @@ class Scm(Codec):
             decoder.values(grid, out.reshape(-1))
             return
         dtype = {"float16": F16, "uint16": BF16, "float32": F32}[out.dtype.name]
-        read_rest(parts[-1], decoder, grid, dtype, out)
+        read_residual(parts[-1], decoder, grid, dtype, out)

@@ -27,7 +27,7 @@ from qformat.codecs.scm.rate_control import (
     rate_control_step,
     start,
 )
-from qformat.codecs.scm.residual import precision_of, write_rest
+from qformat.codecs.scm.residual import precision_of, write_residual
 from qformat.dtypes import BF16, F16, F32, DType, Elements
 from qformat.entropy.streams import StreamWriter
 from qformat.kernels import load
@@ -241,7 +241,7 @@ def _residual(elements: Elements, magnitudes: Magnitudes, end: int, state: RateS
     """Encode what the layers leave of a chunk; magnitudes are only those of the last layer afterwards."""
     load("planes").shallow(magnitudes.numbers, end, state.deepest)
     writer = StreamWriter()
-    write_rest(writer, elements, magnitudes, end, state.grid)
+    write_residual(writer, elements, magnitudes, end, state.grid)
     return writer.chunk(0), writer.entropy
 
 
