@@ -1,7 +1,4 @@
-"""A container file into a GGUF file.
-
-It is the file that the container was made of, byte for byte or with other types of tensors, or made anew of a Hugging Face model.
-"""
+"""Export to GGUF: the original file, byte for byte or with other tensor types, or a new one from a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ def export_gguf(job: Job, output: Path) -> Export:
 
 
 def _again(job: Job, output: Path, label: str) -> Export:
-    """Write the file that the container was made of, or one that differs in the types of tensors."""
+    """Write the file that the container was made from, or one with other tensor types."""
     rest = job.container.asset(REST)
     header = parse(io.BytesIO(rest), len(rest), label)
     size = len(rest) + sum(tensor.nbytes for tensor in header.tensors)
@@ -93,7 +90,7 @@ def _write_tensors(job: Job, target: Target, header: Header, outputs: Sequence[P
 
 
 def _anew(job: Job, label: str) -> tuple[Header, list[Placed]]:
-    """Return the header of a file that is made of a Hugging Face model, and its tensors."""
+    """Return the header of a new file from a Hugging Face model, and its tensors."""
     assets = {asset.name: job.container.asset(asset.name) for asset in job.container.index.assets}
     model = Model(assets, label)
     named: dict[str, Placed] = {}
@@ -108,7 +105,7 @@ def _anew(job: Job, label: str) -> tuple[Header, list[Placed]]:
         named[place.name] = RotatedOutput(tensor, codec, place.heads) if place.heads else Output(tensor, codec)
     embedding = named.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise SourceError(f"{label}: cannot become a GGUF file: there is no embedding of tokens")
+        raise SourceError(f"{label}: cannot become a GGUF file: there is no token embedding")
     values = model.values(embedding.shape[0])
     entries = [(name, type_name(tensor.codec), tensor.shape) for name, tensor in named.items()]
     most = _most((kind, math.prod(shape)) for _, kind, shape in entries)
@@ -119,7 +116,7 @@ def _anew(job: Job, label: str) -> tuple[Header, list[Placed]]:
 
 
 def _outputs(job: Job, header: Header, label: str) -> list[Output]:
-    """Return what becomes of the tensors, in the order of the header."""
+    """Return the tensors to write, in the order of the header."""
     listed = {tensor.name: tensor.shape for tensor in header.tensors}
     there = {name: tensor.shape for name, tensor in job.tensors.items()}
     for name in sorted({*listed, *there}):
@@ -133,15 +130,15 @@ def _outputs(job: Job, header: Header, label: str) -> list[Output]:
 
 
 def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
-    """Return the type that a tensor gets in a GGUF file: its own, if GGUF has it, but `dtype` for matrices of plain numbers.
+    """Return the type of a tensor in a GGUF file: its own, if GGUF has it, but `dtype` for matrices of plain numbers.
 
-    Raises `SourceError` if its rows are no whole blocks of the type that was asked for.
+    Raises `SourceError` if its rows are not a multiple of the blocks of `dtype`.
     """
     decoder = tensor.decoder
     own = plain(decoder.codec)
     row = tensor.shape[-1] if tensor.shape else 1
     exact = decoder.record.error is None
-    numbers = exact or isinstance(decoder.codec, Raw)  # and no codes, which would lose more
+    numbers = exact or isinstance(decoder.codec, Raw)  # encoding codes again would lose more
     anew = dtype is not None and numbers and decoder.decoded.floating and len(tensor.shape) >= 2
     if not anew and type_name(own) in TYPE_NUMBERS and row % _block(own) == 0:
         return own
@@ -149,19 +146,19 @@ def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
     if not anew and exact and type_name(same) in TYPE_NUMBERS:
         return same
     if not decoder.decoded.floating:
-        raise SourceError(f"tensor {tensor.name!r} is of type {own}, which GGUF has not")
+        raise SourceError(f"tensor {tensor.name!r} is of type {own}, which GGUF does not have")
     if len(tensor.shape) < 2:
-        return raw(F32)  # what programs that run GGUF files expect of norms and biases
+        return raw(F32)  # programs that run GGUF files expect it for norms and biases
     wanted = dtype or raw(F16)
     if row % _block(wanted):
         raise SourceError(
-            f"tensor {tensor.name!r} has rows of {row} elements, which are no whole blocks of {wanted}; use --dtype f16"
+            f"tensor {tensor.name!r} has rows of {row} elements, not a multiple of the blocks of {wanted}; use --dtype f16"
         )
     return wanted
 
 
 def type_name(codec: Codec) -> str:
-    """Return the name of GGUF's type with the bytes of a codec, if there is one."""
+    """Return the GGUF type with the same bytes as a codec, if there is one."""
     return codec.type if isinstance(codec, Ggml) else codec.id
 
 
@@ -170,7 +167,7 @@ def _block(codec: Codec) -> int:
 
 
 def retyped(header: Header, numbers: Sequence[int]) -> Header:
-    """Return a header with other types of tensors, and their new places."""
+    """Return a header with other tensor types and offsets."""
     data = bytearray(header.data)
     offset = header.data_start
     tensors = []
@@ -188,7 +185,7 @@ def retyped(header: Header, numbers: Sequence[int]) -> Header:
 
 
 def _most(tensors: Iterable[tuple[str, int]]) -> str:
-    """Return the type that most weights have."""
+    """Return the type of most weights."""
     counts: Counter[str] = Counter()
     for name, elements in tensors:
         counts[name] += elements

@@ -1,4 +1,4 @@
-"""A container file into a Hugging Face directory: safetensors weights, and the files that were taken along."""
+"""Export to a Hugging Face directory: safetensors weights, and the assets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 def export_hf(job: Job, output: Path) -> Export:
-    """Write a directory that transformers can load, if the container was made of one that it could."""
+    """Write a directory that transformers can load, if it could load the original."""
     assets, warnings = _assets(job)
     outputs = [as_floats(tensor, job.dtype) for tensor in job.tensors.values()]
     shards = list(split(outputs, lambda output: output.nbytes, job.shard_size))
@@ -51,12 +51,12 @@ def _assets(job: Job) -> tuple[dict[str, bytes], list[str]]:
     names = [asset.name for asset in index.assets]
     if REST in names:
         raise SourceError(
-            f"{path}: was made of a GGUF file, so that its tensors have GGUF's names and there is no {_CONFIG}; use --to gguf, "
+            f"{path}: was made from a GGUF file, so that its tensors have GGUF's names and there is no {_CONFIG}; use --to gguf, "
             "or --to safetensors for the tensors alone"
         )
     assets = {name: job.container.asset(name) for name in names if name not in _QUANTIZATIONS}
     left_out = [
-        f"{name} is left out, for the weights are plain numbers now" for name in names if name in _QUANTIZATIONS
+        f"{name} is left out, since the weights are plain numbers now" for name in names if name in _QUANTIZATIONS
     ]
     for name in names:
         if name.endswith(".safetensors") or name in (INDEX, MARK):
@@ -70,11 +70,11 @@ def _assets(job: Job) -> tuple[dict[str, bytes], list[str]]:
     if plain is None:
         return assets, left_out
     assets[_CONFIG] = plain
-    return assets, [*left_out, f"{_QUANTIZATION} is left out of {_CONFIG}, for the weights are plain numbers now"]
+    return assets, [*left_out, f"{_QUANTIZATION} is left out of {_CONFIG}, since the weights are plain numbers now"]
 
 
 def _without_quantization(config: bytes) -> bytes | None:
-    """Return a config.json whose weights are plain numbers, or None if it says so already."""
+    """Return config.json without quantization, or None if there is nothing to remove."""
     try:
         values: Any = json.loads(config)
     except (ValueError, RecursionError):

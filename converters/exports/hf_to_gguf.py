@@ -1,6 +1,6 @@
-"""What a GGUF file says of a Hugging Face model: hyperparameters from config.json, the tokenizer, other names of tensors.
+"""A Hugging Face model as GGUF describes it: hyperparameters from config.json, the tokenizer, and names of tensors.
 
-For models like Llama whose tokenizer is byte-level BPE. Keys and names are those that llama.cpp reads.
+For models like Llama with a byte-level BPE tokenizer. Keys and names are those that llama.cpp reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ JsonObject = dict[str, Any]
 
 @dataclass(frozen=True)
 class Architecture:
-    """How GGUF calls an architecture, and whether the rows of its query and key matrices are in another order there."""
+    """GGUF's name of an architecture, and whether GGUF has the rows of query and key matrices in another order."""
 
     name: str
     permuted: bool
@@ -33,7 +33,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": Architecture("qwen2", permuted=False),
 }
 
-# In the order in which they stand in the file
+# In the order of the file
 _BEFORE = {"model.embed_tokens": "token_embd"}
 _LAYER = {
     "input_layernorm": "attn_norm",
@@ -51,33 +51,23 @@ _COMPUTED = re.compile(r"(model\.layers\.[0-9]+\.self_attn|model)\.rotary_emb\.(
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
-# The tokenizers of GPT-4, Llama 3 and Qwen 2 cut a text like this; the number of digits that stay together differs
+# How the tokenizers of GPT-4, Llama 3 and Qwen 2 split a text; they differ in the number of digits that stay together
 _CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CUTS = {_CUT.replace("DIGITS", "{1,3}"): "llama-bpe", _CUT.replace("DIGITS", ""): "qwen2"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor goes: its name there, and how many heads its rows belong to if they get another order."""
+    """The name of a tensor in GGUF, and the number of its heads if their rows are permuted."""
 
     name: str
     heads: int = 0
 
 
 class Model:
-    """A Hugging Face model as its files describe it.
+    """A Hugging Face model, described by its files (config.json, tokenizer.json and others); `label` names it in messages.
 
-    Parameters
-    ----------
-    assets
-        The files: config.json, tokenizer.json and what else there is.
-    label
-        What messages call it.
-
-    Raises
-    ------
-    SourceError
-        If there is no description, or it is of a model that is not supported.
+    Raises `SourceError` if there is no description, or the model is not supported.
     """
 
     def __init__(self, assets: Mapping[str, bytes], label: str) -> None:
@@ -91,9 +81,9 @@ class Model:
         self.architecture = ARCHITECTURES[known[0]]
 
     def places(self, names: Iterable[str]) -> dict[str, Place]:
-        """Return where each tensor goes, in the order of the file; those that are computed anyway are left out.
+        """Return the place of each tensor, in the order of the file, leaving out those that are computed.
 
-        Raises `SourceError` if one is none that such a model has.
+        Raises `SourceError` if such a model has no tensor of some name.
         """
         left = {name for name in names if not _COMPUTED.fullmatch(name)}
         layers = self._number("num_hidden_layers")
@@ -121,7 +111,7 @@ class Model:
         return self._number("num_key_value_heads", self._number("num_attention_heads"))
 
     def values(self, vocabulary: int) -> dict[str, Any]:
-        """Return the value of each key, the tokenizer's among them; there are as many tokens as rows of the embedding.
+        """Return the value of each key, including the tokenizer's, given the number of rows of the embedding.
 
         Raises `SourceError` if something is missing or not supported.
         """
@@ -150,10 +140,10 @@ class Model:
 
     @property
     def _rotation(self) -> tuple[str, JsonObject]:
-        """How positions are encoded: a type, and parameters, which stand in one of two places."""
+        """The type of rotary embeddings, and their parameters, which are under one of two keys."""
         old, new = self._config.get("rope_scaling") or {}, self._config.get("rope_parameters") or {}
         if not isinstance(old, dict) or not isinstance(new, dict):
-            self._refuse("rope_parameters of config.json make no sense")
+            self._refuse("rope_parameters of config.json are invalid")
         rope = {"rope_theta": self._config.get("rope_theta", 10000.0)} | old | new
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "linear", "yarn", "llama3"):
@@ -175,7 +165,7 @@ class Model:
         return values
 
     def frequencies(self) -> NDArray[np.float32] | None:
-        """Return what Llama 3 divides the frequencies of its rotary embeddings by, a tensor of its own in GGUF; or None."""
+        """Return the divisors of the frequencies of Llama 3's rotary embeddings, a tensor in GGUF; None for other models."""
         kind, rope = self._rotation
         if kind != "llama3":
             return None
@@ -200,7 +190,7 @@ class Model:
             tokens, types = _tokens(ids, added, vocabulary)
             merges = [_merge(merge) for merge in model["merges"]]
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            self._refuse("its tokenizer.json makes no sense, or has more tokens than the embedding has rows")
+            self._refuse("its tokenizer.json is invalid, or has more tokens than the embedding has rows")
         values: dict[str, Any] = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": self._pre(tokenizer),
@@ -212,14 +202,14 @@ class Model:
             number = self._special(key, settings, ids)
             if number is not None and 0 <= number < vocabulary:
                 values[f"tokenizer.ggml.{name}_token_id"] = number
-        for key, name in (("add_bos_token", "add_bos_token"), ("add_eos_token", "add_eos_token")):
+        for key in ("add_bos_token", "add_eos_token"):
             if isinstance(settings.get(key), bool):
-                values[f"tokenizer.ggml.{name}"] = settings[key]
+                values[f"tokenizer.ggml.{key}"] = settings[key]
         template = self._template(settings)
         return values | ({"tokenizer.chat_template": template} if template else {})
 
     def _special(self, key: str, settings: JsonObject, ids: Mapping[str, int]) -> int | None:
-        """Return the number of a special token: the one that the tokenizer names, or else the model."""
+        """Return the number of a special token from the tokenizer, else from the model."""
         token = settings.get(f"{key}_token")
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str) and content in ids:
@@ -239,7 +229,7 @@ class Model:
         return template if isinstance(template, str) else None
 
     def _pre(self, tokenizer: JsonObject) -> str:
-        """Return llama.cpp's name for how a text is cut before tokens are merged."""
+        """Return llama.cpp's name for how the tokenizer splits a text before merging tokens."""
         pre = tokenizer.get("pre_tokenizer") or {}
         steps: list[Any] = pre.get("pretokenizers") or [] if pre.get("type") == "Sequence" else [pre]
         kinds = [step.get("type") for step in steps]
@@ -251,7 +241,7 @@ class Model:
             cut = (steps[0].get("pattern") or {}).get("Regex")
             if cut in _CUTS:
                 return _CUTS[cut]
-        return self._refuse("its tokenizer.json cuts texts in a way that is not known to GGUF by a name")
+        return self._refuse("its tokenizer.json splits texts in a way that GGUF has no name for")
 
     def _number(self, key: str, default: int | None = None) -> int:
         value = self._config.get(key)
@@ -299,7 +289,7 @@ def _tokens(ids: Mapping[str, int], added: Mapping[str, JsonObject], count: int)
 
 
 def _merge(merge: str | Sequence[str]) -> str:
-    """Return a pair as GGUF has it, where spaces inside of tokens are written as byte-level BPE does."""
+    """Return a pair in GGUF's notation, with spaces inside tokens as in byte-level BPE."""
     if isinstance(merge, str):
         return merge
     left, right = merge

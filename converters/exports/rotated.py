@@ -1,4 +1,4 @@
-"""Query and key matrices with their rows in the order that GGUF has for rotary embeddings.
+"""Query and key matrices with their rows in GGUF's order for rotary embeddings.
 
 Hugging Face's code rotates element i of a head with element i + (half of the head), llama.cpp's Llama element 2 i with 2 i + 1. So
 row i + k (half of the head) of a head, k being 0 or 1, becomes row 2 i + k.
@@ -21,7 +21,7 @@ from qformat.errors import SourceError
 
 
 def check_heads(tensor: ContainerTensor, heads: int) -> None:
-    """Raise `SourceError` if the rows of a tensor are no whole heads of an even number of rows."""
+    """Raise `SourceError` unless the rows of a tensor are whole heads of an even number of rows."""
     if not tensor.shape or tensor.shape[0] % (2 * heads) or tensor.matrix.cols > CHUNK_ELEMENTS:
         raise SourceError(
             f"tensor {tensor.name!r} of shape {tensor.shape} does not have {heads} heads, as config.json says"
@@ -30,7 +30,7 @@ def check_heads(tensor: ContainerTensor, heads: int) -> None:
 
 @dataclass(frozen=True)
 class RotatedOutput(Output):
-    """A tensor whose rows get the other order within each head; its chunks are whole heads."""
+    """A tensor whose rows are permuted within each head; its chunks are whole heads."""
 
     heads: int
 
@@ -44,7 +44,7 @@ class RotatedOutput(Output):
         return self.source.matrix.elements // self.shape[0]
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield heads, as many at once as make a chunk."""
+        """Yield chunks of whole heads."""
         step = max(1, CHUNK_ELEMENTS // (self._rows * self._cols)) * self._rows
         for row in range(0, self.shape[0], step):
             yield Chunk(row, min(step, self.shape[0] - row), 0, self._cols)
@@ -52,13 +52,13 @@ class RotatedOutput(Output):
     def encoded(self, chunk: Chunk) -> Buffer:
         """Return the bytes of some heads."""
         if self.copied and len(self.shape) > 1:
-            return self._turned(self._stored(chunk)).reshape(-1).data
+            return self._permuted(self._stored(chunk)).reshape(-1).data
         values = self.source.read(slice(chunk.row * self._cols, (chunk.row + chunk.rows) * self._cols))
-        rows = self._turned(values.data.reshape(chunk.rows, self._cols))
+        rows = self._permuted(values.data.reshape(chunk.rows, self._cols))
         return self.made(Elements(values.dtype, rows if len(self.shape) > 1 else rows.reshape(1, -1)))
 
     def _stored(self, chunk: Chunk) -> NDArray[np.uint8]:
-        """Return the bytes that are stored of some rows, two-dimensional."""
+        """Return the stored bytes of some rows, two-dimensional."""
         decoder = self.source.decoder
         if decoder.codec.has_fixed_size:
             (data,) = decoder.blocks(chunk)
@@ -73,6 +73,6 @@ class RotatedOutput(Output):
                 )
         return np.concatenate(parts)
 
-    def _turned(self, rows: NDArray[Any]) -> NDArray[Any]:
+    def _permuted(self, rows: NDArray[Any]) -> NDArray[Any]:
         halves = rows.reshape(-1, 2, self._rows // 2, rows.shape[1])
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""A container file into a .safetensors file."""
+"""Export to a .safetensors file."""
 
 from __future__ import annotations
 

@@ -32,18 +32,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """All claims about a checkpoint.
+    """All claims about a checkpoint."""
 
-    Parameters
-    ----------
-    objects
-        (file, JSON object).
-    gptq_format
-        The user's statement of how GPTQ's zero points are stored, which overrules all files.
-    """
-
-    objects: Sequence[tuple[str, Mapping[str, Any]]] = ()
-    gptq_format: str | None = None
+    objects: Sequence[tuple[str, Mapping[str, Any]]] = ()  # (file, JSON object)
+    gptq_format: str | None = None  # the user's claim of how GPTQ's zero points are stored
 
     @classmethod
     def of(cls, configs: Mapping[str, Mapping[str, Any]], gptq_format: str | None = None) -> Claims:

@@ -90,21 +90,8 @@ class Grouping:
 def grouping(name: str, cols: int, groups: int, claimed: int | None, places: NDArray[Any] | None) -> Grouping:
     """Find the columns that share a scale.
 
-    Parameters
-    ----------
-    name
-        The tensor with the groups, for error messages.
-    cols, groups
-        The numbers of columns and groups of the layer.
-    claimed
-        The group size in the configuration, if there is one.
-    places
-        The group of each column, if there is such a list.
-
-    Raises
-    ------
-    SourceError
-        If the numbers are impossible, or ambiguous.
+    `name` is the tensor with the groups, `claimed` the group size in the configuration, if any, and `places` the group of each
+    column, if there is such a list. Raises `SourceError` if the numbers are impossible or ambiguous.
     """
     if not 0 < groups <= cols:
         raise SourceError(f"tensor {name!r}: there are scales for {groups} groups in rows of {cols} columns")
@@ -144,16 +131,8 @@ def affine_encode(
 ) -> Encode:
     """Return the function that encodes the chunks of an `affine` tensor.
 
-    Parameters
-    ----------
-    codec, shape
-        The tensor.
-    scales, zeros
-        ``[rows, groups]``; no zero points if all are in the middle.
-    places
-        The group of each column, if the codec has such a list.
-    packed
-        Returns the packed codes of rows ``start:stop``, ``[rows, bytes]``, with or without the padding of rows.
+    Scales and zero points are ``[rows, groups]``, without zero points if all are in the middle; `places` is the group of each
+    column, if the codec has such a list; `packed` returns the codes of rows ``start:stop``, ``[rows, bytes]``, maybe unpadded.
     """
     numbers = [as_bytes(array) for array in (scales, zeros, places) if array is not None]
     return partial(_affine_parts, codec, Matrix(*shape), numbers, packed)

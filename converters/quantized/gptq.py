@@ -37,15 +37,7 @@ _CORRUPT = np.uint32(0xFFFF0000)
 
 @dataclass(frozen=True)
 class _Layer:
-    """A checked layer.
-
-    Attributes
-    ----------
-    least, most
-        The smallest and largest zero point, as stored.
-    corrupt
-        Whether words of zero points look damaged.
-    """
+    """A checked layer."""
 
     name: str
     qweight: SourceTensor
@@ -53,9 +45,9 @@ class _Layer:
     scales: SourceTensor
     bits: Width
     grouping: Grouping
-    least: int
+    least: int  # zero point, as stored
     most: int
-    corrupt: bool
+    corrupt: bool  # whether zero points look damaged
 
     def tensor(self, version: str) -> CodedTensor:
         shape = self.qweight.shape[1], 32 * self.qweight.shape[0] // self.bits

@@ -15,18 +15,10 @@ from qformat.pipeline.source import SourceTensor
 
 @dataclass(frozen=True)
 class Layer:
-    """The tensors whose names have the same prefix.
+    """The tensors whose names have the same prefix."""
 
-    Attributes
-    ----------
-    name
-        The prefix; empty for names without a dot.
-    parts
-        The tensors by role, the last component of their names.
-    """
-
-    name: str
-    parts: dict[str, SourceTensor] = field(default_factory=dict)
+    name: str  # the prefix; empty for names without a dot
+    parts: dict[str, SourceTensor] = field(default_factory=dict)  # by role, the last component of the name
 
     def has(self, *roles: str) -> bool:
         """Return whether the layer has all of some parts."""
@@ -41,21 +33,9 @@ class Layer:
         return {self.parts[role].name for role in roles if role in self.parts}
 
     def part(self, role: str, of: str, dtypes: Sequence[DType], dims: int = 2) -> SourceTensor:
-        """Return a required part.
+        """Return the part without which the part `of` is useless.
 
-        Parameters
-        ----------
-        role
-            The part.
-        of
-            The part that is useless without it.
-        dtypes, dims
-            Its possible dtypes, and its number of dimensions.
-
-        Raises
-        ------
-        SourceError
-            If it is missing, empty, or of another dtype or number of dimensions.
+        Raises `SourceError` if it is missing, empty, or of none of some dtypes or another number of dimensions.
         """
         name = self.named(role)
         if role not in self.parts:
@@ -91,12 +71,8 @@ class Found(NamedTuple):
 class Layout(NamedTuple):
     """A layout in which other tools store quantized layers.
 
-    Attributes
-    ----------
-    matches
-        Whether a layer may have this layout, by roles, dtypes and shapes.
-    read
-        Makes the tensors of all such layers; raises `SourceError` if one is damaged or contradicts the configuration.
+    `matches` goes by roles, dtypes and shapes; `read` makes the tensors of all layers that match, and raises `SourceError` if
+    one is damaged or contradicts the configuration.
     """
 
     matches: Callable[[Layer], bool]

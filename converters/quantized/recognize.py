@@ -31,44 +31,20 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Recognized:
-    """The tensors of a checkpoint, with each quantized layer as one tensor.
-
-    Attributes
-    ----------
-    tensors
-        Tensors of the checkpoint that belong to no quantized layer, then one for each layer.
-    warnings
-        Warnings for the user, a line each.
-    quantized
-        Whether a layer is quantized in a known layout.
-    claimed
-        Whether the configuration says so.
-    """
+    """The tensors of a checkpoint, with each quantized layer as one tensor."""
 
     tensors: list[SourceTensor]
     warnings: list[str]
-    quantized: bool
-    claimed: bool
+    quantized: bool  # whether a layer is quantized in a known layout
+    claimed: bool  # whether the configuration says so
 
 
 def recognize(
     tensors: Sequence[SourceTensor], configs: Mapping[str, Mapping[str, Any]], options: SourceOptions
 ) -> Recognized:
-    """Join the tensors of each quantized layer.
+    """Join the tensors of each quantized layer, given all tensors of a checkpoint, and configuration files by name.
 
-    Parameters
-    ----------
-    tensors
-        All tensors of a checkpoint.
-    configs
-        The JSON objects of config.json, quantize_config.json and quantization_config.json, as far as there are such files.
-    options
-        How to read it.
-
-    Raises
-    ------
-    SourceError
-        If a layer is damaged, contradicts the configuration, or has an unknown format.
+    Raises `SourceError` if a layer is damaged, contradicts the configuration, or has an unknown format.
     """
     claims = Claims.of(configs, options.gptq_format)
     layers = layers_of(tensors)

@@ -62,9 +62,8 @@ class ContainerTensor(StoredSource):
         return Elements(self.dtype, parts[1] if len(parts) == 2 else np.concatenate(parts))
 
 
-def is_container(start: bytes, path: Path) -> bool:
+def is_container(start: bytes) -> bool:
     """Return whether a file that begins so is a container file."""
-    del path
     return start.startswith(MAGIC)
 
 

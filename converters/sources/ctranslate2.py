@@ -54,9 +54,8 @@ class _Reader:
             raise SourceError(f"no valid string at byte {at}: the file is damaged") from None
 
 
-def is_ctranslate2(start: bytes, path: Path) -> bool:
+def is_ctranslate2(start: bytes) -> bool:
     """Return whether a file that begins so is one of CTranslate2."""
-    del path
     name = start[6 : 6 + int.from_bytes(start[4:6], "little")]
     return start[:4] in [version.to_bytes(4, "little") for version in range(2, 100)] and name.endswith(b"Spec\0")
 

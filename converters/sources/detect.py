@@ -29,50 +29,30 @@ from qformat.quality import Quality
 
 
 class FileKind(NamedTuple):
-    """A kind of file that holds tensors.
+    """A kind of file that holds tensors; files are opened with their path, and the options that apply as keywords."""
 
-    Attributes
-    ----------
-    matches
-        Whether a file is of this kind, by its first bytes and its path.
-    open
-        Opens a file; takes the path, and the options of reading in `options` as keywords.
-    open_shard
-        Opens one of several files that hold a model together; None for files that are models by themselves, with their tokenizer
-        and configuration.
-    options
-        The fields of `SourceOptions` that apply.
-    """
-
-    matches: Callable[[bytes, Path], bool]
+    matches: Callable[[bytes], bool]  # whether a file is of this kind, by its first bytes
     open: Callable[..., Checkpoint]
-    open_shard: Callable[..., Checkpoint] | None
-    options: tuple[str, ...] = ()
+    open_shard: (
+        Callable[..., Checkpoint] | None
+    )  # None if a file is a whole model, with its tokenizer and configuration
+    options: tuple[str, ...] = ()  # fields of `SourceOptions`
 
 
 class DirectoryKind(NamedTuple):
-    """A layout of directories.
-
-    Attributes
-    ----------
-    matches
-        Whether a directory has this layout.
-    open
-        Opens it; takes the path, and a function that opens the files in it.
-    may_be_quantized
-        Whether other tools write quantized checkpoints in this layout.
-    """
+    """A layout of directories, which are opened with their path and a function that opens the files in them."""
 
     matches: Callable[[Path], bool]
     open: Callable[[Path, Opener], Checkpoint]
-    may_be_quantized: bool
+    may_be_quantized: bool  # whether other tools write quantized checkpoints in this layout
 
 
+SAFETENSORS = FileKind(is_safetensors, open_safetensors, open_safetensors)
 FILES = (
     FileKind(is_container, open_container, None, ("quality",)),
     FileKind(is_gguf, open_gguf, None),
     FileKind(is_torch, open_torch, open_torch_shard, ("state_dict_key",)),
-    FileKind(is_safetensors, open_safetensors, open_safetensors),
+    SAFETENSORS,
     FileKind(is_ctranslate2, open_ctranslate2, open_ctranslate2),
 )
 DIRECTORIES = (
@@ -95,8 +75,8 @@ def open_checkpoint(path: Path, options: SourceOptions | None = None) -> Checkpo
     Parameters
     ----------
     path
-        A path or URL as `qformat.files.source_path` returns it: of a file of any kind in `FILES`, or of a directory in Hugging
-        Face's or Meta's layout or with a single file of weights.
+        A path or URL from `qformat.files.source_path`: of a file of a kind in `FILES`, or of a directory in a layout in
+        `DIRECTORIES` or with a single file of weights.
     options
         How to read it.
 
@@ -166,7 +146,7 @@ def _kind_of(path: Path, options: SourceOptions) -> FileKind:
     for prefix, description in _MISTAKEN.items():
         if start.lower().startswith(prefix):
             raise SourceError(f"{path}: {description}")
-    kind = next((kind for kind in FILES if kind.matches(start, path)), None)
+    kind = next((kind for kind in FILES if kind.matches(start)), SAFETENSORS if path.suffix == ".safetensors" else None)
     if kind is None or "quality" not in kind.options:
         _check_quality(path, options)
     if kind is not None:

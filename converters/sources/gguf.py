@@ -55,9 +55,8 @@ class BlockTensor(QuantizedSource):
         return Elements(self.dtype, decoded[0, elements.start - first * size : elements.stop - first * size])
 
 
-def is_gguf(start: bytes, path: Path) -> bool:
+def is_gguf(start: bytes) -> bool:
     """Return whether a file that begins so is a GGUF file."""
-    del path
     return start.startswith(MAGIC)
 
 

@@ -67,21 +67,9 @@ def _find_assets(directory: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions) -> Checkpoint:
-    """Return a checkpoint in which tensors of layers that another tool has quantized are joined.
+    """Join the tensors of layers that another tool has quantized; raise `SourceError` as `recognize` does.
 
-    Parameters
-    ----------
-    checkpoint
-        All weights of the model.
-    directory
-        Where its configuration files are, if there are any.
-    options
-        How to read it.
-
-    Raises
-    ------
-    SourceError
-        If a layer is damaged, or contradicts the configuration.
+    The configuration, if there is any, is in the directory.
     """
     configs, damaged = _read_configs(directory)
     found = recognize(checkpoint.tensors, configs, options)

@@ -29,9 +29,9 @@ DTYPE_NAMES = {
 MAX_HEADER = 100_000_000  # the limit of the library
 
 
-def is_safetensors(start: bytes, path: Path) -> bool:
-    """Return whether a file begins like a .safetensors file, or is called one."""
-    return start[8:9] == b"{" or path.suffix == ".safetensors"
+def is_safetensors(start: bytes) -> bool:
+    """Return whether a file that begins so is a .safetensors file."""
+    return start[8:9] == b"{"
 
 
 def open_safetensors(path: Path) -> Checkpoint:

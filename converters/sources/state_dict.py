@@ -30,40 +30,20 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class StateDict:
-    """A state dict, and the rest of the object in which it was found.
+    """A state dict, and the rest of the object in which it was found."""
 
-    Attributes
-    ----------
-    key
-        Its key in the object.
-    tensors
-        Its tensors by name.
-    extras
-        Everything else, by keys with dots between them.
-    """
-
-    key: str
+    key: str  # in the object
     tensors: Mapping[str, torch.Tensor]
-    extras: Mapping[str, Any]
+    extras: Mapping[str, Any]  # everything else, by keys with dots between them
 
 
 def find_state_dict(root: object, key: str | None = None) -> StateDict:
     """Return the state dict in an object.
 
-    It is the mapping (or list) that holds the most elements in tensors of its own, optimizers aside. With a key, it is everything
-    below that key, the names of nested tensors joined with dots.
+    It is the mapping (or list) that holds the most elements in tensors of its own, optimizers aside. With a key (keys from the
+    outermost to the innermost with dots between them, or `WHOLE`), it is everything below, nested names joined with dots.
 
-    Parameters
-    ----------
-    root
-        The saved object.
-    key
-        The state dict to take: keys from the outermost to the innermost with dots between them, or `WHOLE`.
-
-    Raises
-    ------
-    SourceError
-        If there is none, none with this key, or the choice is ambiguous; the message does not name the file.
+    Raises `SourceError` if there is none, or the choice is ambiguous; the message does not name the file.
     """
     found = _tensors(root)
     if not found:

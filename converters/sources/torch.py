@@ -34,26 +34,16 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _SHOWN = 5
 
 
-def is_torch(start: bytes, path: Path) -> bool:
+def is_torch(start: bytes) -> bool:
     """Return whether a file that begins so is a zip archive, or a torch checkpoint in the old format."""
-    del path
     return start[8:9] != b"{" and (start.startswith(_ZIP) or start[2:].startswith(_LEGACY))
 
 
 def open_torch(path: Path, state_dict_key: str | None = None) -> Checkpoint:
     """Return the state dict in a file that ``torch.save`` wrote, as a zip archive (which is mapped) or in the old format.
 
-    Parameters
-    ----------
-    path
-        The file.
-    state_dict_key
-        The state dict to take, as in `qformat.converters.sources.options.SourceOptions`.
-
-    Raises
-    ------
-    SourceError
-        If it is damaged or something else, holds objects that only running its code could read, or tensors that cannot be stored.
+    Raises `SourceError` if it is damaged or something else, holds objects that only running its code could read, or tensors that
+    cannot be stored; `state_dict_key` is as in `qformat.converters.sources.options.SourceOptions`.
     """
     found, prefix, tensors = _read(path, state_dict_key, _wrapper_prefix)
     extras, left_out = _as_json(found.extras)

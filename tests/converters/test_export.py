@@ -486,7 +486,7 @@ def test_directories_that_would_be_useless_are_told(tmp_path):
     result = export(q(tmp_path / "a.qf", {"w": W}), tmp_path / "out", "hf")
     assert "holds no config.json" in result.warnings[0]
     gguf_source(tmp_path / "m.gguf")
-    with pytest.raises(SourceError, match="was made of a GGUF file"):
+    with pytest.raises(SourceError, match="was made from a GGUF file"):
         export(store(tmp_path / "m.gguf"), tmp_path / "gguf", "hf")
     for name in ("model.safetensors", ".qformat-partial"):
         with pytest.raises(SourceError, match="has the name of a file of weights"):

@@ -225,8 +225,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"config.json": {"rope_parameters": [1]}}, "rope_parameters"),
     ({"tokenizer.json": None}, "there is no tokenizer.json"),
     ({"tokenizer.json": {"model": {"type": "Unigram"}}}, "not byte-level BPE"),
-    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 300}, "merges": []}}}, "makes no sense, or has more tokens"),
-    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": 3, "merges": []}}}, "makes no sense"),
+    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 300}, "merges": []}}}, "is invalid, or has more tokens"),
+    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": 3, "merges": []}}}, "is invalid"),
 ]  # fmt: skip
 
 
