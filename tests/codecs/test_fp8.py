@@ -20,7 +20,7 @@ from qformat.converters.sources.options import SourceOptions
 from qformat.dtypes import BF16, DTYPES, Elements, from_array
 from qformat.errors import FormatError, SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedSource
+from qformat.pipeline.source import Checkpoint, QuantizedSource, SourceTensor
 from qformat.records import TensorRecord
 from tests.helpers.codecs import decode, encode, part_of, record_of, segment_lengths, wrong_lengths_are_refused
 
@@ -41,9 +41,15 @@ def scales(shape: Any, dtype: str = "f32", seed: int = 2) -> Elements:
     return from_array(values.astype(DTYPES[dtype].storage))
 
 
+def found_in(*arguments: Any) -> tuple[list[SourceTensor], list[str]]:
+    """Return the tensors and warnings of recognition."""
+    result = recognize(*arguments)
+    return list(result.tensors), list(result.warnings)
+
+
 def recognized(parts: dict[str, Elements], config: Any = None) -> Any:
     sources = [ArrayTensor(f"a.{role}", part) for role, part in parts.items()]
-    return recognize(sources, {"config.json": {"quantization_config": config or {}}}, SourceOptions())
+    return found_in(sources, {"config.json": {"quantization_config": config or {}}}, SourceOptions())
 
 
 def only(weight: Elements, scale: Elements, config: Any = None, role: str = "weight_scale") -> Any:

@@ -28,7 +28,7 @@ from qformat.converters.sources.safetensors import open_safetensors
 from qformat.dtypes import DTYPES, Elements, from_array
 from qformat.errors import SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedSource
+from qformat.pipeline.source import Checkpoint, QuantizedSource, SourceTensor
 from tests.helpers.codecs import chunks_of, decode, part_of, segment_lengths
 from tests.helpers.quantized import Layer, awq, compressed, gptq, layer, loose_words_of, packed, random_scales, words_of
 
@@ -48,9 +48,15 @@ def sources(parts: Mapping[str, Any], name: str = "a.b") -> list[Any]:
     ]
 
 
+def found_in(*arguments: Any) -> tuple[list[SourceTensor], list[str]]:
+    """Return the tensors and warnings of recognition."""
+    result = recognize(*arguments)
+    return list(result.tensors), list(result.warnings)
+
+
 def recognized(parts: Mapping[str, Any], config: Any = None, version: Any = None) -> Any:
     configs = {} if config is None else {"quantize_config.json": config}
-    return recognize(sources(parts), configs, SourceOptions(gptq_format=version))
+    return found_in(sources(parts), configs, SourceOptions(gptq_format=version))
 
 
 def only(parts: Mapping[str, Any], config: Any = None, version: Any = None) -> Any:
@@ -93,7 +99,7 @@ def check(tensor: Any, values: np.ndarray) -> None:
 def test_layers_quantized_by_real_tools_have_the_expected_values(tmp_path, name):
     folder = DATA / name
     configs = {file: json.loads((folder / file).read_bytes()) for file in CONFIGS if (folder / file).exists()}
-    tensors, warnings = recognize(open_safetensors(folder / "model.safetensors"), configs, SourceOptions())
+    tensors, warnings = found_in(open_safetensors(folder / "model.safetensors").tensors, configs, SourceOptions())
     assert warnings == []
     convert(Checkpoint(tensors), tmp_path / "a.qf", Recipe.parse(None))
     digests = json.loads((DATA / "expected.json").read_bytes())[name]
@@ -150,7 +156,7 @@ def test_gptq_layers_without_g_idx_have_columns_in_order(group, config):
 @pytest.mark.parametrize("model", ["gpt2", "llama", 3, ["gpt2"]])
 def test_gptq_models_that_keep_matrices_transposed_give_a_warning(model):
     config = {"config.json": {"model_type": model}}
-    _, warnings = recognize(sources(gptq(layer(4, 8, 64, 32), 4)), config, SourceOptions())
+    _, warnings = found_in(sources(gptq(layer(4, 8, 64, 32), 4)), config, SourceOptions())
     assert [warning for warning in warnings if "[in, out]" in warning] == (
         ["GPTQ: models of type gpt2 keep some matrices as [in, out], and those of quantized layers are [out, in] here"]
         if model == "gpt2"
@@ -259,7 +265,7 @@ def test_layers_of_several_tools_in_one_checkpoint_are_recognized(tmp_path, monk
         *sources({"weight": np.ones((3, 3), np.float32)}, "x.plain"),
         *sources({"scales": bias, "g_idx": bias}, "x.no_layer"),
     ]
-    tensors, warnings = recognize(parts, {}, SourceOptions())
+    tensors, warnings = found_in(parts, {}, SourceOptions())
     assert warnings == []
     store = [convert(Checkpoint(tensors), tmp_path / f"{jobs}.qf", Recipe.parse(None), jobs=jobs) for jobs in (1, 4)]
     assert store[0].root == store[1].root
@@ -290,7 +296,7 @@ def test_quantized_rows_longer_than_a_chunk_are_read(monkeypatch):
 def test_a_quantized_layer_without_a_prefix_is_named_weight():
     x = layer(4, 8, 32, 32)
     tensors = [ArrayTensor(t.name.removeprefix("a.b."), t.elements) for t in sources(gptq(x, 4))]
-    found, _ = recognize(tensors, {}, SourceOptions())
+    found, _ = found_in(tensors, {}, SourceOptions())
     assert [tensor.name for tensor in found] == ["weight"]
 
 
@@ -310,7 +316,7 @@ def test_a_quantized_layer_is_read_once_for_all_its_chunks(monkeypatch):
     monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 256)
     x = layer(4, 64, 128, 32)
     tensors = [Counted(tensor) for tensor in sources(gptq(x, 4))]
-    (tensor,), _ = recognize(tensors, {}, SourceOptions())
+    (tensor,), _ = found_in(tensors, {}, SourceOptions())
     qweight = tensors[0]
     assert qweight.reads == 0
     every = chunks_of(tensor.codec, tensor.shape)
@@ -509,16 +515,16 @@ def test_configuration_files_that_contradict_each_other_are_refused():
     parts = sources(V1)
     ask = SourceOptions()
     inner = {"quantization_config": {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}}
-    assert recognize(parts, {"config.json": inner, "quantize_config.json": {"bits": 4}}, ask)
+    assert found_in(parts, {"config.json": inner, "quantize_config.json": {"bits": 4}}, ask)
     wrong = {"config.json": inner, "quantize_config.json": {"group_size": 16}}
     with pytest.raises(
         SourceError, match=r"quantize_config.json says group_size 16, but config.json says group_size 32"
     ):
-        recognize(parts, wrong, ask)
+        found_in(parts, wrong, ask)
     wrong = {"config.json": inner, "quantize_config.json": {"checkpoint_format": "gptq_v2"}}
     with pytest.raises(SourceError, match=r"says checkpoint_format 'gptq_v2', but config.json says .* 'gptq'"):
-        recognize(parts, wrong, ask)
-    assert recognize(parts, wrong, SourceOptions(gptq_format="v1"))[1] == []
+        found_in(parts, wrong, ask)
+    assert found_in(parts, wrong, SourceOptions(gptq_format="v1"))[1] == []
 
 
 def test_gptq_layers_may_differ_as_the_configuration_says():
@@ -569,7 +575,7 @@ def test_tensors_of_unknown_quantization_formats_stay_raw_with_a_warning():
         "quantize_config.json says quant_method 'bitsandbytes', but no tensor is quantized in a way"
     )
     plain = sources({"weight": np.ones((4, 4), np.float32)})
-    assert recognize(plain, {"config.json": {"model_type": "llama"}}, SourceOptions()) == (plain, [])
+    assert found_in(plain, {"config.json": {"model_type": "llama"}}, SourceOptions()) == (plain, [])
 
 
 JSON = st.recursive(
@@ -607,7 +613,7 @@ def test_any_configuration_is_read_or_refused(config, text):
     ):
         outer = {"quantization_config": config, "text_config": text, "compression_config": text}
         with suppress(SourceError):
-            recognize(sources(parts), {"config.json": outer, "quantize_config.json": config}, SourceOptions())
+            found_in(sources(parts), {"config.json": outer, "quantize_config.json": config}, SourceOptions())
 
 
 def save(folder: Path, parts: Mapping[str, Any], config: Any) -> Path:
