@@ -208,7 +208,7 @@ def test_names_of_pre_tokenizers(pre, name):
     if name:
         assert model._pre({"pre_tokenizer": pre}) == name
         return
-    with pytest.raises(SourceError, match="cuts texts in a way that is not known"):
+    with pytest.raises(SourceError, match="splits texts in a way that GGUF has no name for"):
         model._pre({"pre_tokenizer": pre})
 
 
