@@ -208,7 +208,7 @@ def test_pre_tokenizers_have_their_gguf_names(pre, name):
     if name:
         assert model._pre({"pre_tokenizer": pre}) == name
         return
-    with pytest.raises(SourceError, match="cuts texts in a way that is not known"):
+    with pytest.raises(SourceError, match="splits texts in a way that GGUF has no name for"):
         model._pre({"pre_tokenizer": pre})
 
 
