@@ -16,7 +16,7 @@ MIDDLES = (LEVELS[:, :-1] + LEVELS[:, 1:]) / np.float32(2)
 _CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
 
 
-def outer(position: F32, mapping: I64) -> I64:
+def outer(position: F32, mapping: I64 | U32) -> I64:
     """Return the number, from 0 in the middle to 7, of the level of a mapping nearest to each position; they are broadcast."""
     size = np.abs(position)
     count = np.zeros(size.shape, np.int64)
