@@ -223,7 +223,7 @@ for number, type_ in enumerate(sys.argv[2:]):
 
 
 @pytest.mark.parametrize(("size", "header"), [(22, 2), (24, 4)])
-@pytest.mark.parametrize("kind", ["jit", "plain"])
+@pytest.mark.parametrize("kind", ["numba", "numpy"])
 @given(seed=st.integers(0, 2**32 - 1))
 def test_codes_of_5_bits_are_taken_out_and_put_back(kind, size, header, seed):
     kernels = importlib.import_module(f"qformat.kernels.{kind}.codes_5")
