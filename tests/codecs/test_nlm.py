@@ -220,10 +220,10 @@ def test_the_mapping_is_about_the_best_of_the_four(mode, monkeypatch):
         return (error**2).sum(axis=1) if mode == "rmse" else error.max(axis=1)
 
     chosen = losses(choose(mode, x, 32))
-    forced = []
+    forced, middles = [], plain.MIDDLES
     for number in range(4):
         monkeypatch.setattr(plain_search, "LEVELS", np.tile(plain.LEVELS[number], (4, 1)))
-        monkeypatch.setattr(plain_search, "MIDDLES", np.tile(plain.MIDDLES[number], (4, 1)))
+        monkeypatch.setattr(plain, "MIDDLES", np.tile(middles[number], (4, 1)))
         headers = choose(mode, x, 32, "plain") & 0x3FFFFF | number << 22
         forced.append(losses(headers))
     best = np.min(forced, axis=0)
