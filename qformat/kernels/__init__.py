@@ -31,22 +31,19 @@ def load(name: str) -> ModuleType:
     QFormatError
         If the variable is something else.
     """
-    return import_module(f"qformat.kernels.{_folder()}.{name}")
-
-
-@cache
-def _folder() -> str:
-    """Return the folder of the kernels to use; cached, so that a fallback is reported once per process."""
     wanted = os.environ.get("QFORMAT_KERNELS", "")
     if wanted not in ("", "numba", "numpy"):
         raise QFormatError(f"QFORMAT_KERNELS is {wanted!r}: it may be 'numba' or 'numpy'")
-    if wanted != "numpy":
-        try:
-            import_module("qformat.kernels.numba.compiler")
-        except ImportError as error:
-            if wanted == "numba":
-                raise
-            _log.warning("numba cannot be used (%s): falling back to the slower numpy kernels", error)
-        else:
-            return "numba"
-    return "numpy"
+    folder = wanted or ("numba" if _has_numba() else "numpy")
+    return import_module(f"qformat.kernels.{folder}.{name}")
+
+
+@cache
+def _has_numba() -> bool:
+    """Return whether numba can be imported; cached, so that a fallback is reported once per process."""
+    try:
+        import_module("qformat.kernels.numba.compiler")
+    except ImportError as error:
+        _log.warning("numba cannot be used (%s): falling back to the slower numpy kernels", error)
+        return False
+    return True

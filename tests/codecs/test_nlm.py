@@ -172,10 +172,10 @@ def test_nlm_mappings_err_little_more_than_the_best_of_the_four(mode, monkeypatc
         return (error**2).sum(axis=1) if mode == "rmse" else error.max(axis=1)
 
     chosen = losses(choose(mode, x, 32))
-    forced = []
+    forced, middles = [], NUMPY.MIDDLES
     for number in range(4):
         monkeypatch.setattr(KERNELS["numpy"]["nlm_search"], "LEVELS", np.tile(NUMPY.LEVELS[number], (4, 1)))
-        monkeypatch.setattr(KERNELS["numpy"]["nlm_search"], "MIDDLES", np.tile(NUMPY.MIDDLES[number], (4, 1)))
+        monkeypatch.setattr(NUMPY, "MIDDLES", np.tile(middles[number], (4, 1)))
         headers = choose(mode, x, 32, "numpy") & 0x3FFFFF | number << 22
         forced.append(losses(headers))
     best = np.min(forced, axis=0)
