@@ -80,5 +80,5 @@ def wrong_lengths_are_refused(codec: Codec, shape: Sequence[int]) -> None:
     decode(codec, good, shape)
     for i, part in enumerate(good):
         for wrong in (b"", part[:-1], part + b"\0"):
-            with pytest.raises(ValueError, match="are needed"):
+            with pytest.raises(ValueError, match=r"are needed|is in band"):
                 decode(codec, [*good[:i], wrong, *good[i + 1 :]], shape)
