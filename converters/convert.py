@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -141,21 +140,16 @@ def convert(
         plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=options.allow_nonfinite)
         files = cut(checkpoint, plans, output, options, part_size=runner.part_size)
         fingerprint, shards = files[-1].fingerprint, [output.with_name(name) for name in files[-1].shards]
-        names = [path.name for path in (*shards, output)]
+        _check_not_source(checkpoint, [*shards, output])
         old = _shards_at(output) if options.overwrite else {}
-        for path in (*shards, output):
-            _check_not_source(checkpoint, path)
-        finished = find_finished(output, fingerprint, options, completed=workspace.finished == fingerprint)
-        if finished:
-            written = [finished]
-        else:
-            workspace.claim(names, fingerprint)
+        results = find_finished(output, fingerprint, options)
+        if not results:
+            workspace.claim([path.name for path in (*shards, output)], fingerprint)
             results = runner.write(files, plans, workspace.folder, options)
-            written = [results[name] for name in names]
-            if workspace.folder:
-                mark_finished(workspace.folder / output.name, fingerprint, written[-1].root)
+            mark_finished(workspace.folder, output.name, fingerprint, results[output.name].root)
             replaced = [path.name for path, is_shard in old.items() if is_shard and path not in shards]
             workspace.commit(fingerprint=fingerprint, remove=replaced)
+    written = [results[path.name] for path in (*shards, output) if path.name in results]
     return Conversion(
         output,
         plans,
@@ -219,8 +213,9 @@ def _shards_at(output: Path) -> dict[Path, bool]:
     return found
 
 
-def _check_not_source(checkpoint: Checkpoint, output: Path) -> None:
+def _check_not_source(checkpoint: Checkpoint, outputs: Sequence[Path]) -> None:
     """Refuse to replace a file of the source, whatever `overwrite` says."""
-    for path in checkpoint.files:
-        if output.exists() and not is_remote(path) and path.exists() and output.samefile(path):
+    sources = [path for path in checkpoint.files if not is_remote(path) and path.exists()]
+    for output in outputs:
+        if output.exists() and any(output.samefile(path) for path in sources):
             raise TargetError(f"{output}: is a file of the checkpoint that is to be converted; give another name")

@@ -1,4 +1,4 @@
-"""The fingerprint of a conversion: a digest of everything that decides its bytes. By it, ``--resume`` knows the work of an earlier run."""
+"""The fingerprint of a conversion: a digest of everything that decides its bytes, by which ``--resume`` knows its own files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 import qformat
 from qformat.container.layout import MAJOR, MINOR
 from qformat.container.reader import ContainerReader
+from qformat.container.verify import verify
 from qformat.converters.output import FileResult, WriteOptions
-from qformat.errors import FormatError, TargetError
+from qformat.errors import TargetError
 from qformat.files import identity
 from qformat.pipeline.encode import Plan
 from qformat.pipeline.source import Checkpoint
@@ -44,55 +45,40 @@ def fingerprint_of(checkpoint: Checkpoint, plans: Sequence[Plan], cuts: Sequence
     return hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()
 
 
-def mark_finished(path: Path, fingerprint: str, root: str) -> None:
+def mark_finished(folder: Path | None, name: str, fingerprint: str, root: str | None) -> None:
     """Record the fingerprint of a complete file in an extended attribute, where the file system has them.
 
     The root is there because writing another file over this one, as cp does, leaves the attribute.
     """
-    with suppress(OSError, AttributeError):  # macOS has no setxattr
-        os.setxattr(path, _ATTRIBUTE, f"{fingerprint} {root}".encode())
+    if folder and fingerprint:
+        with suppress(OSError, AttributeError):  # macOS has no setxattr
+            os.setxattr(folder / name, _ATTRIBUTE, f"{fingerprint} {root}".encode())
 
 
-def find_finished(path: Path, fingerprint: str, options: WriteOptions, *, completed: bool) -> FileResult | None:
-    """Return the complete file of an earlier run with the same fingerprint, after a check of all its bytes; None if there is none.
-
-    Parameters
-    ----------
-    path
-        The file.
-    fingerprint
-        The fingerprint of this run.
-    options
-        The file is looked for with `resume`; a damaged one is made again with `overwrite`.
-    completed
-        Whether the commit of that run was just completed: then it is looked for without `resume`, too.
+def find_finished(path: Path, fingerprint: str, options: WriteOptions) -> dict[str, FileResult]:
+    """Return the complete file of an earlier run to be resumed, by name, after a check of all its bytes; empty if there is none.
 
     Raises
     ------
     TargetError
-        If the file is damaged.
+        If it is damaged, and must not be made again.
     """
     try:
         marked, _, root = os.getxattr(path, _ATTRIBUTE).decode("ascii", "replace").partition(" ")
     except (OSError, AttributeError):
-        marked, root = "", ""
-    marked_so = options.resume and not options.dry_run and marked == fingerprint
-    if not fingerprint or not (completed or marked_so):
-        return None
-    try:
-        with ContainerReader(path) as container:
-            if not completed and container.root != root:
-                return None
-            for record in container.tensors:
-                home = container.home(record.name)
-                for segment, data in zip(record.segments, home.segments(record.segments), strict=True):
-                    home.check(segment, data, record.label)
-            sizes = {asset.name: len(container.asset(asset.name)) for asset in container.index.assets}
-            if options.progress:
-                options.progress(sum(record.elements for record in container.tensors))
-            count = len(container.tensors)
-            return FileResult(container.tensors, sizes, container.total_size, container.root, count)
-    except (FormatError, OSError) as error:
-        if options.overwrite:
-            return None
-        raise TargetError(f"{path}: exists already, but is damaged: {error}; use --force to make it again") from None
+        return {}
+    if options.dry_run or not options.resume or not fingerprint or marked != fingerprint:
+        return {}
+    damaged = [report.path for report in verify([str(path)]) if not report.ok]
+    if damaged and not options.overwrite:
+        raise TargetError(f"{path}: exists already, but {damaged[0]} is damaged; use --force to make it again")
+    if damaged:
+        return {}
+    with ContainerReader(path) as container:
+        if container.root != root:
+            return {}
+        if options.progress:
+            options.progress(sum(record.elements for record in container.tensors))
+        sizes = {asset.name: asset.size for asset in container.index.assets}
+        count = len(container.tensors)
+        return {path.name: FileResult(container.tensors, sizes, container.total_size, container.root, count)}

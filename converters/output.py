@@ -26,8 +26,8 @@ class WriteOptions:
     overwrite
         Replace a file that stands at the output.
     resume
-        Resume the run with the same fingerprint that was killed, and keep the finished tensors if this one raises. A finished file is
-        left as it is.
+        Continue a run with the same fingerprint that was killed, and keep the finished tensors if this one raises. A finished file
+        is left as it is.
     dry_run
         Write nothing; predict the length of the files, exactly. If it depends on values, this takes as long as writing.
     shard_size
@@ -78,9 +78,7 @@ class FileContents:
 
 @dataclass(frozen=True)
 class FileResult:
-    """A file that was written: its records, the length of each asset, its length, its root (None in a dry run), and the number of tensors
-    that an earlier run had written.
-    """
+    """A file that was written; `root` is None in a dry run, `resumed` the number of tensors that an earlier run had written."""
 
     records: Sequence[TensorRecord]
     assets: Mapping[str, int]

@@ -51,45 +51,24 @@ class ThreadRunner:
         return written
 
 
-@dataclass(frozen=True)
-class Task:
-    """A file for a worker to write, as plain values.
-
-    Attributes
-    ----------
-    request
-        Opens the checkpoint.
-    contents
-        The file: a range of tensors. Its fingerprint covers the checkpoint, too.
-    folder, options
-        As for `qformat.converters.output.write_file`.
-    version
-        Of the package that made the task: another one may write other bytes.
-    """
-
-    request: Request
-    contents: FileContents
-    folder: Path
-    options: WriteOptions
-    version: str = qformat.__version__
-
-
-@lru_cache(
-    2
-)  # tasks of the same conversion come to the same workers; a source that has changed has another fingerprint
+# The tasks of one conversion come to the same workers; a source that has changed has another fingerprint.
+@lru_cache(2)
 def _plans(request: Request, fingerprint: str) -> list[Plan]:
     del fingerprint
     return request.plans()
 
 
-def run_task(task: Task) -> FileResult:
-    """Write the file of a task; on any machine, any number of times."""
-    if task.version != qformat.__version__:
-        raise SourceError(
-            f"a worker has qformat {qformat.__version__} and not {task.version}; install the same everywhere"
-        )
-    plans = _plans(task.request, task.contents.fingerprint.partition("/")[0])
-    return write_file(task.contents, plans, {}, task.folder, task.options)
+def write_on_worker(
+    contents: FileContents, request: Request, folder: Path, options: WriteOptions, version: str
+) -> FileResult:
+    """Write a file of tensors only, on any machine and any number of times.
+
+    All arguments are plain values. `version` is that of the package that calls: another one may write other bytes.
+    """
+    if version != qformat.__version__:
+        raise SourceError(f"a worker has qformat {qformat.__version__} and not {version}; install the same everywhere")
+    plans = _plans(request, contents.fingerprint.partition("/")[0])
+    return write_file(contents, plans, {}, folder, options)
 
 
 @dataclass(frozen=True)
@@ -123,22 +102,23 @@ class DaskRunner:
         """
         assert folder is not None
         own = replace(options, jobs=1, progress=None)
-        tasks = [Task(self.request, file, folder, own) for file in files if not (file.parts or file.shards)]
+        tasks = [file for file in files if not (file.parts or file.shards)]
         written: dict[str, FileResult] = {}
         with self._client() as client:
             from distributed import as_completed
 
-            futures = client.map(run_task, tasks, pure=False, retries=_RETRIES)
-            files_of = {future.key: task.contents for future, task in zip(futures, tasks, strict=True)}
+            arguments = {"request": self.request, "folder": folder, "options": own, "version": qformat.__version__}
+            futures = client.map(write_on_worker, tasks, **arguments, pure=False, retries=_RETRIES)
+            contents = {future.key: task for future, task in zip(futures, tasks, strict=True)}
             for future in as_completed(futures):
-                contents = files_of[future.key]
-                written[contents.path.name] = future.result()
+                file = contents[future.key]
+                written[file.path.name] = future.result()
                 if options.progress:
-                    options.progress(sum(plan.matrix.elements for plan in plans[contents.start : contents.stop]))
+                    options.progress(sum(plan.matrix.elements for plan in plans[file.start : file.stop]))
         for file in files:
-            if file.path.name not in written:
+            if file not in tasks:
                 written[file.path.name] = write_file(file, plans, written, folder, replace(options, progress=None))
-        return {file.path.name: written[file.path.name] for file in files}
+        return written
 
     @contextmanager
     def _client(self) -> Iterator[Any]:

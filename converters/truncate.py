@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.container.reader import ContainerReader
 from qformat.container.partial import PartialFile
+from qformat.container.reader import ContainerReader
 from qformat.container.workspace import Workspace
 from qformat.container.writer import ContainerWriter
 from qformat.converters.sources.container import check_layers, check_not_source

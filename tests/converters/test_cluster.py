@@ -14,11 +14,12 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file as save_safetensors
 
+from qformat import __version__
 from qformat.cli import cli
 from qformat.converters.convert import convert
 from qformat.converters.output import FileContents, WriteOptions
 from qformat.converters.request import Request
-from qformat.converters.runners import DaskRunner, Task, run_task
+from qformat.converters.runners import DaskRunner, write_on_worker
 from qformat.errors import SourceError, TargetError
 
 distributed = pytest.importorskip("distributed")
@@ -121,9 +122,9 @@ def test_what_is_in_the_way_is_kept(source, tmp_path, kind):
 
 
 def test_another_version_is_refused(source, tmp_path):
-    task = Task(Request(str(source)), FileContents(tmp_path / "p.qf"), tmp_path, WriteOptions(), version="0.0.1")
+    contents, request = FileContents(tmp_path / "p.qf"), Request(str(source))
     with pytest.raises(SourceError, match=r"a worker has qformat .* and not 0\.0\.1"):
-        run_task(task)
+        write_on_worker(contents, request, tmp_path, WriteOptions(), version="0.0.1")
 
 
 def test_no_cluster(source, tmp_path):
@@ -135,8 +136,8 @@ def test_no_cluster(source, tmp_path):
 
 def test_a_task_can_be_done_twice(source, tmp_path):
     contents = FileContents(tmp_path / "p.qf", "fingerprint/p.qf", 2, 5)
-    task = Task(Request(str(source), type="q8_0"), contents, tmp_path, WriteOptions())
-    first, again = run_task(task), run_task(task)
+    request = Request(str(source), type="q8_0")
+    first, again = (write_on_worker(contents, request, tmp_path, WriteOptions(), __version__) for _ in range(2))
     assert (first.root, first.resumed, again.root, again.resumed) == (again.root, 0, first.root, 3)
     assert [record.to_json() for record in again.records] == [record.to_json() for record in first.records]
     assert [record.name for record in again.records] == [f"layer.{i:02}.weight" for i in (2, 3, 4)]

@@ -45,7 +45,8 @@ def q(path: Path, tensors: dict[str, Any], types: Any = None, *, assets: Any = N
         for name, array in tensors.items()
     ]
     readers = {name: data.__bytes__ for name, data in (assets or {}).items()}
-    convert(Checkpoint(sources, readers), path, recipe, overwrite=True, **kwargs)
+    metadata = kwargs.pop("metadata", {})
+    convert(Checkpoint(sources, readers, metadata=metadata), path, recipe, overwrite=True, **kwargs)
     return path
 
 

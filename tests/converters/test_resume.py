@@ -112,7 +112,7 @@ def test_a_finished_file_is_left_alone(source, tmp_path):
     data = output.read_bytes()
     for damaged in (data[:-1], data[:3000] + bytes([data[3000] ^ 1]) + data[3001:]):
         output.write_bytes(damaged)
-        with pytest.raises(TargetError, match="exists already, but is damaged: .*; use --force"):
+        with pytest.raises(TargetError, match=r"exists already, but .* is damaged; use --force"):
             run(source, output, resume=True)
     assert run(source, output, resume=True, overwrite=True).resumed == 0
     assert output.read_bytes() == data
