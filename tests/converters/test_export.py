@@ -469,7 +469,7 @@ def test_directories_that_would_be_useless_are_told(tmp_path):
     gguf_source(tmp_path / "m.gguf")
     with pytest.raises(SourceError, match="was made of a GGUF file"):
         export(store(tmp_path / "m.gguf"), tmp_path / "gguf", "hf")
-    for name in ("model.safetensors", ".qformat-partial"):
+    for name in ("model.safetensors", "model.safetensors.index.json"):
         with pytest.raises(SourceError, match="has the name of a file of weights"):
             export(q(tmp_path / "a.qf", {"w": W}, assets={name: b""}), tmp_path / "x", "hf")
     assert not (tmp_path / "gguf").exists()
