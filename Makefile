@@ -1,6 +1,7 @@
 # make demo   the main job on real weights, end to end
 # make test   the tests; PYTEST_ARGS=--slow for the slow ones too
 # make check  lint and types
+# make docs   the documentation, into site/
 # make bench  the measurements of benchmarks/README.md
 
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 
-.PHONY: setup test check lint types demo bench clean
+.PHONY: setup test check lint types docs demo bench clean
 
 setup: $(READY)
 
@@ -32,6 +33,9 @@ types: $(READY)
 	$(BIN)/mypy -p qformat
 	$(BIN)/mypy --no-namespace-packages spec/reference.py
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
@@ -39,4 +43,4 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build site $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

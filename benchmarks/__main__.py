@@ -12,9 +12,8 @@ from benchmarks.context import Context
 from benchmarks.ggml import VARIABLE, libraries
 from benchmarks.report import Section, as_markdown, as_text, machine, summary
 
-#: by name of the benchmark: its module
+#: module of each benchmark, by name
 BENCHMARKS = {
-    "quality": "quality",
     "formats": "formats",
     "optimum": "optimum",
     "kernels": "kernels",
@@ -24,8 +23,8 @@ BENCHMARKS = {
     "lossless": "lossless",
     "scm": "scm",
     "convert": "convert",
+    "small": "small",
     "sources": "sources",
-    "identical": "identical",
     "startup": "startup",
     "verify": "verify",
     "load": "loading",
@@ -44,7 +43,9 @@ def _arguments() -> argparse.Namespace:
         metavar="NAME",
         help=f"one of {', '.join(BENCHMARKS)}; may be repeated",
     )
-    parser.add_argument("--quick", action="store_true", help="small inputs and few rounds, to see that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="small inputs and few rounds, to check that everything runs"
+    )
     parser.add_argument("--full", action="store_true", help="also convert 4 GB")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--workdir", type=Path, help="where to put about 2 GB of temporary files, on a real disk")
@@ -77,7 +78,7 @@ def _write(sections: list[Section], command: str) -> None:
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the benchmarks that the command line selects."""
     arguments = _arguments()
     start = time.perf_counter()
     print("\n".join(machine()), end="\n\n", flush=True)

@@ -1,11 +1,10 @@
-"""Which types are measured. Those that this version does not know are left out, with a note."""
+"""The types that are measured. Types unknown to this version are left out, with a note."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qformat.codecs.base import Codec
-from qformat.codecs.registry import parse_type
+from benchmarks.encoding import ChunkEncoder, parse_type
 from qformat.errors import TypeSpecError
 
 #: four bits in blocks, the searches of each from the quickest to the best
@@ -45,13 +44,13 @@ CODED = (
 EVERY = (*Q4_0, *Q4_1, "q5_0", "q5_1", "q8_0", *NLM.values(), *NLM_MAX.values(), *LUT, *AFFINE)
 
 
-def available(texts: Iterable[str]) -> tuple[dict[str, Codec], list[str]]:
-    """Return the codecs by type string, and for what is not known a note (or none)."""
-    codecs: dict[str, Codec] = {}
+def available(texts: Iterable[str]) -> tuple[dict[str, ChunkEncoder], list[str]]:
+    """Return the codecs by type string, and a list with a note on unknown types, if there are any."""
+    codecs: dict[str, ChunkEncoder] = {}
     unknown = []
     for text in texts:
         try:
             codecs[text] = parse_type(text)
         except TypeSpecError:
             unknown.append(text)
-    return codecs, [f"Left out, for this version has no such type: {'; '.join(unknown)}."] if unknown else []
+    return codecs, [f"Left out, because this version has no such type: {'; '.join(unknown)}."] if unknown else []

@@ -1,29 +1,23 @@
-"""``coded=true``: what entropy coding takes off blocks of real weights, and what decoding them costs."""
+"""``coded=true``: bits that entropy coding saves on blocks of real weights, and the cost of decoding them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
 
 from benchmarks.context import Context
+from benchmarks.encoding import Encoder, Parts, decode_all, encode_all, parse_type, totals
 from benchmarks.inputs import minilm_matrices, whisper
 from benchmarks.models import Model, thinned
 from benchmarks.report import Row, Section, at_least
-from benchmarks.scoring import totals
 from benchmarks.timing import interleaved, processor_seconds
-from qformat.codecs.base import Buffer, Codec
-from qformat.codecs.registry import parse_type
-from qformat.pipeline.encode import Plan, encode_chunk, fit
 
-#: types, and about how many bits MiniLM shall take with them; their decoders do not depend on the search
+#: types, and the target for the bits per weight of MiniLM; their decoders do not depend on the search
 _WANTED = {"q4_0:search=naive": 4.12, "q4_1:search=naive": 4.5, "q5_0": None, "q5_1": None, "q8_0": 8.0, "nlm": None}
-_SEARCHED = ("q4_0", "q4_1")  # with their default search, which makes use of more codes
+_SEARCHED = ("q4_0", "q4_1")  # with their default search, which uses more codes
 _ABOUT = 0.02  # bits
-
-Parts = list[tuple[tuple[Buffer, ...], np.ndarray]]
 
 
 def _coded(text: str) -> str:
@@ -47,23 +41,16 @@ def _sizes(name: str, tensors: Mapping[str, np.ndarray], *, judged: bool) -> Sec
     return Section(f"Coded blocks: bits for each weight of {name}, everything included", rows, notes)
 
 
-def _encoded(codec: Codec, model: Model, out: np.ndarray) -> Parts:
-    """Return the bytes of every chunk, and where its weights go."""
-    work: Parts = []
+def _encoded(encoder: Encoder, model: Model, out: np.ndarray) -> list[tuple[Parts, np.ndarray]]:
+    """Return the bytes of every chunk, and the array for its weights."""
+    work = []
     start = 0
-    for source in model.sources:
-        plan = fit(Plan(source, codec), map)
-        flat = out[start : start + math.prod(source.shape)]
-        for chunk in plan.chunks():
-            target = flat[chunk.elements(plan.matrix)].reshape(chunk.rows, chunk.cols)
-            work.append((tuple(bytes(part) for part in encode_chunk(plan, chunk).parts), target))
-        start += flat.size
+    for _, array in model.tensors:
+        for chunk, parts in encode_all(encoder, array):
+            stop = start + chunk.rows * chunk.cols
+            work.append((parts, out[start:stop].reshape(chunk.rows, chunk.cols)))
+            start = stop
     return work
-
-
-def _decode(codec: Codec, work: Parts) -> None:
-    for parts, target in work:
-        codec.decode(parts, target)
 
 
 def _speeds(context: Context, model: Model) -> Section:
@@ -72,7 +59,7 @@ def _speeds(context: Context, model: Model) -> Section:
     for kind in _WANTED:
         for text in (kind, _coded(kind)):
             codec = parse_type(text)
-            tasks[text] = partial(_decode, codec, _encoded(codec, model, out))
+            tasks[text] = partial(decode_all, codec, _encoded(codec, model, out))
     seconds = interleaved({text: processor_seconds(run) for text, run in tasks.items()}, context.rounds(5))
     rates = {text: model.weights / value / 1e6 for text, value in seconds.items()}
     rows = [at_least(_coded(kind), rates[_coded(kind)], rates[kind], "Mw/s", "plain") for kind in _WANTED]

@@ -1,4 +1,4 @@
-"""What the benchmarks of one run share."""
+"""Options, inputs and files that the benchmarks of one run share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Context:
     workdir
         An empty directory for files.
     quick
-        Small inputs: to see whether everything works, not to measure.
+        Small inputs, to check that everything runs; the figures mean little.
     full
         Also convert 4 GB.
     ggml
@@ -35,12 +35,12 @@ class Context:
     ggml: Sequence[Library] = ()
 
     def rounds(self, count: int) -> int:
-        """Return how many rounds to run where `count` is the normal number."""
+        """Return the number of rounds to run, normally `count`."""
         return min(count, 2) if self.quick else count
 
     @property
     def weights(self) -> int:
-        """How many weights a kernel gets."""
+        """Number of weights for a kernel."""
         return 1 << 21 if self.quick else 1 << 25
 
     @cached_property

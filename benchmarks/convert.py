@@ -15,21 +15,19 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.context import Context
+from benchmarks.encoding import convert_directory
 from benchmarks.inputs import Llama, normal
 from benchmarks.report import Row, Section, below, figure
 from benchmarks.timing import QFORMAT, interleaved, run_process
 from benchmarks.yardsticks import REFERENCE_GGUF, REFERENCE_MEMCPY, gguf_quantizer, memcpy, read_files, write_file
-from qformat.converters.convert import convert
-from qformat.converters.sources.detect import open_checkpoint
-from qformat.pipeline.recipe import Recipe
 
-_BASELINE = 350.0  # MB/s of source on the reference machine; four times that is asked for
+_BASELINE = 350.0  # MB/s of source on the reference machine; the target is four times that
 _PEAK = 600.0  # MB
 _MEMORY_DISK = Path("/dev/shm")
 
 
 class _Runs:
-    """What is interleaved: every run makes the same file anew."""
+    """The functions that are interleaved; every run writes the same file again."""
 
     def __init__(self, context: Context) -> None:
         self.checkpoint = context.checkpoint
@@ -40,7 +38,7 @@ class _Runs:
     def in_process(self, output: Path) -> float:
         output.unlink(missing_ok=True)
         start = time.perf_counter()
-        convert(open_checkpoint(self.checkpoint.directory), output, Recipe.parse("q4_0"))
+        convert_directory(self.checkpoint.directory, output, "q4_0")
         return time.perf_counter() - start
 
     def command(self, output: Path) -> float:
@@ -65,7 +63,7 @@ class _Runs:
         return sum(parts.values())
 
     def same(self, output: Path) -> Row:
-        """Whether `convert` makes the file that the command made."""
+        """Return whether `convert` writes the same bytes as the command."""
         self.in_process(output)
         same = output.read_bytes() == self.data
         return Row("convert() and the command: bytes", "the same" if same else "different", "", None, "the same", same)
@@ -123,7 +121,7 @@ def run(context: Context) -> Section:
 
 @contextmanager
 def _memory_disk(nbytes: int) -> Iterator[Path | None]:
-    """Make a directory on a file system without a disk; None if there is none with that much space."""
+    """Make a directory on a file system in memory; None if there is no such file system with that much space."""
     if not os.access(_MEMORY_DISK, os.W_OK | os.X_OK) or shutil.disk_usage(_MEMORY_DISK).free < nbytes:
         yield None
         return
@@ -132,7 +130,7 @@ def _memory_disk(nbytes: int) -> Iterator[Path | None]:
 
 
 def _judge(name: str, seconds: float, floor: float, megabytes: float, gguf: float, memory: float) -> list[Row]:
-    """Compare with the floor and with the scaled baseline; one of the two targets has to be met."""
+    """Compare with the floor and with the scaled baseline; one of the two targets must be met."""
     rate = megabytes / seconds
     baseline = _BASELINE * min(gguf, memory)
     met = seconds <= 2 * floor or rate >= 4 * baseline
@@ -144,7 +142,7 @@ def _judge(name: str, seconds: float, floor: float, megabytes: float, gguf: floa
 
 
 def _large(context: Context) -> Row:
-    """Convert 4 GB of zeros for the peak of memory."""
+    """Convert 4 GB of zeros and return a row with the peak memory."""
     name = "qformat convert, 4 GB: peak memory"
     checkpoint = Llama(context.workdir / "large", 2 if context.quick else 43, zeros=True)
     if shutil.disk_usage(context.workdir).free < checkpoint.nbytes:

@@ -12,19 +12,25 @@ import zstandard
 from gguf import GGMLQuantizationType, quants
 
 from benchmarks.context import Context
+from benchmarks.encoding import (
+    Chunk,
+    ErrorStats,
+    Parts,
+    Prepared,
+    chunk_slice,
+    code_stream,
+    decode_all,
+    digits_per_symbol,
+    encode_all,
+    parse_type,
+    totals,
+)
 from benchmarks.inputs import minilm_matrices, normal
 from benchmarks.report import Row, Section, figure
-from benchmarks.scoring import totals
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
-from qformat.codecs.base import Buffer, Chunk, Matrix, chunks
 from qformat.codecs.levels import LevelCodec
-from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F32, Elements
-from qformat.entropy.frequencies import symbols_each
-from qformat.entropy.streams import StreamWriter, letter_count
-from qformat.kernels import load
-from qformat.pipeline.measure import ErrorStats
 
 _TENSOR_SCALE = "levels:n={},scale=tensor"
 _SLOWER = 15.0  # than this project's decoder, at least: constriction's
@@ -57,13 +63,11 @@ _ENCODE = 500.0
 
 @dataclass
 class _Coded:
-    """A tensor of codes as this project stores it, and what reads it."""
+    """A tensor of codes as this project stores it, and functions that read and write it."""
 
     codec: LevelCodec
     codes: np.ndarray
-    chunks: list[Chunk]
-    matrix: Matrix
-    parts: list[tuple[Buffer, ...]]
+    chunks: list[tuple[Chunk, Parts]]
 
     @classmethod
     def of(cls, target: _Target, count: int) -> _Coded:
@@ -71,64 +75,57 @@ class _Coded:
         codec = parse_type(_TENSOR_SCALE.format(len(target.shares)))
         assert isinstance(codec, LevelCodec)
         codes = np.random.default_rng(0).choice(len(target.shares), count, p=target.shares).astype(np.uint8)
-        matrix = Matrix(count // 4096, 4096)
-        cut = list(chunks(matrix, codec.chunk_alignment(matrix)))
-        coded = cls(codec, codes, cut, matrix, [])
-        fitted = codec.fitted_to(codec.survey(elements) for elements in coded.elements())
-        coded.parts = [codec.encode(elements, fitted).parts for elements in coded.elements()]
+        coded = cls(codec, codes.reshape(-1, 4096), [])
+        coded.chunks = encode_all(codec, coded.weights())
         return coded
 
-    def elements(self) -> Iterator[Elements]:
-        """Yield the weights of each chunk."""
-        weights = (self.codes.astype(np.float32) - self.codec.size // 2) * np.float32(0.25)
-        for chunk in self.chunks:
-            yield Elements(F32, weights[chunk.elements(self.matrix)].reshape(chunk.rows, chunk.cols))
+    def weights(self) -> np.ndarray:
+        """Return the weights that the codes stand for, float32."""
+        return (self.codes.astype(np.float32) - self.codec.size // 2) * np.float32(0.25)
 
     @property
     def bits(self) -> float:
         """Bits of all segments for each code."""
-        return 8 * (sum(len(parts[0]) + 4 for parts in self.parts) + 4 * self.codec.size) / self.codes.size
+        return 8 * (sum(len(parts[0]) + 4 for _, parts in self.chunks) + 4 * self.codec.size) / self.codes.size
+
+    def _work(self, out: np.ndarray) -> Iterator[tuple[Parts, np.ndarray]]:
+        """Yield the bytes of each chunk and its part of a flat array."""
+        for chunk, parts in self.chunks:
+            yield parts, out[chunk_slice(self.codes.shape, chunk)].reshape(chunk.rows, chunk.cols)
 
     def to_codes(self, out: np.ndarray) -> None:
         """Decode to int8."""
-        for chunk, parts in zip(self.chunks, self.parts, strict=True):
-            self.codec.decode_codes(parts, out[chunk.elements(self.matrix)].reshape(chunk.rows, chunk.cols))
+        for parts, target in self._work(out):
+            self.codec.decode_codes(parts, target)
 
     def to_f32(self, out: np.ndarray) -> None:
         """Decode to float32."""
-        for chunk, parts in zip(self.chunks, self.parts, strict=True):
-            self.codec.decode(parts, out[chunk.elements(self.matrix)].reshape(chunk.rows, chunk.cols))
+        decode_all(self.codec, self._work(out))
 
     def to_bf16(self, out: np.ndarray) -> None:
         """Decode to bfloat16 as the readers do: float32, a chunk at a time, then rounded."""
-        for chunk, parts in zip(self.chunks, self.parts, strict=True):
-            values = np.empty((chunk.rows, chunk.cols), np.float32)
+        for parts, target in self._work(out):
+            values = np.empty(target.shape, np.float32)
             self.codec.decode(parts, values)
-            out[chunk.elements(self.matrix)] = Elements(F32, values).cast(BF16).reshape(-1)
+            target[:] = Elements(F32, values).cast(BF16)
 
     def encoder(self) -> Callable[[], None]:
-        """Return a function that chooses codes and codes them, errors measured."""
-        every = list(self.elements())
-        fitted = self.codec.fitted_to(self.codec.survey(elements) for elements in every)
+        """Return a function that encodes the weights and measures errors, after levels have been fitted."""
+        tensor = Prepared(self.codec, self.weights())
 
         def encode() -> None:
-            for elements in every:
-                self.codec.encode(elements, fitted)
+            for chunk in tensor.chunks:
+                tensor.encode(chunk)
 
         return encode
 
     def coder(self) -> Callable[[], None]:
-        """Return a function that codes the codes alone."""
-        size, each = self.codec.size, symbols_each(self.codec.size)
+        """Return a function that entropy-codes the codes alone."""
+        flat = self.codes.reshape(-1)
 
         def code() -> None:
-            for chunk in self.chunks:
-                codes = self.codes[chunk.elements(self.matrix)]
-                letters = np.empty(letter_count(codes.size, size), np.uint8)
-                load("symbols").join(np.pad(codes, (0, letters.size * each - codes.size)), size, each, letters)
-                writer = StreamWriter()
-                writer.stream(letters, size)
-                writer.chunk(codes.size)
+            for chunk, _ in self.chunks:
+                code_stream(flat[chunk_slice(self.codes.shape, chunk)], self.codec.size)
 
         return code
 
@@ -171,7 +168,7 @@ def _torchac(codes: np.ndarray) -> float | None:
 
 def _zstd(codes: np.ndarray, size: int) -> float:
     """Return bits for each code of zstd -19, of as many codes to a byte as it can hold, which it codes better than whole bits."""
-    each = symbols_each(size)
+    each = digits_per_symbol(size)
     whole = codes[: codes.size // each * each].reshape(-1, each)
     packed = (whole * size ** np.arange(each)).sum(axis=1).astype(np.uint8)
     return 8 * len(zstandard.ZstdCompressor(19).compress(packed.tobytes())) / whole.size
@@ -181,15 +178,16 @@ def _rates(context: Context) -> Iterator[Section]:
     count = 1 << (20 if context.quick else 22)
     coded = {target.name: _Coded.of(target, count) for target in _TARGETS}
     few = min(count, 1 << 20)
-    peers = {name: _constriction(one.codes, few) for name, one in coded.items()}
+    peers = {name: _constriction(one.codes.reshape(-1), few) for name, one in coded.items()}
     rows = []
     for target in _TARGETS:
         one = coded[target.name]
-        entropy = _entropy(one.codes)
+        codes = one.codes.reshape(-1)
+        entropy = _entropy(codes)
         others = {
             "constriction": peers[target.name][0],
-            "torchac": _torchac(one.codes),
-            "zstd -19": _zstd(one.codes, one.codec.size),
+            "torchac": _torchac(codes),
+            "zstd -19": _zstd(codes, one.codec.size),
         }
         shown = ", ".join(f"{name} {bits:.4f}" for name, bits in others.items() if bits is not None)
         met = one.bits <= target.bits and one.bits <= 1.005 * entropy

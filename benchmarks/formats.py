@@ -1,4 +1,4 @@
-"""What each type costs in quality on three models, beside GGUF's types."""
+"""Error of each type on three models, beside GGUF's types."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from benchmarks.scoring import amax_7, ggml_round_trip, gguf_bits, gguf_round_tr
 
 _NAIVE, _TABLE, _EXACT = Q4_0
 _AMAX, _AMAX_SMALL = "amax / 7, scale float32", "amax / 7, scale float16"
-_SLOW = 8  # one of so many parts for ggml's searches
+_SLOW = 8  # ggml's searches run on every eighth part
 _NORMAL_KURTOSIS = (2.5, 3.5)  # it is 3 for normally distributed weights, and 1.5 for sines
 
 
 @dataclass
 class _Results:
-    """What is known of a model: scores by name."""
+    """A model and the scores of types, by name."""
 
     model: Model
     scores: dict[str, Score] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class _Results:
         return self.model.rel_rmse(self.scores[name], only)
 
     def row(self, name: str, peer: str, *, title: str = "") -> Row:
-        """Return a type's error, compared with that of another one where both are known."""
+        """Return a row with a type's error, compared with a peer's if that is known."""
         score = self.scores[name]
         text = f"{self.rel_rmse(name):.6f}, mean of tensors {self.model.mean_rel_rmse(score):.6f}"
         title = f"{title or name} ({score.bits:.4g} bits)"
@@ -44,7 +44,7 @@ class _Results:
     def ratio(
         self, name: str, peer: str, limit: float | None = None, what: str = "", only: np.ndarray | None = None
     ) -> Iterator[Row]:
-        """Yield how one error compares with another one on the weights that both got, if both are known."""
+        """Yield the ratio of two errors on the weights that both were measured on, if both are known."""
         if name not in self.scores or peer not in self.scores:
             return
         both = np.isfinite(self.scores[name].squares) & np.isfinite(self.scores[peer].squares)
@@ -123,7 +123,7 @@ def _targets(results: _Results) -> Iterator[Row]:
 
 
 def _mappings(results: _Results) -> Iterator[str]:
-    """Yield how often each mapping of nlm was chosen."""
+    """Yield a note with the shares of the mappings of nlm."""
     for text in (*NLM.values(), *NLM_MAX.values()):
         counts = results.scores[text].choices.get("mappings") if text in results.scores else None
         if counts is not None:
@@ -150,7 +150,7 @@ def run(context: Context) -> Iterator[Section]:
 
 
 def _left_out(results: _Results) -> str:
-    """Return which part of the model ggml's searches got."""
+    """Return a note on the part of the model that ggml's searches were measured on."""
     counts = results.model.counts
     taken = {kind: counts[np.isfinite(results.scores[kind].squares)].sum() / counts.sum() for kind in SEARCHING}
     shares = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in taken.items())

@@ -1,4 +1,4 @@
-"""ggml's quantizers in C, if there is a library: see README.md for how to get one."""
+"""ggml's quantizers in C, from a shared library; README.md describes how to build one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BLOCKS = {
     "iq4_xs": (136, 256),
     "q4_K": (144, 256),
 }
-#: what is no single pass over the weights: a few million weights a second
+#: types whose quantizers search: a few million weights a second
 SEARCHING = ("iq4_nl", "iq4_xs", "q4_K")
 NONE = f"No library of ggml was found, so its rows are missing: see README.md (--ggml, {VARIABLE}, llama-cpp-python)."
 
@@ -86,7 +86,7 @@ def _check(rows: np.ndarray, elements: int) -> None:
 
 
 def libraries(options: Iterable[str]) -> list[Library]:
-    """Return the libraries that options and the environment name, or else the one of the package llama_cpp.
+    """Return the libraries named by options and the environment, or else the one of the package llama_cpp.
 
     Each is a path or NAME=PATH; those of the environment stand like a search path, with colons between them.
     """
@@ -96,7 +96,7 @@ def libraries(options: Iterable[str]) -> list[Library]:
         name, equals, path = text.partition("=")
         file = Path(path if equals else name)
         if not file.is_file():
-            raise FileNotFoundError(f"there is no library of ggml at {file}")
+            raise FileNotFoundError(f"no ggml library at {file}")
         found.append(Library(f"ggml {name}" if equals else "ggml", file))
     return found or _installed()
 

@@ -1,4 +1,4 @@
-"""What gguf-py does to turn a Hugging Face checkpoint of bfloat16 into q4_0: ``python gguf_convert.py DIRECTORY OUTPUT``."""
+"""Convert a Hugging Face checkpoint of bfloat16 to q4_0 with gguf-py: ``python gguf_convert.py DIRECTORY OUTPUT``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: random weights, real weights, synthetic checkpoints."""
+"""Inputs of the benchmarks: random weights, real weights, synthetic checkpoints."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def minilm() -> Path:
 def minilm_matrices() -> dict[str, np.ndarray]:
     """Return the matrices of all-MiniLM-L6-v2, float32."""
     with safe_open(minilm() / "model.safetensors", framework="np") as source:
-        arrays = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118  it is no dict
+        arrays = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118  not a dict
     return {name: array for name, array in arrays.items() if array.ndim >= 2 and array.dtype == np.float32}
 
 
@@ -92,7 +92,7 @@ def whisper() -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor to be put into a .safetensors file; its bytes come in parts, or are zeros if there are none."""
+    """A tensor for a .safetensors file; `data` yields its bytes in parts, None stands for zeros."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -101,7 +101,7 @@ class Stored:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """Write tensors in the order in which they are given, which safetensors' own writer does not keep."""
+    """Write tensors in the given order, which safetensors' own writer does not preserve."""
     header: dict[str, object] = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -159,11 +159,11 @@ class Llama:
     directory
         Where to write it.
     layers, vocab
-        How large it is: 9 and 32000 are 1.06 GB, 43 are 4.05 GB.
+        Size of the model: 9 layers and 32000 tokens are 1.06 GB, 43 layers 4.05 GB.
     zeros
         Write holes in place of weights.
     shards
-        How many files.
+        Number of files.
     """
 
     directory: Path
@@ -184,7 +184,7 @@ class Llama:
 
     @cached_property
     def written(self) -> Llama:
-        """This, after its files were written."""
+        """The same checkpoint, after writing its files."""
         self.directory.mkdir()
         base = None if self.zeros else to_bf16(normal(_BASE)).reshape(-1).view(np.uint8).data
         tensors = {

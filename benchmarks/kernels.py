@@ -8,16 +8,16 @@ from types import ModuleType
 import numpy as np
 
 from benchmarks.context import Context
+from benchmarks.encoding import CHUNK_ELEMENTS
 from benchmarks.inputs import normal, to_bf16
 from benchmarks.report import Section, at_least
 from benchmarks.timing import interleaved
 from benchmarks.yardsticks import gguf_quantizer, memcpy
-from qformat.codecs.base import CHUNK_ELEMENTS
 from qformat.kernels import load
 from qformat.kernels.numpy import q4_0 as plain
 
 
-def _pieces(weights: np.ndarray, blocks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _chunks(weights: np.ndarray, blocks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, weights.size, CHUNK_ELEMENTS):
         stop = min(start + CHUNK_ELEMENTS, weights.size)
         yield weights[start:stop], blocks[start // 32 * 18 : stop // 32 * 18]
@@ -25,7 +25,7 @@ def _pieces(weights: np.ndarray, blocks: np.ndarray) -> Iterator[tuple[np.ndarra
 
 def _quantizer(kernels: ModuleType, weights: np.ndarray, blocks: np.ndarray) -> Callable[[], None]:
     def quantize() -> None:
-        for source, target in _pieces(weights, blocks):
+        for source, target in _chunks(weights, blocks):
             kernels.quantize(source, target, np.zeros(load("blocks").LANES))
 
     return quantize
@@ -33,7 +33,7 @@ def _quantizer(kernels: ModuleType, weights: np.ndarray, blocks: np.ndarray) -> 
 
 def _dequantizer(kernels: ModuleType, weights: np.ndarray, blocks: np.ndarray) -> Callable[[], None]:
     def dequantize() -> None:
-        for target, source in _pieces(weights, blocks):
+        for target, source in _chunks(weights, blocks):
             kernels.dequantize(source, target)
 
     return dequantize

@@ -1,4 +1,4 @@
-"""Run a command, its output thrown away, and print what it cost as JSON. A script of its own: see `timing.run_process`."""
+"""Run a command, discard its output and print its cost as JSON; see `timing.run_process` for why this is a script."""
 
 import json
 import os

@@ -19,14 +19,12 @@ import numpy as np
 import zstandard
 
 from benchmarks.context import Context
+from benchmarks.encoding import Parts, Prepared, chunk_slice, decode_all, default_jobs, encode_all, parse_type
 from benchmarks.inputs import Stored, minilm_matrices, whisper, write_safetensors
 from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
-from qformat.codecs.base import Buffer, Matrix, chunks
-from qformat.codecs.registry import parse_type
 from qformat.dtypes import BF16, F16, F32, DType, Elements
-from qformat.parallel import default_jobs
 
 Tensors = Sequence[Elements]
 
@@ -35,7 +33,7 @@ _LIMITS = {"MiniLM as f32": 26.2, "MiniLM as f16": 13.55, "MiniLM as bf16": 10.6
 _ZIPNN = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _DECODE, _ENCODE = 1000.0, 300.0  # MB/s of the reference machine
 _LARGE = 1 << 24  # bytes of a model that is judged by its speed
-_MISSING = "Left out, for they are not installed (benchmarks/peers.txt): {}."
+_MISSING = "Left out, because not installed (benchmarks/peers.txt): {}."
 
 
 def _as(dtype: DType, arrays: Sequence[np.ndarray]) -> Tensors:
@@ -74,7 +72,7 @@ def _torch(path: Path, key: str = "") -> Tensors:
 
 
 def _models(context: Context) -> tuple[dict[str, Tensors], list[str]]:
-    """Return what is measured, and the packages that are missing."""
+    """Return the models by name, and the missing packages."""
     minilm = list(minilm_matrices().values())
     models = {f"MiniLM as {dtype.name}": _as(dtype, minilm) for dtype in (F32, F16, BF16)}
     models["Whisper-base"] = _arrays(list(whisper().values()))
@@ -117,31 +115,31 @@ class _Coded:
         return sum(tensor.data.nbytes for tensor in self.tensors)
 
     def __post_init__(self) -> None:
-        self.work: list[tuple[Elements, tuple[Buffer, ...], np.ndarray]] = []
+        self.work: list[tuple[Elements, Parts, np.ndarray]] = []
         self.nbytes = 0
         for tensor in self.tensors:
-            matrix, flat = Matrix.of(tensor.data.shape), tensor.data.reshape(-1)
-            for chunk in chunks(matrix, 1):
-                part = flat[chunk.elements(matrix)].reshape(chunk.rows, chunk.cols)
-                encoded = _CODEC.encode(Elements(tensor.dtype, part))
-                self.work.append((Elements(tensor.dtype, part), encoded.parts, np.empty_like(part)))
-                self.nbytes += len(encoded.parts[0]) + 4
+            shape, flat = tensor.data.shape, tensor.data.reshape(-1)
+            for chunk, parts in encode_all(_CODEC, tensor):
+                part = flat[chunk_slice(shape, chunk)].reshape(chunk.rows, chunk.cols)
+                self.work.append((Elements(tensor.dtype, part), parts, np.empty_like(part)))
+                self.nbytes += len(parts[0]) + 4
 
     def encode(self) -> None:
         """Encode everything again."""
-        for elements, _, _ in self.work:
-            _CODEC.encode(elements)
+        for tensor in self.tensors:
+            prepared = Prepared(_CODEC, tensor)
+            for chunk in prepared.chunks:
+                prepared.encode(chunk)
 
     def decode(self) -> None:
         """Decode everything."""
-        for _, parts, out in self.work:
-            _CODEC.decode(parts, out)
+        decode_all(_CODEC, ((parts, out) for _, parts, out in self.work))
 
     def check(self) -> None:
-        """Raise if it is not what it was."""
+        """Raise if the decoded weights differ from the source."""
         self.decode()
         if any(elements.data.tobytes() != out.tobytes() for elements, _, out in self.work):
-            raise RuntimeError("lossless lost something")
+            raise RuntimeError("lossless did not give the source's weights back")
 
 
 def _joined(tensors: Tensors) -> dict[str, bytes]:
@@ -155,12 +153,12 @@ def _each(tensors: Tensors) -> list[tuple[str, bytes]]:
 
 
 class _Peer(ABC):
-    """Another compressor, with what it made of a model.
+    """Another compressor and the compressed model.
 
     Attributes
     ----------
     nbytes
-        The fewest bytes that it found, the tensors given one by one or joined.
+        The smallest size, of tensors compressed one by one and joined.
     """
 
     nbytes: int
@@ -170,7 +168,7 @@ class _Peer(ABC):
 
     @abstractmethod
     def encode(self) -> object:
-        """Compress the model again, or return the seconds that it took when it was done."""
+        """Compress the model again, or return the seconds that it took before."""
 
     @abstractmethod
     def decode(self) -> object:
@@ -178,7 +176,7 @@ class _Peer(ABC):
 
 
 class _Zstd(_Peer):
-    """zstandard at level 19, on all processors at once because it is slow; its seconds are summed."""
+    """zstandard at level 19, on all processors because it is slow; `encode` returns the summed seconds."""
 
     def __init__(self, tensors: Tensors, workdir: Path) -> None:
         del workdir
@@ -206,7 +204,7 @@ class _Zstd(_Peer):
 
 
 class _ZipNN(_Peer):
-    """zipnn; for its speed the tensors are joined, which takes fewer calls."""
+    """zipnn; its speed is measured on joined tensors, which needs fewer calls."""
 
     def __init__(self, tensors: Tensors, workdir: Path) -> None:
         del workdir
@@ -229,7 +227,7 @@ class _ZipNN(_Peer):
 
 
 class _Lmzip(_Peer):
-    """lmzip, which reads and writes files: all tensors in one, with its own chunks and smaller ones, and each in one of its own."""
+    """lmzip, which reads and writes files: all tensors in one file, with default and smaller chunks, and one file each."""
 
     def __init__(self, tensors: Tensors, workdir: Path) -> None:
         self._folder = Path(tempfile.mkdtemp(dir=workdir))
@@ -261,7 +259,7 @@ class _Lmzip(_Peer):
         import_module("lmz").decompress(str(archive), str(back), workers=1, overwrite=True)
 
 
-#: by name: the module, and what calls it
+#: module and class of each peer, by name
 _PEERS: dict[str, tuple[str, type[_Peer]]] = {
     "zstd -19": ("zstandard", _Zstd),
     "zipnn": ("zipnn", _ZipNN),

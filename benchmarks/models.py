@@ -1,4 +1,4 @@
-"""Models to be quantized in memory: trained ones and random weights, cut into chunks of whole rows."""
+"""Models in memory, trained and random, cut into chunks of whole rows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
-from qformat.codecs.base import Chunk, Matrix, chunks
-from qformat.converters.arrays import ArrayTensor
-from qformat.dtypes import from_array
+from benchmarks.encoding import Chunk, chunk_slice, cut
 
-_GRAIN = 256  # a multiple of every block, so that chunks are the same for all types
+_ALIGNMENT = 256  # a multiple of every block, so that chunks are the same for all types
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Score:
-    """What a type made of a model: the squared errors of each part, and how often each choice was made.
+    """Result of quantizing a model: the squared errors of each part, and the counts of each choice.
 
     Attributes
     ----------
@@ -36,7 +34,7 @@ class Score:
     bits
         Bits for each weight that was not left out.
     as_expected
-        Of each part whether it came out as a peer makes it; empty if there is no peer.
+        For each part, whether it equals the peer's result; empty if there is no peer.
     choices
         Counts by name, from `Codec.histograms`.
     """
@@ -49,7 +47,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Model:
-    """Named matrices, and what is known of their parts.
+    """Named matrices, and statistics of their parts.
 
     Attributes
     ----------
@@ -63,21 +61,16 @@ class Model:
     tensors: list[tuple[str, np.ndarray]]
 
     @cached_property
-    def sources(self) -> list[ArrayTensor]:
-        """The tensors as `Plan` takes them."""
-        return [ArrayTensor(name, from_array(array)) for name, array in self.tensors]
-
-    @cached_property
     def cuts(self) -> list[tuple[int, Chunk]]:
         """Every part: the tensor's number and the chunk."""
-        shapes = [Matrix.of(array.shape) for _, array in self.tensors]
-        return [(number, chunk) for number, matrix in enumerate(shapes) for chunk in chunks(matrix, _GRAIN)]
+        arrays = enumerate(array for _, array in self.tensors)
+        return [(number, chunk) for number, array in arrays for chunk in cut(array.shape, _ALIGNMENT)]
 
     def part(self, number: int) -> Part:
         """Return one part, its weights widened."""
         tensor, chunk = self.cuts[number]
-        matrix = Matrix.of(self.tensors[tensor][1].shape)
-        flat = self.tensors[tensor][1].reshape(-1)[chunk.elements(matrix)]
+        array = self.tensors[tensor][1]
+        flat = array.reshape(-1)[chunk_slice(array.shape, chunk)]
         return Part(tensor, chunk, flat.reshape(chunk.rows, chunk.cols).astype(np.float32))
 
     @property

@@ -20,7 +20,7 @@ BLOCKS = (32, 64, 128)
 SAMPLE = 12_000  # blocks of each model and block size
 STEEPNESS = np.array([0.0, *np.arange(0.50, 0.97, 0.02)]).round(2)
 HALVES = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
-RANGES, MINIMA = HALVES[::32], HALVES[::16]  # what a header can hold; minima also negative
+RANGES, MINIMA = HALVES[::32], HALVES[::16]  # the values that a header can store; minima also negative
 
 
 def mapping(steepness: float) -> np.ndarray:
@@ -92,7 +92,7 @@ def _sample(matrices: list[np.ndarray], block: int) -> np.ndarray:
 
 
 def main() -> None:
-    """Print the choice, the tables, and what each block size would have chosen."""
+    """Print the choice, the tables, and the choice for each block size alone."""
     normal = [np.random.default_rng(0).standard_normal((4096, 1024), np.float32)]
     models = {"MiniLM": _real(minilm_matrices()), "Whisper-base": _real(whisper()), "N(0,1)": normal}
     tables = np.array([mapping(s) for s in STEEPNESS]) / 16384

@@ -1,35 +1,33 @@
-"""Are the searches as good as they can be? They against exhaustive ones, which are far too slow for more than samples."""
+"""Searches against exhaustive ones, which are too slow for more than samples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
-from importlib.util import find_spec
 
 import numpy as np
 
 from benchmarks.catalogue import LUT_LLOYD, Q4_0, Q4_1, available
 from benchmarks.context import Context
+from benchmarks.encoding import ChunkEncoder, default_jobs, encode_all
 from benchmarks.models import Model, models
 from benchmarks.oracle_lut import long_lloyd, near_optimum
 from benchmarks.oracle_q4_0 import DISTRIBUTIONS, SIZE, exact_q4_0, sample
+from benchmarks.oracle_q4_1 import exact_q4_1
 from benchmarks.report import Row, Section
 from benchmarks.scoring import score_codec
-from qformat.codecs.base import Codec
-from qformat.dtypes import F32, Elements
-from qformat.parallel import default_jobs
 
 _TOLERANCE = 1e-9
 _NEAR_LLOYD = 1.005  # of the root mean square error
-_TENSORS, _LARGEST = 12, 1 << 19  # a long run of Lloyd's algorithm gets so many of a model, and so many weights of each
+_TENSORS, _LARGEST = 12, 1 << 19  # tensors of a model, and weights of each, for a long run of Lloyd's algorithm
 
 
-def _errors(codec: Codec, blocks: np.ndarray) -> np.ndarray:
+def _errors(codec: ChunkEncoder, blocks: np.ndarray) -> np.ndarray:
     """Return the sum of squared errors of each block, in float64."""
     decoded = np.empty(blocks.shape, np.float32)
-    codec.decode(codec.encode(Elements(F32, blocks)).parts, decoded)
+    ((_, parts),) = encode_all(codec, blocks)
+    codec.decode(parts, decoded)
     return np.square(blocks.astype(np.float64) - decoded).sum(axis=1)
 
 
@@ -39,7 +37,7 @@ def _in_parallel(oracle, blocks: np.ndarray) -> np.ndarray:
 
 
 def _q4_0(context: Context) -> Iterator[Row]:
-    """Compare the exact search with every scale there is."""
+    """Compare the exact search with all binary16 scales."""
     codec = available([Q4_0[2]])[0].get(Q4_0[2])
     if codec is None:
         return
@@ -68,19 +66,14 @@ def _blocks_of(model: Model, count: int) -> np.ndarray:
 
 
 def _exact_q4_1(blocks: np.ndarray) -> np.ndarray:
-    """Return the least sum of squared errors of each block.
-
-    THE ORACLE OF Q4_1 IS CALLED HERE, and nowhere else: `oracle_q4_1.exact_q4_1` takes one block of float32 and returns its least
-    sum of squared errors. If it comes out otherwise, adapt this function.
-    """
-    exact = import_module("benchmarks.oracle_q4_1").exact_q4_1
-    return np.array([exact(block) for block in blocks])
+    """Return the least sum of squared errors of each block."""
+    return np.array([exact_q4_1(block) for block in blocks])
 
 
 def _q4_1(context: Context, model: Model) -> Iterator[Row]:
     """Compare the searches for Q4_1 with the best pair of scale and minimum."""
     codecs = available(Q4_1)[0]
-    if not codecs or find_spec("benchmarks.oracle_q4_1") is None:
+    if not codecs:
         return
     blocks = _blocks_of(model, 16 if context.quick else 96)
     best = math.sqrt(_exact_q4_1(blocks).sum() / blocks.size)
@@ -93,7 +86,7 @@ def _q4_1(context: Context, model: Model) -> Iterator[Row]:
 
 
 def _rows(array: np.ndarray) -> np.ndarray:
-    """Return the first rows, as many as a long run takes."""
+    """Return the first rows, at most `_LARGEST` weights."""
     return array[: max(1, _LARGEST * len(array) // array.size)]
 
 
@@ -124,8 +117,6 @@ def _lut(model: Model) -> Iterator[Row]:
 def run(context: Context) -> Section:
     """Measure it."""
     _, notes = available([Q4_0[2], *Q4_1, LUT_LLOYD])
-    if find_spec("benchmarks.oracle_q4_1") is None:
-        notes.append("Q4_1 has no oracle here yet.")
     rows = [*_q4_0(context)]
     for model in models(quick=context.quick):
         rows += [*_q4_1(context, model), *_lut(model)]

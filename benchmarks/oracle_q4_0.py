@@ -1,4 +1,4 @@
-"""The best that Q4_0 can do to a block, by trying every scale there is; and blocks to try it on."""
+"""The least error of Q4_0 for a block, by trying every binary16 scale; and blocks to try it on."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _outlier(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     return values
 
 
-#: by name: what fills blocks of a given shape
+#: functions that return blocks of a given shape, by name
 DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
     "normal": lambda rng, shape: 0.02 * rng.standard_normal(shape),
     "Laplace": lambda rng, shape: 0.02 * rng.laplace(size=shape),

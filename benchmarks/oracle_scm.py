@@ -1,4 +1,4 @@
-"""What `scm` is compared with: M. Pais's significance coding at a constant rate, and uniform quantizers of a single rate.
+"""Peers of `scm`: M. Pais's significance coding at a constant rate, and uniform quantizers of a single rate.
 
 **Significance coding.** A block of 32 binary16 weights is sent bit plane by bit plane, the highest magnitudes first: 5 bits say at
 which exponent it starts; then each plane names those of the still insignificant weights that become significant, gives their signs,
@@ -29,7 +29,7 @@ _RICE, _RICE_NAME = 4, 2  # how many of Rice's codes there are, and the bits tha
 _LEAST_SUBNORMAL = 9  # plane of the largest bit of a number without an exponent
 
 _CHUNK = 1 << 19  # weights whose codes are coded together
-_ELSEWHERE = 255  # the letter of all codes that are too large for letters
+_ESCAPE = 255  # the symbol of all codes that are too large
 _MOST_CODES = 1 << 22
 _CLOSE = 2e-5  # bits for each weight
 
@@ -99,7 +99,7 @@ def _position_bits(news: np.ndarray, count: int, before: np.ndarray, starts: np.
 
 @numba.njit(nogil=True)
 def _decode(magnitudes: np.ndarray, bpw: float, limit: float, middle: bool, out: np.ndarray) -> None:
-    """Write what a decoder makes of magnitudes in units of 2^-24, also in these units.
+    """Encode and decode magnitudes; both sides in units of 2^-24.
 
     `limit` is the share of significant weights of a block from which on only bitsets are used.
     """
@@ -146,7 +146,7 @@ def _decode(magnitudes: np.ndarray, bpw: float, limit: float, middle: bool, out:
 
 
 def decoded(values: np.ndarray, bpw: float, *, positions: str = "best", middle: bool, limit: float = 0.1) -> np.ndarray:
-    """Return what comes back of weights, as float32.
+    """Return weights after encoding and decoding, as float32.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ def decoded(values: np.ndarray, bpw: float, *, positions: str = "best", middle: 
         The share of significant weights of a block from which on "best" only takes the bitset.
     """
     if positions not in POSITIONS:
-        raise ValueError(f"there is no way {positions!r} to send positions")
+        raise ValueError(f"unknown way to send positions: {positions!r}")
     flat = np.ascontiguousarray(values).reshape(-1).astype(np.float16)
     magnitudes = np.ldexp(np.abs(flat).astype(np.float64), _POINT).astype(np.int64)
     out = np.empty(flat.size)
@@ -189,35 +189,35 @@ def _tallied(values: np.ndarray, largest: float, step: float) -> tuple[np.ndarra
 
 
 @numba.njit(nogil=True)
-def _letters(values: np.ndarray, inverse: float, letters: np.ndarray, elsewhere: np.ndarray) -> int:
-    """Write zigzag codes as letters, and those that are too large also in full; return how many these are."""
+def _symbols(values: np.ndarray, inverse: float, symbols: np.ndarray, escaped: np.ndarray) -> int:
+    """Write zigzag codes as symbols, and those that are too large also in full; return the number of these."""
     count = 0
     for i in range(values.size):
         code = int(np.rint(values[i] * inverse))
         zigzag = 2 * abs(code) - (code > 0)
-        letters[i] = min(zigzag, _ELSEWHERE)
-        if zigzag >= _ELSEWHERE:
-            elsewhere[count] = code
+        symbols[i] = min(zigzag, _ESCAPE)
+        if zigzag >= _ESCAPE:
+            escaped[count] = code
             count += 1
     return count
 
 
 def _coded_bits(values: np.ndarray, step: float) -> int:
     """Return the size of the codes as this project's entropy coder codes them."""
-    letters, elsewhere = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.int32)
+    symbols, escaped = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.int32)
     size = 0
     for start in range(0, values.size, _CHUNK):
         part = values[start : start + _CHUNK]
-        count = _letters(part, 1 / step, letters, elsewhere)
+        count = _symbols(part, 1 / step, symbols, escaped)
         writer = StreamWriter()
-        writer.stream(letters[: part.size])
-        writer.add(elsewhere[:count].tobytes())
+        writer.stream(symbols[: part.size])
+        writer.add(escaped[:count].tobytes())
         size += len(writer.chunk(part.size))
     return 8 * size
 
 
 def _step(bits: Callable[[float], float], wanted: float, start: float) -> float:
-    """Return the step at which `bits`, which falls about as the logarithm of the step rises, is what is wanted."""
+    """Return the step at which `bits` is `wanted`; `bits` falls about as the logarithm of the step rises."""
     low, high, at = -math.inf, math.inf, math.log2(start)
     for _ in range(40):
         more = bits(2.0**at) - wanted
@@ -258,11 +258,11 @@ class Uniform:
         return float((counts * np.log2(self._values.size / counts)).sum()) / self._values.size
 
     def ideal(self, bpw: float) -> float:
-        """Return the root mean square error where the entropy of the codes is so many bits for each weight."""
+        """Return the root mean square error at which the entropy of the codes is `bpw` bits for each weight."""
         return self._rmse(_step(self._entropy, bpw, self._wide * 2**-bpw))
 
     def coded(self, bpw: float) -> float:
-        """Return the root mean square error where the coded codes take so many bits for each weight; what they mean takes none."""
+        """Return the root mean square error at which the coded codes take `bpw` bits for each weight, not counting their levels."""
         return self._rmse(
             _step(lambda step: _coded_bits(self._values, step) / self._values.size, bpw, self._wide * 2**-bpw)
         )

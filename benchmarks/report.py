@@ -23,13 +23,13 @@ class Row:
     name
         What was measured.
     measured, peer
-        The figure, and the one that it is compared with, with their units.
+        The figure and the one it is compared with, with units.
     ratio
         The first over the second.
     target
-        What is asked for; empty if the row is for information.
+        The target; empty if the row is for information.
     met
-        Whether it is so; None without a target.
+        Whether the target is met; None without a target.
     digits
         Digits of the ratio after the point.
     """
@@ -61,13 +61,13 @@ class Section:
 
 
 def figure(value: float, unit: str) -> str:
-    """Return a number with three digits that count, and its unit."""
+    """Return a number with three significant digits, and its unit."""
     text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
     return f"{text} {unit}"
 
 
 def at_least(name: str, value: float, peer: float, unit: str, peer_name: str = "", target: float | None = None) -> Row:
-    """Return a row of two rates; with a target, the ratio has to reach it."""
+    """Return a row of two rates; with a target, the ratio must reach it."""
     ratio = value / peer
     met = None if target is None else ratio >= target
     against = f"{peer_name} {figure(peer, unit)}".strip()
@@ -75,12 +75,12 @@ def at_least(name: str, value: float, peer: float, unit: str, peer_name: str = "
 
 
 def below(name: str, value: float, limit: float, unit: str) -> Row:
-    """Return a row of one figure that has to stay below a limit."""
+    """Return a row of one figure that must stay below a limit."""
     return Row(name, figure(value, unit), target=f"< {limit:g} {unit}", met=value < limit)
 
 
 def machine() -> list[str]:
-    """Return what the figures depend on, without saying whose machine it is."""
+    """Return the properties of the machine that the figures depend on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""``scm``: the error of each rate, what layers and the last, lossless one cost, the bytes that a low rate touches, and speed."""
+"""``scm``: the error at each rate, the cost of layers and of the residual, the bytes read for a low rate, and speed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.context import Context
+from benchmarks.encoding import default_jobs, save_elements
 from benchmarks.inputs import minilm_matrices, normal, whisper
 from benchmarks.models import Model, thinned
 from benchmarks.oracle_scm import Uniform, decoded
@@ -21,17 +22,12 @@ from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Yardsticks
 from qformat import safe_open, save_file
-from qformat.converters.arrays import ArrayTensor
-from qformat.converters.convert import convert
 from qformat.dtypes import BF16, F16, F32, Elements, from_array
-from qformat.parallel import default_jobs
-from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
 
 Tensors = dict[str, np.ndarray]
 
 _RATES = (2.0, 2.5, 3.0, 4.0, 4.75, 5.0, 6.0)
-_LAYERS = tuple(2 + i / 4 for i in range(17))  # what the layers up to 6 bits are made for
+_LAYERS = tuple(2 + i / 4 for i in range(17))  # nominal rates of the layers up to 6 bits
 _SHOWN = (2.0, 3.0, 4.0, 5.0, 6.0)
 _LEAST = 4096  # weights: the tables of smaller tensors count for more than their codes
 _SAMPLE = 8  # tensors of each model for single rates, which are slow
@@ -76,7 +72,7 @@ def _rmse(values: np.ndarray, back: np.ndarray) -> float:
 
 
 def _q4_1_wide(values: np.ndarray, bpw: float = 6.0) -> np.ndarray:
-    """Return what naive Q4_1 with scale and minimum in float32 makes of weights, blocks of 32."""
+    """Quantize with naive Q4_1 with scale and minimum in float32, blocks of 32, and decode again."""
     assert bpw == 6
     blocks = np.pad(values.reshape(-1).astype(np.float32), (0, -values.size % 32), "edge").reshape(-1, 32)
     low = blocks.min(axis=1, keepdims=True)
@@ -87,7 +83,7 @@ def _q4_1_wide(values: np.ndarray, bpw: float = 6.0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Errors:
-    """Root mean square errors of a model's tensors, and what they are relative to."""
+    """Root mean square errors of a model's tensors, and the tensors' standard deviations."""
 
     rmse: np.ndarray
     deviations: np.ndarray
@@ -143,7 +139,7 @@ class _Measured:
         return path
 
     def each(self, function: Callable[[str], float], names: Sequence[str] = ()) -> np.ndarray:
-        """Return something of each tensor, worked out on all processors, the largest tensors first."""
+        """Return the result of a function for each tensor, on all processors, the largest tensors first."""
         names = names or list(self.tensors)
         by_size = sorted(names, key=lambda name: -self.tensors[name].size)
         with ThreadPoolExecutor(default_jobs()) as pool:
@@ -151,12 +147,12 @@ class _Measured:
         return np.array([found[name] for name in names])
 
     def own(self, bpw: float) -> tuple[_Errors, np.ndarray]:
-        """Return the errors of what a reader gets who asks for a rate, and the bits for each weight that it takes.
+        """Return the errors of what is read at a rate, and the bits for each weight that were needed.
 
         Raises
         ------
         RuntimeError
-            If the file says of the layer something else.
+            If the file records another error for the layer.
         """
         rmse, bits = [], []
         with safe_open(self.path, quality=bpw) as file:
@@ -164,7 +160,9 @@ class _Measured:
                 rmse.append(_rmse(array, file.get_tensor(name, np.float32)))
                 layer = min(file.info(name).layers, key=lambda layer: abs(layer.error.rmse - rmse[-1]))
                 if not math.isclose(layer.error.rmse, rmse[-1], rel_tol=_SAME):
-                    raise RuntimeError(f"{name} at {bpw} bits: rmse {rmse[-1]}, and the file says {layer.error.rmse}")
+                    raise RuntimeError(
+                        f"{name} at {bpw} bits: rmse {rmse[-1]}, but the file records {layer.error.rmse}"
+                    )
                 bits.append(layer.bpw)
         return self.errors(np.array(rmse)), np.array(bits)
 
@@ -175,11 +173,11 @@ class _Measured:
         return self.errors(np.array(read))
 
     def errors(self, rmse: np.ndarray) -> _Errors:
-        """Return errors with what they are relative to."""
+        """Return errors together with the standard deviations."""
         return _Errors(rmse, self.deviations)
 
     def peer(self, function: Callable[[np.ndarray, float], np.ndarray], bpw: float) -> _Errors:
-        """Return the errors of a function that returns what comes back."""
+        """Return the errors of a function that quantizes and decodes."""
         return self.errors(
             self.each(lambda name: _rmse(self.tensors[name], function(self.tensors[name], bpw))),
         )
@@ -197,7 +195,7 @@ class _Measured:
 
 
 def _rate(measured: _Measured, bpw: float) -> Iterator[Row]:
-    """Yield what becomes of a model at a rate."""
+    """Yield rows on a model at a rate."""
     own, bits = measured.own(bpw)
     title = f"{measured.model.name}, {bpw:g} bits"
     peers = {name: measured.peer(function, bpw) for name, function in _BASELINES.items()}
@@ -255,7 +253,7 @@ def _gaps(context: Context, folder: Path) -> Section:
 
 
 def _embedded(measured: _Measured) -> Section:
-    """Return what it costs that the layers of a rate begin with those of lower ones."""
+    """Compare layers, which begin with those of lower rates, with single rates."""
     every = list(measured.tensors.items())
     names = [every[i][0] for i in _spread(every, _SAMPLE)]
     with safe_open(measured.path) as file:
@@ -284,7 +282,7 @@ def _layer(name: str, ratios: np.ndarray) -> Row:
 
 def _bits(path: Path, kind: str, tensors: Mapping[str, Elements]) -> float:
     """Return the bits of a whole file for each weight."""
-    convert(Checkpoint([ArrayTensor(name, elements) for name, elements in tensors.items()]), path, Recipe.parse(kind))
+    save_elements(path, tensors, kind)
     size = path.stat().st_size
     path.unlink()
     return 8 * size / sum(elements.data.size for elements in tensors.values())
@@ -306,7 +304,7 @@ def _sizes(context: Context, models: Sequence[Model]) -> Section:
 
 
 class _Counted(io.RawIOBase):
-    """A file that counts the bytes that are read of it.
+    """A file that counts the bytes read from it.
 
     Attributes
     ----------
@@ -346,7 +344,7 @@ def _touched(measured: Sequence[_Measured]) -> Section:
         counted = _Counted(one.path)
         with safe_open(counted, quality=2.0) as file:
             opened = counted.total
-            for name in file.keys():  # noqa: SIM118  it is no dict
+            for name in file.keys():  # noqa: SIM118  not a dict
                 file.get_tensor(name)
         counted.close()
         scale = 8 / one.model.weights
@@ -368,7 +366,7 @@ def _touched(measured: Sequence[_Measured]) -> Section:
 
 def _decode(path: Path, quality: float | str) -> None:
     with safe_open(path, quality=quality, jobs=1, verify=False) as file:
-        for name in file.keys():  # noqa: SIM118  it is no dict
+        for name in file.keys():  # noqa: SIM118  not a dict
             file.get_tensor(name)
 
 

@@ -1,21 +1,17 @@
-"""Quantize models in memory, part by part on all processors, and measure what comes back."""
+"""Quantize models in memory, part by part on all processors, decode them and measure the error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
+from benchmarks.encoding import ChunkEncoder, Prepared, default_jobs, on_threads
 from benchmarks.ggml import BLOCKS, Library
 from benchmarks.models import Model, Score
-from qformat.codecs.base import Codec
-from qformat.codecs.registry import parse_type
-from qformat.parallel import default_jobs
-from qformat.pipeline.encode import Plan, encode_chunk, fit, on_pool
-from qformat.pipeline.measure import ErrorStats, collect, measure
 
 #: takes float32 rows, returns the weights that come back
 RoundTrip = Callable[[np.ndarray], np.ndarray]
@@ -28,7 +24,7 @@ def _squares(rows: np.ndarray, decoded: np.ndarray) -> float:
     return float(np.vdot(error, error))
 
 
-def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
+def score_codec(codec: ChunkEncoder, model: Model, expected: str = "") -> Score:
     """Score one of qformat's codecs, through the steps that `convert` takes.
 
     Parameters
@@ -38,42 +34,33 @@ def score_codec(codec: Codec, model: Model, expected: str = "") -> Score:
     model
         What to quantize.
     expected
-        The GGUF type whose bytes these should be, as gguf's numpy code makes them, and decode to what it decodes; empty if there is
-        none.
+        The GGUF type for which gguf's numpy code should give the same blocks and decoded weights; empty if there is none.
     """
 
-    def measure(plans: list[Plan], number: int) -> tuple[float, bool, dict[str, np.ndarray]]:
+    def measure(prepared: list[Prepared], number: int) -> tuple[float, bool, dict[str, np.ndarray]]:
         part = model.part(number)
-        plan = plans[part.tensor]
-        encoded = encode_chunk(plan, part.chunk)
+        encoded = prepared[part.tensor].encode(part.chunk)
         assert encoded.finite
         assert not encoded.overflowed
-        decoded = np.empty(part.rows.shape, codec.decoded.storage)
+        decoded = np.empty(part.rows.shape, np.float32)
         codec.decode(encoded.parts, decoded)
         same = not expected or _as_gguf(expected, part.rows, b"".join(map(bytes, encoded.parts)), decoded)
         return _squares(part.rows, decoded), same, codec.histograms(encoded.parts, part.chunk)
 
     with ThreadPoolExecutor(default_jobs()) as pool:
-        plans = [fit(Plan(source, codec), on_pool(pool, 3 * default_jobs())) for source in model.sources]
-        results = list(pool.map(partial(measure, plans), range(len(model.cuts))))
+        prepared = [Prepared(codec, array, on_threads(pool)) for _, array in model.tensors]
+        results = list(pool.map(partial(measure, prepared), range(len(model.cuts))))
     squares, same, histograms = zip(*results, strict=True)
     names = {name for found in histograms for name in found}
     choices = {name: sum(found[name] for found in histograms) for name in names}
-    nbytes = sum(codec.nbytes(source.shape) for source in model.sources)
+    nbytes = sum(codec.nbytes(array.shape) for _, array in model.tensors)
     return Score(np.array(squares), nbytes * 8 / model.weights, np.array(same if expected else (), bool), choices)
-
-
-def totals(tensors: Mapping[str, np.ndarray], types: Iterable[str]) -> dict[str, ErrorStats]:
-    """Return what each type makes of all tensors together, as ``quantize-stats`` measures it, by type string."""
-    texts = {str(parse_type(text)): text for text in types}
-    _, sums = collect(measure(Model("", list(tensors.items())).sources, [parse_type(text) for text in texts.values()]))
-    return {texts[total.type]: total for total in sums}
 
 
 def score_peer(
     round_trip: RoundTrip, model: Model, bits: float, *, multiple: int = 32, every: int = 1, fill: bool = True
 ) -> Score:
-    """Score something else.
+    """Score another quantizer.
 
     Parameters
     ----------
@@ -84,11 +71,11 @@ def score_peer(
     bits
         Bits for each weight, nominally.
     multiple
-        Rows have to be a multiple of this.
+        Length of rows, or a divisor of it.
     every
-        Take one of so many parts (for what is slow).
+        Measure every n-th part only (for slow quantizers).
     fill
-        Fill up other rows with zeros; if not, they are left out.
+        Pad other rows with zeros; if not, they are left out.
     """
 
     def measure(number: int) -> float:
@@ -115,7 +102,7 @@ def _as_gguf(kind: str, rows: np.ndarray, blocks: bytes, decoded: np.ndarray) ->
     """Return whether gguf's numpy code gives the same blocks and the same weights."""
     type_ = GGMLQuantizationType[kind.upper()]
     missing = -rows.shape[1] % 32
-    fill = "edge" if kind.endswith("_1") else "constant"  # as qformat fills up rows
+    fill = "edge" if kind.endswith("_1") else "constant"  # as qformat pads rows
     expected = quants.quantize(np.pad(rows, ((0, 0), (0, missing)), fill) if missing else rows, type_)
     weights = quants.dequantize(expected, type_)[:, : rows.shape[1]]
     return expected.tobytes() == blocks and weights.tobytes() == decoded.tobytes()

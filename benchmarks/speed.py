@@ -11,14 +11,12 @@ from gguf import GGMLQuantizationType, quants
 
 from benchmarks.catalogue import AFFINE, EVERY, GGUF, LUT, NLM, NLM_MAX, Q4_0, Q4_1, available
 from benchmarks.context import Context
+from benchmarks.encoding import CHUNK_ELEMENTS, ChunkEncoder, Prepared, decode_all, encode_all
 from benchmarks.ggml import BLOCKS, NONE, SEARCHING, Library
 from benchmarks.inputs import minilm_matrices, normal
-from benchmarks.models import Model
 from benchmarks.report import Row, Section
 from benchmarks.timing import interleaved, processor_seconds
 from benchmarks.yardsticks import Scales, Yardsticks
-from qformat.codecs.base import CHUNK_ELEMENTS, Codec
-from qformat.pipeline.encode import Plan, encode_chunk, fit
 
 _REAL, _NORMAL, _SPARSE, _TERNARY = "real weights", "N(0, 1)", "90 % zeros", "ternary"
 #: encoders: type, data, million weights a second of the reference machine
@@ -30,23 +28,23 @@ _ENCODERS = {
     **{(text, data): 400 for text in NLM.values() for data in (_REAL, _NORMAL)},
 }
 _DECODERS = {text: 1500 if text.startswith(("lut", "nlm")) else 2000 for text in EVERY}
-#: whose decoder sees nothing but what it sees for another one
+#: types whose decoder runs on the same input as that of another type
 _SAME_DECODER = {*Q4_0[1:], *Q4_1[1:], *NLM_MAX.values(), *LUT[1:3], *AFFINE[1:3]}
-_SECONDS = 0.08  # what a run should take; slow encoders get fewer weights
+_SECONDS = 0.08  # aim for a run; slow encoders get fewer weights
 
 Timed = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A function to be timed and the number of weights that it treats."""
+    """A function to be timed and the number of weights that it processes."""
 
     run: Timed
     weights: int
 
 
 def _sized(make: Callable[[int], _Task], most: int) -> _Task:
-    """Return a task of so many weights, at most `most`, that it takes about `_SECONDS`."""
+    """Return a task that takes about `_SECONDS`, of at most `most` weights."""
     few = min(CHUNK_ELEMENTS, most)
     trial = make(few)
     trial.run()
@@ -56,7 +54,7 @@ def _sized(make: Callable[[int], _Task], most: int) -> _Task:
 
 
 def _cut(tensors: Sequence[np.ndarray], weights: int) -> list[np.ndarray]:
-    """Return tensors of about so many weights in all: whole ones, those of usual size first, and rows of the last one."""
+    """Return tensors of about `weights` weights in all: whole ones, typical sizes first, and rows of the last one."""
     chosen = []
     for array in sorted(tensors, key=lambda array: abs(math.log2(array.size / CHUNK_ELEMENTS))):
         rows = min(len(array), -(-weights * len(array) // array.size))
@@ -66,27 +64,24 @@ def _cut(tensors: Sequence[np.ndarray], weights: int) -> list[np.ndarray]:
     return chosen
 
 
-def _encoder(codec: Codec, tensors: Sequence[np.ndarray]) -> Callable[[int], _Task]:
+def _encoder(codec: ChunkEncoder, tensors: Sequence[np.ndarray]) -> Callable[[int], _Task]:
     def make(weights: int) -> _Task:
         cut = _cut(tensors, weights)
-        plans = [Plan(source, codec) for source in Model("", [("", array) for array in cut]).sources]
 
         def encode() -> None:
-            for plan in plans:
-                fitted = fit(plan, map)
-                for chunk in plan.chunks():
-                    encode_chunk(fitted, chunk)
+            for array in cut:
+                tensor = Prepared(codec, array)
+                for chunk in tensor.chunks:
+                    tensor.encode(chunk)
 
         return _Task(encode, sum(array.size for array in cut))
 
     return make
 
 
-def _decoder(codec: Codec, rows: np.ndarray, out: np.ndarray) -> _Task:
+def _decoder(codec: ChunkEncoder, rows: np.ndarray, out: np.ndarray) -> _Task:
     """Decode a large array; its chunks are those of a few rows again and again, each with bytes of its own."""
-    (source,) = Model("", [("", rows)]).sources
-    plan = fit(Plan(source, codec), map)
-    encoded = [(chunk, encode_chunk(plan, chunk).parts) for chunk in plan.chunks()]
+    encoded = encode_all(codec, rows)
     work = []
     flat = out.reshape(-1)
     start = 0
@@ -94,15 +89,11 @@ def _decoder(codec: Codec, rows: np.ndarray, out: np.ndarray) -> _Task:
         for chunk, parts in encoded:
             size = chunk.rows * chunk.cols
             if start + size <= out.size:
-                copies = [bytes(part) for part in parts]
+                copies = tuple(bytes(bytearray(part)) for part in parts)
                 work.append((copies, flat[start : start + size].reshape(chunk.rows, chunk.cols)))
             start += size
 
-    def decode() -> None:
-        for parts, target in work:
-            codec.decode(parts, target)
-
-    return _Task(decode, sum(target.size for _, target in work))
+    return _Task(lambda: decode_all(codec, work), sum(target.size for _, target in work))
 
 
 def _gguf(kind: str, rows: np.ndarray) -> dict[str, _Task]:
@@ -143,7 +134,7 @@ def _data(context: Context) -> dict[str, list[np.ndarray]]:
 
 
 def _tasks(context: Context, out: np.ndarray) -> dict[tuple[str, str, str], _Task]:
-    """Return what is timed, by (who, encode or decode, data)."""
+    """Return the tasks by (who, encode or decode, data)."""
     data = _data(context)
     (rows,) = data[_NORMAL]
     few = rows[: (1 << 21) // rows.shape[1]]

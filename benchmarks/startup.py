@@ -1,4 +1,4 @@
-"""What the quick commands cost before they do anything."""
+"""Processor time and imports of the quick commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Medians of interleaved runs, and what a process costs."""
+"""Medians of interleaved runs, and the cost of a process."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ QFORMAT = Path(sysconfig.get_path("scripts"), "qformat")
 
 
 def interleaved(functions: Mapping[str, Callable[[], float | None]], rounds: int) -> dict[str, float]:
-    """Run functions in turn, A B A B ..., so that whatever else the machine does meets all of them alike.
+    """Run functions in turn, A B A B ..., so that other load on the machine affects all of them alike.
 
     Parameters
     ----------
     functions
-        What to run. One that returns a number has measured itself; of the others the wall-clock seconds are taken.
+        Functions by name. One that returns a number has timed itself; for others wall-clock seconds are taken.
     rounds
-        How often; one more round comes first and does not count.
+        Number of rounds, after one that does not count.
 
     Returns
     -------
@@ -44,10 +44,10 @@ def interleaved(functions: Mapping[str, Callable[[], float | None]], rounds: int
 
 
 def processor_seconds(run: Callable[[], object], clock: Callable[[], float] = time.thread_time) -> Callable[[], float]:
-    """Return a function that runs another one and returns its seconds of processor, which what else is running adds less to.
+    """Return a function that runs another one and returns its processor seconds, which depend less on other load.
 
-    What has measured itself and returns a float is believed. The clock is that of this thread, or ``time.process_time`` for what
-    may start others.
+    If the function returns a float, it has timed itself. The clock is that of this thread; ``time.process_time`` suits functions
+    that start threads.
     """
 
     def measured() -> float:
@@ -60,7 +60,7 @@ def processor_seconds(run: Callable[[], object], clock: Callable[[], float] = ti
 
 @dataclass(frozen=True)
 class Cost:
-    """What a process took: seconds of wall clock, seconds of processor (user and system), peak resident bytes."""
+    """Cost of a process: wall-clock seconds, processor seconds (user and system), peak resident bytes."""
 
     wall: float
     cpu: float
@@ -68,10 +68,10 @@ class Cost:
 
 
 def run_process(command: Sequence[str | os.PathLike[str]], env: Mapping[str, str] | None = None) -> Cost:
-    """Run a command whose output nobody needs.
+    """Run a command, discard its output and return its cost.
 
-    A small process in between starts it: the kernel counts the memory of whoever calls exec into the peak of what comes out of it,
-    and this process has large arrays.
+    A small process starts it, because Linux counts the memory of the process that calls exec into the new one's peak, and this
+    process holds large arrays.
 
     Raises
     ------

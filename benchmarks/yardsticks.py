@@ -1,4 +1,4 @@
-"""What this machine can do: the peer and the limits that everything else is compared with."""
+"""The peer and the limits of the machine that everything else is compared with."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def write_file(path: Path, data: memoryview, *, sync: bool) -> float:
 
 @dataclass(frozen=True)
 class Scales:
-    """What this machine does of what the reference machine does, by two yardsticks."""
+    """Speed of this machine relative to the reference machine, by two yardsticks."""
 
     gguf: float
     memcpy: float
@@ -93,7 +93,7 @@ class Scales:
         )
 
     def notes(self) -> list[str]:
-        """Return what a reader of the rows has to know."""
+        """Return notes that explain the rows."""
         return [
             f"This machine does {self.gguf:.2f} (gguf) and {self.memcpy:.2f} (memcpy) of what the reference does.",
             "Targets hold for the reference machine, scaled by gguf's quantizer; both verdicts are given.",
@@ -102,12 +102,12 @@ class Scales:
 
 
 class Yardsticks:
-    """The two yardsticks, to be measured among other functions.
+    """The two yardsticks, measured among other functions.
 
     Attributes
     ----------
     functions
-        What to measure, by name.
+        Functions to measure, by name.
     """
 
     def __init__(self, context: Context) -> None:
@@ -115,7 +115,7 @@ class Yardsticks:
         self.functions = {"gguf": gguf_quantizer(self._weights), "memcpy": memcpy(self._bytes)}
 
     def scales(self, seconds: Mapping[str, float]) -> Scales:
-        """Return what this machine does, from the seconds of `functions`."""
+        """Return the machine's relative speed, from the seconds of `functions`."""
         gguf = self._weights.size / seconds["gguf"] / 1e6 / REFERENCE_GGUF
         return Scales(gguf, self._bytes.nbytes / seconds["memcpy"] / 1e9 / REFERENCE_MEMCPY)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,29 +14,18 @@ from qformat.container.index import check_asset_name
 from qformat.converters.convert import convert
 from qformat.converters.output import WriteOptions
 from qformat.converters.prune import Pruning
-from qformat.dtypes import DType, Elements, from_array
+from qformat.dtypes import Elements, from_array
 from qformat.errors import FormatError, SourceError
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, SourceTensor
 
 
-@dataclass(frozen=True)
-class ArrayTensor:
+class ArrayTensor(SourceTensor):
     """An array in memory as a source tensor."""
 
-    name: str
-    elements: Elements
-
-    @property
-    def dtype(self) -> DType:
-        """Its element type."""
-        return self.elements.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        shape: tuple[int, ...] = self.elements.data.shape
-        return shape
+    def __init__(self, name: str, elements: Elements) -> None:
+        self.name, self.dtype, self.shape = name, elements.dtype, elements.data.shape
+        self.elements = elements
 
     def read(self, elements: slice) -> Elements:
         """Return a view of some elements."""

@@ -77,7 +77,7 @@ class Conversion:
     @property
     def source_bytes(self) -> int:
         """Bytes of the tensors in the checkpoint."""
-        return sum(plan.source_bytes for plan in self.plans)
+        return sum(plan.source.nbytes for plan in self.plans)
 
     def to_json(self) -> dict[str, Any]:
         """Return the values under the names of the JSON contract."""

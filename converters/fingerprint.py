@@ -29,6 +29,9 @@ def fingerprint_of(checkpoint: Checkpoint, plans: Sequence[Plan], cuts: Sequence
     """
     if not checkpoint.files:
         return ""
+    tensors = [
+        (p.source.name, p.source.shape, p.source.dtype.name, type(p.encoder).__name__, str(p.encoder)) for p in plans
+    ]
     every = [
         qformat.__version__,
         MAJOR,
@@ -37,7 +40,7 @@ def fingerprint_of(checkpoint: Checkpoint, plans: Sequence[Plan], cuts: Sequence
         sorted(checkpoint.assets),
         checkpoint.variant,
         dict(checkpoint.metadata),
-        [(plan.record.to_json(), str(plan.codec)) for plan in plans],
+        tensors,
         list(cuts),
         options.allow_nonfinite,
         options.allow_zeroed,

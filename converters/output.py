@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qformat.container.partial import Journal, NullTarget, PartialFile
 from qformat.container.reader import ContainerReader
-from qformat.container.writer import ContainerWriter, predict_size
+from qformat.container.writer import ContainerWriter
 from qformat.errors import FormatError
 from qformat.pipeline.encode import Plan, Progress, write_tensors
 from qformat.records import ShardRecord, TensorRecord
@@ -117,9 +117,8 @@ def write_file(
         As `qformat.pipeline.encode.write_tensors` does.
     """
     plans = plans[contents.start : contents.stop]
-    shards = [ShardRecord(name, written[name].nbytes, written[name].root or _NO_ROOT) for name in contents.shards]
-    if folder is None and all(plan.sized for plan in plans):
-        return _predicted(contents, plans, shards)
+    drafts = [draft for plan in plans if (draft := plan.draft)] if folder is None else []
+    predicted = folder is None and len(drafts) == len(plans)
     path = folder / contents.path.name if folder else None
     with (
         PartialFile(path, contents.path, kept=options.resume) if path else NullTarget() as file,
@@ -127,12 +126,17 @@ def write_file(
         ContainerWriter(file, metadata=contents.metadata, journal=journal) as writer,
     ):
         resumed = len(writer.records)
-        writer.shards = shards
+        writer.shards = [
+            ShardRecord(name, written[name].nbytes, written[name].root or _NO_ROOT) for name in contents.shards
+        ]
         for name in sorted(contents.assets)[len(writer.assets) :]:
             writer.asset(name, contents.assets[name]())
         if contents.parts and folder:
             _join(writer, [folder / name for name in contents.parts])
             resumed = sum(written[name].resumed for name in contents.parts)
+        elif predicted:
+            for draft in drafts:
+                writer.reserve(draft)
         else:
             write_tensors(
                 writer,
@@ -143,16 +147,8 @@ def write_file(
                 allow_zeroed=options.allow_zeroed,
             )
     sizes = {asset.name: asset.size for asset in writer.assets}
-    return FileResult(writer.records, sizes, writer.file_size, writer.root if folder else None, resumed)
-
-
-def _predicted(contents: FileContents, plans: Sequence[Plan], shards: Sequence[ShardRecord]) -> FileResult:
-    assets = [(name, read()) for name, read in sorted(contents.assets.items())]
-    records = [plan.record for plan in plans]
-    size = predict_size(assets, records, contents.metadata, shards)
-    return FileResult(
-        [replace(record, error=None) for record in records], {name: len(data) for name, data in assets}, size, None
-    )
+    records = [replace(record, error=None) for record in writer.records] if predicted else writer.records
+    return FileResult(records, sizes, writer.file_size, writer.root if folder else None, resumed)
 
 
 def _join(writer: ContainerWriter, parts: Sequence[Path]) -> None:

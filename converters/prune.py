@@ -1,7 +1,7 @@
-"""Magnitude pruning: the smallest weights of a checkpoint become zero before anything else sees them.
+"""Magnitude pruning: the smallest weights of a checkpoint are set to zero before it is converted.
 
-The bits of a float without its sign order magnitudes in every format, so the largest weight to go is found exactly, by counting
-how often each value of 16 bits occurs, from the top ones down. No tensor is held in memory.
+Without the sign, the bits of floats are in the order of their magnitudes, in every format. So the threshold is found exactly by a
+radix select: a histogram of the top 16 bits of all weights, then one of the next 16 bits. No tensor is held in memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
@@ -17,98 +17,67 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import CHUNK_ELEMENTS
+from qformat.codecs.layout import CHUNK_ELEMENTS
 from qformat.dtypes import DType, Elements
 from qformat.errors import TypeSpecError
+from qformat.pipeline.patterns import check_patterns, last_match, split_items
 from qformat.pipeline.source import Checkpoint, SourceTensor
 
-#: Embeddings and output heads, which lose the most: patterns of lower-case names that only an override prunes.
+#: patterns of lower-case names of embeddings and output heads, which suffer most from pruning: only an override prunes them
 NOT_PRUNED = (
-    "*embed*",  # also patch and time embeddings
-    "*embd*",
-    "*emb.weight",
-    "*wte.weight",
-    "*wpe.weight",
-    "shared.weight",
-    "*.shared.weight",
-    "*lm_head*",
-    "head.weight",
-    "*.head.weight",
-    "output.weight",
-    "proj_out.weight",
-    "score.weight",
-    "*classifier*",
-    "*predictions.decoder*",
-)
+    "*embed*", "*embd*", "*emb.weight", "*wte.weight", "*wpe.weight", "shared.weight", "*.shared.weight", "*lm_head*",
+    "head.weight", "*.head.weight", "output.weight", "proj_out.weight", "score.weight", "*classifier*", "*predictions.decoder*",
+)  # fmt: skip
 
-_DIGIT = 16  # bits that are counted at once
+_DIGIT = 16  # bits of a histogram
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a tensor is cut.
+    """The threshold of a tensor.
 
     Attributes
     ----------
     bound
-        Magnitudes below this one, as bits, become zero.
+        Bits of a magnitude: all smaller ones are set to zero.
     zeros
-        How many weights are zero then; more than asked for if several have the last magnitude that goes.
+        Number of weights that are zero then; more than the rank if several have the largest pruned magnitude.
     """
 
     bound: int
     zeros: int
 
 
-@dataclass(frozen=True)
-class Pruned:
+class Pruned(SourceTensor):
     """A floating tensor whose smallest weights are read as +0; all others keep their bits.
 
     Parameters
     ----------
     source
-        The tensor as it is. It is read once or several times more, when this is first read.
+        The tensor before pruning; the first read of the pruned one reads all of it, once for every 16 bits of its dtype.
     rank
-        Weights up to the magnitude of the `rank`-th smallest go, at least one; those that are zero already count. NaN and infinity
-        stay, for the stages that refuse them.
+        Number of weights to prune, at least 1: the smallest, among them those that are zero already, and all of the same magnitude
+        as the last. NaN and infinity stay, for the stages that refuse them.
     """
 
-    source: SourceTensor
-    rank: int
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
-    _cuts: list[Cut] = field(default_factory=list, init=False, repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.source.name
-
-    @property
-    def dtype(self) -> DType:
-        """Its element type."""
-        return self.source.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.source.shape
-
-    @property
-    def elements(self) -> int:
-        """Number of its weights."""
-        return math.prod(self.shape)
+    def __init__(self, source: SourceTensor, rank: int) -> None:
+        self.name, self.dtype, self.shape = source.name, source.dtype, source.shape
+        self.source, self.rank = source, rank
+        self.elements = math.prod(source.shape)
+        self._lock = threading.Lock()
+        self._cut: Cut | None = None
 
     @property
     def zeros(self) -> int | None:
-        """How many weights are zero now; None if it was not read yet."""
-        return self._cuts[0].zeros if self._cuts else None
+        """Number of zeros; None before the first read."""
+        return self._cut.zeros if self._cut else None
 
     def cut(self) -> Cut:
-        """Return where it is cut, found by the first thread that asks."""
+        """Return the threshold; the first thread that needs it computes it."""
         with self._lock:
-            if not self._cuts:
-                self._cuts.append(find_cut(self.source, self.rank))
-        return self._cuts[0]
+            if self._cut is None:
+                self._cut = find_cut(self.source, self.rank)
+            return self._cut
 
     def read(self, elements: slice) -> Elements:
         """Return some elements."""
@@ -121,14 +90,14 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Pruning:
-    """How much of which tensor to prune.
+    """Sparsities by name.
 
     Parameters
     ----------
     default
-        Share of the weights, for floating tensors of two or more dimensions whose names match none of `NOT_PRUNED`.
+        For floating tensors of two or more dimensions, except those in `NOT_PRUNED`.
     overrides
-        (pattern, share): for all floating tensors of two or more dimensions whose name matches; the last match wins.
+        (pattern, sparsity): for floating tensors of two or more dimensions whose name matches; the last match wins.
     """
 
     default: Fraction = Fraction(0)
@@ -136,7 +105,7 @@ class Pruning:
 
     @classmethod
     def parse(cls, default: float | str, overrides: Iterable[str] | Mapping[str, float] = ()) -> Pruning:
-        """Check what was asked for.
+        """Parse and check sparsities.
 
         Parameters
         ----------
@@ -150,54 +119,31 @@ class Pruning:
         TypeSpecError
             If one is malformed or out of range.
         """
-        pairs: Iterable[tuple[str, float | str]] = (
-            overrides.items() if isinstance(overrides, Mapping) else map(_split, overrides)
-        )
-        return cls(_sparsity(default), tuple((pattern, _sparsity(share)) for pattern, share in pairs))
+        pairs = split_items(overrides, "PATTERN=SPARSITY")
+        return cls(_sparsity(default), tuple((pattern, _sparsity(value)) for pattern, value in pairs))
 
     def sparsity_for(self, tensor: SourceTensor) -> Fraction:
-        """Return the share of a tensor's weights that goes."""
+        """Return the share of a tensor's weights to prune."""
         if not _prunable(tensor):
             return Fraction(0)
         lower = tensor.name.lower()
-        sparsity = Fraction(0) if any(fnmatchcase(lower, no) for no in NOT_PRUNED) else self.default
-        for pattern, override in self.overrides:
-            if fnmatchcase(tensor.name, pattern):
-                sparsity = override
-        return sparsity
-
-    def check_patterns(self, tensors: Iterable[SourceTensor]) -> None:
-        """Raise `TypeSpecError` if a pattern matches no tensor that can be pruned: it would be ignored silently."""
-        every = list(tensors)
-        for pattern, sparsity in self.overrides:
-            matches = [tensor for tensor in every if fnmatchcase(tensor.name, pattern)]
-            if not matches:
-                raise TypeSpecError(f"no tensor matches the pattern of {pattern}={float(sparsity)}")
-            if not any(_prunable(tensor) for tensor in matches):
-                raise TypeSpecError(
-                    f"{pattern}={float(sparsity)} matches only tensors that are never pruned, such as "
-                    f"{matches[0].name!r}: give floating tensors of two or more dimensions"
-                )
+        default = Fraction(0) if any(fnmatchcase(lower, pattern) for pattern in NOT_PRUNED) else self.default
+        return last_match(tensor.name, self.overrides, default)
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return the checkpoint as it reads when it is pruned; nothing is read yet.
+        """Return the pruned checkpoint, without reading any tensor.
 
-        Of n weights, those up to the magnitude of the ``floor(sparsity * n)``-th smallest become zero.
+        Of n weights, those up to the magnitude of the ``floor(sparsity * n)``-th smallest are set to zero.
 
-        Raises
-        ------
-        TypeSpecError
-            If a pattern matches no tensor that can be pruned.
+        Raises `TypeSpecError` if a pattern matches no tensor that can be pruned.
         """
-        self.check_patterns(checkpoint.tensors)
+        pairs = [(pattern, float(sparsity)) for pattern, sparsity in self.overrides]
+        check_patterns(pairs, checkpoint.tensors, _prunable, _not_prunable)
         tensors = [self._pruned(tensor) for tensor in checkpoint.tensors]
         warnings = list(checkpoint.warnings)
-        wanted = self.default > 0 or any(sparsity > 0 for _, sparsity in self.overrides)
-        if wanted and not any(isinstance(tensor, Pruned) for tensor in tensors):
-            warnings.append(
-                "nothing is pruned: no tensor is left that may be; name some with --prune-tensor GLOB=SPARSITY"
-            )
         ranks = sorted((tensor.name, tensor.rank) for tensor in tensors if isinstance(tensor, Pruned))
+        if not ranks and (self.default > 0 or any(sparsity > 0 for _, sparsity in self.overrides)):
+            warnings.append("nothing is pruned: no tensor qualifies; name some with --prune-tensor GLOB=SPARSITY")
         variant = f"{checkpoint.variant} pruned={ranks}" if ranks else checkpoint.variant
         return replace(checkpoint, tensors=tensors, warnings=warnings, variant=variant)
 
@@ -207,21 +153,18 @@ class Pruning:
 
 
 def find_cut(tensor: SourceTensor, rank: int) -> Cut:
-    """Find the magnitude of the `rank`-th smallest weight, reading the tensor once for every 16 bits of its dtype.
+    """Find the threshold for a number of weights, reading the tensor once for every 16 bits of its dtype.
 
-    Raises
-    ------
-    SourceError
-        If it cannot be read.
+    Raises `SourceError` if it cannot be read.
     """
     found = below = 0
     for shift in range(max(8 * tensor.dtype.size - _DIGIT, 0), -1, -_DIGIT):
         first = shift + _DIGIT >= 8 * tensor.dtype.size
         counts = np.zeros(1 << _DIGIT, np.int64)
         for bits in _magnitudes(tensor):
-            # of later digits only those count whose digits before are the ones found
-            rest = bits if first else bits[bits >> (shift + _DIGIT) == found]
-            counts += np.bincount((rest >> shift).astype(np.intp) & 0xFFFF, minlength=counts.size)
+            # of the weights, only those that begin with the digits found so far
+            candidates = bits if first else bits[bits >> (shift + _DIGIT) == found]
+            counts += np.bincount((candidates >> shift).astype(np.intp) & 0xFFFF, minlength=counts.size)
         if first:
             counts[_infinity(tensor.dtype) >> shift :] = 0
             rank = min(rank, int(counts.sum()))
@@ -252,8 +195,8 @@ def _magnitude(dtype: DType) -> int:
 
 
 def _infinity(dtype: DType) -> int:
-    """Return the bits of the smallest magnitude that is no number; those below the first digit are 0."""
-    if dtype.name == "f8_e4m3":  # has no infinity, and one NaN
+    """Return the bits of infinity, or of the only NaN of a dtype without infinity; those below the first digit are 0."""
+    if dtype.name == "f8_e4m3":
         return 0x7F
     return ((1 << dtype.exponent) - 1) << dtype.mantissa
 
@@ -262,20 +205,16 @@ def _prunable(tensor: SourceTensor) -> bool:
     return tensor.dtype.floating and len(tensor.shape) >= 2
 
 
+def _not_prunable(tensor: SourceTensor) -> str:
+    return f"tensors that are never pruned, such as {tensor.name!r}: give floating tensors of two or more dimensions"
+
+
 def _sparsity(value: float | str) -> Fraction:
-    """Return a sparsity as the decimal number that was written: 0.29 of 100 weights are 29, though 0.29 * 100 is less."""
+    """Return a sparsity as the exact decimal number: 0.29 of 100 weights are 29, though the float 0.29 * 100 is less."""
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeSpecError(f"{value!r} is no sparsity; give a number from 0 to less than 1, such as 0.5") from None
+        raise TypeSpecError(f"{value!r} is not a sparsity; give a number from 0 to less than 1, such as 0.5") from None
     if not 0 <= number < 1:
         raise TypeSpecError(f"a sparsity of {number} is out of range; give a number from 0 to less than 1, such as 0.5")
     return Fraction(repr(number))
-
-
-def _split(item: str) -> tuple[str, str]:
-    """Cut ``PATTERN=SPARSITY``, of which the pattern may hold more equals signs."""
-    pattern, _, sparsity = item.rpartition("=")
-    if not pattern or not sparsity:
-        raise TypeSpecError(f"{item!r} is not of the form PATTERN=SPARSITY")
-    return pattern, sparsity

@@ -14,7 +14,7 @@ from qformat.errors import TypeSpecError
 from qformat.files import source_path
 from qformat.pipeline.encode import Plan, make_plans
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedTensor, SourceTensor, StoredTensor
+from qformat.pipeline.source import Checkpoint, QuantizedSource, SourceTensor, StoredCopy, StoredSource
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Request:
         return make_plans(checkpoint.tensors, recipe, allow_nonfinite=self.allow_nonfinite)
 
 
-def _made_anew(checkpoint: Checkpoint, recipe: Recipe) -> list[StoredTensor]:
+def _made_anew(checkpoint: Checkpoint, recipe: Recipe) -> list[StoredSource]:
     """Return the tensors of a container that are given another type."""
-    stored = [tensor for tensor in checkpoint.tensors if isinstance(tensor, StoredTensor)]
-    return [tensor for tensor in stored if recipe.codec_for(tensor) is not tensor.codec]
+    stored = [tensor for tensor in checkpoint.tensors if isinstance(tensor, StoredSource)]
+    return [tensor for tensor in stored if not isinstance(recipe.encoder_for(tensor), StoredCopy)]
 
 
 def _check_none_grows(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -88,6 +88,6 @@ def _check_none_grows(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 
 def _has_codes(tensor: SourceTensor) -> bool:
-    if isinstance(tensor, StoredTensor):
+    if isinstance(tensor, StoredSource):
         return tensor.record.error is not None
-    return isinstance(tensor, QuantizedTensor)
+    return isinstance(tensor, QuantizedSource)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import qformat
 from qformat.converters.output import FileContents, FileResult, WriteOptions, write_file
 from qformat.converters.request import Request
-from qformat.errors import QFormatError, SourceError
+from qformat.errors import QFormatError, SourceError, install_hint
 from qformat.parallel import default_jobs
 from qformat.pipeline.encode import Plan
 
@@ -126,7 +126,7 @@ class DaskRunner:
         try:
             from distributed import Client, KilledWorker, LocalCluster
         except ImportError:
-            raise SourceError("dask is needed to convert on a cluster; pip install 'qformat[dask]'") from None
+            raise SourceError(f"dask is needed to convert on a cluster; {install_hint('dask')}") from None
         with ExitStack() as stack:
             try:
                 address = self.address or stack.enter_context(

@@ -51,9 +51,10 @@ def split(tensors: Iterable[_T], nbytes: Callable[[_T], int], limit: int) -> Ite
 
 def stored_bytes(plan: Plan) -> int:
     """Return what a tensor takes in a file; if that depends on its values, what it takes in the source."""
-    if not plan.sized:
+    draft = plan.draft
+    if draft is None:
         return align(plan.matrix.elements * plan.source.dtype.size)
-    return sum(align(segment.length) for segment in plan.record.segments)
+    return sum(align(segment.length) for segment in draft.segments)
 
 
 def shard_paths(output: Path, count: int) -> list[Path]:

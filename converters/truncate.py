@@ -11,7 +11,7 @@ from qformat.container.workspace import Workspace
 from qformat.container.writer import ContainerWriter
 from qformat.converters.sources.container import check_layers, check_not_source
 from qformat.quality import Quality
-from qformat.readers.decoder import SegmentChecker, TensorDecoder
+from qformat.readers.decoder import Decoders
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,11 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
     with ContainerReader(source) as container:
         check_not_source(container, output)
         check_layers(container, quality)
-        checker = SegmentChecker(enabled=True)
         index = container.index
-        decoders = [TensorDecoder(container, record, quality) for record in container.tensors]
         fingerprint = f"truncate {container.root} {quality}"
         with Workspace(output, overwrite=overwrite) as workspace:
             workspace.claim([output.name], fingerprint)
+            decoders = [*Decoders(container, quality)]
             with (
                 PartialFile(workspace.folder / output.name, output) as file,
                 ContainerWriter(file, metadata=index.metadata) as writer,
@@ -75,8 +74,7 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
                 for asset in index.assets:
                     writer.asset(asset.name, container.asset(asset.name))
                 for decoder in decoders:
-                    checker.check(decoder)
-                    writer.copy(decoder.record, [data for _, data in decoder.segments()])
+                    writer.copy(decoder.record, decoder.segments)
             workspace.commit(fingerprint=fingerprint)
         weights = sum(record.elements for record in writer.records)
         stored = sum(record.nbytes for record in writer.records)

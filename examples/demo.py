@@ -56,7 +56,7 @@ def main() -> int:
         ok = qformat(folder, "convert", "minilm", "minilm.qf") == 0
         ok &= qformat(folder, "verify", "minilm.qf") == 0
         ok &= qformat(folder, "inspect", "minilm.qf", "--tensor", "*layer.0.attention*") == 0
-        ok &= qformat(folder, "quantize-stats", "minilm", "--per-layer", "--histogram", "--include", "layer.0") == 0
+        ok &= qformat(folder, "quantize-stats", "minilm", "--per-tensor", "--histogram", "--include", "layer.0") == 0
         ok &= qformat(folder, "quantize-stats", "minilm", "-t", "q4_0", "-t", "bf16") == 0
 
         print("\nThe same model from both files: cosine similarity of pairs of sentences", flush=True)

@@ -1,4 +1,4 @@
-"""Element types of tensors: their names in the format, their sizes, and how numpy stores them."""
+"""Element types of tensors: their names in the format, their sizes, and the numpy dtypes that store them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class DType:
     Attributes
     ----------
     name
-        Its name in the format (spec/codecs.md).
+        Name in the format (spec/codecs.md).
     size
         Bytes of an element.
     storage
-        Name of the numpy dtype that holds its bits; an unsigned integer where numpy has no such type.
+        Name of the numpy dtype that holds its bits: an unsigned integer where numpy has no such type.
     exponent, mantissa
-        Bits of a float's parts; 0 for integers.
+        Bits of the parts of a float; 0 for integers.
     """
 
     name: str
@@ -35,17 +35,17 @@ class DType:
 
     @property
     def floating(self) -> bool:
-        """Whether it holds real numbers, which a codec may approximate."""
+        """Whether elements are real numbers, which a codec may approximate."""
         return self.exponent > 0
 
     def contains(self, other: DType) -> bool:
-        """Return whether every value of `other` is one of this."""
+        """Return whether this type can represent every value of `other`."""
         wider = self.exponent >= other.exponent and self.mantissa >= other.mantissa
         return self is other or (self.floating and other.floating and wider)
 
     @property
     def native(self) -> bool:
-        """Whether numpy's dtype means the same values, so that an array of it can be handed out as it is."""
+        """Whether numpy's dtype represents the same values, so that users can be given its arrays."""
         return not self.floating or self.storage.startswith("float")
 
 
@@ -75,7 +75,7 @@ F16, BF16, F32, F64 = (DTYPES[name] for name in ("f16", "bf16", "f32", "f64"))
 
 @dataclass(frozen=True)
 class Elements:
-    """Array elements together with what their bits mean.
+    """An array together with the element type that its bits represent.
 
     Attributes
     ----------
@@ -89,12 +89,12 @@ class Elements:
     data: NDArray[Any]
 
     def to_f32(self) -> NDArray[np.float32]:
-        """Return the values as float32, in the same shape; float64 is rounded, everything else is exact.
+        """Return the values as float32, in the same shape; exact, except that float64 is rounded.
 
         Raises
         ------
         TypeError
-            If these are not floats.
+            If the elements are not floats.
         """
         import numpy as np
 
@@ -113,8 +113,8 @@ class Elements:
             widen(self.data.view(np.uint16).reshape(-1), values.reshape(-1))
             return values
         if self.dtype.floating:
-            looked_up: NDArray[np.float32] = _f8_values(self.dtype.name)[self.data]
-            return looked_up
+            widened: NDArray[np.float32] = _f8_values(self.dtype.name)[self.data]
+            return widened
         raise TypeError(f"{self.dtype.name} elements are not floats")
 
     def cast(self, dtype: DType) -> NDArray[Any]:
@@ -123,7 +123,7 @@ class Elements:
         Raises
         ------
         TypeError
-            If one of the two dtypes is not a float, or `dtype` is an eight-bit one.
+            If one of the two dtypes is not a float, or `dtype` is an eight-bit float.
         """
         import numpy as np
 
@@ -136,7 +136,7 @@ class Elements:
         if dtype is F64:
             return self.to_f64()
         if dtype not in (F16, BF16):
-            raise TypeError(f"{self.dtype.name} elements cannot be given as {dtype.name}")
+            raise TypeError(f"{self.dtype.name} elements cannot be converted to {dtype.name}")
         if self.dtype is F64 and dtype is F16:
             with np.errstate(all="ignore"):
                 halves: NDArray[Any] = self.data.astype(np.float16)
@@ -173,7 +173,10 @@ class Elements:
 
 
 def _to_odd(doubles: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return float32 values that round to a shorter format as the float64 ones would: inexact ones get an odd last bit."""
+    """Return float32 values that round to a shorter format as the float64 ones would: rounded to odd (Boldo and Melquiond, 2008).
+
+    An inexact value gets an odd last bit, so that it never looks like a tie of the shorter format.
+    """
     import numpy as np
 
     with np.errstate(all="ignore"):
@@ -186,7 +189,7 @@ def _to_odd(doubles: NDArray[np.float64]) -> NDArray[np.float32]:
 
 @cache
 def _f8_values(name: str) -> NDArray[np.float32]:
-    """Return the value of each of the 256 patterns."""
+    """Return the values of the 256 patterns of an eight-bit float."""
     import numpy as np
 
     code = np.arange(256)
@@ -204,12 +207,12 @@ def _f8_values(name: str) -> NDArray[np.float32]:
 
 
 def from_array(array: NDArray[Any]) -> Elements:
-    """Return the elements of a numpy array; ``ml_dtypes`` arrays of bfloat16 and float8 are understood too.
+    """Return the elements of a numpy array, also of ``ml_dtypes``' bfloat16 and float8.
 
     Raises
     ------
     TypeError
-        If its dtype is none of the format's.
+        If the format has no such dtype.
     """
     import numpy as np
 

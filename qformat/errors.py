@@ -1,4 +1,4 @@
-"""The errors that qformat raises on purpose; each is one line that says what is wrong, where, and what to do."""
+"""The exceptions of qformat: every message is one line that names the cause, the place and a way out."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ from pathlib import Path
 
 PathLike = str | Path
 
+#: name of the distribution on the package index; the import name is ``qformat``
+DISTRIBUTION = "qformat-models"
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs the dependencies of an extra."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
 
 class QFormatError(Exception):
-    """Base of every error in this module."""
+    """Base class of all exceptions that qformat raises on purpose."""
 
 
 class FormatError(QFormatError, ValueError):
-    """A container file is damaged, incomplete, hostile or not a container file.
+    """A file is damaged, incomplete, malicious or no container file.
 
     Parameters
     ----------
     cause
-        What is wrong.
+        Description of the defect.
     path
-        The file, if it is known.
+        Path of the file, if known.
     offset
-        Position in the file, in bytes, where it is wrong.
+        Position of the defect in the file, in bytes.
     """
 
     def __init__(self, cause: str, *, path: PathLike | None = None, offset: int | None = None) -> None:
@@ -34,20 +42,20 @@ class FormatError(QFormatError, ValueError):
 
 
 class SourceError(QFormatError):
-    """A checkpoint, or a tensor in it, cannot be converted as asked."""
+    """A checkpoint, or a tensor in it, cannot be read or converted with the given options."""
 
 
 class TypeSpecError(QFormatError, ValueError):
-    """A type string such as ``q4_0:search=naive`` is malformed or names something unknown."""
+    """A type string such as ``q4_0:search=naive`` is malformed, or names an unknown type or parameter."""
 
 
 class TargetError(QFormatError, OSError):
-    """The output file cannot be written, or must not be."""
+    """An output file cannot be written or must not be replaced."""
 
 
 class QualityError(QFormatError, ValueError):
-    """A quality such as ``max_rmse=0.01`` is malformed, or a layered tensor does not reach it."""
+    """A quality such as ``max_rmse=0.01`` is malformed, or the layers of a tensor do not reach it."""
 
 
 class MissingDecoderError(QFormatError):
-    """A tensor, which may be sound, cannot be decoded here: a package is missing, or does not know its type either."""
+    """No decoder for the type of a tensor is installed; the file itself may be intact."""

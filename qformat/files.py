@@ -1,4 +1,4 @@
-"""Open files that someone else named: on this machine, or anywhere that fsspec reaches."""
+"""Open files at untrusted paths: on this machine, or at any URL that fsspec supports."""
 
 from __future__ import annotations
 
@@ -12,26 +12,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from qformat.errors import SourceError
+from qformat.errors import SourceError, install_hint
 
-_AT_ONCE = 8 << 20  # bytes that are fetched of a URL
-_CHANGES = ("size", "mtime", "LastModified", "Last-Modified", "ETag", "Content-MD5", "Digest")  # as fsspec calls them
+_AT_ONCE = 8 << 20  # bytes per request
+_CHANGES = ("size", "mtime", "LastModified", "Last-Modified", "ETag", "Content-MD5", "Digest")  # keys of fsspec
 
 
 def source_path(text: str) -> Path:
-    """Return the path of a checkpoint; of a URL one that behaves like a path, but is none of this machine (see `is_remote`).
+    """Return the path of a checkpoint; for a URL, an object with the interface of a path (see `is_remote`).
 
-    Raises
-    ------
-    SourceError
-        If what is needed for such URLs is missing.
+    Raises `SourceError` if a package for such URLs is missing.
     """
     if "://" not in text:
         return Path(text)
     try:
         from upath import UPath
     except ImportError:
-        raise SourceError(f"{text}: universal-pathlib is needed for URLs; pip install 'qformat[remote]'") from None
+        raise SourceError(f"{text}: universal-pathlib is needed for URLs; {install_hint('remote')}") from None
     try:
         path = UPath(text)
         _ = path.fs
@@ -41,28 +38,31 @@ def source_path(text: str) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Return whether a path is a URL, which the operating system cannot open."""
+    """Return whether a path is a URL."""
     return not isinstance(path, Path)
 
 
 def read_range(path: Path, offset: int, length: int) -> bytes:
-    """Return the bytes at a position of a URL, fewer if it ends there.
-
-    Raises
-    ------
-    SourceError
-        If they cannot be read.
-    """
+    """Return bytes of a remote file, fewer if it ends there; raise `SourceError` if they cannot be read."""
     try:
         data: bytes = path.fs.cat_file(path.path, start=offset, end=offset + length)  # type: ignore[attr-defined]
-    except Exception as error:  # noqa: BLE001  each file system has errors of its own
+    except Exception as error:  # noqa: BLE001  each file system has exceptions of its own
         raise SourceError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from None
     return data
 
 
 @contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise `SourceError` with the name of a file in place of `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+@contextmanager
 def on_this_machine(path: Path) -> Iterator[Path]:
-    """Yield the path of a file, or of a copy of what a URL names; the copy can be mapped, and loses its name at the end.
+    """Yield the path of a file, or of a temporary local copy of a remote file, which stays mapped after it is deleted.
 
     Raises
     ------
@@ -83,36 +83,33 @@ def on_this_machine(path: Path) -> Iterator[Path]:
 
 
 def identity(path: Path) -> tuple[str | int, ...]:
-    """Return what changes when a file is changed, as far as one can tell without reading it; nothing if it is not there."""
+    """Return attributes of a file that change with its content, without reading it; nothing if there is no such file."""
     if is_remote(path):
         try:
             info = path.fs.info(path.path)  # type: ignore[attr-defined]
-            told = [str(info.get(key)) for key in _CHANGES]  # of HTTP, ukey is the URL and no more
-            return (path.name, path.fs.ukey(path.path), *told)  # type: ignore[attr-defined]
-        except Exception:  # noqa: BLE001  each file system has errors of its own
+            attributes = [str(info.get(key)) for key in _CHANGES]  # for HTTP, ukey is only the URL
+            return (path.name, path.fs.ukey(path.path), *attributes)  # type: ignore[attr-defined]
+        except Exception:  # noqa: BLE001  each file system has exceptions of its own
             return ()
     try:
         status = path.stat()
     except OSError:
         return ()
-    # two files may well have the same mtime, which anyone can set; nobody can set the others
+    # anyone can set the mtime, so that two files may share it; nobody can set ctime and inode
     return (path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, if it is a regular one: a pipe would block, and a device might never end.
+    """Open a regular file for reading; a pipe would block, and a device might never end.
 
-    Raises
-    ------
-    OSError
-        If it cannot be opened, or is something else.
+    Raises `OSError` if it cannot be opened, or is not a regular file.
     """
     if is_remote(path):
         try:
             return path.open("rb")
         except OSError:
             raise
-        except Exception as error:  # noqa: BLE001  each file system has errors of its own
+        except Exception as error:  # noqa: BLE001  each file system has exceptions of its own
             raise OSError(errno.EIO, str(error) or type(error).__name__, str(path)) from None
     if "\0" in str(path):
         raise OSError(errno.ENOENT, "the name holds a NUL", str(path))

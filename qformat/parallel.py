@@ -1,4 +1,4 @@
-"""How many threads, and a loop on them."""
+"""Numbers of threads, and loops on threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def default_jobs() -> int:
 
 
 def for_each(work: Callable[[_T], None], items: Iterable[_T], jobs: int) -> None:
-    """Call `work` for each item, on `jobs` threads if there is more than one of both."""
+    """Call `work` for each item, on `jobs` threads if there are several items; the first exception cancels the items not begun."""
     items = list(items)
     if jobs <= 1 or len(items) <= 1:
         for item in items:
@@ -35,7 +35,7 @@ def for_each(work: Callable[[_T], None], items: Iterable[_T], jobs: int) -> None
 
 
 def prefetch(pool: Executor, tasks: Iterable[Callable[[], _T]], window: int) -> Iterator[Future[_T]]:
-    """Yield the futures of tasks in order, with `window` of them under way ahead of the caller."""
+    """Yield the futures of tasks in order, with up to `window` of them submitted before the caller takes the first."""
     started: deque[Future[_T]] = deque()
     for task in tasks:
         if len(started) == window:

@@ -1,4 +1,4 @@
-"""How much of a layered tensor to read: bits for each weight, a bound for an error, or everything."""
+"""How much of a layered tensor to read: up to some bits per weight, an error bound, or everything."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Literal
 from qformat.errors import QualityError
 from qformat.records import Layer, TensorRecord
 
-#: what errors are measured by; all are relative to the range of the tensor, its largest element less its smallest one
+#: error metrics, all relative to the range of the tensor: its largest element less its smallest one
 Metric = Literal["max_rmse", "max_abs", "mean_abs"]
 METRICS: tuple[Metric, ...] = ("max_rmse", "max_abs", "mean_abs")
-# What is stored for so many bits has no layer that makes it lossless, so that leaving out layers gives the same
+# A tensor stored at up to this many bits has no lossless layer: without one, a larger file read at these bits gives the same values
 _MOST_LOSSY = 8
 _HINT = "give bits per weight such as 3.5, a bound such as max_rmse=0.01, max_abs=0.05 or mean_abs=0.01, or lossless"
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What layered tensors shall be read at. Without anything they are read as they are, to the last layer.
+    """The quality at which layered tensors are read; by default all layers.
 
     Attributes
     ----------
     bits
-        Bits for each weight at most, of each tensor; the first layer is read even if it has more, and the one that makes a tensor
-        lossless only from more than 8 bits on.
+        The most bits per weight of each tensor. The first layer is read even if it has more, and a lossless layer only if this is
+        above 8.
     metric, bound
-        The error that must not be exceeded, relative to the tensor's range; as few layers as fulfil that are read. (Tensors of
-        range 0 have no such error and are read as they are.)
+        The largest error allowed, relative to the tensor's range; the fewest layers within it are read. (Tensors of range 0 have no
+        such error, and all their layers are read.)
     lossless
-        The last layer has to be the one that gives the source back bit for bit.
+        Whether all layers are required to restore the source bit for bit.
     """
 
     bits: float | None = None
@@ -40,17 +40,17 @@ class Quality:
 
     @classmethod
     def parse(cls, value: float | str | Quality | None) -> Quality:
-        """Return a quality from what a user gives.
+        """Return a quality from a user's value.
 
         Parameters
         ----------
         value
-            Bits for each weight; ``"METRIC=BOUND"`` with one of `METRICS`; ``"lossless"``; or None.
+            Bits per weight; ``"METRIC=BOUND"`` with one of `METRICS`; ``"lossless"``; or None for all layers.
 
         Raises
         ------
         QualityError
-            If it is none of these.
+            If it is anything else.
         """
         if value is None or isinstance(value, Quality):
             return value or cls()
@@ -64,12 +64,12 @@ class Quality:
         return cls(bits=bits)
 
     def of(self, record: TensorRecord) -> TensorRecord:
-        """Return the record of a tensor with no more layers than are needed; one that has none is returned as it is.
+        """Return the record of a tensor with only the layers needed; one without layers is returned unchanged.
 
         Raises
         ------
         QualityError
-            If the tensor is layered, but its layers do not reach what is asked for.
+            If the tensor is layered but its layers do not reach this quality.
         """
         layers = record.layers
         return record.up_to(self._needed(record, layers)) if layers else record
@@ -82,7 +82,7 @@ class Quality:
             for count, layer in enumerate(layers, 1):
                 if relative(layer, record, self.metric) <= self.bound:
                     return count
-            if not record.range:  # nothing to compare with
+            if not record.range:  # relative errors are infinite
                 return len(layers)
             best = relative(layers[-1], record, self.metric)
             raise QualityError(
@@ -97,12 +97,12 @@ class Quality:
 
 
 def within(nbytes: int, elements: int, bits: float) -> bool:
-    """Return whether so many bytes are no more than some bits for each weight."""
+    """Return whether `nbytes` are no more than `bits` per weight."""
     return not elements or 8 * nbytes / elements <= bits
 
 
 def room(bits: float, elements: int) -> int:
-    """Return how many bytes are just `within` some bits for each weight."""
+    """Return the most bytes that are `within` `bits` per weight."""
     most = int(bits * elements / 8) + 1  # rounding may be off by one
     while most and not within(most, elements, bits):
         most -= 1
@@ -110,7 +110,7 @@ def room(bits: float, elements: int) -> int:
 
 
 def relative(layer: Layer, record: TensorRecord, metric: Metric) -> float:
-    """Return an error of a layer over the range of its tensor (0 over 0 is 0)."""
+    """Return an error of a layer divided by the range of its tensor (0 / 0 is 0)."""
     error = {"max_rmse": layer.error.rmse, "max_abs": layer.error.maximum, "mean_abs": layer.error.mean or 0.0}[metric]
     if not error:
         return 0.0

@@ -15,7 +15,7 @@ from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
 from qformat.parallel import default_jobs, for_each
 from qformat.quality import Quality
-from qformat.readers.decoder import SegmentChecker, TensorDecoder
+from qformat.readers.decoder import Decoders, TensorDecoder
 from qformat.records import TensorRecord
 
 
@@ -77,9 +77,9 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         verify: bool = True,
         jobs: int | None = None,
     ) -> None:
-        self._quality = Quality.parse(quality)
+        chosen = Quality.parse(quality)
         self._container = ContainerReader(path)
-        self._checker = SegmentChecker(enabled=verify)
+        self._decoders = Decoders(self._container, chosen, verify=verify)
         self._jobs = jobs or default_jobs()
 
     @property
@@ -218,10 +218,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         return Codes(flat.reshape(decoder.record.shape), *decoder.levels(codec))
 
     def _decoder(self, name: str) -> TensorDecoder:
-        record = self._container.tensor(name)
-        decoder = TensorDecoder(self._container, record, self._quality)
-        self._checker.check(decoder)
-        return decoder
+        return self._decoders.of(self._container.tensor(name))
 
     def close(self) -> None:
         """Close the file."""

@@ -1,4 +1,4 @@
-"""Decode tensors of a container chunk by chunk: what all readers share."""
+"""Decode the tensors of a container chunk by chunk: the base of all readers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qformat.codecs.base import CHUNK_DENSITY, CHUNK_ELEMENTS, Buffer, Chunk, Matrix, chunk_count, chunk_number, chunks
 from qformat.codecs.blocks import BlockCodec
-from qformat.codecs.layered import split_chunks
+from qformat.codecs.layout import CHUNK_ELEMENTS, Buffer, Chunk, Matrix, PartReader, part_readers
 from qformat.codecs.levels import LevelCodec
 from qformat.codecs.registry import codec_of
 from qformat.container.reader import ContainerReader
@@ -24,64 +23,121 @@ from qformat.records import Segment, TensorRecord
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-EVERYTHING = Quality()
 
-
-class TensorDecoder:
-    """Decodes one tensor.
+class Decoders:
+    """The decoders of a container's tensors, which compare each segment with its digest once, when it is first read.
 
     Parameters
     ----------
     container
         The open file.
-    record
-        The tensor's record.
     quality
-        How much of it to read, if it is layered.
-
-    Raises
-    ------
-    FormatError
-        If the tensor cannot be decoded by this version, or its record is impossible.
-    QualityError
-        If its layers do not reach the quality.
+        How much to read of tensors with layers; None is everything.
+    verify
+        Whether to compare digests.
     """
 
-    def __init__(self, container: ContainerReader, record: TensorRecord, quality: Quality = EVERYTHING) -> None:
-        self.home = container.home(record.name)
-        self._path = self.home.path
+    def __init__(self, container: ContainerReader, quality: Quality | None = None, *, verify: bool = True) -> None:
+        self.container = container
+        self._quality = quality or Quality()
+        self._verify = verify
+        self._lock = threading.Lock()  # while one thread checks, the others wait for the result
+        # by file and by all fields of the segment: an empty one has the offset of the next
+        self._checked: set[tuple[PathLike, Segment]] = set()
+
+    def __iter__(self) -> Iterator[TensorDecoder]:
+        return (self.of(record) for record in self.container.tensors)
+
+    def of(self, record: TensorRecord) -> TensorDecoder:
+        """Return the decoder of a tensor.
+
+        Raises
+        ------
+        FormatError
+            If this version cannot decode the tensor, or its record is impossible.
+        QualityError
+            If its layers do not reach the quality.
+        """
+        return TensorDecoder(self, record, self._quality)
+
+    def segments(self, home: ContainerReader, record: TensorRecord) -> list[memoryview]:
+        """Return the bytes of a tensor's segments.
+
+        Raises
+        ------
+        FormatError
+            If one is damaged.
+        """
+        segments = home.segments(record.segments)
+        if self._verify:
+            with self._lock:
+                for segment, data in zip(record.segments, segments, strict=True):
+                    if (home.path, segment) not in self._checked:
+                        home.check(segment, data, record.label)
+                        self._checked.add((home.path, segment))
+        return segments
+
+
+class TensorDecoder:
+    """Decodes one tensor; made by `Decoders.of`.
+
+    Attributes
+    ----------
+    record
+        Its record, up to the layers that are read.
+    codec
+        Its codec.
+    decoded
+        The dtype that it decodes to.
+    matrix
+        The tensor seen as rows.
+    """
+
+    def __init__(self, decoders: Decoders, record: TensorRecord, quality: Quality) -> None:
+        self._decoders = decoders
+        self._home = decoders.container.home(record.name)
         try:
             self.codec = codec_of(record)
             self.record = quality.of(record)
             if self.record is not record:
                 self.codec = codec_of(self.record)
         except FormatError as error:
-            raise FormatError(error.cause, path=self._path) from None
+            raise FormatError(error.cause, path=self._home.path) from None
         self.matrix = Matrix.of(record.shape)
         self.decoded = self.codec.decoded_from(DTYPES[record.dtype])
         self._alignment = self.codec.chunk_alignment(self.matrix)
-        self._segments = self.home.segments(self.record.segments)
+
+    @cached_property
+    def segments(self) -> list[memoryview]:
+        """The bytes of the segments that are read, compared with their digests.
+
+        Raises
+        ------
+        FormatError
+            If one is damaged.
+        """
+        return self._decoders.segments(self._home, self.record)
 
     @property
     def natural(self) -> DType:
-        """What numpy gets if it asks for nothing else: the stored dtype, or float32 where numpy has none or codes were stored."""
+        """The default dtype for numpy: the stored one, or float32 where numpy has none or codes are stored."""
         return self.decoded if self.decoded.native else F32
 
     def chunks(self) -> list[Chunk]:
         """Return the chunks of the tensor."""
-        return list(chunks(self.matrix, self._alignment))
+        return list(self.matrix.chunks(self._alignment))
 
     def view(self) -> NDArray[Any] | None:
-        """Return the stored elements, flat and read-only, without a copy, if that is what the codec stores."""
+        """Return a flat, read-only view of the stored elements, or None if the codec does not store elements."""
         stored = self.decoded
         unchecked = stored.name == "bool"  # of which not all bytes are valid
         if self.record.codec != stored.name or not stored.native or unchecked:
             return None
-        return np.frombuffer(self._segments[0], stored.storage)
+        return np.frombuffer(self.segments[0], stored.storage)
 
     def decode(self, chunk: Chunk) -> Elements:
         """Return the values of one chunk, two-dimensional."""
-        out = np.empty((chunk.rows, chunk.cols), self.decoded.storage)
+        out = np.empty(chunk.shape, self.decoded.storage)
         self._decode(chunk, out)
         return Elements(self.decoded, out)
 
@@ -93,16 +149,16 @@ class TensorDecoder:
         flat
             The tensor's elements in row-major order, in the storage of `dtype`.
         dtype
-            What to give the values as.
+            Dtype of the result.
         chunk
-            Which ones.
+            The chunk.
 
         Raises
         ------
         TypeError
             If the tensor's values cannot be given as `dtype`.
         """
-        target = flat[chunk.elements(self.matrix)].reshape(chunk.rows, chunk.cols)
+        target = flat[chunk.elements(self.matrix)].reshape(chunk.shape)
         if dtype is self.decoded:
             self._decode(chunk, target)
         else:
@@ -119,7 +175,7 @@ class TensorDecoder:
         result = np.empty((len(indices), self.matrix.cols), dtype.storage)
         if not result.size:
             return result
-        if self.codec.sized:
+        if self.codec.has_fixed_size:
             for start, chunk in runs(indices, self.matrix.cols, self._alignment):
                 result[start : start + chunk.rows] = self.decode(chunk).cast(dtype)
             return result
@@ -132,119 +188,66 @@ class TensorDecoder:
 
     def decode_codes(self, codec: LevelCodec, flat: NDArray[np.int8], chunk: Chunk) -> None:
         """Put the codes of one chunk where they belong in the whole tensor; `codec` is the decoder's own."""
-        target = flat[chunk.elements(self.matrix)].reshape(chunk.rows, chunk.cols)
+        target = flat[chunk.elements(self.matrix)].reshape(chunk.shape)
         self._apply(codec.decode_codes, chunk, target)
 
     def levels(self, codec: LevelCodec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the levels and the scales as `LevelCodec.numbers` does; `codec` is the decoder's own."""
+        segments = self.segments[2:]
         with self._naming_damage():
-            return codec.numbers(self._segments[2:], self.matrix)
+            return codec.numbers(segments, self.matrix)
 
     def _decode(self, chunk: Chunk, out: NDArray[Any]) -> None:
         self._apply(self.codec.decode, chunk, out)
 
     def _apply(self, decode: Callable[[Sequence[Any], NDArray[Any]], None], chunk: Chunk, out: NDArray[Any]) -> None:
-        if self.codec.layered:
-            with self._naming_damage():
-                decode(self._layers(chunk), out)
-            return
+        parts = self.parts(chunk)
         with self._naming_damage():
-            decode(self._parts(chunk), out)
+            decode(parts, out)
+
+    def parts(self, chunk: Chunk) -> list[memoryview]:
+        """Return the bytes of a chunk for each part of the codec's layout.
+
+        Raises
+        ------
+        FormatError
+            If they are damaged.
+        """
+        readers = self._readers
+        with self._naming_damage():
+            return [read(chunk) for read in readers]
+
+    @cached_property
+    def _readers(self) -> list[PartReader]:
+        return part_readers(self.codec.layout(self.matrix), self.matrix, self._alignment, self.segments)
 
     def blocks(self, chunk: Chunk) -> Sequence[Buffer]:
-        """Return the bytes of a chunk of a tensor that is not layered; of coded blocks the plain ones."""
+        """Return the parts of a chunk with plain blocks if they are entropy-coded."""
+        parts = self.parts(chunk)
+        if not isinstance(self.codec, BlockCodec):
+            return parts
         with self._naming_damage():
-            parts = self._parts(chunk)
-            return self.codec.plain(parts, chunk.rows, chunk.cols) if isinstance(self.codec, BlockCodec) else parts
-
-    def _parts(self, chunk: Chunk) -> list[memoryview]:
-        own = self._segments[2:] if self.codec.chunked else self._segments
-        spans = self.codec.spans(self.matrix, chunk)
-        parts = [segment[span] for segment, span in zip(own, spans, strict=True)]
-        if self.codec.chunked:
-            parts.insert(0, self._chunk(chunk))
-        return parts
+            return self.codec.plain(parts, *chunk.shape)
 
     @contextmanager
     def _naming_damage(self) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            raise FormatError(f"tensor {self.record.name!r} is damaged: {error}", path=self._path) from None
+            raise FormatError(f"tensor {self.record.name!r} is damaged: {error}", path=self._home.path) from None
         except MissingDecoderError as error:
-            raise MissingDecoderError(f"{self._path}: tensor {self.record.name!r}: {error}") from None
-
-    def segments(self) -> Iterator[tuple[Segment, memoryview]]:
-        """Yield the segments that are read, with their bytes."""
-        return zip(self.record.segments, self._segments, strict=True)
-
-    def _layers(self, chunk: Chunk) -> list[memoryview]:
-        """Return the first segment, and the chunk of a chunk in each other one."""
-        number = chunk_number(self.matrix, self._alignment, chunk)
-        parts = [self._segments[0], *(chunks[number] for chunks in self._layer_chunks)]
-        if len(parts[1]) * CHUNK_DENSITY < chunk.rows * chunk.cols:
-            raise ValueError("a chunk is too short")
-        return parts
-
-    @cached_property
-    def _layer_chunks(self) -> list[list[memoryview]]:
-        """The chunks of each segment but the first."""
-        count = chunk_count(self.matrix, self._alignment)
-        return [split_chunks(segment, count) for segment in self._segments[1:]]
-
-    @cached_property
-    def _chunk_stops(self) -> NDArray[np.int64]:
-        """Where each chunk ends in the segment ``chunks``."""
-        stops = np.cumsum(np.frombuffer(self._segments[1], "<u4"), dtype=np.int64)
-        if int(stops[-1]) != len(self._segments[0]):
-            raise ValueError("the lengths of its chunks do not add up")
-        return stops
-
-    def _chunk(self, chunk: Chunk) -> memoryview:
-        number = chunk_number(self.matrix, self._alignment, chunk)
-        stop = int(self._chunk_stops[number])
-        start = int(self._chunk_stops[number - 1]) if number else 0
-        if (stop - start) * CHUNK_DENSITY < chunk.rows * chunk.cols:
-            raise ValueError("a chunk is too short")
-        return self._segments[0][start:stop]
+            raise MissingDecoderError(f"{self._home.path}: tensor {self.record.name!r}: {error}") from None
 
 
-class SegmentChecker:
-    """Compares each segment with its digest once, when it is first used."""
-
-    def __init__(self, *, enabled: bool) -> None:
-        self._enabled = enabled
-        self._lock = threading.Lock()  # what one thread checks, others wait for
-        # by file, and by all of its fields: an empty one has the offset of the next
-        self._checked: set[tuple[PathLike, Segment]] = set()
-
-    def check(self, decoder: TensorDecoder) -> None:
-        """Check the segments that are read of a tensor.
-
-        Raises
-        ------
-        FormatError
-            If one is damaged.
-        """
-        if not self._enabled:
-            return
-        with self._lock:
-            for segment, data in decoder.segments():
-                key = decoder.home.path, segment
-                if key not in self._checked:
-                    decoder.home.check(segment, data, decoder.record.label)
-                    self._checked.add(key)
-
-
-def runs(indices: NDArray[np.intp], cols: int, chunk_alignment: int) -> list[tuple[int, Chunk]]:
-    """Group row numbers into chunks of consecutive rows, which are filled up to whole grains of the codec.
+def runs(indices: NDArray[np.intp], cols: int, alignment: int) -> list[tuple[int, Chunk]]:
+    """Group row numbers into chunks of consecutive rows.
 
     Returns
     -------
     list of (int, Chunk)
         Position of the chunk's first row among `indices`, and the chunk; of about `PIECE` elements at most.
     """
-    longest = max(1, CHUNK_ELEMENTS // max(1, -(-cols // chunk_alignment) * chunk_alignment))
+    longest = max(1, CHUNK_ELEMENTS // max(1, -(-cols // alignment) * alignment))
     grouped: list[tuple[int, Chunk]] = []
     start = 0
     for i in range(1, len(indices) + 1):

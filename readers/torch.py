@@ -9,13 +9,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from qformat.codecs.base import Chunk
+from qformat.codecs.layout import Chunk
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
 from qformat.errors import FormatError, SourceError
 from qformat.parallel import default_jobs, for_each
 from qformat.quality import Quality
-from qformat.readers.decoder import SegmentChecker, TensorDecoder
+from qformat.readers.decoder import Decoders, TensorDecoder
 from qformat.records import TensorRecord
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -82,11 +82,8 @@ def load_file(
     chosen = Quality.parse(quality)
     jobs = jobs or default_jobs()
     with ContainerReader(path) as container:
-        checker = SegmentChecker(enabled=verify)
-        return {
-            record.name: _decode(container, checker, record, chosen, dtype, jobs).to(device)
-            for record in container.tensors
-        }
+        decoders = Decoders(container, chosen, verify=verify)
+        return {decoder.record.name: _decode(decoder, dtype, jobs).to(device) for decoder in decoders}
 
 
 def load_model(
@@ -151,11 +148,11 @@ def load_model(
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
             own = _tensors(model)
-        checker = SegmentChecker(enabled=verify)
+        decoders = Decoders(container, chosen, verify=verify)
         with torch.no_grad():
             for name in shared:
                 floating = own[name].dtype if own[name].dtype.is_floating_point else None
-                own[name].copy_(_decode(container, checker, records[name], chosen, floating, jobs))
+                own[name].copy_(_decode(decoders.of(records[name]), floating, jobs))
     return missing, unexpected
 
 
@@ -199,18 +196,9 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
         raise TypeError(f"dtype {dtype} is not one of float16, bfloat16, float32, float64")
 
 
-def _decode(
-    container: ContainerReader,
-    checker: SegmentChecker,
-    record: TensorRecord,
-    quality: Quality,
-    dtype: torch.dtype | None,
-    jobs: int,
-) -> torch.Tensor:
+def _decode(decoder: TensorDecoder, dtype: torch.dtype | None, jobs: int) -> torch.Tensor:
     """Return a tensor in `dtype` if it is floating, else in the dtype of the source."""
-    decoder = TensorDecoder(container, record, quality)
-    checker.check(decoder)
-    target = DTYPES[record.dtype]
+    target = DTYPES[decoder.record.dtype]
     if target.floating and dtype in _BY_TORCH:
         target = _BY_TORCH[dtype]
     return _fill(decoder, target, jobs)

@@ -1,8 +1,8 @@
 """Reference reader of qformat 1.4 in plain numpy, written from `container.md` and `codecs.md` alone.
 
 It reads the whole file, checks every rule of the two texts and prefers clarity to speed; `reference_codecs` decodes
-the tensors, `reference_layers` those in layers. "container 3" and "codecs" in the comments name the text, and the
-section of it, in which a rule stands.
+tensors, `reference_layers` layered ones. "container 3.1" and "codecs 16" in comments and docstrings name the text and
+the section of a rule.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-# This file is also loaded by its path, without the folder that it shares with the codecs' part.
+# This file may be loaded by its path, without its folder on the search path.
 sys.path.append(str(Path(__file__).parent))
 
 from reference_codecs import decode as decode_values
@@ -45,7 +45,7 @@ MAX_RECORDS = 16 << 20
 MAX_COMPONENTS = 16
 MAX_DEPTH = 32
 
-# The keys that this reader knows, for `must_understand` (container 3).
+# The keys that this reader knows, for `must_understand` (container 3.7).
 TOP_KEYS = {"assets", "header_sha256", "metadata", "tensors", "shards", "must_understand"}
 SHARD_KEYS = {"name", "bytes", "root_sha256", "must_understand"}
 STORED_KEYS = {"name", "offset", "length", "sha256", "must_understand"}
@@ -53,8 +53,7 @@ SEGMENT_KEYS = STORED_KEYS | {"error"}
 ASSET_KEYS = STORED_KEYS | {"encoding", "size", "content_sha256"}
 TENSOR_KEYS = {"name", "shape", "dtype", "codec", "params", "encoder", "error", "range", "segments", "must_understand"}
 
-# What "%.9e" prints for a finite number that is not negative: the first digit is 0 only for zero itself,
-# and the exponent has three digits only where it needs them.
+# "%.9e" of a finite number that is not negative, with a two-digit exponent: only zero begins with 0 (container 3.3).
 ERROR_VALUE = re.compile(r"0\.0{9}e\+00|[1-9]\.[0-9]{9}e(\+[0-9]{2}|-0[1-9]|-[1-9][0-9])")
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -64,7 +63,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 class Tensor:
     """A tensor that is not decoded yet: its record, and name and bytes of each segment.
 
-    `refusal` says why it must not be decoded (`must_understand`), and is empty if it may be.
+    `refusal` is the reason why it must not be decoded (`must_understand`), or empty.
     """
 
     name: str
@@ -90,7 +89,7 @@ class Asset:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a head says of a file that holds tensors; `root` is in hexadecimal."""
+    """The record of a shard in a head; `root` is in hexadecimal."""
 
     name: str
     size: int
@@ -110,7 +109,7 @@ class File:
 
 
 def read(data: bytes) -> File:
-    """Check a file and find its tensors and assets.
+    """Check a file and return its tensors and assets.
 
     Parameters
     ----------
@@ -125,7 +124,7 @@ def read(data: bytes) -> File:
     Raises
     ------
     SpecError
-        If the file breaks a rule. What makes a single tensor or asset unreadable (an unknown codec, say) is
+        If the file is invalid. Reasons that make only one tensor or asset unreadable (an unknown codec, say) are
         raised when that one is decoded.
     """
     header_size = _check_header(data)
@@ -137,7 +136,7 @@ def read(data: bytes) -> File:
         fail("header", "header_sha256 differs")
     metadata = get(top, "metadata", dict, "index")
     if not all(isinstance(value, str) for value in metadata.values()):
-        fail("metadata", "holds something that is not a string")
+        fail("metadata", "contains a value that is not a string")
     tensors, assets = _named_records(top, "tensors"), _named_records(top, "assets")
     _check_folders(assets)
     _check_layout(data, tensors, assets, header_size, index_offset)
@@ -152,12 +151,12 @@ def read(data: bytes) -> File:
 
 
 def read_path(path: Path) -> File:
-    """Check a file at a path, and the shards beside it if it is a head, and find the tensors of all of them.
+    """Check a file, and the shards beside it if it is a head; return the tensors of all of them.
 
     Raises
     ------
     SpecError
-        As `read`, or if a shard is not the one that the head names.
+        As `read`, or if a shard differs from its record in the head.
     """
     head = read(path.read_bytes())
     tensors = dict(head.tensors)
@@ -165,7 +164,7 @@ def read_path(path: Path) -> File:
         data = (path.parent / shard.name).read_bytes()
         found = read(data)
         if (len(data), found.root, found.shards) != (shard.size, shard.root, ()):
-            fail(f"shard {shard.name!r}", "is not the one that the head names")
+            fail(f"shard {shard.name!r}", "differs from its record in the head")
         for name, tensor in found.tensors.items():
             if tensors and name <= max(tensors):
                 fail(f"shard {shard.name!r}", f"tensor {name!r} is not in order")
@@ -174,7 +173,7 @@ def read_path(path: Path) -> File:
 
 
 def _shards(top: Record, tensors: list[Record]) -> tuple[Shard, ...]:
-    """Return the shards of a head (container 3)."""
+    """Return the shards of a head (container 3.5)."""
     if ("shards" in top) != ("must_understand" in top and "shards" in _get_list(top, "must_understand", str, "index")):
         fail("index", "'shards' and 'must_understand' disagree")
     if "shards" not in top:
@@ -203,14 +202,13 @@ def decode(tensor: Tensor, layers: int | None = None) -> npt.NDArray[Any]:
     tensor : Tensor
         A tensor of a `File`.
     layers : int, optional
-        Of a layered tensor: how many of its layers to decode, from the first one on, and nothing else. None decodes
-        everything.
+        Number of layers to decode of a layered tensor. Default: everything.
 
     Returns
     -------
     numpy.ndarray
-        The values in the tensor's shape. Raw codecs, and others that keep the dtype, give numpy's dtype of that name,
-        or float32 where numpy has none (`bf16` and the `f8` ones); quantized codecs and layers give float32.
+        The values in the tensor's shape. Raw and lossless codecs give numpy's dtype of the same name, or float32 where
+        numpy has none (`bf16`, `f8_e4m3`, `f8_e5m2`); quantized codecs and layers give float32.
 
     Raises
     ------
@@ -228,7 +226,7 @@ def decode(tensor: Tensor, layers: int | None = None) -> npt.NDArray[Any]:
     values = decode_values(
         tensor.codec, tensor.dtype, tensor.shape, params, tensor.segments, has_error=has_error, where=where
     )
-    # Only now: of a codec that is unknown nobody knows whether it is layered.
+    # Checked last: an unknown codec might be layered.
     segments = get(tensor.record, "segments", list, where) if "segments" in tensor.record else []
     if "range" in tensor.record or any("error" in segment for segment in segments):
         fail(where, f"{tensor.codec} is not layered, but has a range, or a segment with an error")
@@ -248,12 +246,12 @@ def decode_asset(asset: Asset) -> bytes:
     Returns
     -------
     bytes
-        The decoded bytes, whose size and digest have been checked.
+        The decoded bytes; their size and digest are correct.
 
     Raises
     ------
     SpecError
-        If the record needs something unknown, or the stored bytes do not decode to what it says.
+        If the record needs something unknown, or the stored bytes do not decode to the recorded content.
     """
     where = f"asset {asset.name!r}"
     if asset.refusal:
@@ -275,7 +273,7 @@ def decode_asset(asset: Asset) -> bytes:
 
 
 def _check_header(data: bytes) -> int:
-    """Check the header and return its size; its digest stands in the index."""
+    """Check the header and return its size; its digest is checked later, with the index."""
     if len(data) < ALIGNMENT + TRAILER_SIZE:
         fail("file", f"{len(data)} bytes are too few for a header and a trailer")
     magic, major, header_size, _, incompatible = struct.unpack_from("<8sHHIQ", data)
@@ -303,7 +301,7 @@ def _check_trailer(data: bytes) -> tuple[int, int, bytes]:
         fail("trailer", f"index_offset {index_offset} is not aligned")
     if index_offset + index_length + records_length + TRAILER_SIZE != len(data):
         fail("trailer", f"the lengths do not add up to the file's {len(data)} bytes")
-    if index_length > MAX_INDEX:  # container 3
+    if index_length > MAX_INDEX:  # container 3.1
         fail("trailer", f"index_length {index_length} is above {MAX_INDEX}")
     records_offset = index_offset + index_length
     index, records = data[index_offset:records_offset], data[records_offset:-TRAILER_SIZE]
@@ -340,8 +338,8 @@ def _parse_index(index: bytes) -> Record:
         text = index.decode("utf-8")
         top = json.loads(text, parse_int=_integer, parse_float=_integer, parse_constant=_integer)
         _check_json(top, 0)
-        # json escapes exactly what the text says, and str sorts by code point. A key that stands twice, white
-        # space, or another spelling of a string or number does not survive, so that the bytes differ.
+        # json escapes exactly as container 3.1 requires, and str sorts by code point. Duplicate keys, white space and
+        # other spellings of strings and numbers do not survive, so that the bytes differ.
         again = json.dumps(top, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
     except SpecError:
         raise
@@ -357,7 +355,7 @@ def _parse_index(index: bytes) -> Record:
 
 
 def _integer(text: str) -> int:
-    # Digits are counted first, since int() refuses, or takes long for, a very long text.
+    # Digits are counted first, since int() refuses a very long text, or takes long.
     if not re.fullmatch(r"-?[0-9]{1,16}", text) or not 0 <= int(text) <= MAX_INTEGER:
         fail("index", f"number {text[:40]} is not an integer from 0 to 2^53 - 1")
     return int(text)
@@ -366,7 +364,7 @@ def _integer(text: str) -> int:
 def _check_json(value: object, depth: int) -> None:
     """Refuse null and too deep a nesting; `depth` counts the arrays and objects around the value."""
     if value is None:
-        fail("index", "holds null")
+        fail("index", "contains null")
     if isinstance(value, dict | list):
         if depth == MAX_DEPTH:
             fail("index", f"nested deeper than {MAX_DEPTH} levels")
@@ -377,7 +375,7 @@ def _check_json(value: object, depth: int) -> None:
 def _get_list(record: Record, key: str, kind: type[T], where: str) -> list[T]:
     values = get(record, key, list, where)
     if any(type(value) is not kind for value in values):
-        fail(where, f"{key!r} holds something that is not of type {kind.__name__}")
+        fail(where, f"{key!r} contains a value that is not of type {kind.__name__}")
     return values
 
 
@@ -389,23 +387,23 @@ def _digest(record: Record, key: str, where: str) -> str:
 
 
 def _refusal(record: Record, known: set[str], where: str) -> str:
-    """Say which keys `must_understand` names that this reader does not know."""
+    """Return an error message if `must_understand` names keys that this reader does not know, else an empty string."""
     names = _get_list(record, "must_understand", str, where) if "must_understand" in record else []
     unknown = sorted(set(names) - known)
     return f"unknown keys must be understood: {unknown}" if unknown else ""
 
 
 def _named_records(top: Record, key: str) -> list[Record]:
-    """Take an array of records that is sorted by name, names unique."""
+    """Return an array of records, which must be sorted by name, names unique."""
     records: list[Record] = _get_list(top, key, dict, "index")
     for before, name in pairwise([get(record, "name", str, key) for record in records]):
         if before >= name:
-            fail(key, f"name {name!r} is not unique or stands in the wrong place")
+            fail(key, f"name {name!r} is not unique or out of order")
     return records
 
 
 def _check_folders(assets: list[Record]) -> None:
-    """Check that no asset's name is that of a folder of another one."""
+    """Check that no asset's name is the folder of another asset."""
     names = {get(asset, "name", str, "assets") for asset in assets}
     for name in names:
         for end, character in enumerate(name):
@@ -417,7 +415,7 @@ def _check_folders(assets: list[Record]) -> None:
 
 
 def _check_layout(data: bytes, tensors: list[Record], assets: list[Record], start: int, stop: int) -> None:
-    """Check that the segments follow each other from header to index, with only zero bytes between."""
+    """Check that the segments follow one another from header to index, with only zero bytes between (container 2)."""
     owners = [(asset, f"asset {asset['name']!r}") for asset in assets]
     for tensor in tensors:
         where = f"tensor {tensor['name']!r}"
@@ -437,7 +435,7 @@ def _check_layout(data: bytes, tensors: list[Record], assets: list[Record], star
 
 
 def _load(data: bytes, record: Record, where: str) -> bytes:
-    """Take the bytes of a segment or an asset and compare their digest; the span has been checked."""
+    """Return the bytes of a segment or an asset after checking their digest; the span has been checked."""
     offset, length = get(record, "offset", int, where), get(record, "length", int, where)
     content = data[offset : offset + length]
     if hashlib.sha256(content).hexdigest() != _digest(record, "sha256", where):
@@ -457,7 +455,7 @@ def _load_tensor(data: bytes, record: Record) -> Tensor:
     if "encoder" in record:
         encoder = get(record, "encoder", dict, where)
     if not all(isinstance(value, int | str) for value in [*params.values(), *encoder.values()]):
-        fail(where, "params or encoder holds something that is no integer, string or boolean")
+        fail(where, "params or encoder contains a value that is not an integer, string or boolean")
     if "error" in record:
         _check_measures(get(record, "error", dict, where), ("rmse", "max"), where)
     if "range" in record:
@@ -479,14 +477,14 @@ def _load_tensor(data: bytes, record: Record) -> Tensor:
 
 
 def _check_measures(record: Record, keys: tuple[str, ...], where: str) -> None:
-    """Check the form of errors and ranges (container 3, tensor record)."""
+    """Check the form of errors and ranges (container 3.3)."""
     for key in keys:
         if not ERROR_VALUE.fullmatch(get(record, key, str, where)):
             fail(where, f"{key} is not in the form of %.9e")
 
 
 def _check_layers(tensor: Tensor, params: Record, where: str) -> None:
-    """Check that the record of a layered tensor has the range and the errors that it must have (container 3)."""
+    """Check range and errors in the record of a layered tensor (container 3.3, 3.4; codecs 16)."""
     names, values = layers_of(params, where), [get(tensor.record, "range", str, where)]
     last: Record = {}
     for segment in _get_list(tensor.record, "segments", dict, where):
@@ -496,7 +494,7 @@ def _check_layers(tensor: Tensor, params: Record, where: str) -> None:
         if is_layer:
             last = get(segment, "error", dict, where)
             values += [get(last, key, str, where) for key in ("rmse", "max", "mean")]
-    # codecs, scm: no error if all is kept, else that of the last layer.
+    # codecs 17.1 and 16: no error if lossless, else that of the last layer.
     lossless = get(params, "lossless", bool, where)
     if ("error" in tensor.record) == lossless:
         fail(where, f"{tensor.codec} must {'not ' if lossless else ''}have an error")
@@ -534,7 +532,7 @@ def _load_asset(data: bytes, record: Record) -> Asset:
 
 
 def _frame_content_size(frame: bytes, where: str) -> int:
-    """Walk over the zstd frame (RFC 8878, 3.1.1), which must be the only one and tell its content size."""
+    """Return the content size of a zstd frame (RFC 8878, 3.1.1), which must state it and be the only frame."""
     try:
         magic, descriptor = struct.unpack_from("<IB", frame)
         single_segment = descriptor >> 5 & 1  # then there is no window descriptor
@@ -559,12 +557,12 @@ def _frame_content_size(frame: bytes, where: str) -> int:
 
 
 def _decompress(frame: bytes, size: int, where: str) -> bytes:
-    if (content_size := _frame_content_size(frame, where)) != size:  # container 3: before memory is asked for
+    if (content_size := _frame_content_size(frame, where)) != size:  # container 3.6: before memory is allocated
         fail(where, f"zstd frame has content size {content_size} and not {size}")
     import zstandard  # only compressed assets need it
 
-    # Not the one-shot call, which looks at no block if the content size is 0. Asking for one byte more than
-    # there may be makes the stream go on to the end of the frame and compare its checksum.
+    # Not the one-shot call, which examines no block if the content size is 0. Reading one byte more than `size` makes
+    # the stream continue to the end of the frame and compare its checksum.
     try:
         with zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(frame) as stream:
             return stream.read(size + 1)
@@ -581,7 +579,7 @@ def _report(path: str) -> None:
         decode(tensor)
         error = tensor.record.get("error")
         errors = f"  rmse {error['rmse']} max {error['max']}" if isinstance(error, dict) else ""
-        name = tensor.name.encode("ascii", "backslashreplace").decode()  # any terminal can show that
+        name = tensor.name.encode("ascii", "backslashreplace").decode()  # safe for any terminal
         print(f"{name}  {tensor.codec}  {list(tensor.shape)}{errors}")
     for asset in file.assets.values():
         decode_asset(asset)

@@ -1,6 +1,7 @@
 """The codecs' part of the reference reader: from the segments of a tensor to its values.
 
-Every function takes `where`, what an error message begins with. The comments name sections of `codecs.md`.
+`where` is the beginning of error messages. Numbers in comments and docstrings are sections of `codecs.md`, those after
+"container" of `container.md`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from reference_streams import DENSITY, Cursor, SpecError, borders, chunks, fail, letters, symbols, widened
+from reference_streams import DENSITY, Cursor, SpecError, borders, chunks, digits, fail, from_bytes, symbols
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Exponent and mantissa bits of the floating dtypes (Raw).
+# Exponent and mantissa bits of the floating dtypes (2).
 FLOATING = {
     "f8_e4m3": (4, 3),
     "f8_e5m2": (5, 2),
@@ -32,7 +33,7 @@ FLOATING = {
     "f32": (8, 23),
     "f64": (11, 52),
 }
-# The stored elements of each dtype (Dtypes). Those of bool, bf16 and f8 are widened afterwards.
+# The stored elements of each dtype (1). Those of bool, bf16 and f8 are widened afterwards.
 DTYPES = {
     "bool": "u1",
     **{f"u{8 * size}": f"<u{size}" for size in (1, 2, 4, 8)},
@@ -47,7 +48,7 @@ DTYPES = {
 
 
 def get(record: Mapping[str, object], key: str, kind: type[T], where: str) -> T:
-    """Take a required key of exactly this type: to Python a bool is an int, to the format it is not.
+    """Return the value of a required key, of exactly this type: a bool is an int in Python, but not in the format.
 
     Parameters
     ----------
@@ -58,7 +59,7 @@ def get(record: Mapping[str, object], key: str, kind: type[T], where: str) -> T:
     kind : type
         Type of the value.
     where : str
-        What an error message begins with.
+        Beginning of error messages.
 
     Returns
     -------
@@ -68,7 +69,7 @@ def get(record: Mapping[str, object], key: str, kind: type[T], where: str) -> T:
     Raises
     ------
     SpecError
-        If the key is missing or its value of another type.
+        If the key is missing or its value has another type.
     """
     value = record.get(key)
     if not isinstance(value, kind) or type(value) is not kind:
@@ -83,36 +84,32 @@ def decode(
 
     Parameters
     ----------
-    codec, dtype : str
-        What the record says.
-    shape : tuple of int
-        The record's, too.
-    params : mapping
-        The record's, too.
+    codec, dtype, shape, params
+        Of the tensor's record.
     segments : sequence of (str, bytes)
         Name and bytes of each segment.
     has_error : bool
         Whether the record has an `error`.
     where : str
-        What an error message begins with.
+        Beginning of error messages.
 
     Returns
     -------
     numpy.ndarray
-        The values in this shape; `reference.decode` says of which type.
+        The values in this shape, of the type that `reference.decode` documents.
 
     Raises
     ------
     SpecError
         If the codec or the dtype is unknown, or something does not fit the codec.
     """
-    # container 3: an unknown codec or dtype makes this tensor unreadable and no other.
+    # container 3.7: an unknown codec or dtype makes this tensor unreadable and no other.
     if codec not in DTYPES and codec not in MATRIX_CODECS and codec != "lossless":
         fail(where, f"unknown codec {codec!r}")
     if dtype not in DTYPES:
         fail(where, f"unknown dtype {dtype!r}")
     lossless = _check_dtype(codec, dtype, where)
-    if lossless == has_error:  # container 3: absent if, and only if, the codec keeps every tensor
+    if lossless == has_error:  # container 3.3: absent if and only if the codec preserves every tensor
         fail(where, f"{codec} of {dtype} must {'not ' if lossless else ''}have an error")
     values: npt.NDArray[Any]
     if codec in DTYPES:
@@ -125,7 +122,7 @@ def decode(
 
 
 def shaped(values: npt.NDArray[Any], shape: tuple[int, ...], where: str) -> npt.NDArray[Any]:
-    """Give the values of a tensor in its shape."""
+    """Return values in the tensor's shape."""
     try:
         return values.reshape(shape)
     except ValueError:
@@ -137,7 +134,7 @@ def shaped(values: npt.NDArray[Any], shape: tuple[int, ...], where: str) -> npt.
 
 
 def _check_dtype(codec: str, dtype: str, where: str) -> bool:
-    """Check that this codec may hold this dtype, and say whether it keeps every tensor of it bit for bit."""
+    """Check that this codec may store this dtype; return whether it preserves every tensor of it bit for bit."""
     if dtype == codec:
         return True
     if dtype not in FLOATING or (codec in DTYPES and codec not in ("f16", "bf16", "f32", "f64")):
@@ -148,18 +145,18 @@ def _check_dtype(codec: str, dtype: str, where: str) -> bool:
 
 
 def rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
-    """See a tensor as a matrix (Rows)."""
+    """Return the rows and columns of the matrix that a tensor is seen as (3)."""
     return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
 def check_keys(params: Params, known: Collection[str], where: str) -> None:
-    """Check that there is no other parameter: with one, a reader MUST NOT decode (container 3)."""
+    """Check that there are no other parameters: with one, a reader MUST NOT decode (container 3.3)."""
     if unknown := sorted(set(params) - set(known)):
         fail(where, f"unknown params {unknown}")
 
 
 def _choice(params: Params, key: str, allowed: Sequence[T], where: str) -> T:
-    """Take a parameter that is one of a few values, all of one type."""
+    """Return a parameter that must be one of a few values, all of one type."""
     value = get(params, key, type(allowed[0]), where)
     if value not in allowed:
         fail(where, f"{key!r} is {value!r} and none of {list(allowed)}")
@@ -167,8 +164,8 @@ def _choice(params: Params, key: str, allowed: Sequence[T], where: str) -> T:
 
 
 def _take(segments: Segments, layout: list[tuple[str, int]], n: int, where: str) -> list[bytes]:
-    """Take the segments of a tensor of n elements, which must have these names, this order and these lengths."""
-    needed = [(name, length if n else 0) for name, length in layout]  # Rows: if n is 0, every segment is empty
+    """Return the segments of a tensor of n elements, which must have these names, this order and these lengths."""
+    needed = [(name, length if n else 0) for name, length in layout]  # 3: if n is 0, every segment is empty
     found = [(name, len(content)) for name, content in segments]
     if found != needed:  # container 8: before the result is allocated
         fail(where, f"segments are {found[:4]}, but the codec needs {needed}")
@@ -176,7 +173,7 @@ def _take(segments: Segments, layout: list[tuple[str, int]], n: int, where: str)
 
 
 def _widen(stored: npt.NDArray[Any], what: str, where: str) -> Float32:
-    """Give scales or the like, f16, f32 or the bits of bf16, as binary32; they must be finite (Rows)."""
+    """Return scales and similar numbers, f16, f32 or the bits of bf16, as binary32; they must be finite (3)."""
     if stored.dtype.kind == "u":
         values: Float32 = (stored.astype(np.uint32) << 16).view(np.float32)
     else:
@@ -187,12 +184,12 @@ def _widen(stored: npt.NDArray[Any], what: str, where: str) -> Float32:
 
 
 def _halves(stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Give the 4-bit codes of blocks: first all low halves of the bytes, then all high ones."""
+    """Return the 4-bit codes of blocks: first all low halves of the bytes, then all high ones."""
     return np.concatenate([stored & 15, stored >> 4], axis=1)
 
 
 def _unpack(stored: bytes, rows: int, cols: int, bits: int) -> npt.NDArray[np.int32]:
-    """Give the codes of each row (Packed codes)."""
+    """Return the codes of each row (6)."""
     each_bit = np.unpackbits(np.frombuffer(stored, np.uint8), bitorder="little").reshape(rows, -1, bits)
     return each_bit[:, :cols].astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
 
@@ -205,7 +202,7 @@ def _packed_length(rows: int, cols: int, bits: int) -> int:
 
 
 def _f8_table(exponent_bits: int, bias: int) -> Float32:
-    """Give the value of each of the 256 codes, as if none were infinite or NaN."""
+    """Return the value of each of the 256 codes, as if none were infinite or NaN."""
     bits, code = 7 - exponent_bits, np.arange(256)
     exponent, mantissa = (code & 0x7F) >> bits, code & (1 << bits) - 1
     mantissa += np.where(exponent > 0, 1 << bits, 0)
@@ -241,7 +238,7 @@ def raw_values(codec: str, values: npt.NDArray[Any], where: str) -> npt.NDArray[
 
 # ---- blocks
 
-# The fields of a block, and the number z that is taken from the codes.
+# The fields of a block, and the number z that is subtracted from the codes (4).
 BLOCK_FIELDS: dict[str, tuple[list[tuple[str, str, int]], int]] = {
     "q4_0": ([("scale", "<f2", 1), ("low", "u1", 16)], 8),
     "q4_1": ([("scale", "<f2", 1), ("minimum", "<f2", 1), ("low", "u1", 16)], 0),
@@ -271,7 +268,7 @@ def _decode_blocks(codec: str, rows: int, cols: int, params: Params, segments: S
 def _take_blocks(
     codec: str, rows: int, cols: int, block: int, size: int, params: Params, segments: Segments, where: str
 ) -> bytes:
-    """Take the blocks of `block` elements and `size` bytes, which may be coded (Coded blocks)."""
+    """Return the blocks of `block` elements and `size` bytes, which may be coded (13)."""
     if "coded" not in params:
         (data,) = _take(segments, [("blocks", rows * -(-cols // block) * size)], rows * cols, where)
         return data
@@ -284,29 +281,29 @@ def _take_blocks(
         part = every[row, col.start // block : -(-col.stop // block)]
         blocks = np.empty((part.shape[0] * part.shape[1], size), np.uint8)
         for i in range(before):
-            blocks[:, i] = letters(cursor, len(blocks))
-        if before == 4:  # what stands for m is its difference to d
+            blocks[:, i] = symbols(cursor, len(blocks))
+        if before == 4:  # stored in place of m: its difference to d
             d, m = (blocks[:, i].astype(np.uint16) + 256 * blocks[:, i + 1].astype(np.uint16) for i in (0, 2))
             blocks[:, 2:4] = (m + d).astype("<u2")[:, None].view(np.uint8)
         if codec in ("q5_0", "q5_1"):
-            q = symbols(cursor, 32 * len(blocks), 32).reshape(-1, 32)
+            q = digits(cursor, 32 * len(blocks), 32).reshape(-1, 32)
             blocks[:, before : before + 4] = np.packbits(q >> 4, axis=1, bitorder="little")
             blocks[:, before + 4 :] = q[:, :16] & 15 | (q[:, 16:] & 15) << 4
         else:
             count = len(blocks) * (size - before)
-            blocks[:, before:] = letters(cursor, count, 256 if codec == "q8_0" else 16).reshape(len(blocks), -1)
+            blocks[:, before:] = symbols(cursor, count, 256 if codec == "q8_0" else 16).reshape(len(blocks), -1)
         part[:] = blocks.reshape(part.shape)
     return every.tobytes()
 
 
 def _take_chunked(
-    segments: Segments, rows: int, cols: int, unit: int, layout: list[tuple[str, int]], where: str
+    segments: Segments, rows: int, cols: int, alignment: int, layout: list[tuple[str, int]], where: str
 ) -> tuple[list[tuple[slice, slice]], list[bytes]]:
-    """Take the borders and the segments of a chunked tensor, those after `lengths` as `layout` says (Chunks)."""
+    """Return the borders and the segments of a chunked tensor; `layout` lists those after `lengths` (11)."""
     content, n = segments[0][1] if segments else b"", rows * cols
-    if n > DENSITY * len(content):  # before the result is allocated, or a list of chunks that are not there
+    if n > DENSITY * len(content):  # before the result, or a list of chunks, is allocated
         fail(where, f"{len(content)} bytes of chunks are too few for {n} elements")
-    places = borders(rows, cols, unit)
+    places = borders(rows, cols, alignment)
     return places, _take(segments, [("chunks", len(content)), ("lengths", 4 * len(places)), *layout], n, where)
 
 
@@ -368,7 +365,7 @@ def _decode_affine(rows: int, cols: int, params: Params, segments: Segments, whe
     if act_order:
         group_of_column = np.frombuffer(zeros.pop(), "<u4").astype(np.int64)
         if (group_of_column >= groups).any():
-            fail(where, "a column is in a group that is not there")
+            fail(where, "a column is in a group that does not exist")
     d = _widen(np.frombuffer(scales, DTYPES[scale]), "scale", where).reshape(rows, groups)[:, group_of_column]
     q = _unpack(codes, rows, cols, bits)
     if sym:
@@ -399,7 +396,7 @@ def _decode_fp8(rows: int, cols: int, params: Params, segments: Segments, where:
         return np.empty(0, np.float32)
     band_of_row = np.frombuffer(places[0], "<u4").astype(np.int64) if listed else np.arange(rows) // height
     if (band_of_row >= bands).any():
-        fail(where, "a row is in a band that is not there")
+        fail(where, "a row is in a band that does not exist")
     d = _widen(np.frombuffer(scales, DTYPES[scale]), "scale", where).reshape(bands, groups)
     each = d[band_of_row][:, np.arange(cols) // width].reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaNs are values here
@@ -408,7 +405,7 @@ def _decode_fp8(rows: int, cols: int, params: Params, segments: Segments, where:
 
 
 def _extent(params: Params, key: str, count: int, where: str) -> int:
-    """Take how many rows are a band or columns a group; of `count` that there are, at least 1."""
+    """Return the rows of a band or the columns of a group; for `all`, `count` or 1."""
     if params.get(key) == "all":
         return max(count, 1)
     size = get(params, key, int, where)
@@ -479,8 +476,8 @@ def _decode_levels(codec: str, rows: int, cols: int, params: Params, segments: S
     layout = [("codebook", 4 * n)]
     if scale != "tensor":
         layout.append(("scales", rows * groups * np.dtype(DTYPES[dtype]).itemsize))
-    unit = 1 if scale == "tensor" else width
-    places, (content, lengths, codebook, *scales) = _take_chunked(segments, rows, cols, unit, layout, where)
+    alignment = 1 if scale == "tensor" else width
+    places, (content, lengths, codebook, *scales) = _take_chunked(segments, rows, cols, alignment, layout, where)
     if not rows * cols:
         return np.empty(0, np.float32)
     entries = _widen(np.frombuffer(codebook, "<f4"), "codebook entry", where)
@@ -489,7 +486,7 @@ def _decode_levels(codec: str, rows: int, cols: int, params: Params, segments: S
     values = np.empty((rows, cols), np.float32)
     for row, col, cursor in chunks(content, lengths, places, where):
         part = values[row, col]
-        part[:] = entries[symbols(cursor, part.size, n)].reshape(part.shape)
+        part[:] = entries[digits(cursor, part.size, n)].reshape(part.shape)
     if scales:
         d = _widen(np.frombuffer(scales[0], DTYPES[dtype]), "scale", where).reshape(rows, groups)
         with np.errstate(over="ignore"):  # a product beyond binary32 rounds to an infinity
@@ -512,9 +509,9 @@ def _decode_lossless(
         count = cursor.number(1)
         if not 1 <= count <= 16:
             fail(cursor.where, f"{count} groups of rows")
-        group = letters(cursor, len(part)) if count > 1 else np.zeros(len(part), np.uint8)
+        group = symbols(cursor, len(part)) if count > 1 else np.zeros(len(part), np.uint8)
         if group.max() >= count:
-            fail(cursor.where, f"group {group.max()} is none of {count}")
+            fail(cursor.where, f"group {group.max()} is not below {count}")
         for number in range(count):
             members = np.flatnonzero(group == number)
             elements = _group(cursor, len(members) * part.shape[1], dtype, size)
@@ -524,7 +521,7 @@ def _decode_lossless(
 
 
 def _group(cursor: Cursor, count: int, dtype: str, size: int) -> npt.NDArray[Any]:
-    """Take the elements of a group of rows, as unsigned integers."""
+    """Read the elements of a group of rows, as unsigned integers (15.2)."""
     if not count:
         return np.empty(0, np.uint64)
     mark = cursor.number(1)
@@ -533,40 +530,40 @@ def _group(cursor: Cursor, count: int, dtype: str, size: int) -> npt.NDArray[Any
     sparse, plain = mark % 2 == 1, mark >= 2
     used = np.ones(count, np.bool_)
     if sparse:
-        bits = np.unpackbits(letters(cursor, -(-count // 8)), bitorder="little")
+        bits = np.unpackbits(symbols(cursor, -(-count // 8)), bitorder="little")
         if np.any(bits[count:]):
-            fail(cursor.where, "elements are marked that there are not")
+            fail(cursor.where, "bits past the last element are not 0")
         used = bits[:count] == 1
     elements = np.zeros(count, np.uint64)
     stored = _parts(cursor, int(used.sum()), plain or dtype not in ("bf16", "f32"), size)
     if sparse and not np.all(stored):
-        fail(cursor.where, "an element is 0 that is marked not to be")
+        fail(cursor.where, "an element is 0, but marked as not 0")
     elements[used] = stored
     return elements
 
 
 def _parts(cursor: Cursor, count: int, plain: bool, size: int) -> npt.NDArray[Any]:
-    """Take the parts of so many elements."""
+    """Read the parts of `count` elements (15.3)."""
     if not count:
         return np.empty(0, np.uint64)
     if plain:
-        return widened([letters(cursor, count) for _ in range(size)])
+        return from_bytes([symbols(cursor, count) for _ in range(size)])
     base = cursor.number(2)
-    v = letters(cursor, count).astype(np.uint64)
-    elsewhere = v == 255
+    v = symbols(cursor, count).astype(np.uint64)
+    escaped = v == 255
     v = (v + np.uint64(base)) % np.uint64(1024)
-    v[elsewhere] = np.frombuffer(cursor.take(2 * int(elsewhere.sum())), "<u2")
+    v[escaped] = np.frombuffer(cursor.take(2 * int(escaped.sum())), "<u2")
     if base >= 1024 or v.max() >= 1024:
         fail(cursor.where, "an exponent is not below 1024")
-    low = symbols(cursor, count, 16)
-    high = symbols(cursor, count, 4).astype(np.uint64)
+    low = digits(cursor, count, 16)
+    high = digits(cursor, count, 4).astype(np.uint64)
     h = (high >> np.uint64(1) << np.uint64(15)) + (v << np.uint64(5)) + ((high & np.uint64(1)) << np.uint64(4)) + low
-    rest = widened([letters(cursor, count) for _ in range(size - 2)]) if size > 2 else np.uint64(0)
+    rest = from_bytes([symbols(cursor, count) for _ in range(size - 2)]) if size > 2 else np.uint64(0)
     upper: npt.NDArray[Any] = (h << np.uint64(8 * size - 16)) + rest
     return upper
 
 
-# The codecs that see a tensor as a matrix (Rows).
+# The quantized codecs, which see a tensor as a matrix (3).
 MATRIX_CODECS: dict[str, Callable[[int, int, Params, Segments, str], Float32]] = {
     **{codec: partial(_decode_blocks, codec) for codec in BLOCK_FIELDS},
     "nlm": _decode_nlm,
@@ -580,12 +577,12 @@ MATRIX_CODECS: dict[str, Callable[[int, int, Params, Segments, str], Float32]] =
 
 # ---- encoder
 def quantize_q4_0(x: npt.NDArray[np.float32]) -> bytes:
-    """Encode to `q4_0` with the informative encoder ``search=naive``.
+    """Encode to `q4_0` with the informative encoder ``search=naive`` (A.2).
 
     Parameters
     ----------
     x : numpy.ndarray
-        The tensor: float32, and finite, since the text does not say what other values give.
+        The tensor: float32, all elements finite.
 
     Returns
     -------
@@ -604,7 +601,7 @@ def quantize_q4_0(x: npt.NDArray[np.float32]) -> bytes:
     rows, cols = rows_cols(x.shape)
     padded = np.pad(x.reshape(rows, cols), ((0, 0), (0, -cols % 32))).reshape(-1, 32)
     m = np.take_along_axis(padded, np.argmax(np.abs(padded), axis=1, keepdims=True), axis=1)
-    with np.errstate(all="ignore"):  # what a zero or tiny D gives is replaced
+    with np.errstate(all="ignore"):  # results of a zero or tiny D are replaced
         scale = m / np.float32(-8)
         reciprocal = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
         levels = np.minimum(np.floor(padded * reciprocal + np.float32(8.5)), np.float32(15))

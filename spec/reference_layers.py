@@ -1,7 +1,7 @@
 """The reference reader's part for the layered codec `scm`, written from `codecs.md` alone.
 
-Every function takes `where`, what an error message begins with, or a cursor that has it. The comments name sections of
-`codecs.md`; "Layers" and "scm" are two of them.
+`where`, also an attribute of cursors, is the beginning of error messages. Numbers in comments and docstrings are sections
+of `codecs.md`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from reference_codecs import check_keys, get, raw_values, rows_cols, shaped
-from reference_streams import DENSITY, Cursor, borders, chunks, fail, letters, symbols
+from reference_streams import DENSITY, Cursor, borders, chunks, digits, fail, symbols
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 LAYERED = ("scm",)  # the codecs that are layered
 MAX_LAYERS = 64
-PARTS = 32  # of each of the two phases (Elements)
-MAX_END = 512  # 8 depths of 2 phases of 32 parts (Positions)
+PARTS = 32  # of each of the two phases (17.3)
+MAX_END = 512  # 8 depths of 2 phases of 32 parts (17.4)
 GRID_SIZE = 40
 # The source dtypes: bytes of an element, bits of its mantissa, the pattern of its largest finite number.
 DTYPES = {"f16": (2, 10, 0x7BFF), "bf16": (2, 7, 0x7F7F), "f32": (4, 23, 0x7F7FFFFF)}
@@ -36,7 +36,7 @@ DTYPES = {"f16": (2, 10, 0x7BFF), "bf16": (2, 7, 0x7F7F), "f32": (4, 23, 0x7F7FF
 
 @dataclass
 class _Grid:
-    """The steps of both phases, and o[phase, depth, cell]."""
+    """The steps of both phases, and o[phase, depth, cell] (17.2)."""
 
     steps: Float32
     offsets: Integers
@@ -44,12 +44,12 @@ class _Grid:
 
 @dataclass
 class _Chunk:
-    """What is known of a chunk so far: of all its elements `used`, of those that count the other arrays."""
+    """A chunk after some layers. `coded` has an item for each element, the other arrays one for each coded element (17.3)."""
 
     rows: slice
     cols: slice
     sparse: bool
-    used: Bools  # which elements count
+    coded: Bools
     phase: Integers
     part: Integers
     negative: Bools
@@ -62,14 +62,14 @@ class _Chunk:
         return self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
 
     def depth(self) -> Integers:
-        """Give the depth of each element that counts: how many positions before the end are those of its part."""
-        number = PARTS * self.phase + self.part  # of the position that brings it to depth 1
+        """Return the depth of each coded element: how many positions before the end are those of its part."""
+        number = PARTS * self.phase + self.part  # number of the position that brings it to depth 1
         depth: Integers = np.maximum(0, -(-(self.end - number) // (2 * PARTS)))
         return depth
 
 
 def layers_of(params: Params, where: str) -> list[str]:
-    """Give the names of the segments that are layers."""
+    """Return the names of the segments that are layers."""
     number = get(params, "layers", int, where)
     if not 1 <= number <= MAX_LAYERS:
         fail(where, f"'layers' {number} is not 1 to {MAX_LAYERS}")
@@ -83,28 +83,24 @@ def decode(
 
     Parameters
     ----------
-    dtype : str
-        What the record says.
-    shape : tuple of int
-        The record's, too.
-    params : mapping
-        The record's, too.
+    dtype, shape, params
+        Of the tensor's record.
     segments : sequence of (str, bytes)
         Name and bytes of each segment.
     layers : int, optional
-        How many layers to decode, without those after them and `rest`; everything if it is None.
+        Number of layers to decode, without later ones and `rest`. Default: everything.
     where : str
-        What an error message begins with.
+        Beginning of error messages.
 
     Returns
     -------
     numpy.ndarray
-        The values in this shape: float32, or those of the raw codec `dtype` if `rest` is decoded.
+        The values in this shape: float32, or as the raw codec `dtype` decodes them if `rest` is decoded.
 
     Raises
     ------
     SpecError
-        If something does not fit the codec.
+        If the tensor is invalid.
     """
     if dtype not in DTYPES:
         fail(where, f"dtype {dtype} cannot be stored as scm")
@@ -114,17 +110,17 @@ def decode(
     if layers is not None and not 1 <= layers <= len(names):
         fail(where, f"there are {len(names)} layers, not {layers}")
     if [name for name, _ in segments] != ["grid", *names, *["rest"] * lossless]:
-        fail(where, f"segments are {[name for name, _ in segments][:4]}, but the codec has other ones")
+        fail(where, f"segments are {[name for name, _ in segments][:4]}, but the codec has others")
     wanted = names[:layers]
     with_rest = lossless and layers is None
     content = dict(segments)
     rows, cols = rows_cols(shape)
-    if rows * cols == 0:  # Layers: there are no chunks, and all segments are empty
+    if rows * cols == 0:  # 16: there are no chunks, and all segments are empty
         if any(content.values()):
             fail(where, "a segment is not empty, but there are no elements")
         none = _values_of(np.empty(0, np.int64), dtype, where) if with_rest else np.empty(0, np.float32)
         return shaped(none, shape, where)
-    if rows * cols > DENSITY * len(content["layer.1"]):  # Layers: before the result is allocated
+    if rows * cols > DENSITY * len(content["layer.1"]):  # 16: before the result is allocated
         fail(where, f"{len(content['layer.1'])} bytes of layer.1 are too few for {rows * cols} elements")
     places = borders(rows, cols, 1)
     grid = _grid(content["grid"], where)
@@ -145,14 +141,14 @@ def decode(
 
 
 def _cut(content: Mapping[str, bytes], name: str, places: Places, where: str) -> Iterator[tuple[slice, slice, Cursor]]:
-    """Cut a segment into chunks, whose lengths it begins with (Layers)."""
+    """Cut a segment that begins with the lengths of its chunks (16)."""
     segment = Cursor(content[name], f"{where}: {name}")
     lengths = segment.take(4 * len(places))
-    return chunks(segment.rest, lengths, places, segment.where, filled=name == "layer.1")
+    return chunks(segment.rest, lengths, places, segment.where, padded=name == "layer.1")
 
 
 def _values_of(patterns: Integers, dtype: str, where: str) -> npt.NDArray[Any]:
-    """Give the values of these patterns, as the raw codec does."""
+    """Return the values of these patterns, as the raw codec does."""
     stored: npt.NDArray[Any] = patterns.astype(f"<u{DTYPES[dtype][0]}")
     return raw_values(dtype, stored if dtype == "bf16" else stored.view(f"<f{DTYPES[dtype][0]}"), where)
 
@@ -180,18 +176,18 @@ def _end(cursor: Cursor, before: int) -> int:
 
 
 def _first(rows: slice, cols: slice, cursor: Cursor) -> _Chunk:
-    """Take a chunk of the first layer."""
+    """Read a chunk of the first layer (17.6)."""
     end = _end(cursor, 0)
     mark = cursor.number(1)
     if mark > 3:
         fail(cursor.where, f"a chunk is marked with {mark}")
     sparse, wide = mark % 2 == 1, mark >= 2
     count = (rows.stop - rows.start) * (cols.stop - cols.start)
-    used = symbols(cursor, count, 2) == 1 if sparse else np.ones(count, np.bool_)
-    number = np.arange(used.sum())  # of the elements that count
+    coded = digits(cursor, count, 2) == 1 if sparse else np.ones(count, np.bool_)
+    number = np.arange(coded.sum())  # of coded elements
     block = number // 32
     magnitude, negative = np.zeros(len(number), np.int64), np.zeros(len(number), np.bool_)
-    chunk = _Chunk(rows, cols, sparse, used, block % 2, block // 2 % PARTS, negative, magnitude)
+    chunk = _Chunk(rows, cols, sparse, coded, block % 2, block // 2 % PARTS, negative, magnitude)
     if not len(number):
         chunk.end = end
         return chunk
@@ -205,22 +201,22 @@ def _first(rows: slice, cols: slice, cursor: Cursor) -> _Chunk:
 
 
 def _magnitudes(cursor: Cursor, count: int, s: int) -> Integers:
-    """Take the magnitudes of one phase at depth 0."""
-    magnitude = symbols(cursor, count, s).astype(np.int64)
-    elsewhere = magnitude == s - 1
-    magnitude[elsewhere] = np.frombuffer(cursor.take(4 * int(elsewhere.sum())), "<u4")
+    """Read the magnitudes of one phase at depth 0 (17.6)."""
+    magnitude = digits(cursor, count, s).astype(np.int64)
+    escaped = magnitude == s - 1
+    magnitude[escaped] = np.frombuffer(cursor.take(4 * int(escaped.sum())), "<u4")
     if magnitude.max() >= 2**22:
         fail(cursor.where, f"a magnitude of {magnitude.max()} is not below 2^22")
     return magnitude
 
 
 def _sections(cursor: Cursor, chunk: _Chunk) -> None:
-    """Take a chunk of another layer than the first."""
+    """Read a chunk of a later layer (17.7)."""
     _sections_to(_end(cursor, chunk.end), cursor, chunk)
 
 
 def _sections_to(end: int, cursor: Cursor, chunk: _Chunk) -> None:
-    """Take the positions from the end so far to this one (Other layers)."""
+    """Read the positions from the chunk's end so far to `end` (17.7)."""
     while chunk.end < end:
         start = chunk.end
         stop = min(end, (start // PARTS + 1) * PARTS)  # the phase changes at multiples of 32
@@ -234,16 +230,16 @@ def _sections_to(end: int, cursor: Cursor, chunk: _Chunk) -> None:
 
 
 def _section(cursor: Cursor, before: Integers) -> Integers:
-    """Take a section: a bit for each element of these magnitudes (Sections)."""
+    """Read a section: a bit for each element; `before` has their magnitudes (17.5)."""
     mode = cursor.number(1)
     if mode == 0:
-        return symbols(cursor, len(before), 2).astype(np.int64)
+        return digits(cursor, len(before), 2).astype(np.int64)
     if mode != 1:
         fail(cursor.where, f"a section is marked with {mode}")
     bits = np.zeros(len(before), np.int64)
     for cell in range(3):
         members = np.flatnonzero(np.minimum(before, 2) == cell)
-        bits[members] = symbols(cursor, len(members), 2)
+        bits[members] = digits(cursor, len(members), 2)
     return bits
 
 
@@ -251,7 +247,7 @@ def _section(cursor: Cursor, before: Integers) -> Integers:
 
 
 def _values(chunk: _Chunk, grid: _Grid) -> Float32:
-    """Give the values of all elements of a chunk (Elements)."""
+    """Return the values of all elements of a chunk (17.3)."""
     depth, t = chunk.depth(), chunk.magnitude
     cell = np.minimum(t >> depth, 3)
     o = np.where(depth < 4, grid.offsets[chunk.phase, np.minimum(depth, 3), cell], 128)
@@ -259,39 +255,39 @@ def _values(chunk: _Chunk, grid: _Grid) -> Float32:
     place = t.astype(np.float32) + (o / 256).astype(np.float32)  # both are rounded: t, and the sum
     with np.errstate(over="ignore"):  # a product beyond binary32 rounds to an infinity
         magnitude = place * width
-    values = np.zeros(len(chunk.used), np.float32)
-    values[chunk.used] = np.where(chunk.negative, -magnitude, magnitude)
+    values = np.zeros(len(chunk.coded), np.float32)
+    values[chunk.coded] = np.where(chunk.negative, -magnitude, magnitude)
     return values
 
 
-# ---- rest
+# ---- residual
 
 
 def _floor(v: npt.NDArray[np.float64], dtype: str) -> Integers:
-    """Give the pattern of the largest finite number of the dtype that is not above v, which is not negative."""
+    """Return the pattern of the largest finite number of the dtype that is not above v ≥ 0."""
     short = np.float16 if dtype == "f16" else np.float32
-    with np.errstate(over="ignore"):  # what is too large is rounded to an infinity, and that is above v
+    with np.errstate(over="ignore"):  # a too large v is rounded to an infinity, which is above v
         nearest = v.astype(short)
     pattern = nearest.view(f"u{nearest.itemsize}").astype(np.int64) - (nearest.astype(np.float64) > v)
     return pattern >> 16 if dtype == "bf16" else pattern
 
 
 def _rest(cursor: Cursor, chunk: _Chunk, grid: _Grid, dtype: str) -> Integers:
-    """Take a chunk of `rest`; give the patterns of all of its elements."""
+    """Read a chunk of `rest`; return the patterns of all of its elements (17.8)."""
     size, mantissa, largest = DTYPES[dtype]
     sign = 1 << 8 * size - 1
     high, wide = chunk.shape
-    z_of_row = letters(cursor, high)
+    z_of_row = symbols(cursor, high)
     if z_of_row.max() > mantissa:
         fail(cursor.where, f"{z_of_row.max()} bits are left out, more than {mantissa}")
     patterns = np.zeros(high * wide, np.int64)
     if chunk.sparse:
-        others = np.flatnonzero(~chunk.used)
-        patterns[others] = sign * symbols(cursor, len(others), 2).astype(np.int64)
-    if not np.any(chunk.used):
+        others = np.flatnonzero(~chunk.coded)
+        patterns[others] = sign * digits(cursor, len(others), 2).astype(np.int64)
+    if not np.any(chunk.coded):
         return patterns
 
-    t, z = chunk.magnitude, np.repeat(z_of_row, wide)[chunk.used].astype(np.int64)
+    t, z = chunk.magnitude, np.repeat(z_of_row, wide)[chunk.coded].astype(np.int64)
     width = grid.steps[chunk.phase].astype(np.float64) * np.exp2(-chunk.depth())
     a = _floor(t * width, dtype) >> z  # products of 31 and 16 bits are exact
     r = (_floor((t + 1) * width, dtype) >> z) - a
@@ -302,14 +298,14 @@ def _rest(cursor: Cursor, chunk: _Chunk, grid: _Grid, dtype: str) -> Integers:
     for which in range(1, 22):
         members = np.flatnonzero(classes == which)
         if len(members):
-            upper[members] = letters(cursor, len(members))
+            upper[members] = symbols(cursor, len(members))
     for j in range(3):
         members = np.flatnonzero(y >= 8 * (j + 1))
         if len(members):
-            lower[members] += letters(cursor, len(members)).astype(np.int64) << 8 * j
-    left = y % 8  # bits of each element that are no whole byte
+            lower[members] += symbols(cursor, len(members)).astype(np.int64) << 8 * j
+    left = y % 8  # bits of each element beyond whole bytes
     if np.any(left):
-        bits = np.unpackbits(letters(cursor, -(-int(left.sum()) // 8)), bitorder="little")
+        bits = np.unpackbits(symbols(cursor, -(-int(left.sum()) // 8)), bitorder="little")
         start = np.cumsum(left) - left
         for i in range(7):
             members = np.flatnonzero(left > i)
@@ -317,5 +313,5 @@ def _rest(cursor: Cursor, chunk: _Chunk, grid: _Grid, dtype: str) -> Integers:
     p = ((((a >> y) + upper) << y) + lower) << z
     if p.max() > largest:
         fail(cursor.where, f"the pattern {p.max():#x} is not that of a finite number")
-    patterns[chunk.used] = p + sign * chunk.negative
+    patterns[chunk.coded] = p + sign * chunk.negative
     return patterns

@@ -1,6 +1,6 @@
-"""Chunks and streams: what the reference reader needs for the entropy-coded codecs, written from `codecs.md` alone.
+"""The reference reader's part for chunks and streams, which entropy-coded codecs use, written from `codecs.md` alone.
 
-The comments name sections of `codecs.md`. `where` is what an error message begins with.
+Numbers in comments and docstrings are sections of `codecs.md`. `where` is the beginning of error messages.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
-PIECE = 2**19  # elements of a chunk, if rows and units allow it (Chunks)
-DENSITY = 1024  # elements for each byte of a chunk, at most (Chunks)
+CHUNK_ELEMENTS = 2**19  # elements of a chunk, as far as rows and alignment allow (11.1)
+DENSITY = 1024  # largest number of elements for each byte of a chunk (11.3)
 
 
 class SpecError(ValueError):
@@ -41,14 +41,14 @@ def fail(where: str, what: str) -> NoReturn:
 
 
 class Cursor:
-    """Takes bytes from front to back.
+    """A reader of consecutive bytes; `rest` holds the bytes that were not taken yet.
 
     Parameters
     ----------
     content : bytes
         The bytes.
     where : str
-        What an error message begins with.
+        Beginning of error messages.
     """
 
     def __init__(self, content: bytes, where: str) -> None:
@@ -56,60 +56,60 @@ class Cursor:
         self.where = where
 
     def take(self, count: int) -> bytes:
-        """Take so many bytes; `SpecError` if there are fewer."""
+        """Return the next `count` bytes; `SpecError` if there are fewer."""
         if count > len(self.rest):
             fail(self.where, f"{count} bytes are needed, {len(self.rest)} are left")
         taken, self.rest = self.rest[:count], self.rest[count:]
         return taken
 
     def number(self, size: int) -> int:
-        """Take an unsigned integer of so many bytes; `SpecError` if there are fewer."""
+        """Return the next `size` bytes as an unsigned integer; `SpecError` if there are fewer."""
         return int.from_bytes(self.take(size), "little")
 
 
 # ---- chunks
 
 
-def borders(rows: int, cols: int, unit: int) -> list[tuple[slice, slice]]:
-    """Give the rows and the columns of each chunk (Chunks).
+def borders(rows: int, cols: int, alignment: int) -> list[tuple[slice, slice]]:
+    """Return the rows and the columns of each chunk (11.1).
 
     Parameters
     ----------
     rows, cols : int
-        The matrix.
-    unit : int
-        Columns that stay together.
+        Size of the matrix.
+    alignment : int
+        The chunk alignment, in columns.
 
     Returns
     -------
     list of (slice, slice)
-        In the order of the chunks.
+        Rows and columns of the matrix, in the order of the chunks.
     """
     if rows * cols == 0:
         return []
-    filled = -(-cols // unit) * unit
-    high, wide = max(1, PIECE // filled), cols
-    if filled > max(PIECE, unit):
-        high, wide = 1, max(1, PIECE // unit) * unit
+    padded = -(-cols // alignment) * alignment
+    high, wide = max(1, CHUNK_ELEMENTS // padded), cols
+    if padded > max(CHUNK_ELEMENTS, alignment):
+        high, wide = 1, max(1, CHUNK_ELEMENTS // alignment) * alignment
     starts = [(row, col) for row in range(0, rows, high) for col in range(0, cols, wide)]
     return [(slice(r, min(r + high, rows)), slice(c, min(c + wide, cols))) for r, c in starts]
 
 
 def chunks(
-    content: bytes, lengths: bytes, places: list[tuple[slice, slice]], where: str, *, filled: bool = True
+    content: bytes, lengths: bytes, places: list[tuple[slice, slice]], where: str, *, padded: bool = True
 ) -> Iterator[tuple[slice, slice, Cursor]]:
-    """Cut the segment `chunks`, and check after each chunk that the caller has left nothing over (Chunks).
+    """Cut the segment `chunks`, and check after each chunk that the caller took all of it but the padding (11.2, 11.3).
 
     Parameters
     ----------
     content, lengths : bytes
         The segments `chunks` and `lengths`.
     places : list of (slice, slice)
-        What `borders` gave.
+        The result of `borders`.
     where : str
-        What an error message begins with.
-    filled : bool
-        Whether a chunk has at least so many bytes for its elements, and is filled up to them.
+        Beginning of error messages.
+    padded : bool
+        Whether chunks have a least length and are padded to it.
 
     Yields
     ------
@@ -119,7 +119,7 @@ def chunks(
     Raises
     ------
     SpecError
-        If a length does not fit, or something is left over.
+        If a length does not fit, or bytes are left over.
     """
     sizes = [int(size) for size in np.frombuffer(lengths, "<u4")]
     if sum(sizes) != len(content):
@@ -127,7 +127,7 @@ def chunks(
     every = Cursor(content, where)
     for number, (size, (rows, cols)) in enumerate(zip(sizes, places, strict=True)):
         elements = (rows.stop - rows.start) * (cols.stop - cols.start)
-        least = -(-elements // DENSITY) if filled else 0
+        least = -(-elements // DENSITY) if padded else 0
         if size < least:
             fail(where, f"chunk {number} of {elements} elements has {size} bytes, fewer than {least}")
         cursor = Cursor(every.take(size), f"{where}: chunk {number}")
@@ -139,39 +139,39 @@ def chunks(
 # ---- streams
 
 
-def symbols_of_a_letter(s: int) -> int:
-    """Give k, the largest number for which s^k is at most 256 (Streams)."""
+def digits_per_symbol(s: int) -> int:
+    """Return k, the largest number for which s^k is at most 256 (12.1)."""
     k = 1
     while s ** (k + 1) <= 256:
         k += 1
     return k
 
 
-def letters(cursor: Cursor, count: int, s: int = 256) -> Bytes:
-    """Take a stream (Streams).
+def symbols(cursor: Cursor, count: int, s: int = 256) -> Bytes:
+    """Read a stream (12.1, 12.2).
 
     Parameters
     ----------
     cursor : Cursor
-        Where it begins.
+        Positioned at the beginning of the stream.
     count : int
-        How many letters it has.
+        Number of symbols.
     s : int
-        How many symbols there are.
+        The base of the digits.
 
     Returns
     -------
     numpy.ndarray
-        The letters, uint8.
+        The symbols, uint8.
 
     Raises
     ------
     SpecError
-        If it breaks a rule.
+        If the stream is invalid.
     """
     found: Bytes
     body = Cursor(cursor.take(cursor.number(4)), f"{cursor.where}: stream")
-    k = symbols_of_a_letter(s)
+    k = digits_per_symbol(s)
     size = s**k
     if count == 0:
         found = np.empty(0, np.uint8)
@@ -184,31 +184,31 @@ def letters(cursor: Cursor, count: int, s: int = 256) -> Bytes:
         elif mode == 2 or (mode == 3 and k > 1):
             found = _coded(body, count, s, k if mode == 3 else 0)
         else:
-            fail(body.where, f"unknown way {mode} of storing letters")
+            fail(body.where, f"unknown mode {mode}")
         if found.max() >= size:
-            fail(body.where, f"letter {found.max()} is none of {size}")
+            fail(body.where, f"symbol {found.max()} is not below {size}")
     if body.rest:
         fail(body.where, f"{len(body.rest)} bytes are left over")
     return found
 
 
-def symbols(cursor: Cursor, count: int, s: int) -> Bytes:
-    """Take a stream of so many symbols, and give these; what fills up the last letter is ignored."""
-    k = symbols_of_a_letter(s)
-    found = letters(cursor, -(-count // k), s).astype(np.int64)
+def digits(cursor: Cursor, count: int, s: int) -> Bytes:
+    """Read a stream of `count` digits in base `s`, without the padding of its last symbol (12.1)."""
+    k = digits_per_symbol(s)
+    found = symbols(cursor, -(-count // k), s).astype(np.int64)
     each = found[:, None] // np.array([s**i for i in range(k)]) % s
     result: Bytes = each.reshape(-1)[:count].astype(np.uint8)
     return result
 
 
 def _coded(body: Cursor, count: int, s: int, k: int) -> Bytes:
-    """Take precision, table, states and words; with k, the table is one of symbols."""
+    """Read precision, table, states and words (12.3 to 12.6); with k > 0, the table is one of digits."""
     precision = body.number(1)
     if not 8 <= precision <= 15:
         fail(body.where, f"precision {precision} is not 8 to 15")
-    frequencies = _table(body, s if k else s ** symbols_of_a_letter(s), precision)
+    frequencies = _table(body, s if k else s ** digits_per_symbol(s), precision)
     if k:
-        frequencies = _of_letters(frequencies, s, k, precision, body.where)
+        frequencies = _symbol_frequencies(frequencies, s, k, precision, body.where)
     lanes = next((w for w, below in ((4, 2**12), (16, 2**16), (32, 2**17)) if count < below), 64)
     states = np.frombuffer(body.take(4 * lanes), "<u4").astype(np.uint64)
     if len(body.rest) % 2:
@@ -216,16 +216,16 @@ def _coded(body: Cursor, count: int, s: int, k: int) -> Bytes:
     words = np.frombuffer(body.take(len(body.rest)), "<u2").astype(np.uint64)
     f = np.array(frequencies, np.uint64)
     c = np.cumsum(f) - f
-    letter_at = np.repeat(np.arange(len(frequencies)), frequencies)
+    symbol_at = np.repeat(np.arange(len(frequencies)), frequencies)
     found = np.empty(count, np.uint8)
     used = 0
     for start in range(0, count, lanes):
-        x = states[: min(lanes, count - start)]  # a letter for each lane
+        x = states[: min(lanes, count - start)]  # one symbol of each lane
         y = x % np.uint64(2**precision)
-        letter = letter_at[y]
-        found[start : start + len(x)] = letter
-        x[:] = f[letter] * (x >> np.uint64(precision)) + y - c[letter]
-        short = np.flatnonzero(x < 2**16)  # which take a word each, in the order of their letters
+        symbol = symbol_at[y]
+        found[start : start + len(x)] = symbol
+        x[:] = f[symbol] * (x >> np.uint64(precision)) + y - c[symbol]
+        short = np.flatnonzero(x < 2**16)  # lanes that take a word each, in the order of their symbols
         if used + len(short) > len(words):
             fail(body.where, f"{len(words)} words are too few")
         x[short] = x[short] * np.uint64(2**16) + words[used : used + len(short)]
@@ -238,7 +238,7 @@ def _coded(body: Cursor, count: int, s: int, k: int) -> Bytes:
 
 
 def _table(body: Cursor, entries: int, precision: int) -> list[int]:
-    """Take a table of frequencies."""
+    """Read a table of frequencies (12.4)."""
     bits = _Bits(body)
     table: list[int] = []
     length = 0
@@ -246,7 +246,7 @@ def _table(body: Cursor, entries: int, precision: int) -> list[int]:
         if len(table) == entries:
             fail(body.where, f"frequencies have the sum {sum(table)}")
         z = 0
-        while z <= 2 * precision + 2 and bits.next():  # more are never valid, and might be many
+        while z <= 2 * precision + 2 and bits.next():  # more are never valid
             z += 1
         length += (z + 1) // 2 if z % 2 else -z // 2
         if not 0 <= length <= precision + 1:
@@ -256,12 +256,12 @@ def _table(body: Cursor, entries: int, precision: int) -> list[int]:
     if sum(table) > 2**precision:
         fail(body.where, f"frequencies have the sum {sum(table)}")
     if any(bits.left):
-        fail(body.where, "what fills up the table is not 0")
+        fail(body.where, "the padding of the table is not 0")
     return table + [0] * (entries - len(table))
 
 
 class _Bits:
-    """Takes bits, the lowest of a byte first; `left` has those of the last byte that were not taken."""
+    """A reader of bits, the lowest of a byte first; `left` holds those of the last byte that were not taken yet."""
 
     def __init__(self, body: Cursor) -> None:
         self._body = body
@@ -274,11 +274,11 @@ class _Bits:
         return self.left.pop(0)
 
 
-def _of_letters(table: list[int], s: int, k: int, precision: int, where: str) -> list[int]:
-    """Give the frequencies of letters from those of their symbols."""
+def _symbol_frequencies(table: list[int], s: int, k: int, precision: int, where: str) -> list[int]:
+    """Return the frequencies of symbols from those of their digits (12.5)."""
     result: list[int] = []
-    for letter in range(s**k):
-        chosen = [table[letter // s**i % s] for i in range(k)]
+    for symbol in range(s**k):
+        chosen = [table[symbol // s**i % s] for i in range(k)]
         product = 2**30
         for frequency in chosen:
             product = product * frequency // 2**precision
@@ -286,12 +286,12 @@ def _of_letters(table: list[int], s: int, k: int, precision: int, where: str) ->
     largest = result.index(max(result))
     result[largest] += 2**precision - sum(result)
     if result[largest] < 1:
-        fail(where, "the frequencies of letters do not fit")
+        fail(where, "the frequencies of symbols do not fit")
     return result
 
 
-def widened(parts: list[Bytes]) -> npt.NDArray[Any]:
-    """Give unsigned integers from their bytes, the highest first."""
+def from_bytes(parts: list[Bytes]) -> npt.NDArray[Any]:
+    """Return unsigned integers (uint64) from arrays of their bytes, the highest first."""
     total = np.zeros(len(parts[0]), np.uint64)
     for part in parts:
         total = total * np.uint64(256) + part

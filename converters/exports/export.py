@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from qformat.codecs.base import Codec
+from qformat.codecs.base import ChunkEncoder
 from qformat.codecs.registry import parse_type
 from qformat.container.reader import ContainerReader
 from qformat.container.workspace import Workspace
@@ -23,7 +23,7 @@ from qformat.errors import TypeSpecError
 from qformat.parallel import default_jobs
 from qformat.pipeline.encode import Progress
 from qformat.quality import Quality
-from qformat.readers.decoder import SegmentChecker, TensorDecoder
+from qformat.readers.decoder import Decoders
 
 Format = Literal["gguf", "safetensors", "hf"]
 
@@ -89,11 +89,7 @@ def export(
     with closing(ContainerReader(source)) as container:
         check_not_source(container, output)
         check_layers(container, asked)
-        checker = SegmentChecker(enabled=True)
-        tensors = {
-            record.name: ContainerTensor(TensorDecoder(container, record, asked), checker)
-            for record in container.tensors
-        }
+        tensors = {decoder.record.name: ContainerTensor(decoder) for decoder in Decoders(container, asked)}
         names = [asset.name for asset in container.index.assets]
         replaceable = partial(is_replaceable, names) if to == "hf" else None
         fingerprint = f"export {container.root} {to} {chosen} {asked} {shard_size}"
@@ -105,9 +101,11 @@ def export(
     return replace(done, seconds=time.perf_counter() - start)
 
 
-def _parse_dtype(dtype: str, to: Format) -> Codec:
+def _parse_dtype(dtype: str, to: Format) -> ChunkEncoder:
     codec = parse_type(dtype)
     allowed = (*_FLOATS, *_BLOCKS) if to == "gguf" else _FLOATS
-    if codec.id not in allowed or codec.params():  # blocks that are entropy-coded have one
+    if (
+        not isinstance(codec, ChunkEncoder) or codec.id not in allowed or codec.params()
+    ):  # blocks that are entropy-coded have one
         raise TypeSpecError(f"type {dtype!r}: what is exported to {to} can be {', '.join(allowed)}")
     return codec

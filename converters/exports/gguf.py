@@ -15,8 +15,7 @@ from pathlib import Path
 from qformat.codecs.base import Codec
 from qformat.codecs.blocks import plain
 from qformat.codecs.ggml import Ggml
-from qformat.codecs.raw import Raw
-from qformat.codecs.registry import parse_type
+from qformat.codecs.raw import Raw, raw
 from qformat.container.partial import PartialFile
 from qformat.converters.exports.hf_to_gguf import Model
 from qformat.converters.exports.outputs import Constant, Export, Job, Output, Placed
@@ -32,42 +31,18 @@ from qformat.converters.sources.gguf_file import (
     align,
     build,
     check_layout,
-    integer,
     parse,
 )
+from qformat.dtypes import F16, F32
 from qformat.errors import SourceError
 
 _FILE_TYPE = "general.file_type"
-# What general.file_type says of a file whose weights are mostly of a type
+# general.file_type by the type of most weights
 _FILE_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q8_0": 7,
-    "q5_0": 8,
-    "q5_1": 9,
-    "q2_k": 10,
-    "q3_k": 12,
-    "q4_k": 15,
-    "q5_k": 17,
-    "q6_k": 18,
-    "iq2_xxs": 19,
-    "iq2_xs": 20,
-    "iq3_xxs": 23,
-    "iq1_s": 24,
-    "iq4_nl": 25,
-    "iq3_s": 26,
-    "iq2_s": 28,
-    "iq4_xs": 30,
-    "iq1_m": 31,
-    "bf16": 32,
-    "tq1_0": 36,
-    "tq2_0": 37,
-    "mxfp4": 38,
-    "nvfp4": 39,
-    "q1_0": 40,
-}
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 12, "q4_k": 15, "q5_k": 17,
+    "q6_k": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23, "iq1_s": 24, "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28, "iq4_xs": 30,
+    "iq1_m": 31, "bf16": 32, "tq1_0": 36, "tq2_0": 37, "mxfp4": 38, "nvfp4": 39, "q1_0": 40,
+}  # fmt: skip
 _GUESSED = 1024
 _QUANTIZATION_VERSION = 2
 
@@ -126,7 +101,7 @@ def _anew(job: Job, label: str) -> tuple[Header, list[Placed]]:
         named["rope_freqs.weight"] = Constant("rope_freqs.weight", frequencies)
     for name, place in model.places(job.tensors).items():
         tensor = job.tensors[name]
-        codec = codec_for(tensor, job.dtype) if len(tensor.shape) > 1 else parse_type("f32")
+        codec = codec_for(tensor, job.dtype) if len(tensor.shape) > 1 else raw(F32)
         if place.heads:
             check_heads(tensor, place.heads)
         named[place.name] = RotatedOutput(tensor, codec, place.heads) if place.heads else Output(tensor, codec)
@@ -136,8 +111,8 @@ def _anew(job: Job, label: str) -> tuple[Header, list[Placed]]:
     values = model.values(embedding.shape[0])
     entries = [(name, type_name(tensor.codec), tensor.shape) for name, tensor in named.items()]
     most = _most((kind, math.prod(shape)) for _, kind, shape in entries)
-    values[_FILE_TYPE] = integer(_FILE_TYPES.get(most, _GUESSED))
-    values["general.quantization_version"] = integer(_QUANTIZATION_VERSION)
+    values[_FILE_TYPE] = _FILE_TYPES.get(most, _GUESSED)
+    values["general.quantization_version"] = _QUANTIZATION_VERSION
     data = build(values, entries)
     return parse(io.BytesIO(data), len(data), label), list(named.values())
 
@@ -159,10 +134,7 @@ def _outputs(job: Job, header: Header, label: str) -> list[Output]:
 def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
     """Return the type that a tensor gets in a GGUF file: its own, if GGUF has it, but `dtype` for matrices of plain numbers.
 
-    Raises
-    ------
-    SourceError
-        If its rows are no whole blocks of the type that was asked for.
+    Raises `SourceError` if its rows are no whole blocks of the type that was asked for.
     """
     decoder = tensor.decoder
     own = plain(decoder.codec)
@@ -172,14 +144,14 @@ def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
     anew = dtype is not None and numbers and decoder.decoded.floating and len(tensor.shape) >= 2
     if not anew and type_name(own) in TYPE_NUMBERS and row % _block(own) == 0:
         return own
-    same = parse_type(decoder.decoded.name)
+    same = raw(decoder.decoded)
     if not anew and exact and type_name(same) in TYPE_NUMBERS:
         return same
     if not decoder.decoded.floating:
         raise SourceError(f"tensor {tensor.name!r} is of type {own}, which GGUF has not")
     if len(tensor.shape) < 2:
-        return parse_type("f32")  # what programs that run GGUF files expect of norms and biases
-    wanted = dtype or parse_type("f16")
+        return raw(F32)  # what programs that run GGUF files expect of norms and biases
+    wanted = dtype or raw(F16)
     if row % _block(wanted):
         raise SourceError(
             f"tensor {tensor.name!r} has rows of {row} elements, which are no whole blocks of {wanted}; use --dtype f16"

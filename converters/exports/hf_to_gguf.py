@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.converters.sources.gguf_file import boolean, floating, integer, integers, text, texts
 from qformat.errors import SourceError
 
 JsonObject = dict[str, Any]
@@ -94,10 +93,7 @@ class Model:
     def places(self, names: Iterable[str]) -> dict[str, Place]:
         """Return where each tensor goes, in the order of the file; those that are computed anyway are left out.
 
-        Raises
-        ------
-        SourceError
-            If one is none that such a model has.
+        Raises `SourceError` if one is none that such a model has.
         """
         left = {name for name in names if not _COMPUTED.fullmatch(name)}
         layers = self._number("num_hidden_layers")
@@ -124,30 +120,27 @@ class Model:
     def _key_heads(self) -> int:
         return self._number("num_key_value_heads", self._number("num_attention_heads"))
 
-    def values(self, vocabulary: int) -> dict[str, bytes]:
+    def values(self, vocabulary: int) -> dict[str, Any]:
         """Return the value of each key, the tokenizer's among them; there are as many tokens as rows of the embedding.
 
-        Raises
-        ------
-        SourceError
-            If something is missing or not supported.
+        Raises `SourceError` if something is missing or not supported.
         """
         arch = self.architecture.name
         heads, width = self._number("num_attention_heads"), self._number("hidden_size")
-        values = {
-            "general.architecture": text(arch),
-            "general.type": text("model"),
-            f"{arch}.block_count": integer(self._number("num_hidden_layers")),
-            f"{arch}.context_length": integer(self._number("max_position_embeddings")),
-            f"{arch}.embedding_length": integer(width),
-            f"{arch}.feed_forward_length": integer(self._number("intermediate_size")),
-            f"{arch}.attention.head_count": integer(heads),
-            f"{arch}.attention.head_count_kv": integer(self._key_heads),
-            f"{arch}.attention.layer_norm_rms_epsilon": floating(self._real("rms_norm_eps", self._config)),
-            f"{arch}.vocab_size": integer(vocabulary),
+        values: dict[str, Any] = {
+            "general.architecture": arch,
+            "general.type": "model",
+            f"{arch}.block_count": self._number("num_hidden_layers"),
+            f"{arch}.context_length": self._number("max_position_embeddings"),
+            f"{arch}.embedding_length": width,
+            f"{arch}.feed_forward_length": self._number("intermediate_size"),
+            f"{arch}.attention.head_count": heads,
+            f"{arch}.attention.head_count_kv": self._key_heads,
+            f"{arch}.attention.layer_norm_rms_epsilon": self._real("rms_norm_eps", self._config),
+            f"{arch}.vocab_size": vocabulary,
         }
         if self._head != width // heads:
-            values |= {f"{arch}.attention.{kind}_length": integer(self._head) for kind in ("key", "value")}
+            values |= {f"{arch}.attention.{kind}_length": self._head for kind in ("key", "value")}
         return values | self._rope(arch) | self._tokenizer(vocabulary)
 
     @property
@@ -167,18 +160,18 @@ class Model:
             self._refuse(f"rotary embeddings of type {kind!r} are not supported")
         return str(kind), rope
 
-    def _rope(self, arch: str) -> dict[str, bytes]:
+    def _rope(self, arch: str) -> dict[str, Any]:
         kind, rope = self._rotation
-        values = {
-            f"{arch}.rope.dimension_count": integer(self._head),
-            f"{arch}.rope.freq_base": floating(self._real("rope_theta", rope)),
+        values: dict[str, Any] = {
+            f"{arch}.rope.dimension_count": self._head,
+            f"{arch}.rope.freq_base": self._real("rope_theta", rope),
         }
         if kind in ("linear", "yarn"):
-            values[f"{arch}.rope.scaling.type"] = text(kind)
-            values[f"{arch}.rope.scaling.factor"] = floating(self._real("factor", rope))
+            values[f"{arch}.rope.scaling.type"] = kind
+            values[f"{arch}.rope.scaling.factor"] = self._real("factor", rope)
         if kind == "yarn":
             length = self._real("original_max_position_embeddings", rope)
-            values[f"{arch}.rope.scaling.original_context_length"] = integer(int(length))
+            values[f"{arch}.rope.scaling.original_context_length"] = int(length)
         return values
 
     def frequencies(self) -> NDArray[np.float32] | None:
@@ -194,7 +187,7 @@ class Model:
         smooth = np.clip((turns - low) / (high - low), 0, 1)
         return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
-    def _tokenizer(self, vocabulary: int) -> dict[str, bytes]:
+    def _tokenizer(self, vocabulary: int) -> dict[str, Any]:
         tokenizer = self._json("tokenizer.json") or self._refuse("there is no tokenizer.json")
         settings = self._json("tokenizer_config.json") or {}
         model = tokenizer.get("model")
@@ -208,22 +201,22 @@ class Model:
             merges = [_merge(merge) for merge in model["merges"]]
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             self._refuse("its tokenizer.json makes no sense, or has more tokens than the embedding has rows")
-        values = {
-            "tokenizer.ggml.model": text("gpt2"),
-            "tokenizer.ggml.pre": text(self._pre(tokenizer)),
-            "tokenizer.ggml.tokens": texts(tokens),
-            "tokenizer.ggml.token_type": integers(types),
-            "tokenizer.ggml.merges": texts(merges),
+        values: dict[str, Any] = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": self._pre(tokenizer),
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": merges,
         }
         for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
             number = self._special(key, settings, ids)
             if number is not None and 0 <= number < vocabulary:
-                values[f"tokenizer.ggml.{name}_token_id"] = integer(number)
+                values[f"tokenizer.ggml.{name}_token_id"] = number
         for key, name in (("add_bos_token", "add_bos_token"), ("add_eos_token", "add_eos_token")):
             if isinstance(settings.get(key), bool):
-                values[f"tokenizer.ggml.{name}"] = boolean(value=settings[key])
+                values[f"tokenizer.ggml.{name}"] = settings[key]
         template = self._template(settings)
-        return values | ({"tokenizer.chat_template": text(template)} if template else {})
+        return values | ({"tokenizer.chat_template": template} if template else {})
 
     def _special(self, key: str, settings: JsonObject, ids: Mapping[str, int]) -> int | None:
         """Return the number of a special token: the one that the tokenizer names, or else the model."""
@@ -233,7 +226,7 @@ class Model:
             return ids[content]
         number = self._config.get(f"{key}_token_id")
         first = number[0] if isinstance(number, list) and number else number
-        return first if isinstance(first, int) else None
+        return int(first) if isinstance(first, int) else None
 
     def _template(self, settings: JsonObject) -> str | None:
         file = self._assets.get("chat_template.jinja")

@@ -12,17 +12,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Codec
+from qformat.codecs.base import ChunkEncoder, Codec
 from qformat.codecs.blocks import plain
-from qformat.codecs.raw import Raw
-from qformat.codecs.registry import parse_type
+from qformat.codecs.layout import Buffer, Chunk
+from qformat.codecs.raw import Raw, raw
 from qformat.container.partial import PartialFile
 from qformat.container.reader import ContainerReader
 from qformat.converters.sources.container import ContainerTensor
 from qformat.dtypes import DTYPES, F32, Elements
 from qformat.errors import SourceError
 from qformat.parallel import prefetch
-from qformat.pipeline.encode import Plan, Progress
+from qformat.pipeline.encode import Progress
 
 DEFAULT_SHARD = 5_000_000_000
 
@@ -90,6 +90,7 @@ class Output:
     @property
     def element_size(self) -> int:
         """Bytes of an element, if they are stored as elements."""
+        assert isinstance(self.codec, Raw)
         return self.codec.decoded.size
 
     @property
@@ -99,18 +100,20 @@ class Output:
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks in order."""
-        return iter(self.source.decoder.chunks()) if self.copied else self._plan.chunks()
+        if self.copied:
+            return iter(self.source.decoder.chunks())
+        return self.source.matrix.chunks(self.codec.chunk_alignment(self.source.matrix))
 
     def encoded(self, chunk: Chunk) -> Buffer:
         """Return the bytes of a chunk."""
         if self.copied:
-            self.source.checker.check(self.source.decoder)
             (part,) = self.source.decoder.blocks(chunk)
             return part
-        return self.made(self._plan.read(chunk))
+        return self.made(self.source.read_chunk(chunk))
 
     def made(self, elements: Elements) -> Buffer:
         """Return the bytes of a chunk of these elements, two-dimensional."""
+        assert isinstance(self.codec, ChunkEncoder)  # others are only copied
         try:
             encoded = self.codec.encode(elements)
         except ValueError as error:
@@ -120,10 +123,6 @@ class Output:
             raise SourceError(f"tensor {self.name!r} holds values too {size} for {self.codec}; choose another --dtype")
         (part,) = encoded.parts
         return part
-
-    @property
-    def _plan(self) -> Plan:
-        return Plan(self.source, self.codec)
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Constant:
     @property
     def codec(self) -> Codec:
         """Binary32 as it is."""
-        return parse_type(F32.name)
+        return raw(F32)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -255,8 +254,8 @@ def as_floats(tensor: ContainerTensor, dtype: Codec | None) -> Output:
     """Return a tensor as elements: those that are stored, or that come back bit for bit; else `dtype`, or the source's."""
     decoder = tensor.decoder
     if isinstance(decoder.codec, Raw) or decoder.record.error is None:
-        return Output(tensor, parse_type(decoder.decoded.name))
+        return Output(tensor, raw(decoder.decoded))
     if dtype is not None:
         return Output(tensor, dtype)
     source = DTYPES[decoder.record.dtype]
-    return Output(tensor, parse_type(source.name if source.size > 1 else F32.name))  # nothing rounds to float8
+    return Output(tensor, raw(source if source.size > 1 else F32))  # nothing rounds to float8

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import CHUNK_ELEMENTS, Buffer, Chunk
+from qformat.codecs.layout import CHUNK_ELEMENTS, Buffer, Chunk
 from qformat.converters.exports.outputs import Output
 from qformat.converters.sources.container import ContainerTensor
 from qformat.dtypes import Elements
@@ -22,7 +22,7 @@ from qformat.errors import SourceError
 
 def check_heads(tensor: ContainerTensor, heads: int) -> None:
     """Raise `SourceError` if the rows of a tensor are no whole heads of an even number of rows."""
-    if not tensor.shape or tensor.shape[0] % (2 * heads) or tensor.decoder.matrix.cols > CHUNK_ELEMENTS:
+    if not tensor.shape or tensor.shape[0] % (2 * heads) or tensor.matrix.cols > CHUNK_ELEMENTS:
         raise SourceError(
             f"tensor {tensor.name!r} of shape {tensor.shape} does not have {heads} heads, as config.json says"
         )
@@ -41,7 +41,7 @@ class RotatedOutput(Output):
 
     @property
     def _cols(self) -> int:
-        return self.source.decoder.matrix.elements // self.shape[0]
+        return self.source.matrix.elements // self.shape[0]
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield heads, as many at once as make a chunk."""
@@ -60,8 +60,7 @@ class RotatedOutput(Output):
     def _stored(self, chunk: Chunk) -> NDArray[np.uint8]:
         """Return the bytes that are stored of some rows, two-dimensional."""
         decoder = self.source.decoder
-        self.source.checker.check(decoder)
-        if not decoder.codec.chunked:
+        if decoder.codec.has_fixed_size:
             (data,) = decoder.blocks(chunk)
             return np.frombuffer(data, np.uint8).reshape(chunk.rows, -1)
         stop, parts = chunk.row + chunk.rows, []

@@ -1,1 +1,1 @@
-"""What other tools have quantized, as tensors whose codes are copied; `recognize` finds it."""
+"""Layers that other tools have quantized, as tensors whose codes are copied; `recognize` finds them."""

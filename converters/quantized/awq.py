@@ -1,69 +1,54 @@
-"""AWQ's layers as its GEMM kernels have them: 4-bit codes along the rows of a transposed matrix, eight to a word, in an odd order.
+"""AWQ, in the layout of its GEMM kernels: 4-bit codes along the rows of the transposed matrix, eight to a word, interleaved.
 
 ``qweight [in, out / 8]``, ``qzeros [groups, out / 8]`` and ``scales [groups, out]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.converters.quantized import coded
 from qformat.converters.quantized.claims import Claims
-from qformat.converters.quantized.coded import (
-    I32,
-    SCALES,
-    U8,
-    CodedTensor,
-    Encode,
-    Parts,
-    affine_codec,
-    affine_encode,
-    disagree,
-    grouping,
-    named,
-    part,
-    whole,
-)
+from qformat.converters.quantized.coded import U8, CodedTensor, Encode
 from qformat.converters.quantized.gptq import claimed_group
+from qformat.converters.quantized.layer import Layer
 
 ROLES = ("qweight", "qzeros", "scales")
 METHODS = ("awq", "auto-round", "intel/auto-round")
-#: what files call this layout
+#: labels of this layout in configuration files
 FORMATS = ("gemm", "awq", "auto_round:auto_awq", "auto_round:awq")
 
 # Of four bytes, the low halves hold the rows 0, 4, 1, 5 of eight and the high halves 2, 6, 3, 7
 _LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
 
 
-def awq_tensors(layers: Mapping[str, Parts], claims: Claims) -> list[CodedTensor]:
-    """Return the tensors of AWQ's layers.
-
-    Raises
-    ------
-    SourceError
-        If a layer is none of AWQ's, or contradicts the configuration.
-    """
-    return [_tensor(name, parts, claims) for name, parts in layers.items()]
+def is_awq(layer: Layer) -> bool:
+    """Return whether the shapes of a layer's parts are those of AWQ."""
+    if not layer.has("qweight", "scales"):
+        return False
+    words, scales = layer.parts["qweight"].shape, layer.parts["scales"].shape
+    return len(words) == len(scales) == 2 and scales[1] == 8 * words[1] > 0
 
 
-def _tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
-    qweight = part(parts, name, "qweight", "qweight", [I32])
-    qzeros = part(parts, name, "qzeros", "qweight", [I32])
-    scales = part(parts, name, "scales", "qweight", SCALES)
+def awq_tensor(layer: Layer, claims: Claims) -> CodedTensor:
+    """Return the weights of a layer; raise `SourceError` if its parts do not match, or contradict the configuration."""
+    claims.expect_layout(layer.named("qweight"), "AWQ", METHODS, FORMATS)
+    qweight = layer.part("qweight", "qweight", [coded.I32])
+    qzeros = layer.part("qzeros", "qweight", [coded.I32])
+    scales = layer.part("scales", "qweight", coded.SCALES)
     (cols, words), (groups, rows) = qweight.shape, scales.shape
     if rows != 8 * words:
-        raise disagree(qweight, scales)
+        raise coded.disagree(qweight, scales)
     if qzeros.shape != (groups, words):
-        raise disagree(qzeros, scales)
+        raise coded.disagree(qzeros, scales)
     claims.expect(qweight.name, "bits", 4, "bits", "w_bit")
-    columns = grouping(scales.name, cols, groups, claimed_group(scales, cols, claims), None)
-    sym = bool((whole(qzeros) == np.uint32(0x88888888)).all())
-    codec = affine_codec(qweight.name, 4, columns, sym=sym, scale=scales.dtype)
+    columns = coded.grouping(scales.name, cols, groups, claimed_group(scales, cols, claims), None)
+    sym = bool((coded.whole(qzeros) == np.uint32(0x88888888)).all())
+    codec = coded.affine_codec(qweight.name, 4, columns, sym=sym, scale=scales.dtype)
 
     def load() -> Encode:
-        stored = whole(qweight)
+        stored = coded.whole(qweight)
 
         def packed(start: int, stop: int) -> U8:
             first = start // 8
@@ -72,10 +57,10 @@ def _tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
             both: U8 = (pairs | (pairs >> 4)).astype(np.uint8)
             return both
 
-        zeros = None if sym else _unpack(whole(qzeros))
-        return affine_encode(codec, (rows, cols), whole(scales).T, zeros, columns.places, packed)
+        zeros = None if sym else _unpack(coded.whole(qzeros))
+        return coded.affine_encode(codec, (rows, cols), coded.whole(scales).T, zeros, columns.places, packed)
 
-    return CodedTensor(named(name, "weight"), (rows, cols), codec, load)
+    return CodedTensor(layer.named("weight"), (rows, cols), codec, load)
 
 
 def _unpack(words: NDArray[np.uint32]) -> U8:

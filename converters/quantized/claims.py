@@ -1,4 +1,4 @@
-"""What configuration files say of how a checkpoint was quantized: a witness beside its tensors, and not a trusted one."""
+"""Statements of configuration files about the quantization of a checkpoint, which are not trusted but compared with its tensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from qformat.errors import SourceError
 
 _ALONE = ("quantize_config.json", "quantization_config.json")
 _WITHIN = ("quantization_config", "compression_config")  # in config.json
-# in these, layers may differ from what is said of the whole
+# keys of options for single layers
 _PER_LAYER = ("dynamic", "extra_config")
+_METHOD = ("quant_method", "method")
+#: keys of the labels of layouts that pack codes into words
+LABELS = ("checkpoint_format", "format", "packing_format", "version")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A value, and the file and the key that it stands under."""
+    """A value with its file and key."""
 
     where: str
     key: str
@@ -29,40 +32,37 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """All that the files beside a checkpoint say of its quantization.
+    """All claims about a checkpoint.
 
     Parameters
     ----------
     objects
         (file, JSON object).
+    gptq_format
+        The user's statement of how GPTQ's zero points are stored, which overrules all files.
     """
 
     objects: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    gptq_format: str | None = None
 
     @classmethod
-    def of(cls, configs: Mapping[str, Mapping[str, Any]]) -> Claims:
-        """Find the objects in parsed files."""
+    def of(cls, configs: Mapping[str, Mapping[str, Any]], gptq_format: str | None = None) -> Claims:
+        """Find the objects about quantization in configuration files."""
         found: list[tuple[str, Any]] = [(name, configs[name]) for name in _ALONE if name in configs]
         config = configs.get("config.json", {})
         nested = [config, config.get("text_config")]
         found += [("config.json", outer.get(key)) for outer in nested if isinstance(outer, Mapping) for key in _WITHIN]
-        return cls([(where, content) for where, content in found if isinstance(content, Mapping)])
+        return cls([(where, content) for where, content in found if isinstance(content, Mapping)], gptq_format)
 
     def all(self, *keys: str) -> Iterator[Claim]:
-        """Yield what every file says under some keys that mean the same, but null."""
+        """Yield the values of all files under any of some equivalent keys, except null."""
         for where, content in self.objects:
             for key in keys:
                 if content.get(key) is not None:
                     yield Claim(where, key, content[key])
 
     def get(self, *keys: str) -> Claim | None:
-        """Return what the files say under some keys that mean the same, if any does.
-
-        Raises
-        ------
-        SourceError
-            If they say different things.
-        """
+        """Return the value under any of some equivalent keys; raise `SourceError` if files contradict each other."""
         every = list(self.all(*keys))
         for claim in every[1:]:
             if claim.value != every[0].value:
@@ -70,30 +70,37 @@ class Claims:
         return every[0] if every else None
 
     def text(self, *keys: str) -> str:
-        """Return a string that the files say under some keys, in lower case, or an empty one."""
+        """Return the string under any of some equivalent keys, in lower case, or an empty one."""
         claim = self.get(*keys)
         return claim.value.lower() if claim and isinstance(claim.value, str) else ""
 
     @property
     def method(self) -> Claim | None:
         """The tool or scheme."""
-        return self.get("quant_method", "method")
+        return self.get(*_METHOD)
 
     @property
     def per_layer(self) -> bool:
-        """Whether single layers may differ from what is said of all."""
+        """Whether there are options for single layers."""
         return any(claim.value for claim in self.all(*_PER_LAYER))
 
     def expect(self, name: str, what: str, value: object, *keys: str) -> None:
-        """Raise `SourceError` if a file says another value than the one that a tensor's shape gives."""
+        """Raise `SourceError` if a file has another value than the one that follows from the shape of a tensor."""
         if self.per_layer:
             return
         for claim in self.all(*keys):
             if claim.value != value or isinstance(claim.value, bool) is not isinstance(value, bool):
                 raise contradiction(name, f"{what} {value}", claim)
 
+    def expect_layout(self, name: str, layout: str, methods: Sequence[str], labels: Sequence[str]) -> None:
+        """Raise `SourceError` if a file names another method than those of a layout, or another label."""
+        for claim in (*self.all(*_METHOD), *self.all(*LABELS)):
+            names, value = (methods, claim.value) if claim.key in _METHOD else (labels, str(claim.value).lower())
+            if value not in names:
+                raise contradiction(name, f"{layout}'s layout", claim)
+
     def weights(self) -> list[Mapping[str, Any]]:
-        """Return what compressed-tensors says of weights, for each of its groups of layers."""
+        """Return the options for weights of compressed-tensors, for each of its groups of layers."""
         found = []
         for claim in self.all("config_groups"):
             for group in claim.value.values() if isinstance(claim.value, Mapping) else ():
@@ -104,5 +111,5 @@ class Claims:
 
 
 def contradiction(name: str, found: str, claim: Claim) -> SourceError:
-    """Return the error of a tensor that is not as a file says."""
+    """Return the error for a tensor that contradicts a file."""
     return SourceError(f"tensor {name!r}: its shape means {found}, but {claim}; correct the one that is wrong")

@@ -1,10 +1,10 @@
-"""Tensors that another tool has quantized, and what the importers of its layouts share."""
+"""Quantized tensors whose codes are copied, and the arithmetic that layouts share."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,35 +13,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Buffer, Chunk, Codec, Matrix
+from qformat.codecs.base import Codec
+from qformat.codecs.layout import Buffer, Chunk, Matrix, spans
 from qformat.codecs.packed import cuts
 from qformat.dtypes import BF16, DTYPES, F16, F32, DType, Elements
 from qformat.errors import SourceError
 from qformat.kernels import load as kernels
-from qformat.pipeline.source import SourceTensor
+from qformat.pipeline.source import QuantizedSource, SourceTensor
 
 U8 = NDArray[np.uint8]
 Encode = Callable[[Chunk], tuple[Buffer, ...]]
-#: the tensors of a layer, by the last part of their names
-Parts = Mapping[str, SourceTensor]
 Width = Literal[2, 3, 4, 8]
 
-WIDTHS: tuple[Width, ...] = (2, 3, 4, 8)  # bits of codes that `affine` holds
+WIDTHS: tuple[Width, ...] = (2, 3, 4, 8)  # bits of a code that `affine` supports
 SCALES = (F16, BF16, F32)
 I32 = DTYPES["i32"]
 
 
-class CodedTensor:
+class CodedTensor(QuantizedSource):
     """A quantized tensor whose codes are copied.
 
     Parameters
     ----------
     name, shape
-        What it is, once it is no longer quantized.
+        Its name and shape in the model.
     codec
-        The type that holds its codes.
+        The codec that holds its codes.
     load
-        Returns what encodes chunks, which may hold much of the tensor: it is kept until all elements were asked for.
+        Reads the parts of the layer, and returns the function that encodes chunks; it is kept until all chunks are encoded.
     """
 
     dtype: DType = F32
@@ -53,21 +52,21 @@ class CodedTensor:
         self._load = load
         self._lock = threading.Lock()
         self._encode: Encode | None = None
-        self._left = 0
+        self._remaining = 0
 
     def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
         """Return the bytes of a chunk for each segment."""
-        with self._lock:  # what one thread loads, others wait for
+        with self._lock:  # one thread loads, the others wait
             if self._encode is None:
-                self._encode, self._left = self._load(), math.prod(self.shape)
+                self._encode, self._remaining = self._load(), math.prod(self.shape)
             encode = self._encode
-            self._left -= chunk.rows * chunk.cols
-            if self._left <= 0:
+            self._remaining -= chunk.rows * chunk.cols
+            if self._remaining <= 0:
                 self._encode = None
         return encode(chunk)
 
     def read(self, elements: slice) -> Elements:
-        """Return what the codes of some elements stand for."""
+        """Decode elements."""
         cols = Matrix.of(self.shape).cols
         first = elements.start // cols
         chunk = Chunk(first, -(-elements.stop // cols) - first, 0, cols)
@@ -82,30 +81,30 @@ class CodedTensor:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which columns share a scale: `size` of them, or all of a row; `places` tells the group of each if it is no run of columns."""
+    """The columns that share a scale: `size` of them, or a row; `places` is the group of each column if groups are not runs."""
 
     size: int | Literal["row"]
     places: NDArray[np.uint32] | None = None
 
 
 def grouping(name: str, cols: int, groups: int, claimed: int | None, places: NDArray[Any] | None) -> Grouping:
-    """Find out which columns share a scale.
+    """Find the columns that share a scale.
 
     Parameters
     ----------
     name
-        The tensor that says how many groups there are.
+        The tensor with the groups, for error messages.
     cols, groups
-        Of the layer.
+        The numbers of columns and groups of the layer.
     claimed
-        Columns of a group as the configuration has it, if it says so.
+        The group size in the configuration, if there is one.
     places
         The group of each column, if there is such a list.
 
     Raises
     ------
     SourceError
-        If that is not possible, or does not say enough.
+        If the numbers are impossible, or ambiguous.
     """
     if not 0 < groups <= cols:
         raise SourceError(f"tensor {name!r}: there are scales for {groups} groups in rows of {cols} columns")
@@ -114,12 +113,12 @@ def grouping(name: str, cols: int, groups: int, claimed: int | None, places: NDA
         raise SourceError(f"tensor {name!r}: a column is in group {wrong} of {groups}")
     if groups == 1:
         return Grouping("row")
-    # with no word of the configuration: all groups but the last are full, the first among them
+    # without a claim: only the last group may be shorter, so that the first is full
     full = int((places == 0).sum()) if places is not None else cols // groups if cols % groups == 0 else 0
     size = next((n for n in (claimed or 0, full, -(-cols // groups)) if n > 0 and cuts(cols, n) == groups), 0)
     if not size or (places is None and not claimed and not full):
         raise SourceError(
-            f"tensor {name!r}: {cols} columns do not tell how long {groups} groups are; say group_size in quantize_config.json"
+            f"tensor {name!r}: the length of {groups} groups in {cols} columns is unknown; set group_size in quantize_config.json"
         )
     natural = np.arange(cols, dtype=np.uint32) // np.uint32(size)
     if places is not None and not np.array_equal(places, natural):
@@ -128,13 +127,7 @@ def grouping(name: str, cols: int, groups: int, claimed: int | None, places: NDA
 
 
 def affine_codec(name: str, bits: Width, grouping: Grouping, *, sym: bool, scale: DType) -> Affine:
-    """Return the type of a layer.
-
-    Raises
-    ------
-    SourceError
-        If the format has none.
-    """
+    """Return the codec of a layer; raise `SourceError` if there is none with such parameters."""
     try:
         return Affine(bits, grouping.size, sym, scale.name, act_order=grouping.places is not None)  # type: ignore[arg-type]
     except ValueError as error:
@@ -149,18 +142,18 @@ def affine_encode(
     places: NDArray[np.uint32] | None,
     packed: Callable[[int, int], U8],
 ) -> Encode:
-    """Return what encodes the chunks of an `affine` tensor.
+    """Return the function that encodes the chunks of an `affine` tensor.
 
     Parameters
     ----------
     codec, shape
         The tensor.
     scales, zeros
-        Of each row and group; no zeros if they are in the middle.
+        ``[rows, groups]``; no zero points if all are in the middle.
     places
         The group of each column, if the codec has such a list.
     packed
-        Returns the codes of rows from one to before another as bytes that may lack what fills up a row.
+        Returns the packed codes of rows ``start:stop``, ``[rows, bytes]``, with or without the padding of rows.
     """
     numbers = [as_bytes(array) for array in (scales, zeros, places) if array is not None]
     return partial(_affine_parts, codec, Matrix(*shape), numbers, packed)
@@ -169,27 +162,27 @@ def affine_encode(
 def _affine_parts(
     codec: Affine, matrix: Matrix, numbers: Sequence[memoryview], packed: Callable[[int, int], U8], chunk: Chunk
 ) -> tuple[Buffer, ...]:
-    *spans, span = codec.spans(matrix, chunk)
+    *places_, span = spans(codec.layout(matrix), matrix, chunk)
     length = codec.padded(matrix.cols) * codec.bits // 8
     codes = packed(chunk.row, chunk.row + chunk.rows)
     if codes.shape[1] < length:
         codes = np.pad(codes, ((0, 0), (0, length - codes.shape[1])))
     start = chunk.row * length
     own = as_bytes(codes)[span.start - start : span.stop - start]
-    return (*(number[part] for number, part in zip(numbers, spans, strict=True)), own)
+    return (*(number[part] for number, part in zip(numbers, places_, strict=True)), own)
 
 
 def pack(codes: U8, bits: int) -> U8:
-    """Return rows of packed codes, filled up with zeros, of rows of codes in bytes."""
+    """Pack rows of codes, a byte each, and pad them with zeros."""
     rows, cols = codes.shape
-    filled = np.ascontiguousarray(np.pad(codes, ((0, 0), (0, -cols % 32))))
-    packed = np.empty((rows, filled.shape[1] * bits // 8), np.uint8)
-    kernels("packing").pack(filled.reshape(-1), packed.reshape(-1), bits)
+    padded = np.ascontiguousarray(np.pad(codes, ((0, 0), (0, -cols % 32))))
+    packed = np.empty((rows, padded.shape[1] * bits // 8), np.uint8)
+    kernels("packing").pack(padded.reshape(-1), packed.reshape(-1), bits)
     return packed
 
 
 def unpack(words: NDArray[np.uint32], bits: int) -> U8:
-    """Return the codes in rows of 32-bit words that are one string of bits each."""
+    """Return the codes in rows of 32-bit words, each row a continuous string of bits."""
     if 32 % bits == 0:
         return unpack_loose(words, bits)
     digits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
@@ -200,7 +193,7 @@ def unpack(words: NDArray[np.uint32], bits: int) -> U8:
 
 
 def unpack_loose(words: NDArray[np.uint32], bits: int) -> U8:
-    """Return the codes in rows of 32-bit words, none of which lies in two words."""
+    """Return the codes in rows of 32-bit words, with no code across two words."""
     shifts = np.arange(0, 32 - bits + 1, bits, dtype=np.uint32)
     codes = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
     return codes.astype(np.uint8).reshape(len(words), -1)
@@ -212,40 +205,13 @@ def as_bytes(array: NDArray[Any]) -> memoryview:
 
 
 def whole(tensor: SourceTensor) -> NDArray[Any]:
-    """Return all elements of a tensor in its shape, 32-bit integers as unsigned ones."""
+    """Return all elements of a tensor in its shape; int32 as uint32."""
     data = tensor.read(slice(0, math.prod(tensor.shape))).data.reshape(tensor.shape)
     return data.view(np.uint32) if tensor.dtype is I32 else data
 
 
-def part(parts: Parts, layer: str, role: str, of: str, dtypes: Sequence[DType], dims: int = 2) -> SourceTensor:
-    """Return a tensor that a layer has to have.
-
-    Raises
-    ------
-    SourceError
-        If it is missing, empty or not of these dtypes and so many dimensions.
-    """
-    name = named(layer, role)
-    if role not in parts:
-        raise SourceError(f"tensor {name!r} is missing, without which {named(layer, of)!r} means nothing")
-    tensor = parts[role]
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(dtype.name for dtype in dtypes)
-        raise SourceError(f"tensor {name!r} is of dtype {tensor.dtype.name}, where {wanted} is needed")
-    if len(tensor.shape) != dims or 0 in tensor.shape:
-        raise SourceError(
-            f"tensor {name!r} has shape {list(tensor.shape)}, where {dims} dimensions that are not 0 are needed"
-        )
-    return tensor
-
-
-def named(layer: str, role: str) -> str:
-    """Return the name of a tensor of a layer."""
-    return f"{layer}.{role}" if layer else role
-
-
 def disagree(tensor: SourceTensor, other: SourceTensor) -> SourceError:
-    """Return the error of two tensors of a layer whose shapes do not fit."""
+    """Return the error for two tensors of a layer whose shapes do not match."""
     return SourceError(
         f"tensor {tensor.name!r} of shape {list(tensor.shape)} does not fit {other.name!r} of shape {list(other.shape)}"
     )

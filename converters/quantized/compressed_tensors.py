@@ -1,7 +1,7 @@
 """Integer layers of compressed-tensors: codes packed into 32-bit words (pack-quantized), or a byte each (int-quantized).
 
 ``weight_packed [out, …]``, ``weight_scale [out, groups]``, ``weight_shape [2]``, and maybe ``weight_zero_point`` packed down the
-columns and ``weight_g_idx [in]``; or ``weight [out, in]``, ``weight_scale`` and maybe ``weight_zero_point``, all as they are.
+columns and ``weight_g_idx [in]``; or ``weight [out, in]``, ``weight_scale`` and maybe ``weight_zero_point``, not packed.
 """
 
 from __future__ import annotations
@@ -13,28 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs.packed import cuts
-from qformat.converters.quantized.claims import Claims
-from qformat.converters.quantized.coded import (
-    I32,
-    SCALES,
-    U8,
-    WIDTHS,
-    CodedTensor,
-    Encode,
-    Grouping,
-    Parts,
-    Width,
-    affine_codec,
-    affine_encode,
-    disagree,
-    grouping,
-    named,
-    pack,
-    part,
-    unpack,
-    unpack_loose,
-    whole,
-)
+from qformat.converters.quantized import coded
+from qformat.converters.quantized.claims import Claims, contradiction
+from qformat.converters.quantized.coded import U8, CodedTensor, Encode, Grouping, Width
+from qformat.converters.quantized.layer import Layer
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.pipeline.source import SourceTensor
@@ -42,7 +24,7 @@ from qformat.pipeline.source import SourceTensor
 METHOD = "compressed-tensors"
 PACKED_ROLES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 BYTE_ROLES = ("weight", "weight_scale", "weight_zero_point")
-#: what config.json calls these and what may stand beside them
+#: names in config.json of these formats, and of those that the same checkpoint may contain
 FORMATS = (
     "pack-quantized",
     "int-quantized",
@@ -54,53 +36,59 @@ FORMATS = (
 )
 
 I8, I64 = DTYPES["i8"], DTYPES["i64"]
-_MOST = 8  # bits of a packed code
+_MAX_BITS = 8  # of a packed code
 
 
-def packed_tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
-    """Return the tensor of a layer whose codes are in 32-bit words.
+def is_packed(layer: Layer) -> bool:
+    """Return whether the codes of a layer are in 32-bit words."""
+    return layer.has("weight_packed") and not layer.has("qweight")
 
-    Raises
-    ------
-    SourceError
-        If it is none, or contradicts the configuration.
+
+def is_bytes(layer: Layer) -> bool:
+    """Return whether the codes of a layer are signed bytes."""
+    others = layer.has("qweight") or layer.has("weight_packed")
+    return layer.has("weight", "weight_scale") and layer.parts["weight"].dtype is I8 and not others
+
+
+def packed_tensor(layer: Layer, claims: Claims) -> CodedTensor:
+    """Return the weights of a layer whose codes are in 32-bit words.
+
+    Raises `SourceError` if its parts do not match, or contradict the configuration.
     """
-    stored = part(parts, name, "weight_packed", "weight_packed", [I32])
-    rows, cols = _shape(stored, part(parts, name, "weight_shape", "weight_packed", [I32, I64], dims=1))
+    _check_claims(layer.named("weight_packed"), claims)
+    stored = layer.part("weight_packed", "weight_packed", [coded.I32])
+    rows, cols = _shape(stored, layer.part("weight_shape", "weight_packed", [coded.I32, I64], dims=1))
     bits, loose = _layout(stored, cols, claims)
     places = None
-    if "weight_g_idx" in parts:
-        g_idx = part(parts, name, "weight_g_idx", "weight_packed", [I32, I64], dims=1)
+    if layer.has("weight_g_idx"):
+        g_idx = layer.part("weight_g_idx", "weight_packed", [coded.I32, I64], dims=1)
         if g_idx.shape != (cols,):
-            raise disagree(g_idx, stored)
-        listed = whole(g_idx).view(np.int32 if g_idx.dtype is I32 else np.int64)
-        places = None if (listed == -1).all() else listed  # so it begins, and stays if columns are in order
+            raise coded.disagree(g_idx, stored)
+        listed = coded.whole(g_idx).view(np.int32 if g_idx.dtype is coded.I32 else np.int64)
+        places = None if (listed == -1).all() else listed  # the initial value, which stays if the columns are in order
 
     def packed(start: int, stop: int) -> U8:
         read = _rows(stored, start, stop).view(np.uint32)
-        return pack(unpack_loose(read, bits)[:, :cols], bits) if loose else read.view(np.uint8)
+        return coded.pack(coded.unpack_loose(read, bits)[:, :cols], bits) if loose else read.view(np.uint8)
 
     def zeros(tensor: SourceTensor, groups: int) -> U8:
-        if tensor.dtype is I8:  # as old versions have them, and new ones if there is one for the tensor
+        if tensor.dtype is I8:  # in old versions, and in new ones if there is one for the whole tensor
             return _byte_zeros(tensor, stored, groups, bits)
         height = cuts(rows, 32 // bits) if loose else cuts(rows * bits, 32)
-        if tensor.dtype is not I32 or tensor.shape != (height, groups):
-            raise disagree(tensor, stored)
-        columns = np.ascontiguousarray(whole(tensor).T)
-        return (unpack_loose if loose else unpack)(columns, bits)[:, :rows].T
+        if tensor.dtype is not coded.I32 or tensor.shape != (height, groups):
+            raise coded.disagree(tensor, stored)
+        columns = np.ascontiguousarray(coded.whole(tensor).T)
+        return (coded.unpack_loose if loose else coded.unpack)(columns, bits)[:, :rows].T
 
-    return _tensor(name, parts, claims, (rows, cols), bits, places, packed, zeros)
+    return _tensor(layer, claims, (rows, cols), bits, places, packed, zeros)
 
 
-def byte_tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
-    """Return the tensor of a layer whose codes are bytes.
+def byte_tensor(layer: Layer, claims: Claims) -> CodedTensor:
+    """Return the weights of a layer whose codes are signed bytes.
 
-    Raises
-    ------
-    SourceError
-        If it is none, or contradicts the configuration.
+    Raises `SourceError` if its parts do not match, or contradict the configuration.
     """
-    stored = part(parts, name, "weight", "weight", [I8])
+    stored = layer.part("weight", "weight", [I8])
     rows, cols = stored.shape
 
     def packed(start: int, stop: int) -> U8:
@@ -109,12 +97,11 @@ def byte_tensor(name: str, parts: Parts, claims: Claims) -> CodedTensor:
     def zeros(tensor: SourceTensor, groups: int) -> U8:
         return _byte_zeros(tensor, stored, groups, 8)
 
-    return _tensor(name, parts, claims, (rows, cols), 8, None, packed, zeros)
+    return _tensor(layer, claims, (rows, cols), 8, None, packed, zeros)
 
 
 def _tensor(
-    name: str,
-    parts: Parts,
+    layer: Layer,
     claims: Claims,
     shape: tuple[int, int],
     bits: Width,
@@ -123,31 +110,39 @@ def _tensor(
     zeros: Callable[[SourceTensor, int], U8],
 ) -> CodedTensor:
     rows, cols = shape
-    scale, groups = _scale(name, parts, rows)
-    named_by = scale.name if places is None else parts["weight_g_idx"].name
-    columns = grouping(named_by, cols, groups, _claimed_group(cols, groups, claims), places)
+    scale, groups = _scale(layer, rows)
+    named_by = scale.name if places is None else layer.named("weight_g_idx")
+    columns = coded.grouping(named_by, cols, groups, _claimed_group(cols, groups, claims), places)
     _check_group(scale, columns, cols, claims)
-    offsets = parts.get("weight_zero_point")
+    offsets = layer.parts.get("weight_zero_point")
     if offsets is not None and 0 in offsets.shape:
         raise SourceError(f"tensor {offsets.name!r} has shape {list(offsets.shape)}: it has no elements")
     sym = offsets is None or bool((zeros(offsets, groups) == 1 << (bits - 1)).all())
-    codec = affine_codec(scale.name, bits, columns, sym=sym, scale=scale.dtype)
+    codec = coded.affine_codec(scale.name, bits, columns, sym=sym, scale=scale.dtype)
 
     def load() -> Encode:
         own = None if sym or offsets is None else zeros(offsets, groups)
-        scales = np.broadcast_to(whole(scale).reshape(-1, groups), (rows, groups))
-        return affine_encode(codec, shape, scales, own, columns.places, packed)
+        scales = np.broadcast_to(coded.whole(scale).reshape(-1, groups), (rows, groups))
+        return coded.affine_encode(codec, shape, scales, own, columns.places, packed)
 
-    return CodedTensor(named(name, "weight"), shape, codec, load)
+    return CodedTensor(layer.named("weight"), shape, codec, load)
+
+
+def _check_claims(name: str, claims: Claims) -> None:
+    if claims.method and claims.method.value != METHOD:
+        raise contradiction(name, "compressed-tensors' layout", claims.method)
+    for claim in claims.all("format"):
+        if claim.value not in FORMATS:
+            raise SourceError(f"tensor {name!r} cannot be read: {claim}, which is not known")
 
 
 def _byte_zeros(tensor: SourceTensor, stored: SourceTensor, groups: int, bits: int) -> U8:
-    """Return zeros that are signed bytes, for each row and group or for all, in the range of the codes."""
+    """Return zero points that are signed bytes, for each row and group or for the tensor, in the range of the codes."""
     rows = stored.shape[0]
     possible = [(), (1,), (1, 1), (rows, groups), *([(rows,)] if groups == 1 else [])]
     if tensor.dtype is not I8 or tensor.shape not in possible:
-        raise disagree(tensor, stored)
-    own = whole(tensor).view(np.uint8) + np.uint8(1 << (bits - 1))
+        raise coded.disagree(tensor, stored)
+    own = coded.whole(tensor).view(np.uint8) + np.uint8(1 << (bits - 1))
     return np.broadcast_to(own.reshape(-1, 1 if own.size == 1 else groups), (rows, groups))
 
 
@@ -157,25 +152,25 @@ def _rows(tensor: SourceTensor, start: int, stop: int) -> NDArray[Any]:
 
 
 def _shape(stored: SourceTensor, shape: SourceTensor) -> tuple[int, int]:
-    """Return rows and columns as ``weight_shape`` has them."""
-    values = whole(shape).tolist()
+    """Return rows and columns from ``weight_shape``."""
+    values = coded.whole(shape).tolist()
     if len(values) != 2 or values[0] != stored.shape[0] or values[1] <= 0:
         raise SourceError(
-            f"tensor {shape.name!r} says shape {values[:4]}, which {stored.name!r} of shape {list(stored.shape)} cannot be"
+            f"tensor {shape.name!r} says shape {values[:4]}, which does not fit {stored.name!r} of shape {list(stored.shape)}"
         )
     return values[0], values[1]
 
 
 def _layout(stored: SourceTensor, cols: int, claims: Claims) -> tuple[Width, bool]:
-    """Return the bits of a code, and whether codes are packed loosely: none lies in two words, as old versions do it."""
+    """Return the bits of a code, and whether packing is loose, with no code across two words, as in old versions."""
     words = stored.shape[1]
     claimed = {weights["num_bits"] for weights in claims.weights() if isinstance(weights.get("num_bits"), int)}
-    dense = {bits for bits in range(1, _MOST + 1) if cuts(cols * bits, 32) == words}
-    loose = {bits for bits in range(1, _MOST + 1) if cuts(cols, 32 // bits) == words}
+    dense = {bits for bits in range(1, _MAX_BITS + 1) if cuts(cols * bits, 32) == words}
+    loose = {bits for bits in range(1, _MAX_BITS + 1) if cuts(cols, 32 // bits) == words}
     possible = dense | loose
     if not possible:
         raise SourceError(f"tensor {stored.name!r}: no number of bits puts {cols} columns into {words} words")
-    known = [bits for bits in WIDTHS if bits in possible]
+    known = [bits for bits in coded.WIDTHS if bits in possible]
     if claimed:
         if not claimed & possible:
             raise SourceError(
@@ -190,13 +185,13 @@ def _layout(stored: SourceTensor, cols: int, claims: Claims) -> tuple[Width, boo
         )
     if len(known) > 1:
         raise SourceError(
-            f"tensor {stored.name!r}: {cols} columns in {words} words may have {_either(set(known))} bits; say num_bits in "
+            f"tensor {stored.name!r}: {cols} columns in {words} words may have {_either(set(known))} bits; set num_bits in "
             "config.json"
         )
     if known[0] in dense & loose and 32 % known[0] and cols > 32 // known[0]:
         raise SourceError(
             f"tensor {stored.name!r}: old and new versions pack {cols} columns into {words} words, each in its own way; give a "
-            "checkpoint of the model as it was before it was quantized"
+            "checkpoint of the model as it was before quantization"
         )
     return known[0], known[0] not in dense
 
@@ -205,11 +200,10 @@ def _either(numbers: set[int]) -> str:
     return " or ".join(map(str, sorted(numbers)))
 
 
-def _scale(name: str, parts: Parts, rows: int) -> tuple[SourceTensor, int]:
-    """Return the scales, and how many groups of columns they are for."""
-    scale = parts.get("weight_scale")
-    dims = 2 if scale is None else len(scale.shape)
-    scale = part(parts, name, "weight_scale", "weight", SCALES, dims=min(dims, 2))
+def _scale(layer: Layer, rows: int) -> tuple[SourceTensor, int]:
+    """Return the scales, and the number of groups of columns."""
+    dims = min(len(layer.parts["weight_scale"].shape), 2) if layer.has("weight_scale") else 2
+    scale = layer.part("weight_scale", "weight", coded.SCALES, dims=dims)
     if np.prod(scale.shape, dtype=int) == 1 or scale.shape == (rows,):
         return scale, 1
     if len(scale.shape) != 2 or scale.shape[0] != rows:
@@ -227,7 +221,7 @@ def _group_sizes(claims: Claims) -> list[int]:
 
 
 def _check_group(scale: SourceTensor, columns: Grouping, cols: int, claims: Claims) -> None:
-    """Compare the length of groups with the configuration, if it has nothing but groups of one length."""
+    """Compare the length of groups with the configuration, if every group of layers there has one."""
     every = claims.weights()
     sizes = _group_sizes(claims)
     if every and len(sizes) == len(every) and columns.size not in (*sizes, "row" if max(sizes) >= cols else None):

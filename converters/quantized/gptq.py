@@ -1,43 +1,28 @@
-"""GPTQ's layers: 32-bit words of codes down the columns, zeros along the rows, and perhaps columns in an order of their own.
+"""GPTQ: 32-bit words of codes down the columns, zero points along the rows, and maybe columns in an order of their own.
 
 ``qweight [in × bits / 32, out]``, ``qzeros [groups, out × bits / 32]``, ``scales [groups, out]`` and maybe ``g_idx [in]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.converters.quantized import coded
 from qformat.converters.quantized.claims import Claim, Claims
-from qformat.converters.quantized.coded import (
-    I32,
-    SCALES,
-    U8,
-    WIDTHS,
-    CodedTensor,
-    Encode,
-    Grouping,
-    Parts,
-    Width,
-    affine_codec,
-    affine_encode,
-    disagree,
-    grouping,
-    named,
-    part,
-    unpack,
-    whole,
-)
+from qformat.converters.quantized.coded import U8, CodedTensor, Encode, Grouping, Width
+from qformat.converters.quantized.layer import Found, Layer
+from qformat.converters.wording import and_more
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.pipeline.source import SourceTensor
 
 ROLES = ("qweight", "qzeros", "scales", "g_idx")
-#: what files call the two ways of storing zeros: less one, or as they are
+#: labels in configuration files, and how zero points are stored: less one (v1), or as they are (v2)
 VERSIONS = {
     "gptq": "v1",
     "gptq_v2": "v2",
@@ -51,135 +36,109 @@ _CORRUPT = np.uint32(0xFFFF0000)
 
 
 @dataclass(frozen=True)
-class _Zeros:
-    """What is known of a layer's zeros as they are stored: the least, the largest, and whether words look corrupted."""
-
-    least: int
-    most: int
-    corrupt: bool
-
-
-@dataclass(frozen=True)
 class _Layer:
+    """A checked layer.
+
+    Attributes
+    ----------
+    least, most
+        The smallest and largest zero point, as stored.
+    corrupt
+        Whether words of zero points look damaged.
+    """
+
     name: str
     qweight: SourceTensor
     qzeros: SourceTensor
     scales: SourceTensor
     bits: Width
-    rows: int
-    cols: int
     grouping: Grouping
+    least: int
+    most: int
+    corrupt: bool
 
-    def zeros(self) -> _Zeros:
-        words = whole(self.qzeros)
-        fields = unpack(words, self.bits)
-        corrupt = self.bits != 3 and bool((words >= _CORRUPT).any())
-        return _Zeros(int(fields.min()), int(fields.max()), corrupt)
-
-    def tensor(self, version: str, zeros: _Zeros) -> CodedTensor:
+    def tensor(self, version: str) -> CodedTensor:
+        shape = self.qweight.shape[1], 32 * self.qweight.shape[0] // self.bits
         middle = (1 << (self.bits - 1)) - (version == "v1")
-        sym = zeros.least == zeros.most == middle
-        codec = affine_codec(self.qweight.name, self.bits, self.grouping, sym=sym, scale=self.scales.dtype)
+        sym = self.least == self.most == middle
+        codec = coded.affine_codec(self.qweight.name, self.bits, self.grouping, sym=sym, scale=self.scales.dtype)
 
         def load() -> Encode:
-            words = whole(self.qweight)  # the rows of a chunk are spread all over it
+            words = coded.whole(self.qweight)  # the rows of a chunk are spread all over it
 
             def packed(start: int, stop: int) -> U8:
-                near = np.ascontiguousarray(words[:, start:stop])  # so that transposing stays in cache
+                near = np.ascontiguousarray(words[:, start:stop])  # so that the transposition stays in cache
                 return np.ascontiguousarray(near.T).view(np.uint8)
 
-            own = None if sym else _read_zeros(self.qzeros, self.bits, version).T
-            shape = (self.rows, self.cols)
-            return affine_encode(codec, shape, whole(self.scales).T, own, self.grouping.places, packed)
+            zeros = None if sym else _read_zeros(self.qzeros, self.bits, version).T
+            return coded.affine_encode(codec, shape, coded.whole(self.scales).T, zeros, self.grouping.places, packed)
 
-        return CodedTensor(named(self.name, "weight"), (self.rows, self.cols), codec, load)
+        return CodedTensor(self.name, shape, codec, load)
 
 
-def gptq_tensors(
-    layers: Mapping[str, Parts], claims: Claims, version: str | None
-) -> tuple[list[CodedTensor], list[str]]:
-    """Return the tensors of GPTQ's layers, and warnings.
+def is_gptq(layer: Layer) -> bool:
+    """Return whether a layer is GPTQ's: ``qweight`` of any shape that is not AWQ's, to be checked later."""
+    if not layer.has("qweight", "scales"):
+        return layer.has("qweight")
+    words, scales = layer.parts["qweight"].shape, layer.parts["scales"].shape
+    return not (len(words) == len(scales) == 2 and scales[1] == 8 * words[1] > 0)
 
-    Parameters
-    ----------
-    layers
-        The parts of each layer.
-    claims
-        The configuration.
-    version
-        How zeros are stored, ``"v1"`` or ``"v2"``; None finds out.
 
-    Raises
-    ------
-    SourceError
-        If a layer is none of GPTQ's, or contradicts the configuration.
+def gptq_tensors(layers: Sequence[Layer], claims: Claims) -> Found:
+    """Return the weights of all layers, whose zero points are stored in the same way.
+
+    Raises `SourceError` if the parts of a layer do not match, or contradict the configuration.
     """
-    if not layers:
-        return [], []
-    checked = [_checked(name, parts, claims) for name, parts in layers.items()]
-    zeros = [layer.zeros() for layer in checked]
-    version, warnings = (version, []) if version else _version(checked, zeros, claims)
-    corrupt = [layer.qzeros.name for layer, own in zip(checked, zeros, strict=True) if own.corrupt]
+    checked = [_checked(layer, claims) for layer in layers]
+    version, warnings = (claims.gptq_format, []) if claims.gptq_format else _version(checked, claims)
+    corrupt = [layer.qzeros.name for layer in checked if layer.corrupt]
     if corrupt and version == "v1":
-        more = f" and {len(corrupt) - 1} more" if len(corrupt) > 1 else ""
         warnings.append(
-            f"tensor {corrupt[0]!r}{more} has words whose upper half is all ones, as AutoGPTQ up to 0.7 leaves them where a zero "
-            "point is 0: what stood there is lost, and their weights may be wrong; quantize the model again with another tool"
+            f"tensor {corrupt[0]!r}{and_more(corrupt)} has words whose upper half is all ones, as AutoGPTQ up to 0.7 writes "
+            "them if a zero point is 0: the bits below are lost, and weights may be wrong; quantize again with another tool"
         )
-    return [layer.tensor(version, own) for layer, own in zip(checked, zeros, strict=True)], warnings
+    replaced = {name for layer in layers for name in layer.names(ROLES)}
+    return Found([layer.tensor(version) for layer in checked], replaced, warnings)
 
 
-def _checked(name: str, parts: Parts, claims: Claims) -> _Layer:
-    qweight = part(parts, name, "qweight", "qweight", [I32])
-    qzeros = part(parts, name, "qzeros", "qweight", [I32])
-    scales = part(parts, name, "scales", "qweight", SCALES)
+def _checked(layer: Layer, claims: Claims) -> _Layer:
+    claims.expect_layout(layer.named("qweight"), "GPTQ", METHODS, tuple(VERSIONS))
+    qweight = layer.part("qweight", "qweight", [coded.I32])
+    qzeros = layer.part("qzeros", "qweight", [coded.I32])
+    scales = layer.part("scales", "qweight", coded.SCALES)
     (words, rows), (groups, zero_words) = qweight.shape, qzeros.shape
-    if scales.shape != (groups, rows):
-        raise disagree(qzeros, scales)
-    bits, left = divmod(32 * zero_words, rows)
-    if left:
-        raise disagree(qzeros, scales)
-    width = next((width for width in WIDTHS if width == bits), None)
+    bits, remainder = divmod(32 * zero_words, rows)
+    if scales.shape != (groups, rows) or remainder:
+        raise coded.disagree(qzeros, scales)
+    width = next((width for width in coded.WIDTHS if width == bits), None)
     if width is None:
         raise SourceError(
             f"tensor {qzeros.name!r}: its shape means {bits}-bit codes, but only 2, 3, 4 and 8 bits can be stored"
         )
-    cols, left = divmod(32 * words, bits)
-    if left:
-        raise disagree(qweight, qzeros)
+    cols, remainder = divmod(32 * words, bits)
+    if remainder:
+        raise coded.disagree(qweight, qzeros)
     claims.expect(qzeros.name, "bits", bits, "bits")
-    places = None
-    if "g_idx" in parts:
-        g_idx = part(parts, name, "g_idx", "qweight", [I32, DTYPES["i64"]], dims=1)
+    places, named_by = None, scales.name
+    if layer.has("g_idx"):
+        g_idx = layer.part("g_idx", "qweight", [coded.I32, DTYPES["i64"]], dims=1)
         if g_idx.shape != (cols,):
-            raise disagree(g_idx, qweight)
-        places = whole(g_idx).view(np.int32 if g_idx.dtype is I32 else np.int64)
+            raise coded.disagree(g_idx, qweight)
+        places, named_by = coded.whole(g_idx).view(np.int32 if g_idx.dtype is coded.I32 else np.int64), g_idx.name
     elif groups > 1 and any(claim.value is True for claim in claims.all("desc_act")):
         raise SourceError(
-            f"tensor {named(name, 'g_idx')!r} is missing, though the configuration says desc_act, so that columns are in any order"
+            f"tensor {layer.named('g_idx')!r} is missing, though desc_act in the configuration means that columns are in any order"
         )
-    return _Layer(
-        name,
-        qweight,
-        qzeros,
-        scales,
-        width,
-        rows,
-        cols,
-        grouping(
-            g_idx.name if places is not None else scales.name, cols, groups, claimed_group(scales, cols, claims), places
-        ),
-    )
+    columns = coded.grouping(named_by, cols, groups, claimed_group(scales, cols, claims), places)
+    stored = coded.whole(qzeros)
+    fields = coded.unpack(stored, width)
+    corrupt = width != 3 and bool((stored >= _CORRUPT).any())
+    name, least, most = layer.named("weight"), int(fields.min()), int(fields.max())
+    return _Layer(name, qweight, qzeros, scales, width, columns, least, most, corrupt)
 
 
 def claimed_group(scales: SourceTensor, cols: int, claims: Claims) -> int | None:
-    """Return how many columns share a scale by the configuration, if it says so.
-
-    Raises
-    ------
-    SourceError
-        If that would need another number of scales.
-    """
+    """Return the group size in the configuration; raise `SourceError` if it contradicts the number of scales."""
     groups = scales.shape[0]
     claim = claims.get("group_size", "q_group_size")
     if claim is None or not isinstance(claim.value, int):
@@ -195,13 +154,13 @@ def claimed_group(scales: SourceTensor, cols: int, claims: Claims) -> int | None
     return None
 
 
-def _version(layers: list[_Layer], zeros: list[_Zeros], claims: Claims) -> tuple[str, list[str]]:
-    """Return how zeros are stored, by the configuration, or by their values if these leave no doubt.
+def _version(layers: Sequence[_Layer], claims: Claims) -> tuple[str, list[str]]:
+    """Return how zero points are stored: as the configuration says, unless their values prove it wrong.
 
-    A symmetric quantizer puts every zero in the middle, 2^(bits - 1), so that all zeros of such a checkpoint are one number. If the
-    way that the label says makes it one beside the middle, and the other way the middle itself, then the label is wrong: no
-    asymmetric quantizer finds the same zero for every group. Following the label would shift all weights by a step and leave a
-    model that talks nonsense. Only where the configuration says that zeros are asymmetric it has the last word.
+    A symmetric quantizer puts every zero point in the middle, 2^(bits - 1), so that all zero points of the checkpoint are equal. If
+    they are next to the middle when read as the label says, and in the middle when read the other way, then the label is wrong: no
+    asymmetric quantizer finds the same zero point for every group. Following the label would shift all weights by a step and leave
+    a model that talks nonsense. The label is believed only if the configuration says that zero points are asymmetric.
     """
     labels = [claim for claim in claims.all("checkpoint_format", "packing_format", "format") if _version_of(claim)]
     for claim in labels:
@@ -209,20 +168,16 @@ def _version(layers: list[_Layer], zeros: list[_Zeros], claims: Claims) -> tuple
             raise SourceError(
                 f"{labels[0]}, but {claim}; correct the one that is wrong, or give --gptq-format v1 or v2"
             )
-    label = labels[0] if labels else None
-    version = _version_of(label) if label else "v1"
+    version = _version_of(labels[0]) if labels else "v1"
     other = "v2" if version == "v1" else "v1"
-    middles = [(1 << (layer.bits - 1)) - (other == "v1") for layer in layers]
-    if not all(own.least == own.most == middle for own, middle in zip(zeros, middles, strict=True)):
+    if not all(layer.least == layer.most == (1 << (layer.bits - 1)) - (other == "v1") for layer in layers):
         return version, []
-    said = str(label) if label else "no file says checkpoint_format, which means v1"
-    found = f"all zero points are in the middle if read as {other}, and one beside it as {version}, but {said}"
+    source = str(labels[0]) if labels else "no file says checkpoint_format, which means v1"
+    finding = f"GPTQ: all zero points are in the middle if read as {other}, and next to it as {version}, but {source}"
     if any(claim.value is False for claim in claims.all("sym")):
-        return version, [
-            f"GPTQ: {found}, and sym is false: read as {version}; --gptq-format {other} reads them as {other}"
-        ]
+        return version, [f"{finding}, and sym is false: read as {version}; --gptq-format {other} reads them as {other}"]
     return other, [
-        f"GPTQ: {found}: read as with --gptq-format {other}; if that is wrong, convert again with --gptq-format {version}"
+        f"{finding}: read as with --gptq-format {other}; if that is wrong, convert again with --gptq-format {version}"
     ]
 
 
@@ -231,12 +186,12 @@ def _version_of(claim: Claim) -> str:
 
 
 def _read_zeros(qzeros: SourceTensor, bits: int, version: str) -> NDArray[Any]:
-    """Return the zero of each group and row of a layer."""
-    words = whole(qzeros)
+    """Return the zero point of each group and row."""
+    words = coded.whole(qzeros)
     if version == "v2":
-        return unpack(words, bits)
-    if bits == 3:  # stored less one in each field
-        return (unpack(words, 3) + np.uint8(1)) & np.uint8(7)
-    # stored less one in each field too, but whole words were counted down: a zero of 0 has borrowed from its neighbours
+        return coded.unpack(words, bits)
+    if bits == 3:  # each field is stored less one
+        return (coded.unpack(words, 3) + np.uint8(1)) & np.uint8(7)
+    # the same, but the tools subtract from whole words: a zero point of 0 has borrowed from its neighbors
     ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-    return unpack(words + ones, bits)
+    return coded.unpack(words + ones, bits)

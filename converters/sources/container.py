@@ -1,94 +1,71 @@
-"""A container file as a source: its tensors at a quality, and its assets."""
+"""Container files as checkpoints: their tensors, at a quality, and their assets."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
-from qformat.codecs.base import Buffer, Chunk, Codec
+from qformat.codecs.layout import Buffer, Chunk
 from qformat.codecs.raw import Raw
+from qformat.container.layout import MAGIC
 from qformat.container.reader import ContainerReader
-from qformat.dtypes import DType, Elements
-from qformat.errors import FormatError, QualityError, SourceError, TargetError
-from qformat.files import on_this_machine
-from qformat.pipeline.source import Checkpoint, SourceTensor, StoredTensor
+from qformat.converters.wording import and_more
+from qformat.dtypes import Elements
+from qformat.errors import FormatError, QFormatError, QualityError, SourceError, TargetError
+from qformat.files import on_this_machine, reading
+from qformat.pipeline.source import Checkpoint, SourceTensor, StoredSource
 from qformat.quality import Quality
-from qformat.readers.decoder import SegmentChecker, TensorDecoder
-from qformat.records import TensorRecord
+from qformat.readers.decoder import Decoders, TensorDecoder
 
 
-@dataclass(frozen=True)
-class ContainerTensor:
-    """A tensor of a container, decoded chunk by chunk."""
+class ContainerTensor(StoredSource):
+    """A tensor of a container, decoded chunk by chunk; its record ends at the last layer that is read."""
 
-    decoder: TensorDecoder
-    checker: SegmentChecker
+    def __init__(self, decoder: TensorDecoder) -> None:
+        self.name, self.shape = decoder.record.name, decoder.record.shape
+        self.dtype = decoder.decoded
+        self.codec, self.record = decoder.codec, decoder.record
+        self.decoder = decoder
 
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.decoder.record.name
-
-    @property
-    def dtype(self) -> DType:
-        """What it decodes to: float32 if it is quantized."""
-        return self.decoder.decoded
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.decoder.record.shape
-
-    @property
-    def codec(self) -> Codec:
-        """Its type."""
-        return self.decoder.codec
-
-    @property
-    def record(self) -> TensorRecord:
-        """What the file says of it, up to the layers that are read."""
-        return self.decoder.record
-
-    def segments(self) -> list[memoryview]:
-        """Return the bytes of its segments."""
-        try:
-            self.checker.check(self.decoder)
-        except FormatError as error:
-            raise SourceError(str(error)) from None
-        return [data for _, data in self.decoder.segments()]
+    def stored(self, chunk: Chunk) -> tuple[Buffer, ...]:
+        """Return the bytes of a chunk as the file holds them."""
+        with _as_source_errors():
+            return tuple(self.decoder.parts(chunk))
 
     def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
-        """Return the bytes of a chunk, if it is not layered; of coded blocks the plain ones."""
-        self.segments()
-        return tuple(self.decoder.blocks(chunk))
+        """Return the bytes of a chunk, with plain blocks if the file has entropy-coded ones."""
+        with _as_source_errors():
+            return tuple(self.decoder.blocks(chunk))
 
     @cached_property
-    def _pieces(self) -> tuple[list[Chunk], list[int]]:
-        """The chunks, and where each begins."""
+    def _chunks(self) -> tuple[list[Chunk], list[int]]:
+        """The chunks, and the first element of each."""
         chunks = self.decoder.chunks()
-        return chunks, [chunk.elements(self.decoder.matrix).start for chunk in chunks]
+        return chunks, [chunk.elements(self.matrix).start for chunk in chunks]
 
     def read(self, elements: slice) -> Elements:
-        """Return some elements, decoding the chunks that hold them."""
-        chunks, starts = self._pieces
-        try:
-            self.checker.check(self.decoder)
-            parts = []
-            for chunk in chunks[max(0, bisect_right(starts, elements.start) - 1) : bisect_left(starts, elements.stop)]:
-                there = chunk.elements(self.decoder.matrix)
-                start, stop = max(there.start, elements.start), min(there.stop, elements.stop)
-                if start < stop:
+        """Decode the chunks that hold some elements."""
+        chunks, starts = self._chunks
+        parts = [np.empty(0, self.dtype.storage)]
+        for chunk in chunks[max(0, bisect_right(starts, elements.start) - 1) : bisect_left(starts, elements.stop)]:
+            own = chunk.elements(self.matrix)
+            start, stop = max(own.start, elements.start), min(own.stop, elements.stop)
+            if start < stop:
+                with _as_source_errors():
                     flat = self.decoder.decode(chunk).data.reshape(-1)
-                    parts.append(flat[start - there.start : stop - there.start])
-        except FormatError as error:
-            raise SourceError(str(error)) from None
-        empty = np.empty(0, self.dtype.storage)
-        return Elements(self.dtype, parts[0] if len(parts) == 1 else np.concatenate(parts or [empty]))
+                parts.append(flat[start - own.start : stop - own.start])
+        return Elements(self.dtype, parts[1] if len(parts) == 2 else np.concatenate(parts))
+
+
+def is_container(start: bytes, path: Path) -> bool:
+    """Return whether a file that begins so is a container file."""
+    del path
+    return start.startswith(MAGIC)
 
 
 def open_container(path: Path, quality: Quality) -> Checkpoint:
@@ -99,61 +76,58 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
     SourceError
         If it is damaged, or a tensor cannot be decoded.
     QualityError
-        If a quality is asked for and there are no layered tensors, or their layers do not reach it.
+        If a quality is given and there are no layered tensors, or their layers do not reach it.
     """
+    with _as_source_errors(), reading(path), on_this_machine(path) as here:
+        container = ContainerReader(here)
     try:
-        with on_this_machine(path) as here:
-            container = ContainerReader(here)
-    except FormatError as error:
-        raise SourceError(str(error)) from None
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
-    checker = SegmentChecker(enabled=True)
-    try:
-        tensors = [ContainerTensor(TensorDecoder(container, record, quality), checker) for record in container.tensors]
+        with _as_source_errors():
+            tensors = [ContainerTensor(decoder) for decoder in Decoders(container, quality)]
         check_layers(container, quality)
-    except FormatError as error:
-        container.close()
-        raise SourceError(str(error)) from None
-    except QualityError:
+    except QFormatError:
         container.close()
         raise
-    assets: dict[str, Callable[[], bytes]] = {
-        asset.name: partial(_asset, container, asset.name) for asset in container.index.assets
-    }
-    quantized = any(not isinstance(tensor.codec, Raw) for tensor in tensors)
-    files = [path, *(shard.path for shard in container.shards)]
-    return Checkpoint(tensors, assets, (), files, container.index.metadata, str(quality), quantized)
+    return Checkpoint(
+        tensors,
+        {asset.name: partial(_asset, container, asset.name) for asset in container.index.assets},
+        files=[path, *(shard.path for shard in container.shards)],
+        metadata=container.index.metadata,
+        variant=str(quality),
+        quantized=any(not isinstance(tensor.codec, Raw) for tensor in tensors),
+    )
 
 
 def lossy_warning(tensors: Iterable[SourceTensor]) -> list[str]:
-    """Return a warning if tensors of a container are no longer what they once were, and something else is made of them."""
-    stored = (tensor for tensor in tensors if isinstance(tensor, StoredTensor))
+    """Return a warning if tensors of a container that are encoded again are of a lossy type already."""
+    stored = (tensor for tensor in tensors if isinstance(tensor, StoredSource))
     lossy = [tensor for tensor in stored if tensor.record.error and tensor.record.elements]
     if not lossy:
         return []
-    more = (
-        f" and {len(lossy) - 1} more: no longer what they once were"
-        if len(lossy) > 1
-        else ": no longer what it once was"
-    )
-    return [f"tensor {lossy[0].name!r}{more}, but of type {lossy[0].codec.id}; errors are against what that decodes to"]
+    name, type_ = lossy[0].name, lossy[0].codec.id
+    return [f"tensor {name!r}{and_more(lossy)}: lossy already, of type {type_}; errors are against the decoded values"]
 
 
 def check_not_source(container: ContainerReader, output: Path) -> None:
-    """Raise `TargetError` if a file is the container, or one of its shards."""
+    """Raise `TargetError` if an output file is the container, or one of its shards."""
     if output.exists() and any(output.samefile(home.path) for home in (container, *container.shards)):
         raise TargetError(f"{output}: is the file that is to be read, or a part of it; give another name")
 
 
 def check_layers(container: ContainerReader, quality: Quality) -> None:
-    """Raise `QualityError` if a quality is asked for and no tensor is layered."""
+    """Raise `QualityError` if a quality is given and no tensor is layered."""
     if quality != Quality() and not any(record.layers for record in container.tensors):
         raise QualityError(f"{container.path}: holds no layered tensors (type scm), so there is no quality to choose")
 
 
 def _asset(container: ContainerReader, name: str) -> bytes:
-    try:
+    with _as_source_errors():
         return container.asset(name)
+
+
+@contextmanager
+def _as_source_errors() -> Iterator[None]:
+    """Raise `SourceError` in place of `FormatError`, which names the file already."""
+    try:
+        yield
     except FormatError as error:
         raise SourceError(str(error)) from None

@@ -1,7 +1,7 @@
-"""CTranslate2's ``model.bin``: its version, the model's kind, then variables, and other names that some of them have.
+"""CTranslate2's ``model.bin``: format version, kind of model, variables, and aliases of variables.
 
-Layout as in the loader of CTranslate2 (``src/models/model.cc``), versions 4 to 6: integers are little-endian; a string has its
-length, 16 bits, before it and a NUL at its end, which is counted.
+The layout follows the loader of CTranslate2 (``src/models/model.cc``), versions 4 to 6: integers are little-endian; a string is its
+length (16 bits) and its bytes, of which the last is a NUL.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qformat.converters.sources.files import FileTensor, SharedFile
+from qformat.converters.wording import and_more
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
-from qformat.files import open_regular
+from qformat.files import open_regular, reading
 from qformat.pipeline.source import Checkpoint
 
 _VERSIONS = range(4, 7)
-_DTYPES = tuple(DTYPES[name] for name in ("f32", "i8", "i16", "i32", "f16", "bf16"))  # by number
-_MOST_DIMENSIONS = 16
+_DTYPES = tuple(DTYPES[name] for name in ("f32", "i8", "i16", "i32", "f16", "bf16"))  # by their numbers in the file
+_MAX_DIMENSIONS = 16
 
 
 class _Reader:
-    """Reads what is between the variables' bytes."""
+    """Reads everything but the data of variables."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -35,7 +36,7 @@ class _Reader:
         self._file.seek(self.offset)
         data = self._file.read(count)
         if len(data) < count:
-            raise SourceError(f"it ends at byte {self.size}, in the middle of something; download it again")
+            raise SourceError(f"it ends at byte {self.size}, in the middle of a field; download it again")
         self.offset += count
         return data
 
@@ -50,40 +51,36 @@ class _Reader:
                 raise ValueError
             return data[:-1].decode()
         except ValueError:
-            raise SourceError(f"there is no text at byte {at}: it is damaged") from None
+            raise SourceError(f"no valid string at byte {at}: the file is damaged") from None
 
 
-def is_ctranslate2(start: bytes) -> bool:
+def is_ctranslate2(start: bytes, path: Path) -> bool:
     """Return whether a file that begins so is one of CTranslate2."""
+    del path
     name = start[6 : 6 + int.from_bytes(start[4:6], "little")]
     return start[:4] in [version.to_bytes(4, "little") for version in range(2, 100)] and name.endswith(b"Spec\0")
 
 
 def open_ctranslate2(path: Path) -> Checkpoint:
-    """Return the checkpoint in a file. Variables with several names are there once; ``aliases`` in the metadata has the others.
+    """Return the checkpoint in a file. A variable with several names is stored once; the metadata lists its ``aliases``.
 
-    Raises
-    ------
-    SourceError
-        If it cannot be read, is damaged, or of a version that is not known.
+    Raises `SourceError` if it cannot be read, is damaged, or of an unknown version.
     """
     try:
-        with open_regular(path) as file:
-            reader = _Reader(file)
-            tensors, aliases = _parse(reader, SharedFile(path))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+        with reading(path), open_regular(path) as file:
+            tensors, aliases = _parse(_Reader(file), SharedFile(path))
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from None
     warnings = []
     if aliases:
-        more = f" and {len(aliases) - 1} more" if len(aliases) > 1 else ""
         name, same = next(iter(aliases.items()))
-        warnings.append(f"{path.name}: {name!r} is {same!r}{more}; stored once, and the metadata tells")
+        warnings.append(
+            f"{path.name}: {name!r} is an alias of {same!r}{and_more(aliases)}; stored once, the aliases in the metadata"
+        )
     scaled = [tensor.name for tensor in tensors if tensor.name.endswith("weight_scale")]
     if scaled:
         warnings.append(
-            f"{path.name}: {len(scaled)} matrices are integers, kept beside their scales, such as {scaled[0]!r}"
+            f"{path.name}: {len(scaled)} matrices of integers are kept as they are, with scales such as {scaled[0]!r}"
         )
     metadata = {"aliases": json.dumps(aliases, sort_keys=True)} if aliases else {}
     return Checkpoint(tensors, warnings=warnings, files=[path], metadata=metadata)
@@ -94,38 +91,36 @@ def _parse(reader: _Reader, shared: SharedFile) -> tuple[list[FileTensor], dict[
     kind, _ = reader.string(), reader.number(4)
     if version not in _VERSIONS:
         raise SourceError(
-            f"{kind} of CTranslate2's version {version} is not known, only {_VERSIONS[0]} to {_VERSIONS[-1]}"
+            f"{kind} in version {version} of CTranslate2's format cannot be read, only {_VERSIONS[0]} to {_VERSIONS[-1]}"
         )
     found: dict[str, FileTensor] = {}
     for _ in range(reader.number(4)):
         variable = _variable(reader, shared)
         if variable.name in found:
-            raise SourceError(f"variable {variable.name!r} is there twice: it is damaged")
+            raise SourceError(f"duplicate variable {variable.name!r}: the file is damaged")
         found[variable.name] = variable
     aliases = {}
     for _ in range(reader.number(4)):
         name, same = reader.string(), reader.string()
         if same not in found or name in found or name in aliases:
-            raise SourceError(f"alias {name!r} of {same!r} is impossible: it is damaged")
+            raise SourceError(f"invalid alias {name!r} of {same!r}: the file is damaged")
         aliases[name] = same
     if reader.offset != reader.size:
-        raise SourceError(f"it has {reader.size - reader.offset} bytes more than it should: it is damaged")
+        raise SourceError(f"{reader.size - reader.offset} bytes too many at its end: the file is damaged")
     return list(found.values()), aliases
 
 
 def _variable(reader: _Reader, shared: SharedFile) -> FileTensor:
     name = reader.string()
     rank = reader.number(1)
-    if rank > _MOST_DIMENSIONS:
-        raise SourceError(f"variable {name!r} has {rank} dimensions: it is damaged")
+    if rank > _MAX_DIMENSIONS:
+        raise SourceError(f"variable {name!r} has {rank} dimensions: the file is damaged")
     shape = tuple(reader.number(4) for _ in range(rank))
     kind, size = reader.number(1), reader.number(4)
     if kind >= len(_DTYPES):
-        raise SourceError(f"variable {name!r} is of dtype number {kind}, which is not known")
+        raise SourceError(f"variable {name!r} is of unknown dtype number {kind}")
     dtype, offset = _DTYPES[kind], reader.offset
     if size != dtype.size * math.prod(shape) or size > reader.size - offset:
-        raise SourceError(
-            f"variable {name!r} has {size} bytes, which is not what its shape needs or more than there are"
-        )
+        raise SourceError(f"variable {name!r} of {size} bytes does not match its shape, or is cut short")
     reader.offset += size
     return FileTensor(name, dtype, shape, shared, offset)

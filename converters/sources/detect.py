@@ -1,19 +1,92 @@
-"""Find out what a path holds: by what is in the files, not by what they are called."""
+"""Open a checkpoint: tables of the kinds of files and directories, recognized by content and not by name.
+
+To support another kind, write a module with the two functions of a row, and add the row.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from qformat.container.layout import MAGIC
+from qformat.converters.sources.container import is_container, open_container
+from qformat.converters.sources.ctranslate2 import is_ctranslate2, open_ctranslate2
+from qformat.converters.sources.files import Opener
+from qformat.converters.sources.gguf import is_gguf, open_gguf
+from qformat.converters.sources.hf import is_hf, only_weights, open_hf
+from qformat.converters.sources.meta import is_meta, open_meta
+from qformat.converters.sources.model_files import recognized, with_assets
 from qformat.converters.sources.options import SourceOptions
+from qformat.converters.sources.safetensors import is_safetensors, open_safetensors
+from qformat.converters.sources.torch import is_torch, open_torch, open_torch_shard
 from qformat.errors import QFormatError, QualityError, SourceError
-from qformat.files import is_remote
-from qformat.pipeline.source import Checkpoint, QuantizedTensor
+from qformat.files import is_remote, open_regular, reading
+from qformat.pipeline.source import Checkpoint
 from qformat.quality import Quality
 
-_GGUF = b"GGUF"
+
+class FileKind(NamedTuple):
+    """A kind of file that holds tensors.
+
+    Attributes
+    ----------
+    matches
+        Whether a file is of this kind, by its first bytes and its path.
+    open
+        Opens a file; takes the path, and the options of reading in `options` as keywords.
+    open_shard
+        Opens one of several files that hold a model together; None for files that are models by themselves, with their tokenizer
+        and configuration.
+    options
+        The fields of `SourceOptions` that apply.
+    """
+
+    matches: Callable[[bytes, Path], bool]
+    open: Callable[..., Checkpoint]
+    open_shard: Callable[..., Checkpoint] | None
+    options: tuple[str, ...] = ()
+
+
+class DirectoryKind(NamedTuple):
+    """A layout of directories.
+
+    Attributes
+    ----------
+    matches
+        Whether a directory has this layout.
+    open
+        Opens it; takes the path, and a function that opens the files in it.
+    may_be_quantized
+        Whether other tools write quantized checkpoints in this layout.
+    """
+
+    matches: Callable[[Path], bool]
+    open: Callable[[Path, Opener], Checkpoint]
+    may_be_quantized: bool
+
+
+FILES = (
+    FileKind(is_container, open_container, None, ("quality",)),
+    FileKind(is_gguf, open_gguf, None),
+    FileKind(is_torch, open_torch, open_torch_shard, ("state_dict_key",)),
+    FileKind(is_safetensors, open_safetensors, open_safetensors),
+    FileKind(is_ctranslate2, open_ctranslate2, open_ctranslate2),
+)
+DIRECTORIES = (
+    DirectoryKind(is_hf, open_hf, may_be_quantized=True),
+    DirectoryKind(is_meta, open_meta, may_be_quantized=False),
+)  # others may have a single file of weights, with any name
+
+# Failed downloads, and other files that are mistaken for weights
+_MISTAKEN = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with git lfs pull",
+    b"<!doctype": "is a web page; download the file itself",
+    b"<html": "is a web page; download the file itself",
+}
+_PICKLE = b"\x80"
 
 
 def open_checkpoint(path: Path, options: SourceOptions | None = None) -> Checkpoint:
@@ -22,17 +95,17 @@ def open_checkpoint(path: Path, options: SourceOptions | None = None) -> Checkpo
     Parameters
     ----------
     path
-        As `qformat.files.source_path` gives it: a directory as Hugging Face or Meta lays them out, or with one file of weights;
-        or a safetensors, torch, GGUF or container file.
+        A path or URL as `qformat.files.source_path` returns it: of a file of any kind in `FILES`, or of a directory in Hugging
+        Face's or Meta's layout or with a single file of weights.
     options
         How to read it.
 
     Raises
     ------
     SourceError
-        If there is none, or none that can be read.
+        If there is no checkpoint, or it cannot be read.
     QualityError
-        If a quality is given for something else than layered tensors.
+        If a quality is given and the file has no layered tensors.
     """
     options = options or SourceOptions()
     try:
@@ -42,7 +115,7 @@ def open_checkpoint(path: Path, options: SourceOptions | None = None) -> Checkpo
     except Exception as error:
         if not is_remote(path):
             raise
-        # each file system has errors of its own
+        # each remote file system has exceptions of its own
         raise SourceError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from None
     return replace(checkpoint, variant=" ".join(filter(None, (checkpoint.variant, str(options)))))
 
@@ -52,80 +125,83 @@ def _open(path: Path, options: SourceOptions) -> Checkpoint:
         return _open_directory(path, options)
     if not path.exists():
         raise SourceError(f"{path}: there is no such file or directory")
-    return _open_file(path, options)
+    kind = _kind_of(path, options)
+    checkpoint = _open_model(path, kind, options)
+    if not kind.open_shard:
+        return checkpoint
+    return replace(checkpoint, warnings=[*_warnings_alone(path), *checkpoint.warnings])
 
 
 def _open_directory(path: Path, options: SourceOptions) -> Checkpoint:
-    from qformat.converters.sources.hf import only_weights, open_hf, with_assets
-    from qformat.converters.sources.meta import is_meta, open_meta
-    from qformat.converters.sources.weights import first_bytes
-
-    _check_quality(path, options.quality)
-    checkpoint = open_hf(path, options)
-    if checkpoint is None and is_meta(path):
-        return open_meta(path, options)
-    if checkpoint is None:
-        only = only_weights(path)
-        checkpoint = _open_file(only, options, alone=False)
-        complete = first_bytes(only).startswith(_GGUF)  # which holds its tokenizer
-        return checkpoint if complete else with_assets(path, checkpoint)
-    return _recognized(checkpoint, path, options)
+    _check_quality(path, options)
+    for kind in DIRECTORIES:
+        if kind.matches(path):
+            checkpoint = kind.open(path, partial(_open_weights, options))
+            return recognized(checkpoint, path, options) if kind.may_be_quantized else checkpoint
+    file = only_weights(path)
+    file_kind = _kind_of(file, options)
+    checkpoint = _open_model(file, file_kind, options)
+    return with_assets(path, checkpoint) if file_kind.open_shard else checkpoint
 
 
-def _open_file(path: Path, options: SourceOptions, *, alone: bool = True) -> Checkpoint:
-    from qformat.converters.sources.weights import check_no_key, first_bytes, open_weights
-
-    start = first_bytes(path)
-    if start.startswith(MAGIC):
-        from qformat.converters.sources.container import open_container
-
-        check_no_key(path, options)
-        return open_container(path, options.quality)
-    _check_quality(path, options.quality)
-    if start.startswith(_GGUF):
-        from qformat.converters.sources.gguf import open_gguf
-
-        check_no_key(path, options)
-        return open_gguf(path)
-    checkpoint = _recognized(open_weights(path, options), path.parent, options)
-    return replace(checkpoint, warnings=[*_alone(path), *checkpoint.warnings]) if alone else checkpoint
+def _open_model(path: Path, kind: FileKind, options: SourceOptions) -> Checkpoint:
+    """Open a file that holds a whole model, as far as there is one."""
+    checkpoint = kind.open(path, **{name: getattr(options, name) for name in kind.options})
+    return recognized(checkpoint, path.parent, options) if kind.open_shard else checkpoint
 
 
-def _recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions) -> Checkpoint:
-    """Return a checkpoint with what other tools have quantized as tensors whose codes are copied."""
-    from qformat.converters.quantized.claims import Claims
-    from qformat.converters.quantized.recognize import recognize
-    from qformat.converters.sources.hf import read_configs
+def _open_weights(options: SourceOptions, path: Path, *, shard: bool = True) -> Checkpoint:
+    """Open a file of a directory."""
+    kind = _kind_of(path, options)
+    if not kind.open_shard:
+        raise _unknown(path)
+    open_file = kind.open_shard if shard else kind.open
+    return open_file(path, **{name: getattr(options, name) for name in kind.options})
 
-    configs, damaged = read_configs(directory)
-    tensors, warnings = recognize(checkpoint.tensors, configs, options)
-    known = any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
-    if known and damaged:
+
+def _kind_of(path: Path, options: SourceOptions) -> FileKind:
+    """Return the kind of a file, after checking that the options apply to it."""
+    with reading(path), open_regular(path) as file:
+        start = file.read(32)
+    for prefix, description in _MISTAKEN.items():
+        if start.lower().startswith(prefix):
+            raise SourceError(f"{path}: {description}")
+    kind = next((kind for kind in FILES if kind.matches(start, path)), None)
+    if kind is None or "quality" not in kind.options:
+        _check_quality(path, options)
+    if kind is not None:
+        if options.state_dict_key is not None and "state_dict_key" not in kind.options:
+            raise SourceError(f"{path}: --state-dict-key selects a part of a torch checkpoint, and this is none")
+        return kind
+    if not start:
+        raise SourceError(f"{path}: the file is empty; download it again")
+    if start.startswith(_PICKLE):
         raise SourceError(
-            f"{damaged[0]}: cannot be read as JSON, and may say how the weights beside it are quantized; download it again"
+            f"{path}: is a pickle that torch.save did not write; it is not loaded, since it can run any code"
         )
-    return replace(
-        checkpoint,
-        tensors=tensors,
-        warnings=[*checkpoint.warnings, *warnings],
-        quantized=known or Claims.of(configs).method is not None,
+    raise _unknown(path)
+
+
+def _unknown(path: Path) -> SourceError:
+    return SourceError(
+        f"{path}: holds no weights of a known kind; give a .safetensors, torch (.pth, .pt, .bin, .ckpt), CTranslate2, .gguf or .qf "
+        "file, or a directory with weights"
     )
 
 
-def _check_quality(path: Path, quality: Quality) -> None:
-    if quality != Quality():
+def _check_quality(path: Path, options: SourceOptions) -> None:
+    if options.quality != Quality():
         raise QualityError(
-            f"{path}: is no .qf file, whose layered tensors could be read at a quality; to store weights at one, give it with "
+            f"{path}: is not a .qf file, whose layered tensors can be read at a quality; to store weights at one, give it with "
             "the type, as in -t scm:bpw=3"
         )
 
 
-def _alone(path: Path) -> list[str]:
+def _warnings_alone(path: Path) -> list[str]:
+    """Return a warning if a file is only a part of the model in its directory."""
     shard = re.search(r"-[0-9]+-of-0*([0-9]+)\.", path.name)
     if shard and int(shard[1]) > 1:
         return [f"{path.name} is one shard of {shard[1]}: give its directory for the whole model"]
     if (path.parent / "config.json").exists():
-        return [
-            f"only the tensors of {path.name} are taken; give its directory to take its config.json and tokenizer too"
-        ]
+        return [f"only the tensors of {path.name} are taken; give its directory to include config.json and tokenizer"]
     return []

@@ -8,14 +8,25 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from qformat.container.index import MAX_ASSET_BYTES
 from qformat.dtypes import DType, Elements
 from qformat.errors import SourceError
-from qformat.files import is_remote, open_regular, read_range
+from qformat.files import is_remote, open_regular, read_range, reading
+from qformat.pipeline.source import Checkpoint, SourceTensor
+
+#: suffixes by which files with weights are found in a directory
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
+
+
+class Opener(Protocol):
+    """Opens a file of weights."""
+
+    def __call__(self, path: Path, *, shard: bool = True) -> Checkpoint:
+        """Open a file, as one of several shards or by itself."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -24,23 +35,23 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises
     ------
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     ValueError
-        If it holds none.
+        If it does not contain a JSON object.
     """
     with open_regular(path) as file:
         data = file.read(MAX_ASSET_BYTES)
     try:
         value = json.loads(data)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("it is no object")  # noqa: TRY004  like all else that is wrong with it
+        raise ValueError("not an object")  # noqa: TRY004  like any other content
     return value
 
 
 class SharedFile:
-    """A file that is opened when it is first read."""
+    """A file that is opened at the first read, and shared by its tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,28 +59,14 @@ class SharedFile:
         self._fd: int | None = None
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Return the bytes at a position.
-
-        Raises
-        ------
-        SourceError
-            If they cannot be read, or are no longer there.
-        """
-        data = np.empty(length, np.uint8).data  # which is not zeroed first
-        try:
+        """Return the bytes at a position; raise `SourceError` if they cannot be read, or the file is shorter now."""
+        data = np.empty(length, np.uint8).data  # unlike a bytearray, not zeroed first
+        with reading(self.path):
             self._read_into(data, offset)
-        except OSError as error:
-            raise SourceError(f"{self.path}: cannot be read: {error.strerror}") from None
         return data
 
     def elements(self, dtype: DType, offset: int, elements: slice) -> Elements:
-        """Return some elements of a tensor that begins at a position.
-
-        Raises
-        ------
-        SourceError
-            If they cannot be read.
-        """
+        """Return some elements of a tensor that begins at a position; raise `SourceError` if they cannot be read."""
         data = self.read(offset + elements.start * dtype.size, (elements.stop - elements.start) * dtype.size)
         return Elements(dtype, np.frombuffer(data, dtype.storage))
 
@@ -93,15 +90,15 @@ class SharedFile:
     def _shorter(self) -> SourceError:
         return SourceError(f"{self.path}: the file became shorter while it was read")
 
-    # The function is kept, as modules go before the last objects do
+    # os.close as a default argument, since modules are cleared before the last objects when Python exits
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self._fd is not None:
             close(self._fd)
 
 
 @dataclass(frozen=True)
-class FileTensor:
-    """A tensor whose elements stand in a file as they are, one after the other."""
+class FileTensor(SourceTensor):
+    """A tensor whose elements are stored contiguously in a file, in row-major order."""
 
     name: str
     dtype: DType
@@ -110,5 +107,5 @@ class FileTensor:
     offset: int
 
     def read(self, elements: slice) -> Elements:
-        """Return some elements."""
+        """Read elements from the file."""
         return self.file.elements(self.dtype, self.offset, elements)

@@ -1,7 +1,7 @@
-"""The GGUF file format: what its header says, read without trusting it (docs/gguf.md of ggml is the format's description).
+"""The header of GGUF files, parsed without trusting it (docs/gguf.md of ggml describes the format), and written.
 
 A file is a header (counts, key-value pairs, names, types and places of tensors), then the tensors' bytes, each at a multiple of the
-alignment. `parse` reads the header only; strings and arrays that nobody asks for are skipped, not decoded.
+alignment. `parse` reads the header only, and skips strings and arrays without decoding them.
 """
 
 from __future__ import annotations
@@ -20,22 +20,9 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
-STRING, ARRAY = 8, 9
-UINT32 = 4
-#: what numbers of each type of value look like, for `struct`
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+#: formats of `struct` for the types of scalar values
+SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 18
@@ -52,7 +39,7 @@ _TYPE_AND_OFFSET = struct.Struct("<IQ")
 
 
 class TensorType(NamedTuple):
-    """A type of tensors: its name in lower case, and how many elements and bytes a block has."""
+    """A tensor type: its name in lower case, and the elements and bytes of a block."""
 
     name: str
     block: int
@@ -79,27 +66,13 @@ TYPE_NUMBERS = {type_.name: number for number, type_ in TYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor.
-
-    Attributes
-    ----------
-    name
-        Its name.
-    type
-        Its type.
-    shape
-        Its shape, the length of a row last.
-    offset
-        Where its bytes begin in the file.
-    at
-        Where its type and offset stand in the header.
-    """
+    """The entry of a tensor in a header."""
 
     name: str
     type: TensorType
-    shape: tuple[int, ...]
-    offset: int
-    at: int
+    shape: tuple[int, ...]  # the length of a row last
+    offset: int  # of its data in the file
+    at: int  # offset of its type and offset in the header
 
     @property
     def elements(self) -> int:
@@ -108,7 +81,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes, without padding."""
+        """Bytes of its data, without padding."""
         return self.elements // self.type.block * self.type.nbytes
 
     @property
@@ -118,7 +91,7 @@ class TensorInfo:
 
 
 class Value(NamedTuple):
-    """Where the value of a key stands in the header, and of which type it is."""
+    """The type of a value, and its offset in the header."""
 
     kind: int
     at: int
@@ -131,13 +104,13 @@ class Header:
     Attributes
     ----------
     data
-        Its bytes, up to the end of the last tensor's entry.
+        Its bytes, up to the end of the last entry.
     values
-        For each key where its value is.
+        The place of each key's value.
     tensors
-        In the order of their entries.
+        The tensors in the order of their entries.
     alignment
-        What the tensors' offsets are multiples of.
+        Of the offsets of tensors.
     """
 
     data: bytes
@@ -147,11 +120,11 @@ class Header:
 
     @property
     def data_start(self) -> int:
-        """Where offsets of tensors are counted from."""
+        """Base of the offsets of tensors."""
         return align(len(self.data), self.alignment)
 
     def number(self, key: str) -> int | None:
-        """Return the value of a key, if it is there and an integer."""
+        """Return the value of a key, if it is an integer."""
         value = self.values.get(key)
         code = SCALARS.get(value.kind) if value else None
         if value is None or code is None or code in "fd?":
@@ -159,16 +132,8 @@ class Header:
         number: int = struct.unpack_from(f"<{code}", self.data, value.at)[0]
         return number
 
-    def text(self, key: str) -> str | None:
-        """Return the value of a key, if it is there and a string."""
-        value = self.values.get(key)
-        if value is None or value.kind != STRING:
-            return None
-        start = value.at + _U64.size
-        return self.data[start : start + _U64.unpack_from(self.data, value.at)[0]].decode("utf-8", "replace")
-
     def gaps(self, size: int) -> Iterator[tuple[int, int]]:
-        """Yield (start, stop) of every run of bytes of a file of this size that belongs to no tensor; the header is the first."""
+        """Yield (start, stop) of every range of a file of this size that belongs to no tensor; the first is the header."""
         at = 0
         for tensor in sorted(self.tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
             if tensor.nbytes:
@@ -180,7 +145,7 @@ class Header:
 
 
 def align(offset: int, alignment: int) -> int:
-    """Return the smallest multiple of an alignment that is not less than an offset."""
+    """Round an offset up to a multiple of an alignment."""
     return -(-offset // alignment) * alignment
 
 
@@ -190,28 +155,22 @@ def parse(file: BinaryIO, size: int, label: str) -> Header:
     Parameters
     ----------
     file
-        Open, at its beginning. No more than the header, and a little after it, is read.
+        Open, at its beginning; only the header is read, and a little more.
     size
-        How many bytes it has.
+        Its size in bytes.
     label
-        What messages call it.
+        Its name in messages.
 
     Raises
     ------
     SourceError
-        If it is no GGUF file of a version that is known, is cut short, or does not make sense.
+        If it is not a GGUF file of a known version, or cut short or damaged.
     """
     return _Parser(file, size, label).header()
 
 
 def check_layout(header: Header, size: int, label: str) -> None:
-    """Check that the tensors of a file of this size lie in it, in their places and none over another.
-
-    Raises
-    ------
-    SourceError
-        If they do not.
-    """
+    """Raise `SourceError` if tensors are misaligned, overlap, or exceed a file of this size."""
     end = 0
     before = ""
     for tensor in sorted(header.tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
@@ -225,12 +184,12 @@ def check_layout(header: Header, size: int, label: str) -> None:
                 f"{where} would end at byte {tensor.stop}, but the file has {size}: it is cut short or damaged; get it again"
             )
         if tensor.offset < end:
-            raise SourceError(f"{where} lies over tensor {before!r}; the file is damaged (at byte {tensor.offset})")
+            raise SourceError(f"{where} overlaps tensor {before!r}; the file is damaged (at byte {tensor.offset})")
         end, before = tensor.stop, tensor.name
 
 
 class _Parser:
-    """Goes through a header once. Every length and count is compared with what is left of the file before it is used."""
+    """Goes through a header once. Every length and count is checked against the rest of the file before it is used."""
 
     def __init__(self, file: BinaryIO, size: int, label: str) -> None:
         self._file = file
@@ -246,7 +205,7 @@ class _Parser:
             start = self._at
             key = self._text("a key", _MAX_KEY_BYTES)
             if key in values:
-                self._fail(f"key {key!r} is there twice", start)
+                self._fail(f"duplicate key {key!r}", start)
             kind = self._unpack(_U32, "a key's type")[0]
             values[key] = Value(kind, self._at)
             self._skip(kind, f"key {key!r}")
@@ -256,7 +215,7 @@ class _Parser:
         names: set[str] = set()
         for tensor in found:
             if tensor.name in names:
-                self._fail(f"tensor {tensor.name!r} is there twice", tensor.at)
+                self._fail(f"duplicate tensor name {tensor.name!r}", tensor.at)
             names.add(tensor.name)
         placed = tuple(replace(tensor, offset=start + tensor.offset) for tensor in found)
         self._load(0, self._at, "the header")
@@ -271,10 +230,10 @@ class _Parser:
             self._fail("is not a GGUF file", 0)
         if version not in VERSIONS:
             if version == 1:
-                self._fail("is GGUF of version 1, which is too old; make it again with a newer tool", 4)
+                self._fail("is GGUF of version 1, which is too old; create it again with a newer tool", 4)
             if int.from_bytes(version.to_bytes(4, "little"), "big") in (*VERSIONS, 1):
                 self._fail("is a big-endian GGUF file, which is not supported; get the little-endian one", 4)
-            self._fail(f"is GGUF of version {version}, which this qformat does not know; use a newer one", 4)
+            self._fail(f"is GGUF of version {version}, which is not supported; use a newer qformat", 4)
         if tensors > _MAX_TENSORS:
             self._fail(f"claims {tensors} tensors, more than {_MAX_TENSORS}", 8)
         if keys > _MAX_KEYS:
@@ -290,11 +249,11 @@ class _Parser:
         self._load(value.at, _U32.size, "general.alignment")
         alignment: int = _U32.unpack_from(self._data, value.at)[0]
         if not alignment or alignment & (alignment - 1):
-            self._fail(f"general.alignment is {alignment}, which is no power of two", value.at)
+            self._fail(f"general.alignment is {alignment}, which is not a power of two", value.at)
         return alignment
 
     def _tensor(self) -> TensorInfo:
-        """Read an entry; the offset is left as it stands there."""
+        """Read an entry; the offset stays relative."""
         start = self._at
         name = self._text("a tensor's name", _MAX_KEY_BYTES)
         dimensions = self._unpack(_U32, "a tensor's entry")[0]
@@ -304,17 +263,19 @@ class _Parser:
         at = self._at
         number, offset = self._unpack(_TYPE_AND_OFFSET, "a tensor's entry")
         if number not in TYPES:
-            self._fail(f"tensor {name!r} is of type {number}, which this qformat does not know", at)
+            self._fail(f"tensor {name!r} is of unknown type {number}", at)
         type_ = TYPES[number]
         if max(shape, default=0) > MAX_INTEGER or math.prod(shape) > MAX_INTEGER or offset > MAX_INTEGER:
             self._fail(f"tensor {name!r} is larger than any file", start)
         row = shape[-1] if shape else 1
         if row % type_.block:
-            self._fail(f"tensor {name!r} has rows of {row} elements, which are no whole blocks of {type_.name}", start)
+            self._fail(
+                f"tensor {name!r} has rows of {row} elements, not a multiple of the blocks of {type_.name}", start
+            )
         return TensorInfo(name, type_, shape, offset, at)
 
     def _skip(self, kind: int, what: str, depth: int = 0) -> None:
-        """Go over a value."""
+        """Skip a value."""
         if kind in SCALARS:
             self._jump(1, struct.calcsize(f"<{SCALARS[kind]}"), what)
         elif kind == STRING:
@@ -332,10 +293,10 @@ class _Parser:
         elif kind == ARRAY:
             self._fail(f"{what} is nested too deeply", self._at)
         else:
-            self._fail(f"{what} is of type {kind}, which GGUF has not", self._at)
+            self._fail(f"{what} is of unknown type {kind}", self._at)
 
     def _skip_strings(self, count: int, what: str) -> None:
-        """Go over strings; vocabularies have hundreds of thousands, so this is the loop that takes the time."""
+        """Skip strings; vocabularies have hundreds of thousands, so that this loop takes most of the time."""
         self._check(count * _U64.size, what)
         data, unpack, at, loaded = self._data, _U64.unpack_from, self._at, len(self._data)
         for _ in range(count):
@@ -368,7 +329,7 @@ class _Parser:
         return values
 
     def _check(self, length: int, what: str) -> None:
-        """Refuse a value that would reach beyond the end of the file."""
+        """Refuse a value that exceeds the file."""
         self._checked(self._at + length, what)
 
     def _checked(self, stop: int, what: str) -> int:
@@ -379,7 +340,7 @@ class _Parser:
         return stop
 
     def _load(self, at: int, length: int, what: str) -> None:
-        """Have bytes at hand."""
+        """Read up to some bytes of the header."""
         stop = at + length
         if stop <= len(self._data):
             return
@@ -395,34 +356,19 @@ class _Parser:
         raise SourceError(f"{self._label}: {cause} (at byte {at})")
 
 
-def integer(value: int) -> bytes:
-    """Return the value of a key: its type and bytes, of an unsigned integer of 32 bits."""
-    return _U32.pack(UINT32) + _U32.pack(value)
-
-
-def floating(value: float) -> bytes:
-    """Return the value of a key: a binary32 number."""
-    return struct.pack("<If", 6, value)
-
-
-def boolean(*, value: bool) -> bytes:
-    """Return the value of a key: a truth value."""
-    return struct.pack("<I?", 7, value)
-
-
-def text(value: str) -> bytes:
-    """Return the value of a key: a string."""
-    return _U32.pack(STRING) + _string(value)
-
-
-def texts(values: Sequence[str]) -> bytes:
-    """Return the value of a key: an array of strings."""
-    return struct.pack("<IIQ", ARRAY, STRING, len(values)) + b"".join(map(_string, values))
-
-
-def integers(values: Sequence[int]) -> bytes:
-    """Return the value of a key: an array of signed integers of 32 bits."""
-    return struct.pack(f"<IIQ{len(values)}i", ARRAY, 5, len(values), *values)
+def encode(value: bool | float | str | Sequence[str] | Sequence[int]) -> bytes:
+    """Return the value of a key, its type first: bool, uint32, float32 or string, or an array of strings or int32."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", BOOL, value)
+    if isinstance(value, int):
+        return struct.pack("<II", UINT32, value)
+    if isinstance(value, float):
+        return struct.pack("<If", FLOAT32, value)
+    if isinstance(value, str):
+        return _U32.pack(STRING) + _string(value)
+    kind = INT32 if value and isinstance(value[0], int) else STRING
+    items = [_string(item) if isinstance(item, str) else struct.pack("<i", item) for item in value]
+    return struct.pack("<IIQ", ARRAY, kind, len(value)) + b"".join(items)
 
 
 def _string(value: str) -> bytes:
@@ -430,18 +376,18 @@ def _string(value: str) -> bytes:
     return _U64.pack(len(raw)) + raw
 
 
-def build(values: Mapping[str, bytes], tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
+def build(values: Mapping[str, Any], tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
     """Return a header, of version 3.
 
     Parameters
     ----------
     values
-        For each key its value, as `integer` and the others return it.
+        The value of each key.
     tensors
-        (name, type, shape) of each, in the order in which they shall stand in the file.
+        (name, type, shape) of each, in the order of the file.
     """
     parts = [_COUNTS.pack(MAGIC, VERSIONS[-1], len(tensors), len(values))]
-    parts += [_string(key) + value for key, value in values.items()]
+    parts += [_string(key) + encode(value) for key, value in values.items()]
     offset = 0
     for name, type_, shape in tensors:
         number = TYPE_NUMBERS[type_]

@@ -1,6 +1,6 @@
-"""Meta's Llama directories: params.json and consolidated.00.pth, .01.pth ..., one file for each of the GPUs that ran the model.
+"""Directories in Meta's layout of Llama: params.json and consolidated.00.pth, .01.pth ..., one file for each GPU.
 
-The parts of a matrix are joined again, while they are read; nothing else is changed, not even the names.
+The parts of a matrix are joined when they are read; nothing else changes, not even the names.
 """
 
 from __future__ import annotations
@@ -13,46 +13,29 @@ from typing import Any
 
 import numpy as np
 
-from qformat.converters.sources.files import read_object
-from qformat.converters.sources.hf import with_assets
-from qformat.converters.sources.options import SourceOptions
-from qformat.converters.sources.weights import open_weights
-from qformat.dtypes import DType, Elements
+from qformat.converters.sources.files import Opener, read_object
+from qformat.converters.sources.model_files import with_assets
+from qformat.dtypes import Elements
 from qformat.errors import SourceError
 from qformat.pipeline.source import Checkpoint, SourceTensor
 
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated(?:\.([0-9]+))?\.pth")
 _EMBEDDINGS = "tok_embeddings.weight"
-_DROPPED = "rope.freqs"  # follows from params.json; the first Llama has it in every layer
+_DROPPED = "rope.freqs"  # computed from params.json; the first Llama has it in every layer
 
-# Along which dimension the GPUs share a matrix: its outputs or its inputs.
+# The dimension along which a matrix is divided among GPUs: its outputs or its inputs
 _DIMS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
 
 
-@dataclass(frozen=True)
-class Joined:
-    """Matrices of one shape, side by side along a dimension."""
+class Joined(SourceTensor):
+    """Matrices of the same shape, concatenated along a dimension."""
 
-    parts: Sequence[SourceTensor]
-    dim: int
-
-    @property
-    def name(self) -> str:
-        """Their name."""
-        return self.parts[0].name
-
-    @property
-    def dtype(self) -> DType:
-        """Their element type."""
-        return self.parts[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of all of them together."""
-        rows, cols = self.parts[0].shape
-        count = len(self.parts)
-        return (rows * count, cols) if self.dim == 0 else (rows, cols * count)
+    def __init__(self, parts: Sequence[SourceTensor], dim: int) -> None:
+        self.name, self.dtype = parts[0].name, parts[0].dtype
+        rows, cols = parts[0].shape
+        self.shape = (rows * len(parts), cols) if dim == 0 else (rows, cols * len(parts))
+        self.parts, self.dim = parts, dim
 
     def read(self, elements: slice) -> Elements:
         """Return some elements."""
@@ -75,31 +58,16 @@ class Joined:
         return Elements(self.dtype, joined.reshape(-1)[start - first * width : stop - first * width])
 
 
-@dataclass(frozen=True)
-class Copies:
-    """A tensor that several files hold; that it is the same in all of them is checked while it is read."""
+class Copies(SourceTensor):
+    """A tensor that is the same in several files, which every read verifies."""
 
-    copies: Sequence[SourceTensor]
-    directory: Path
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.copies[0].name
-
-    @property
-    def dtype(self) -> DType:
-        """Its element type."""
-        return self.copies[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.copies[0].shape
+    def __init__(self, replicas: Sequence[SourceTensor], directory: Path) -> None:
+        self.name, self.dtype, self.shape = replicas[0].name, replicas[0].dtype, replicas[0].shape
+        self.replicas, self.directory = replicas, directory
 
     def read(self, elements: slice) -> Elements:
         """Return some elements."""
-        first, *others = (copy.read(elements) for copy in self.copies)
+        first, *others = (copy.read(elements) for copy in self.replicas)
         if any(not np.array_equal(first.data.view(np.uint8), other.data.view(np.uint8)) for other in others):
             raise SourceError(
                 f"{self.directory}: the copies of tensor {self.name!r} in the shards differ; download them again"
@@ -108,21 +76,18 @@ class Copies:
 
 
 def is_meta(directory: Path) -> bool:
-    """Return whether a directory holds weights under Meta's names, and more than one file that can be read by itself."""
+    """Return whether a directory holds weights under Meta's names: several files, or one beside params.json."""
     shards = _shards(directory)
     return len(shards) > 1 or (bool(shards) and (directory / PARAMS).exists())
 
 
-def open_meta(directory: Path, options: SourceOptions) -> Checkpoint:
+def open_meta(directory: Path, open_file: Opener) -> Checkpoint:
     """Return the checkpoint in a directory of Meta's layout.
 
-    Raises
-    ------
-    SourceError
-        If a shard is missing or damaged, if shards do not belong together, or if no rule says how to join a tensor.
+    Raises `SourceError` if a shard is missing or damaged, shards do not belong together, or it is not known how to join a tensor.
     """
     files = _complete(directory)
-    shards = [open_weights(path, options, shard=True) for path in files]
+    shards = [open_file(path) for path in files]
     tables = [
         {tensor.name: tensor for tensor in shard.tensors if not tensor.name.endswith(_DROPPED)} for shard in shards
     ]
@@ -133,7 +98,7 @@ def open_meta(directory: Path, options: SourceOptions) -> Checkpoint:
     warnings = [warning for shard in shards for warning in shard.warnings]
     above = directory.absolute().parent / "tokenizer.model"
     if not (directory / above.name).exists() and above.exists():
-        warnings.append(f"{above.name} of the directory above is not taken along; copy it beside {PARAMS} first")
+        warnings.append(f"{above.name} of the parent directory is not taken along; copy it beside {PARAMS} first")
     return with_assets(directory, Checkpoint(tensors, warnings=warnings, files=files))
 
 
@@ -163,20 +128,20 @@ def _check_same(
         one, other = expected[name], tensor
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             raise SourceError(
-                f"{path.parent}: tensor {name!r} is {_what(one)} in {first.name}, but {_what(other)} in {path.name}"
+                f"{path.parent}: tensor {name!r} is {_described(one)} in {first.name}, but {_described(other)} in {path.name}"
             )
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the parts of tensors belong together."""
+    """Joins the parts of tensors in several shards."""
 
     directory: Path
     shards: int
     params: Mapping[str, Any]
 
     def merged(self, parts: Sequence[SourceTensor]) -> SourceTensor:
-        """Return the whole tensor of which each shard has a part, or the same copy."""
+        """Return the whole tensor, of which each shard has a part or a copy."""
         name, shape = parts[0].name, parts[0].shape
         *_, kind, _weight = ["", *name.split(".")]
         if name == _EMBEDDINGS and len(shape) == 2:
@@ -190,12 +155,12 @@ class _Layout:
         if len(shape) == 2 and kind in _DIMS:
             return Joined(parts, _DIMS[kind])
         raise SourceError(
-            f"{self.directory}: it is not known how the parts of tensor {name!r} in {self.shards} shards belong "
-            "together; convert the Hugging Face edition of this model"
+            f"{self.directory}: it is not known how to join the parts of tensor {name!r} in {self.shards} shards; convert the "
+            "Hugging Face version of this model"
         )
 
     def _embeddings(self, parts: Sequence[SourceTensor]) -> SourceTensor:
-        """Join embeddings, which Llama 1 and 2 cut along the features, and later ones along the vocabulary."""
+        """Join embeddings, which Llama 1 and 2 split along the features, and later ones along the vocabulary."""
         rows, cols = parts[0].shape
         dim = self._number("dim", cols if self.shards == 1 else None)
         vocab = self.params.get("vocab_size")
@@ -206,7 +171,7 @@ class _Layout:
         raise self._misfit(parts, f"dim {dim}" + (f" and vocab_size {vocab}" if vocab else ""))
 
     def _keys_or_values(self, parts: Sequence[SourceTensor]) -> SourceTensor:
-        """Join what each shard has of the heads of keys or values: with more shards than heads, several have the same."""
+        """Join the heads of keys or values; with more shards than heads, several shards have the same heads."""
         rows, cols = parts[0].shape
         heads = self._number("n_heads")
         total = self._number("n_kv_heads", heads) * self._number("head_dim", self._number("dim") // heads)
@@ -219,11 +184,11 @@ class _Layout:
                 groups.setdefault(part.read(slice(0, cols)).data.tobytes(), []).append(part)
             if len(groups) == distinct and len({len(group) for group in groups.values()}) == 1:
                 return Joined([Copies(group, self.directory) for group in groups.values()], 0)
-        raise self._misfit(parts, f"the {total} rows that n_kv_heads, n_heads and dim ask for")
+        raise self._misfit(parts, f"the {total} rows that follow from n_kv_heads, n_heads and dim")
 
     def _misfit(self, parts: Sequence[SourceTensor], expected: str) -> SourceError:
         return SourceError(
-            f"{self.directory}: tensor {parts[0].name!r}, {_what(parts[0])} in each of {self.shards} shards, does not fit "
+            f"{self.directory}: tensor {parts[0].name!r}, {_described(parts[0])} in each of {self.shards} shards, does not fit "
             f"{expected} in {PARAMS}; shards are missing, or belong to another model"
         )
 
@@ -231,11 +196,11 @@ class _Layout:
         value = self.params.get(key)
         value = default if value is None else value
         if type(value) is not int or value <= 0:
-            raise SourceError(f"{self.directory / PARAMS}: {key!r} has to be a positive number; download it again")
+            raise SourceError(f"{self.directory / PARAMS}: {key!r} must be a positive integer; download it again")
         return value
 
 
-def _what(tensor: SourceTensor) -> str:
+def _described(tensor: SourceTensor) -> str:
     return f"{tensor.dtype.name} {'x'.join(map(str, tensor.shape)) or 'scalar'}"
 
 
@@ -244,7 +209,7 @@ def _read_params(directory: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except FileNotFoundError:
-        raise SourceError(f"{path}: is missing, and says how the shards belong together; download it") from None
+        raise SourceError(f"{path}: is missing, which is needed to join the shards; download it") from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError:

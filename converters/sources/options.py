@@ -1,4 +1,4 @@
-"""What a user may say of how a checkpoint shall be read."""
+"""Options of reading a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class SourceOptions:
     quality
         How much to read of the layered tensors of a container file.
     state_dict_key
-        Which state dict of a torch checkpoint to take: keys from the outside to the inside with dots between them, ``"."`` for all.
+        The state dict of a torch checkpoint to read: keys from the outermost to the innermost with dots between them, ``"."`` for
+        everything.
     gptq_format
-        How GPTQ's zeros are stored, whatever the checkpoint says.
+        How the zero points of GPTQ are stored, whatever the checkpoint says.
     """
 
     quality: Quality = field(default_factory=Quality)
@@ -27,7 +28,7 @@ class SourceOptions:
     gptq_format: Literal["v1", "v2"] | None = None
 
     def __str__(self) -> str:
-        """Return the same text for the same options, empty for the defaults."""
+        """Return the options that decide what tensors hold; empty for the defaults."""
         key = "" if self.state_dict_key is None else f"state_dict_key={self.state_dict_key!r}"
         gptq = "" if self.gptq_format is None else f"gptq_format={self.gptq_format}"
         return " ".join(text for text in (key, gptq) if text)

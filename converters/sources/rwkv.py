@@ -1,4 +1,4 @@
-"""Tell RWKV's versions apart, which have no configuration beside their weights."""
+"""The version of RWKV, whose checkpoints have no configuration beside the weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Read tensors of a .safetensors file chunk by chunk, without mapping it into memory.
+"""Read the tensors of a .safetensors file chunk by chunk, without mapping it into memory.
 
-The library that the format comes from checks the file; its numpy flavour cannot read bfloat16 and gives whole tensors only, so the
-bytes are read here.
+The format's own library validates the file; since its numpy interface cannot read bfloat16, and only whole tensors, the data are
+read here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from qformat.converters.sources.files import FileTensor, SharedFile
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
-from qformat.files import is_remote
+from qformat.files import is_remote, reading
+from qformat.pipeline.source import Checkpoint
 
-#: ours for each of the format's dtypes
+#: our names of the format's dtypes
 DTYPE_NAMES = {
     "BOOL": "bool",
     "F8_E4M3": "f8_e4m3",
@@ -25,16 +26,18 @@ DTYPE_NAMES = {
     "BF16": "bf16",
 } | {name.upper(): name for name in ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64", "f16", "f32", "f64")}
 
-MAX_HEADER = 100_000_000  # the library's own limit
+MAX_HEADER = 100_000_000  # the limit of the library
 
 
-def open_safetensors(path: Path) -> list[FileTensor]:
+def is_safetensors(start: bytes, path: Path) -> bool:
+    """Return whether a file begins like a .safetensors file, or is called one."""
+    return start[8:9] == b"{" or path.suffix == ".safetensors"
+
+
+def open_safetensors(path: Path) -> Checkpoint:
     """Return the tensors of a .safetensors file.
 
-    Raises
-    ------
-    SourceError
-        If it is missing, cut short, damaged, or holds a dtype that cannot be stored.
+    Raises `SourceError` if it is missing, cut short, damaged, or holds a dtype that cannot be stored.
     """
     _check(path)
     with path.open("rb") as file:
@@ -49,39 +52,33 @@ def open_safetensors(path: Path) -> list[FileTensor]:
             raise SourceError(f"{path}: tensor {name!r} is of dtype {entry['dtype']}, which cannot be stored")
         dtype = DTYPES[DTYPE_NAMES[entry["dtype"]]]
         tensors.append(FileTensor(name, dtype, tuple(entry["shape"]), shared, 8 + length + entry["data_offsets"][0]))
-    return tensors
+    return Checkpoint(tensors, files=[path])
 
 
 def _check(path: Path) -> None:
-    """Let the library check header, offsets and length."""
-    if not path.is_file():
-        raise SourceError(f"{path}: is not a file")
-    try:
+    """Validate header, offsets and length with the library."""
+    with reading(path):
         size = path.stat().st_size
         if size == 0:
             raise SourceError(f"{path}: the file is empty; download it again")
-        if is_remote(path):
-            _check_remote(path, size)
-            return
-        with safe_open(path, framework="np"):
-            return
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except SafetensorError as error:
-        expected = _announced_size(path)
-        if expected > size:
-            raise SourceError(
-                f"{path}: is cut short: it has {size} bytes of at least {expected}; download it again"
-            ) from None
-        if 0 < expected < size:
-            raise SourceError(
-                f"{path}: does not have the length that its header says, {expected} bytes, but {size}; download it again"
-            ) from None
-        raise SourceError(f"{path}: not a valid safetensors file: {error}") from None
+        try:
+            if is_remote(path):
+                _check_remote(path, size)
+                return
+            with safe_open(path, framework="np"):
+                return
+        except SafetensorError as error:
+            expected = _expected_size(path)
+            cause = f"not a valid safetensors file: {error}"
+            if expected > size:
+                cause = f"is cut short: it has {size} bytes of at least {expected}; download it again"
+            elif 0 < expected < size:
+                cause = f"has {size} bytes, but {expected} by its header; download it again"
+            raise SourceError(f"{path}: {cause}") from None
 
 
 def _check_remote(path: Path, size: int) -> None:
-    """Let the library check a file on this machine that has the same header and length, but holes for tensors."""
+    """Validate a sparse local file that has the same header and length."""
     with path.open("rb") as file, tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
         length = file.read(8)
         copy.write(length + file.read(min(int.from_bytes(length, "little"), MAX_HEADER)))
@@ -91,8 +88,8 @@ def _check_remote(path: Path, size: int) -> None:
             return
 
 
-def _announced_size(path: Path) -> int:
-    """Return how long a file should be, going by as much of its header as is there, or 0 if the header makes no sense."""
+def _expected_size(path: Path) -> int:
+    """Return the length of a file by its header, which may be cut short, or 0 if the header is invalid."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8).ljust(8, b"\0"), "little")
         if length > MAX_HEADER:

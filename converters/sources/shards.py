@@ -1,42 +1,38 @@
-"""Weights that are spread over several files, with an index that lists them or without."""
+"""Weights in several files, with or without an index."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from qformat.converters.sources.files import Opener
+from qformat.converters.wording import and_more
 from qformat.errors import SourceError
-from qformat.files import open_regular
+from qformat.files import open_regular, reading
 from qformat.pipeline.source import Checkpoint, SourceTensor
-
-#: how to open one file
-Opener = Callable[[Path], Checkpoint]
 
 _NUMBERED = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)(\.[a-z]+)")
 
 
 def open_indexed(index: Path, opener: Opener) -> Checkpoint:
-    """Return what the files that an index names hold together.
+    """Return the tensors in the files that an index lists.
 
-    No file outside the index's directory is read, whatever it says (but symbolic links, which the hub's cache consists of, are
-    followed).
+    No file outside the directory of the index is read, whatever the index says; symbolic links, of which the hub's cache consists,
+    are followed.
 
-    Raises
-    ------
-    SourceError
-        If the index is damaged or does not fit the files, or one of them is missing or damaged.
+    Raises `SourceError` if the index is damaged or does not match the files, or one of them is missing or damaged.
     """
     directory = index.parent
     weight_map = _read_index(index)
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        # The index is untrusted: a file name and nothing else
+        # the index is untrusted: only plain file names are accepted
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
             raise SourceError(f"{index}: names the file {shard!r}, which is not a plain file name; do not use it")
         if not (directory / shard).exists():
-            raise SourceError(f"{directory}: shard {shard} is missing, though {index.name} names it; download it again")
+            raise SourceError(f"{directory}: shard {shard} is missing, though {index.name} lists it; download it again")
     tensors: dict[str, SourceTensor] = {}
     unlisted = []
     warnings: list[str] = []
@@ -44,32 +40,28 @@ def open_indexed(index: Path, opener: Opener) -> Checkpoint:
         opened = opener(directory / shard)
         warnings += opened.warnings
         for tensor in opened.tensors:
-            home = weight_map.get(tensor.name, shard)
             if tensor.name not in weight_map:
                 unlisted.append(tensor.name)
-            if home == shard:
-                if tensor.name in tensors:
-                    raise SourceError(
-                        f"{directory}: tensor {tensor.name!r} is in two shards and {index.name} does not list it"
-                    )
-                tensors[tensor.name] = tensor
+            if weight_map.get(tensor.name, shard) != shard:
+                continue
+            if tensor.name in tensors:
+                raise SourceError(
+                    f"{directory}: tensor {tensor.name!r} is in two shards and {index.name} does not list it"
+                )
+            tensors[tensor.name] = tensor
     for name, shard in sorted(weight_map.items()):
         if name not in tensors:
             raise SourceError(f"{directory}: {index.name} says that {shard} holds tensor {name!r}, but it does not")
     if unlisted:
-        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
-        warnings.append(f"{index.name} does not list tensor {unlisted[0]!r}{more}; taken along")
+        warnings.append(f"{index.name} does not list tensor {unlisted[0]!r}{and_more(unlisted)}; taken along")
     files = [index, *(directory / shard for shard in shards)]
     return Checkpoint(list(tensors.values()), warnings=warnings, files=files)
 
 
 def numbered(files: Sequence[Path]) -> list[Path]:
-    """Return those of some files that are numbered as shards, NAME-00001-of-00003.safetensors, in order.
+    """Return the files that are numbered as shards, NAME-00001-of-00003.safetensors, in order.
 
-    Raises
-    ------
-    SourceError
-        If they belong to several checkpoints, or one is missing.
+    Raises `SourceError` if they belong to several checkpoints, or one is missing.
     """
     found = [(match, path) for path in files if (match := _NUMBERED.fullmatch(path.name))]
     kinds = {(match[1], match[3], match[4]) for match, _ in found}
@@ -89,18 +81,15 @@ def numbered(files: Sequence[Path]) -> list[Path]:
 
 
 def open_unlisted(files: Sequence[Path], opener: Opener) -> Checkpoint:
-    """Return what several files hold together, of which there is no index.
+    """Return the tensors in several files without an index.
 
-    Raises
-    ------
-    SourceError
-        If one is damaged, or a tensor is in two of them.
+    Raises `SourceError` if one is damaged, or a tensor is in two of them.
     """
     tensors: dict[str, SourceTensor] = {}
     warnings = []
     if len(files) > 1:
         warnings.append(
-            f"no index says what the {len(files)} shards {files[0].name} to {files[-1].name} hold; all is taken"
+            f"no index lists the tensors of the {len(files)} shards {files[0].name} to {files[-1].name}; all are taken"
         )
     for path in files:
         opened = opener(path)
@@ -108,7 +97,7 @@ def open_unlisted(files: Sequence[Path], opener: Opener) -> Checkpoint:
         for tensor in opened.tensors:
             if tensor.name in tensors:
                 raise SourceError(
-                    f"{path}: tensor {tensor.name!r} is in another shard too, and no index says which one counts"
+                    f"{path}: tensor {tensor.name!r} is in another shard too, and there is no index to choose one"
                 )
             tensors[tensor.name] = tensor
     return Checkpoint(list(tensors.values()), warnings=warnings, files=files)
@@ -116,13 +105,11 @@ def open_unlisted(files: Sequence[Path], opener: Opener) -> Checkpoint:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        with open_regular(path) as file:
+        with reading(path), open_regular(path) as file:
             index = json.loads(file.read())
         weight_map = index["weight_map"]
         if not weight_map or not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
             raise TypeError
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SourceError(f"{path}: is not an index of shards (no usable 'weight_map'); download it again") from None
     return weight_map  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Find the state dict in what was saved with torch: by structure, as every project has its own name for it."""
+"""Find the state dict in an object that torch saved: by structure, since every project has its own name for it."""
 
 from __future__ import annotations
 
@@ -9,60 +9,61 @@ from typing import Any
 
 import torch
 
+from qformat.converters.wording import and_more
 from qformat.errors import SourceError
 
 Keys = tuple[str, ...]
 
-#: chooses everything that has a name
+#: the key of everything that has a name
 WHOLE = "."
-# Far more than any checkpoint has; pickles may refer to themselves, or to the same lists over and over
+# Far more than in any checkpoint; pickles may refer to themselves, or to the same lists over and over
 _MOST_NODES = 1_000_000
 _MOST_VALUES = 100_000_000
 _DEEPEST = 50
-# Another state dict with so large a share of the weights could as well be the one that is meant
+# A second state dict with this share of the weights makes the choice ambiguous
 _RIVAL = 0.1
 _NODES = (Mapping, list, tuple, torch.Tensor)
-# What each of torch's optimizers saves
+# The keys of the state of torch's optimizers
 _OPTIMIZER = {"state", "param_groups"}
-_LISTED = 8
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """The tensors of a model, and what else there is.
+    """A state dict, and the rest of the object in which it was found.
 
     Attributes
     ----------
     key
-        Where they were found.
+        Its key in the object.
     tensors
-        By name.
-    beside
-        Everything else, by keys with dots between them; no tensor that was taken is in it.
+        Its tensors by name.
+    extras
+        Everything else, by keys with dots between them.
     """
 
     key: str
     tensors: Mapping[str, torch.Tensor]
-    beside: Mapping[str, Any]
+    extras: Mapping[str, Any]
 
 
 def find_state_dict(root: object, key: str | None = None) -> StateDict:
     """Return the state dict in an object.
 
-    It is the mapping (or list) that holds the most elements in tensors of its own, leaving out optimizers. With a key it is
-    everything below that, the names of nested ones joined with dots.
+    It is the mapping (or list) that holds the most elements in tensors of its own, optimizers aside. With a key, it is everything
+    below that key, the names of nested tensors joined with dots.
 
     Parameters
     ----------
     root
-        What was saved.
+        The saved object.
     key
-        Which one to take: keys from the outside to the inside with dots between them, or `WHOLE`.
+        The state dict to take: keys from the outermost to the innermost with dots between them, or `WHOLE`.
 
     Raises
     ------
     SourceError
-        If there is none, or none with this key, or if several may be meant; the message does not name the file.
+        If there is none, none with this key, or the choice is ambiguous; the message does not name the file.
     """
     found = _tensors(root)
     if not found:
@@ -85,11 +86,9 @@ def find_state_dict(root: object, key: str | None = None) -> StateDict:
     for keys, tensor in taken.items():
         name = ".".join(keys[len(chosen) :])
         if name in names:
-            raise SourceError(
-                f"holds two tensors that would be called {name!r}; choose a part with --state-dict-key KEY"
-            )
+            raise SourceError(f"holds two tensors named {name!r}; choose a part with --state-dict-key KEY")
         names[name] = tensor
-    return StateDict(_dotted(chosen), names, {_dotted(keys): value for keys, value in _beside(root, (), used)})
+    return StateDict(_dotted(chosen), names, {_dotted(keys): value for keys, value in _extras(root, (), used)})
 
 
 def _tensors(root: object) -> dict[Keys, torch.Tensor]:
@@ -107,13 +106,13 @@ def _tensors(root: object) -> dict[Keys, torch.Tensor]:
         nodes += len(nested)
         values += len(node) if isinstance(node, _NODES) else 0
         if nodes > _MOST_NODES or values > _MOST_VALUES or len(keys) > _DEEPEST:
-            raise SourceError("is nested in a way that no checkpoint is; do not use it")
+            raise SourceError("is nested like no real checkpoint; do not use it")
         waiting.extend(((*keys, name), child) for name, child in reversed(nested))
     return found
 
 
 def _children(node: object) -> Iterable[tuple[str, object]]:
-    """Return what has a name, or a number that is one; optimizers are left out."""
+    """Return the named or numbered children of a node, except of optimizers."""
     if isinstance(node, Mapping):
         if node.keys() >= _OPTIMIZER or not all(type(key) in (str, int) for key in node):
             return ()
@@ -131,14 +130,14 @@ def _largest(groups: Mapping[Keys, dict[Keys, torch.Tensor]]) -> tuple[Keys, dic
     enough = _RIVAL * _elements(likely[first])
     if any(_elements(likely[keys]) >= enough or _belongs(first, keys, likely[keys]) for keys in others):
         raise SourceError(
-            f"holds several state dicts: {_listed(likely)}; choose one with --state-dict-key KEY, where the key of what holds "
-            f"several takes them all, and {WHOLE} everything"
+            f"holds several state dicts: {_listed(likely)}; choose one with --state-dict-key KEY: the key of what contains "
+            f"several takes all of them, and {WHOLE} takes everything"
         )
     return first, likely[first]
 
 
 def _belongs(first: Keys, keys: Keys, group: Mapping[Keys, torch.Tensor]) -> bool:
-    """Return whether matrices are kept near the largest state dict, as parts of one model are that is saved in a tree."""
+    """Return whether a group has matrices in the same tree as the largest state dict, like another part of one model."""
     near = bool(first) and keys[:1] == first[:1]
     return near and any(tensor.dim() > 1 and tensor.is_floating_point() for tensor in group.values())
 
@@ -154,12 +153,12 @@ def _below(found: Mapping[Keys, torch.Tensor], key: str) -> tuple[Keys, dict[Key
     return (), {}
 
 
-def _beside(node: object, keys: Keys, used: set[Keys]) -> Iterator[tuple[Keys, object]]:
-    """Yield the outermost objects that hold nothing that is used."""
+def _extras(node: object, keys: Keys, used: set[Keys]) -> Iterator[tuple[Keys, object]]:
+    """Yield the outermost objects without any tensor of the state dict."""
     for name, child in _children(node):
         here = (*keys, name)
         if here in used:
-            yield from _beside(child, here, used)
+            yield from _extras(child, here, used)
         else:
             yield here, child
 
@@ -177,5 +176,4 @@ def _listed(groups: Mapping[Keys, dict[Keys, torch.Tensor]]) -> str:
     texts = [
         f"{_dotted(keys)!r} ({len(groups[keys])} tensors, {_elements(groups[keys]):,} weights)" for keys in largest
     ]
-    more = [f"{len(texts) - _LISTED} more"] if len(texts) > _LISTED else []
-    return ", ".join([*texts[:_LISTED], *more])
+    return ", ".join(texts[:_SHOWN]) + and_more(texts, _SHOWN)

@@ -1,4 +1,4 @@
-"""The command line: one module for each command, imported when it is called."""
+"""The command line: one module per command, imported on first use."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import click
 from qformat import QFormatError, TypeSpecError, __version__
 
 _COMMANDS = {
-    "convert": "Turn a checkpoint into one .qf file.",
-    "truncate": "Leave out layers of a .qf file.",
+    "convert": "Convert a checkpoint to one .qf file.",
+    "truncate": "Drop layers from a .qf file.",
     "export": "Write a .qf file as GGUF, safetensors or a Hugging Face directory.",
-    "inspect": "Show what is inside a .qf file.",
-    "quantize-stats": "Measure what types would cost a checkpoint.",
-    "types": "List the types for weights and their parameters.",
+    "inspect": "Show the contents of a .qf file.",
+    "quantize-stats": "Measure the error of types on a checkpoint.",
+    "types": "List the weight types and their parameters.",
     "verify": "Check .qf files and SHA256SUMS lists.",
     "checksum": "Print lines for a SHA256SUMS list.",
 }
 
 
 class _Commands(click.Group):
-    """Imports a command's module when it is needed, and turns expected errors into one line."""
+    """Group that imports the module of a command on demand and prints expected errors as one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
@@ -42,7 +42,7 @@ class _Commands(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        del ctx  # listed without importing them
+        del ctx  # listed without importing the modules
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
@@ -67,12 +67,12 @@ class _Commands(click.Group):
 def cli() -> None:
     """Model checkpoints in one small, versioned, checksummed file.
 
-    Every command has its own --help. Exit status: 0 done, 1 error, 2 wrong usage.
+    Every command has its own --help. Exit status: 0 success, 1 error, 2 wrong usage.
     """
 
 
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """Unwind as after Ctrl-C, so that the partial file is removed."""
+    """Unwind as on Ctrl-C, so that the partial file is removed."""
     del signum, frame
     raise KeyboardInterrupt
 
@@ -81,11 +81,11 @@ def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names need not fit the terminal's encoding
+        if isinstance(stream, io.TextIOWrapper):  # the terminal may be unable to encode a name
             stream.reconfigure(errors="backslashreplace")
     try:
         cli(prog_name="qformat")
-    except KeyboardInterrupt:  # while modules are imported, where click does not look
+    except KeyboardInterrupt:  # during imports, outside of click's handler
         click.echo("Aborted!", err=True)
         sys.exit(1)
     finally:
@@ -93,8 +93,8 @@ def main() -> None:
 
 
 def _settle() -> None:
-    """Let go of output that could not be written, so that the interpreter does not try again at its end, and complain."""
-    if sys.stdout is None:  # closed by whoever started the command
+    """Discard output that cannot be written, so that the interpreter does not retry at exit and print a traceback."""
+    if sys.stdout is None:  # closed by the calling process
         return
     try:
         sys.stdout.flush()

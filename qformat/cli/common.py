@@ -1,4 +1,4 @@
-"""What the commands share: options, numbers and tables for people, progress bars."""
+"""Shared by the commands: options, formatting of numbers and tables, progress bars."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from qformat.quality import Quality
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-#: a path that is checked by the library, which has the better messages
+#: a path; the library checks it and reports the better messages
 PATH = click.Path(path_type=Path)
 
 
 class _Source(click.ParamType[Path]):
-    """A checkpoint: a path, or a URL that fsspec knows."""
+    """A checkpoint: a path or a URL supported by fsspec."""
 
     name = "path or URL"
 
@@ -38,13 +38,13 @@ class _Source(click.ParamType[Path]):
 SOURCE = _Source()
 
 
-def plural(count: int, what: str) -> str:
-    """Return how many there are of something."""
-    return f"{count} {what}{'s' * (count != 1)}"
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun, which takes an s unless the count is 1."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """Return the bytes that an option such as 5GB means."""
+    """Return the number of bytes of an option such as 5GB."""
     from qformat.converters.split import parse_size as parse
 
     try:
@@ -57,7 +57,7 @@ jobs_option = click.option(
     "-j",
     "--jobs",
     type=click.IntRange(min=1),
-    help="Threads; the result does not depend on it.  [default: one per processor]",
+    help="Number of threads; the output does not depend on it.  [default: one per processor]",
 )
 
 
@@ -68,16 +68,16 @@ def _parse_quality(ctx: click.Context, param: click.Parameter, value: str | None
         raise click.BadParameter(str(error), ctx, param) from None
 
 
-def quality_option(about: str, *, required: bool = False) -> Callable[[_Command], _Command]:
-    """Return the option that says how much of layered tensors to read."""
+def quality_option(purpose: str, *, required: bool = False) -> Callable[[_Command], _Command]:
+    """Return the --quality option: how much of the layered tensors to read."""
     return click.option(
         "-q",
         "--quality",
         callback=_parse_quality,
         required=required,
         metavar="QUALITY",
-        help=f"{about}: bits per weight such as 3.5; a bound for an error over the range of the tensor such as max_rmse=0.01, "
-        "max_abs=0.05 or mean_abs=0.01; or lossless.",
+        help=f"{purpose}: bits per weight such as 3.5; a bound on an error relative to the range of the tensor, such as "
+        "max_rmse=0.01, max_abs=0.05 or mean_abs=0.01; or lossless.",
     )
 
 
@@ -115,12 +115,12 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def printable(text: str) -> str:
-    """Return text from a file with everything that a terminal might obey escaped."""
+    """Return text from a file with control characters and other non-printable characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def echo_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
-    """Print columns: the first `left` ones flush left, the others flush right."""
+    """Print a table: the first `left` columns aligned to the left, the others to the right."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
@@ -132,8 +132,8 @@ def echo_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) ->
 
 
 @contextmanager
-def progress_bar(what: str, total: int, *, as_bytes: bool = False) -> Iterator[Callable[[int], None] | None]:
-    """Show a bar on stderr if that is a terminal; the callback takes how much was just done."""
+def progress_bar(description: str, total: int, *, as_bytes: bool = False) -> Iterator[Callable[[int], None] | None]:
+    """Show a progress bar on stderr if that is a terminal; the callback receives the amount just processed."""
     if not sys.stderr.isatty() or total == 0:
         yield None
         return
@@ -161,14 +161,14 @@ def progress_bar(what: str, total: int, *, as_bytes: bool = False) -> Iterator[C
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         try:
-            task = progress.add_task(what, total=total)
+            task = progress.add_task(description, total=total)
             yield lambda amount: progress.advance(task, amount)
         finally:
             logger.removeHandler(handler)
 
 
 class _Notices(logging.Handler):
-    """Shows what the library logs above a progress bar: why it takes longer, say."""
+    """Prints log messages of the library above the progress bar."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)

@@ -44,63 +44,67 @@ if TYPE_CHECKING:
     "type_",
     default=None,
     metavar="TYPE",
-    help=f"For tensors of two or more dimensions: {DEFAULT_TYPE} unless given, or if the checkpoint is quantized already, as they "
-    "are.",
+    help="Type of floating-point tensors of two or more dimensions.  "
+    f"[default: {DEFAULT_TYPE}; a quantized checkpoint keeps its codes]",
 )
 @click.option(
     "--tensor-type",
     "overrides",
     multiple=True,
     metavar="GLOB=TYPE",
-    help="For floating tensors of any shape whose name matches; may be repeated, the last match wins.",
+    help="Type of floating-point tensors of any shape whose name matches; may be repeated, the last match wins.",
 )
-@source_options("Of layered tensors of a .qf file SRC, read no more than this needs")
+@source_options("Quality at which layered tensors of a .qf file SRC are read")
 @click.option(
     "--prune",
     type=float,
     default=0.0,
     metavar="SPARSITY",
-    help="First set this share of the weights of each tensor of two or more dimensions, the smallest ones, to zero.",
+    help="First set this share of the weights, the smallest ones, of each tensor of two or more dimensions to zero.",
 )
 @click.option(
     "--prune-tensor",
     "prune_overrides",
     multiple=True,
     metavar="GLOB=SPARSITY",
-    help="The same for tensors whose name matches, 0 for none; may be repeated, the last match wins.",
+    help="The same for tensors whose name matches; 0 prunes nothing. May be repeated, the last match wins.",
 )
 @click.option(
     "--shard-size",
     metavar="SIZE",
     callback=parse_size,
-    help="If the tensors take more than this, 5GB say, put them into several files: DST becomes the head that names them.",
+    help="Split tensors that exceed this size, such as 5GB, into several files; DST becomes the head that lists them.",
 )
 @click.option(
     "--engine",
     type=click.Choice(["threads", "dask"]),
     default="threads",
     show_default=True,
-    help="Threads, or processes of a Dask cluster; --jobs of them are started here unless --scheduler is given.",
+    help="Threads, or processes of a Dask cluster: --jobs local ones, or those of --scheduler.",
 )
 @click.option(
     "--scheduler",
     metavar="ADDRESS",
-    help="Of a Dask cluster, tcp://HOST:PORT, whose workers see SRC and the folder of DST under the same paths.",
+    help="Address of a Dask cluster, tcp://HOST:PORT. Its workers need SRC and the directory of DST at the same paths.",
 )
-@click.option("--allow-nonfinite", is_flag=True, help="Keep tensors that hold NaN or infinity raw.")
-@click.option("--allow-zeroed", is_flag=True, help="Let blocks too small for the type's scale become zero.")
+@click.option(
+    "--allow-nonfinite", is_flag=True, help="Store tensors with NaN or infinity unquantized instead of refusing them."
+)
+@click.option(
+    "--allow-zeroed", is_flag=True, help="Accept that blocks too small for the scale of their type become zero."
+)
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on where an earlier run of the same command was when it was killed, and leave what is done if this one fails.",
+    help="Continue an interrupted run of the same command, and keep finished tensors if this run fails.",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace DST if it exists.")
 @click.option(
     "-n",
     "--dry-run",
     is_flag=True,
-    help="Write nothing; say what would be written, and its exact size. Reads values only if --allow-nonfinite is given or a type "
-    "is entropy-coded, so that its size depends on them.",
+    help="Write nothing; print what would be written and its exact size. Values are read only with --allow-nonfinite and for "
+    "entropy-coded types, whose size depends on them.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -125,24 +129,24 @@ def command(
     as_json: bool,
     jobs: int | None,
 ) -> None:
-    """Turn the checkpoint SRC into the file DST.
+    """Convert the checkpoint SRC to the file DST.
 
-    SRC is a directory as Hugging Face lays it out (safetensors or pytorch_model.bin, sharded or not) or Meta (params.json and
-    consolidated.*.pth, joined under Meta's names), or one file: safetensors, torch (.pth, .pt, .bin, .ckpt), GGUF or .qf, by its
-    content. Of a directory, the files that belong to the model (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md,
-    config.json of folders) go into DST too. Nothing stands at DST before it is complete.
+    SRC is a Hugging Face directory (safetensors or pytorch_model.bin, sharded or not), a Meta directory (params.json and
+    consolidated.*.pth, which are joined under Meta's names), or one file: safetensors, torch (.pth, .pt, .bin, .ckpt),
+    CTranslate2, GGUF or .qf, recognized by its content. It may be a URL. From a directory, the files that belong to the model
+    (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md, config.json of subdirectories) are stored in DST as well. DST
+    appears only when it is complete.
 
-    Of a torch checkpoint the state dict with the most weights is taken, and --state-dict-key chooses another; what is beside it
-    goes into DST as checkpoint.json as far as it is small and JSON can hold it. Nothing that a pickle asks for is ever run.
+    From a torch checkpoint, the state dict with the most weights is read; --state-dict-key selects another one. Small values
+    beside it are stored in DST as checkpoint.json where JSON can represent them. Code in a pickle is never run.
 
-    TYPE is f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, nlm, affine, lut, ternary, levels, scm or lossless, with parameters as in
-    q4_0:search=exact; qformat types lists them. One-dimensional tensors stay as they are unless --tensor-type names them; integers
-    always do.
+    TYPE is a type such as bf16, q4_0, nlm, scm or lossless, with parameters as in q4_0:search=exact; qformat types lists them all.
+    One-dimensional tensors are stored unchanged unless --tensor-type matches them, integers always.
 
-    --prune 0.5 makes zeros of the half of each tensor that is nearest to zero, and of what is as large as the last of it. It leaves
-    out embeddings and output heads, which it knows by names such as *embed*, *wte.weight, *lm_head*, head.weight and *classifier*;
-    --prune-tensor '*lm_head*=0.3' does not. Errors are then measured and recorded against the pruned weights. q4_1, q5_1, nlm and
-    some codebooks of lut have no level at zero, and give small weights back instead.
+    --prune 0.5 sets the half of each tensor that is nearest to zero to zero, ties included. It skips embeddings and output heads,
+    recognized by names such as *embed*, *wte.weight, *lm_head*, head.weight and *classifier*; --prune-tensor '*lm_head*=0.3'
+    prunes them all the same. Errors are then measured against the pruned weights. q4_1, q5_1, nlm and some codebooks of lut have
+    no level at zero and decode pruned weights to small values.
     """
     from qformat.converters.convert import convert
     from qformat.converters.output import WriteOptions
@@ -174,7 +178,7 @@ def command(
         if plan.note:
             warn(plan.note)
     pruned = {plan.source.name: plan.source for plan in result.plans if isinstance(plan.source, Pruned)}
-    # those of a dry run are, and those that an earlier run has read
+    # unknown in a dry run, and for tensors that an earlier run finished
     unknown = any(tensor.zeros is None for tensor in pruned.values())
     zeros = None if unknown else sum(tensor.zeros or 0 for tensor in pruned.values())
     _warn_of_nothing_left(pruned.values())
@@ -189,7 +193,7 @@ def command(
     if verbose:
         _echo_tensors(result, pruned)
     _warn_of_growth(result)
-    click.echo(f"{dst} {'would have' if dry_run else 'has'} {human_bytes(result.nbytes)} ({result.nbytes} bytes)")
+    click.echo(f"{dst} {'would be' if dry_run else 'is'} {human_bytes(result.nbytes)} ({result.nbytes} bytes)")
     click.echo(
         f"{plural(len(result.plans), 'tensor')}, {human_count(result.params)} weights, {human_bytes(result.source_bytes)} -> "
         f"{result.bpw:.3f} bits/weight; {plural(len(result.assets), 'other file')}"
@@ -198,7 +202,7 @@ def command(
     if result.shards:
         click.echo(f"in {len(result.shards)} shards, {result.shards[0].name} and so on, and their head {dst.name}")
     if result.resumed:
-        click.echo(f"{result.resumed} of {len(result.plans)} tensors were there already")
+        click.echo(f"{result.resumed} of {len(result.plans)} tensors were finished by an earlier run")
     if pruned:
         total = sum(tensor.elements for tensor in pruned.values())
         least = sum(tensor.rank for tensor in pruned.values())
@@ -214,11 +218,11 @@ def _warn_of_growth(result: Conversion) -> None:
     grown = [
         plan.source.name
         for plan, record in zip(result.plans, result.records, strict=True)
-        if record.nbytes > plan.source_bytes
+        if record.nbytes > plan.source.nbytes
     ]
     if grown:
         more = f" and {len(grown) - 1} more" if len(grown) > 1 else ""
-        warn(f"tensor {grown[0]!r}{more} will be larger than before")
+        warn(f"larger than in the source: tensor {grown[0]!r}{more}")
 
 
 def _warn_of_nothing_left(pruned: Iterable[Pruned]) -> None:
@@ -226,7 +230,9 @@ def _warn_of_nothing_left(pruned: Iterable[Pruned]) -> None:
     if empty:
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         keep = shlex.quote(f"{glob.escape(empty[0])}=0")
-        warn(f"tensor {empty[0]!r}{more} is all zero now, as its weights tie; keep it with --prune-tensor {keep}")
+        warn(
+            f"all weights pruned, because they are equal: tensor {empty[0]!r}{more}; keep it with --prune-tensor {keep}"
+        )
 
 
 def _echo_tensors(result: Conversion, pruned: Mapping[str, Pruned]) -> None:
@@ -238,8 +244,8 @@ def _echo_tensors(result: Conversion, pruned: Mapping[str, Pruned]) -> None:
             (
                 plan.source.name,
                 "x".join(map(str, plan.source.shape)) or "scalar",
-                f"{plan.source.dtype.name} -> {plan.codec}",
-                human_bytes(plan.source_bytes),
+                f"{plan.source.dtype.name} -> {plan.encoder}",
+                human_bytes(plan.source.nbytes),
                 human_bytes(record.nbytes),
                 f"{record.error.rmse:.3e}" if record.error else "",
                 *([_share(pruned.get(plan.source.name))] if pruned else []),
@@ -252,7 +258,7 @@ def _echo_tensors(result: Conversion, pruned: Mapping[str, Pruned]) -> None:
 
 
 def _share(tensor: Pruned | None) -> str:
-    """Return the share of zeros, or that which was asked for as long as the values were not read."""
+    """Return the share of zeros; as long as the values have not been read, the requested share."""
     if tensor is None:
         return ""
     return f"{(tensor.rank if tensor.zeros is None else tensor.zeros) / tensor.elements:.1%}"

@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("src", type=PATH)
 @click.argument("dst", type=PATH)
-@click.option("--to", required=True, type=click.Choice(["gguf", "safetensors", "hf"]), help="What DST shall be.")
+@click.option("--to", required=True, type=click.Choice(["gguf", "safetensors", "hf"]), help="Format of DST.")
 @click.option(
     "-t",
     "--dtype",
     metavar="TYPE",
-    help="For quantized tensors that cannot be copied: f32, f16, bf16; for gguf also q4_0, q4_1, q5_0, q5_1, q8_0.  "
-    "[default: what each tensor once was; for gguf f16]",
+    help="Type of quantized tensors that cannot be copied: f32, f16, bf16; for gguf also q4_0, q4_1, q5_0, q5_1, q8_0.  "
+    "[default: the source dtype of each tensor; for gguf f16]",
 )
-@quality_option("Of layered tensors, use no more than this needs")
+@quality_option("Quality at which layered tensors are read")
 @click.option(
     "--shard-size",
     default="5GB",
     show_default=True,
     metavar="SIZE",
     callback=parse_size,
-    help="With hf, most bytes of tensors in one file.",
+    help="Largest safetensors file that --to hf writes.",
 )
 @click.option(
-    "-f", "--force", is_flag=True, help="Replace DST if it exists; a directory only if nothing else is in it."
+    "-f", "--force", is_flag=True, help="Replace DST if it exists; a directory only if it holds nothing else."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @jobs_option
@@ -50,18 +50,17 @@ def command(
     as_json: bool,
     jobs: int | None,
 ) -> None:
-    """Write what the .qf file SRC holds to DST in another format.
+    """Write the contents of the .qf file SRC to DST in another format.
 
-    gguf: the GGUF file that SRC was made of, byte for byte if no tensor has another type now; or a new one, of a Hugging Face
-    model like Llama, Mistral or Qwen2 with a byte-level BPE tokenizer. Types that GGUF knows are copied and others become TYPE, f16
-    unless it is given; if it is, matrices of plain numbers become it, too. One-dimensional tensors become f32.
+    gguf: the GGUF file that SRC was converted from, byte for byte as long as no tensor has changed its type; or a new GGUF file
+    of a Hugging Face model (Llama, Mistral or Qwen2 with a byte-level BPE tokenizer). Types known to GGUF are copied; the others
+    become TYPE, f16 by default. With --dtype, unquantized matrices become TYPE, too. One-dimensional tensors become f32.
 
-    safetensors: a file of all tensors as numbers.
+    safetensors: one file with all tensors, decoded.
 
-    hf: a directory with such files and those that were taken along (configuration, tokenizer), which transformers can load.
+    hf: a directory with safetensors files and the assets of SRC (configuration, tokenizer), which transformers can load.
 
-    In the latter two, tensors that are stored as numbers, or lossless, keep their dtype. Nothing stands at DST before it is
-    complete.
+    safetensors and hf keep the dtype of tensors that SRC holds unquantized or lossless. DST appears only when it is complete.
     """
     from qformat.container.reader import ContainerReader
     from qformat.converters.exports.export import export
@@ -87,5 +86,5 @@ def command(
         return
     size = sum(result.files.values())
     copied = sum(tensor.copied for tensor in result.tensors)
-    click.echo(f"{dst} has {human_bytes(size)} ({size} bytes)")
-    click.echo(f"{len(result.tensors)} tensors, {copied} of them copied as they are; in {result.seconds:.1f} s")
+    click.echo(f"{dst} is {human_bytes(size)} ({size} bytes)")
+    click.echo(f"{len(result.tensors)} tensors, {copied} of them copied unchanged; in {result.seconds:.1f} s")

@@ -25,22 +25,22 @@ from qformat.container.reader import ContainerReader
 from qformat.quality import Metric, Quality, relative
 from qformat.records import Layer, TensorRecord, type_string
 
-_STEPS, _FINE = 4, 6  # the ladder is shown in quarters of a bit up to here
+_STEPS, _FINE = 4, 6  # the ladder has quarter-bit steps up to 6 bits, whole bits above
 
 
 @click.command()
 @click.argument("file", type=PATH)
-@click.option("--tensor", "pattern", default="*", metavar="GLOB", help="Only tensors whose name matches.")
+@click.option("--tensor", "pattern", default="*", metavar="GLOB", help="Show only tensors whose name matches.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(file: Path, pattern: str, as_json: bool) -> None:
-    """Show what is inside FILE: version, digest, assets, tensors with their types, sizes and errors.
+    """Show the contents of FILE: format version, root digest, assets, and tensors with their types, sizes and errors.
 
-    Reads the index only: use verify to check the bytes of the tensors.
+    Reads only the index; qformat verify checks the bytes of the tensors.
     """
     with ContainerReader(file) as container:
         if container.outdated:
             warn(
-                f"{file} was made by an older writer (1.{container.trailer.minor}, now 1.{MINOR}): convert again for better types"
+                f"{file} was written as format 1.{container.trailer.minor}, now 1.{MINOR}: convert again for better results"
             )
         tensors = [tensor for tensor in container.tensors if fnmatchcase(tensor.name, pattern)]
         tensors.sort(key=lambda tensor: natural_key(tensor.name))
@@ -98,7 +98,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
 
 
 def _ladder(tensors: list[TensorRecord]) -> list[dict[str, Any]]:
-    """Return what reading at each number of bits that makes a difference gives: of all tensors, layered or not."""
+    """Return size and error of reading the file at each quality that makes a difference; sizes include unlayered tensors."""
     layered = [tensor for tensor in tensors if tensor.layers and tensor.elements]
     lossy = [layer.bpw for tensor in layered for layer in tensor.layers if layer.error.rmse]
     steps = sorted(
@@ -118,7 +118,7 @@ def _step(name: str, quality: Quality, tensors: list[TensorRecord], layered: lis
     reached = [quality.of(tensor) for tensor in layered]
     weights = sum(tensor.elements for tensor in layered)
     stored = sum(tensor.nbytes for tensor in reached)
-    last = [(tensor.layers[-1], tensor) for tensor in reached if tensor.range]  # others have no relative error
+    last = [(tensor.layers[-1], tensor) for tensor in reached if tensor.range]  # a range of 0 has no relative error
     compared = max(1, sum(tensor.elements for _, tensor in last))
 
     def average(metric: Metric) -> float:
@@ -173,7 +173,7 @@ def _echo(file: Path, summary: dict[str, Any]) -> None:
 
 def _echo_ladder(ladder: list[dict[str, Any]]) -> None:
     click.echo(
-        "what reading at a quality gives; errors over the range of their tensor, averaged over all weights (maxerr: the largest)"
+        "size and error by quality; errors are relative to the range of each tensor, averaged over all weights (maxerr: largest)"
     )
     rows = [
         (

@@ -56,29 +56,36 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
     default=["q4_0"],
     show_default=True,
     metavar="TYPE",
-    help="May be repeated; qformat types lists them.",
+    help="Type to measure; may be repeated. qformat types lists them.",
 )
-@source_options("Of layered tensors of a .qf file SRC, read no more than this needs; errors are against that")
+@source_options("Quality at which layered tensors of a .qf file SRC are read; errors are relative to that")
 @click.option(
     "--include",
     multiple=True,
     callback=_regexes,
     metavar="REGEX",
-    help="Only tensors whose name holds a match of this regular expression; may be repeated.",
+    help="Measure only tensors whose name contains a match of this regular expression; may be repeated.",
 )
-@click.option("--exclude", multiple=True, callback=_regexes, metavar="REGEX", help="Leave out tensors likewise.")
-@click.option("--per-layer", is_flag=True, help="Print a line for each tensor.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    callback=_regexes,
+    metavar="REGEX",
+    help="Skip tensors whose name contains a match.",
+)
+@click.option("--per-tensor", is_flag=True, help="Print a line for each tensor.")
+@click.option("--per-layer", is_flag=True, hidden=True)  # the name up to 0.5
 @click.option(
     "--histogram",
     is_flag=True,
-    help="Print how often each code is used, and each of nlm's mappings, the linear one first.",
+    help="Print the share of each code, and for nlm of each mapping, the linear one first.",
 )
 @click.option(
     "--json",
     "json_file",
     callback=_json_target,
     metavar="FILE",
-    help="Write JSON to a new FILE; - is stdout, in place of the lines.",
+    help="Write JSON to a new FILE; - prints it instead of the lines.",
 )
 @jobs_option
 def command(
@@ -87,16 +94,17 @@ def command(
     options: SourceOptions,
     include: list[re.Pattern[str]],
     exclude: list[re.Pattern[str]],
+    per_tensor: bool,
     per_layer: bool,
     histogram: bool,
     json_file: str | None,
     jobs: int | None,
 ) -> None:
-    """Measure what storing the checkpoint SRC in each TYPE would cost; nothing is written.
+    """Measure size and error of the checkpoint SRC in each TYPE, without converting it.
 
-    Takes the floating tensors of two or more dimensions. Errors are against the tensors of SRC; 95pct and median are bounds that
-    95 % and half of the absolute errors stay below; rel_rmse is the rmse over the standard deviation of the weights. For types that
-    are entropy-coded, entropy is what an ideal coder would need in bits for each weight, scales aside.
+    Floating-point tensors of two or more dimensions are measured. Errors are differences to the tensors of SRC: 95pct and median
+    are bounds on 95 % and on half of the absolute errors; rel_rmse is the rmse divided by the standard deviation of the weights.
+    For entropy-coded types, entropy is the size that an ideal entropy coder would reach in bits per weight, without the scales.
     """
     from qformat.codecs.registry import parse_type
     from qformat.converters.sources.container import lossy_warning
@@ -116,7 +124,7 @@ def command(
         and not any(pattern.search(tensor.name) for pattern in exclude)
     ]
     if not tensors:
-        raise click.ClickException(f"{src}: no floating tensor of two or more dimensions is left to measure")
+        raise click.ClickException(f"{src}: no floating-point tensor of two or more dimensions is left to measure")
     work = sum(math.prod(tensor.shape) for tensor in tensors) * len(codecs)
     with progress_bar(f"measuring {src.name}", work) as advance:
         results, sums = collect(measure(tensors, codecs, jobs=jobs, progress=advance))
@@ -128,7 +136,7 @@ def command(
                 f"{stats.tensor}: {stats.zeroed} blocks would become zero as {stats.type}; convert refuses that by default"
             )
     if json_file != "-":
-        for stats in [*(results if per_layer else []), *sums]:
+        for stats in [*(results if per_tensor or per_layer else []), *sums]:
             click.echo(printable(stats.line()))
             if histogram:
                 for line in _histograms(stats):

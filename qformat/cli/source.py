@@ -1,4 +1,4 @@
-"""The options of commands that read a checkpoint."""
+"""Options of the commands that read a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from qformat.cli.common import quality_option
 from qformat.converters.sources.options import SourceOptions
 
 
-def source_options(about_quality: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that adds the options and hands them over as one `options`."""
+def source_options(quality_purpose: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that adds the options and passes them to the command as one `options`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @quality_option(about_quality)
+        @quality_option(quality_purpose)
         @click.option(
             "--state-dict-key",
             metavar="KEY",
-            help="Which state dict of a torch checkpoint to take, with dots between nested keys; . takes everything.",
+            help="State dict to read from a torch checkpoint: nested keys joined by dots; . reads all of them.",
         )
         @click.option(
             "--gptq-format",
             type=click.Choice(["v1", "v2"]),
-            help="How the zeros of a GPTQ checkpoint are stored, if it says the wrong thing.",
+            help="How a GPTQ checkpoint stores its zeros, if its own statement is wrong.",
         )
         @wraps(command)
         def with_options(*, quality: Any, state_dict_key: Any, gptq_format: Any, **others: Any) -> None:

@@ -13,13 +13,13 @@ from qformat.quality import Quality
 @click.command()
 @click.argument("src", type=PATH)
 @click.argument("dst", type=PATH)
-@quality_option("What DST shall hold", required=True)
+@quality_option("Quality that DST keeps", required=True)
 @click.option("-f", "--force", is_flag=True, help="Replace DST if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(src: Path, dst: Path, quality: Quality, force: bool, as_json: bool) -> None:
-    """Write the .qf file SRC to DST with fewer layers of its layered tensors (type scm).
+    """Copy the .qf file SRC to DST with fewer layers of its layered tensors (type scm).
 
-    Nothing is decoded or encoded: DST is, byte for byte, the file that converting the same weights to the same layers gives.
+    Nothing is decoded or encoded again: DST is byte for byte the file that converting the original weights to these layers gives.
     qformat inspect shows the layers of a file.
     """
     from qformat.converters.truncate import truncate
@@ -37,7 +37,7 @@ def command(src: Path, dst: Path, quality: Quality, force: bool, as_json: bool) 
         )
         return
     click.echo(
-        f"{dst} has {human_bytes(result.after)} ({result.after} bytes) of {human_bytes(result.before)}; "
+        f"{dst} is {human_bytes(result.after)} ({result.after} bytes) of {human_bytes(result.before)}; "
         f"{result.bpw:.3f} bits/weight"
     )
     click.echo(f"root sha256 {result.root}")

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import Field, fields
+from dataclasses import Field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
 from qformat.cli.common import echo_json, echo_table
 
-_SHAPE = (4096, 4096)  # bits per weight hardly depend on it
+_SHAPE = (4096, 4096)  # the bits per weight hardly depend on it
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
-    """List the types for weights, with their parameters, the default of each first.
+    """List the weight types and their parameters; the first value of each parameter is its default.
 
-    A type is written as ID or ID:KEY=VALUE,KEY=VALUE. Bits per weight are those of a matrix of 4096 x 4096 with the defaults; they
-    vary where codes are entropy-coded: quantize-stats measures them.
+    A type is written as ID or ID:KEY=VALUE,KEY=VALUE. The bits per weight are those of a 4096 x 4096 matrix with the default
+    parameters. For entropy-coded types they depend on the weights: quantize-stats measures them.
     """
-    from qformat.codecs.registry import types_for_weights
+    from qformat.codecs.base import Codec
+    from qformat.codecs.registry import parameters, types_for_weights
 
     types: list[dict[str, Any]] = []
-    for name, codec in sorted(types_for_weights().items()):
-        hints = get_type_hints(codec)
-        varies = not codec().sized
-        bpw = None if varies else codec().nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])
-        about = (inspect.getdoc(codec) or "").partition("\n")[0]
-        params = {f.name: _values(f, hints[f.name]) for f in fields(codec) if not f.metadata.get("found")}
+    for name, encoder in sorted(types_for_weights().items()):
+        hints = get_type_hints(encoder)
+        default = encoder()
+        bpw = None
+        if isinstance(default, Codec) and default.has_fixed_size:
+            bpw = default.nbytes(_SHAPE) * 8 / (_SHAPE[0] * _SHAPE[1])
+        about = (inspect.getdoc(encoder) or "").partition("\n")[0]
+        params = {f.name: _values(f, hints[f.name]) for f in parameters(encoder)}
         types.append({"type": name, "bpw": bpw, "about": about, "params": params})
     if as_json:
         echo_json({"types": types})
@@ -47,7 +50,7 @@ def _shown(value: Any) -> str:
 
 
 def _values(field: Field[Any], kind: Any) -> list[Any]:
-    """Return what a parameter may be, the default first; a number of any size is N."""
+    """Return the values of a parameter, the default first; N stands for any number."""
     if get_origin(kind) is Literal:
         allowed: list[Any] = list(get_args(kind))
     elif kind is bool:

@@ -14,15 +14,15 @@ from qformat.parallel import default_jobs
 @click.command()
 @click.argument("files", nargs=-1, required=True)
 @click.option(
-    "--quick", is_flag=True, help="Of a .qf file only check header, index and trailer, not the bytes of the tensors."
+    "--quick", is_flag=True, help="Check only the header, index and trailer of .qf files, not the bytes of the tensors."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @jobs_option
 def command(files: tuple[str, ...], quick: bool, as_json: bool, jobs: int | None) -> None:
     """Check that FILES are complete and undamaged.
 
-    A FILE is a .qf file, of which every byte is checked and damaged tensors are named, or a list as sha256sum writes it, whose
-    files are looked for beside it. Exit status: 0 if all is well, 1 if anything is not.
+    Each of FILES is a .qf file, every byte of which is checked and whose damaged tensors are named, or a list in the format of
+    sha256sum, whose files are found relative to the list. Exit status: 0 if all files are intact, 1 otherwise.
     """
     paths = list(files)
     with progress_bar("verifying", 0 if quick else bytes_to_check(paths), as_bytes=True) as advance:
@@ -41,7 +41,7 @@ def _echo(report: FileReport) -> None:
     for damage in report.errors:
         click.echo(f"  {_place(damage)}{damage.what}")
     if report.outdated:
-        warn(f"{report.path} was made by an older writer: convert again for better types")
+        warn(f"{report.path} was written as an older format version: convert again for better results")
 
 
 def _place(damage: Damage) -> str:

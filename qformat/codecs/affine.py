@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Matrix, copied
+from qformat.codecs.base import optional
+from qformat.codecs.layout import Array, Buffer, Layout, Matrix
 from qformat.codecs.packed import LONGEST, PackedCodec, cuts
 from qformat.codecs.quantized import Quantized, check_length
 from qformat.codecs.registry import register
@@ -60,7 +61,7 @@ class Affine(PackedCodec):
     group: int | Literal["row"] = 128
     sym: bool = True
     scale: Literal["f16", "bf16", "f32"] = "f16"
-    act_order: bool = copied(False)
+    act_order: bool = optional(False, copied=True)
 
     def __post_init__(self) -> None:
         multiple = 1 if self.act_order else 32
@@ -80,25 +81,12 @@ class Affine(PackedCodec):
         cols = max(1, matrix.cols)
         return self.padded(cols if self.act_order else self._columns(cols))
 
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
+    def layout(self, matrix: Matrix) -> Layout:
         """Return scales, zeros and groups of columns if there are any, and codes."""
-        if not matrix.elements:
-            matrix = Matrix(0, 0)
-        groups = matrix.rows * cuts(matrix.cols, self._columns(max(1, matrix.cols)))
-        scales = ("scales", groups * self._scale.size)
-        zeros = () if self.sym else (("zeros", groups),)
-        places = (("g_idx", _INDEX.itemsize * matrix.cols),) if self.act_order else ()
-        return (scales, *zeros, *places, self._code_layout(matrix))
-
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return where the groups and the codes of a chunk stand."""
-        columns = self._columns(matrix.cols)
-        start = chunk.row * cuts(matrix.cols, columns) + chunk.col // columns
-        stop = start + chunk.rows * cuts(chunk.cols, columns)
-        scales = slice(start * self._scale.size, stop * self._scale.size)
-        zeros = () if self.sym else (slice(start, stop),)
-        places = (slice(0, _INDEX.itemsize * matrix.cols),) if self.act_order else ()
-        return (scales, *zeros, *places, self._code_span(matrix, chunk))
+        columns = self._columns(max(1, matrix.cols))
+        zeros = () if self.sym else (Array("zeros", 1, columns),)
+        places = (Array("g_idx", _INDEX.itemsize * matrix.cols, None),) if self.act_order else ()
+        return (Array("scales", self._scale.size, columns), *zeros, *places, self._code_array)
 
     @property
     def _scale(self) -> Any:
@@ -112,9 +100,8 @@ class Affine(PackedCodec):
         del fitted
         assert not self.act_order
         x = values.reshape(-1)
-        filled = values.shape[1]
         group = self.padded(self._columns(cols))
-        groups = len(values) * cuts(filled, group)
+        groups = len(values) * cuts(values.shape[1], group)
         scales = np.empty(groups, np.float32)
         zeros = np.full(groups, 1 << (self.bits - 1), np.uint8)
         search, kind = load("affine_search"), _KINDS[self.scale]
@@ -147,10 +134,10 @@ class Affine(PackedCodec):
         load("affine").dequantize_mapped(scales, zeros, places, codes, out, self.bits)
 
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
-        filled = out.shape[1]
-        group = filled if self.group == "row" else self.group
-        scales, zeros, codes = self._numbers(parts, len(out) * cuts(filled, group), out.size)
-        load("affine").dequantize(scales, zeros, codes, out.reshape(-1), filled, group, self.bits)
+        padded = out.shape[1]
+        group = padded if self.group == "row" else self.group
+        scales, zeros, codes = self._numbers(parts, len(out) * cuts(padded, group), out.size)
+        load("affine").dequantize(scales, zeros, codes, out.reshape(-1), padded, group, self.bits)
 
     def _numbers(self, parts: Sequence[Buffer], groups: int, elements: int) -> tuple[Any, Any, Any]:
         """Return scales in float32, zeros and packed codes."""

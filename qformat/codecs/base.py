@@ -1,99 +1,23 @@
-"""What a codec is: how it cuts a tensor, and what it promises for each chunk."""
+"""Codecs and encoders: what a file records of a tensor, and what a tensor can be asked to become."""
 
 from __future__ import annotations
 
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from qformat.dtypes import DType, Elements
-from qformat.records import MeasuredError, Params, type_string
+from qformat.codecs.layout import Array, Buffer, Chunk, Layout, Matrix, segment_lengths
+from qformat.dtypes import F32, DType, Elements
+from qformat.records import MeasuredError, Params, Segment, TensorRecord, type_string
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Buffer = bytes | memoryview
-
-# Elements of a chunk: enough work to outweigh a task's overhead, small enough to stay in cache between two kernels. The borders
-# decide in which order errors are summed, so another number needs a new minor version.
-CHUNK_ELEMENTS = 1 << 19
-
-# A chunk has at least a byte for so many elements, so that a small file cannot ask for much memory (spec/codecs.md, "Chunks").
-CHUNK_DENSITY = 1024
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A tensor seen as rows: the first dimension against the product of the others."""
-
-    rows: int
-    cols: int
-
-    @classmethod
-    def of(cls, shape: Sequence[int]) -> Matrix:
-        """Return the view of a shape; a vector is one row."""
-        if len(shape) < 2:
-            return cls(1, math.prod(shape))
-        return cls(shape[0], math.prod(shape[1:]))
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return self.rows * self.cols
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some whole rows of a matrix, or a part of one row."""
-
-    row: int
-    rows: int
-    col: int
-    cols: int
-
-    def elements(self, matrix: Matrix) -> slice:
-        """Return where its elements stand in row-major order; they are contiguous."""
-        start = self.row * matrix.cols + self.col
-        return slice(start, start + self.rows * self.cols)
-
-
-def chunks(matrix: Matrix, block: int) -> Iterator[Chunk]:
-    """Cut a matrix into chunks of about `PIECE` elements, counting those that fill up a row to whole blocks.
-
-    Within a row, chunks begin on multiples of `block`; one that is longer than `PIECE` is not cut.
-    """
-    if matrix.elements == 0:
-        return
-    rows, cols = _steps(matrix, block)
-    for row in range(0, matrix.rows, rows):
-        for col in range(0, matrix.cols, cols):
-            yield Chunk(row, min(rows, matrix.rows - row), col, min(cols, matrix.cols - col))
-
-
-def chunk_count(matrix: Matrix, block: int) -> int:
-    """Return how many chunks there are, without going through them."""
-    if matrix.elements == 0:
-        return 0
-    rows, cols = _steps(matrix, block)
-    return -(-matrix.rows // rows) * -(-matrix.cols // cols)
-
-
-def chunk_number(matrix: Matrix, block: int, chunk: Chunk) -> int:
-    """Return how many chunks come before one of them."""
-    rows, cols = _steps(matrix, block)
-    return chunk.row // rows * -(-matrix.cols // cols) + chunk.col // cols
-
-
-def _steps(matrix: Matrix, block: int) -> tuple[int, int]:
-    """Return the rows and columns of a chunk: whole rows, or a part of one."""
-    filled = -(-matrix.cols // block) * block
-    if filled <= max(CHUNK_ELEMENTS, block):
-        return max(1, CHUNK_ELEMENTS // filled), matrix.cols
-    return 1, max(1, CHUNK_ELEMENTS // block) * block
+_NO_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -120,24 +44,21 @@ class ErrorSum:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """What became of a chunk.
+    """Result of encoding one chunk.
 
     Attributes
     ----------
     parts
-        For each segment of `Codec.layout` the bytes of this chunk, as `Codec.spans` says where they stand; the chunk comes first if
-        the codec is chunked.
+        Its bytes for each part of `Codec.layout`.
     finite
         Whether the source held neither NaN nor infinity; if not, the rest is meaningless.
     error
-        None if the codec keeps the dtype bit for bit.
+        None if the codec is lossless for the dtype.
     overflowed, zeroed
-        How many scales (or values, or squared errors) were too large for their float format; how many blocks (or chunks) that were
-        not zero became zero.
+        Number of scales (or values, or squared errors) too large for their float format; number of blocks (or chunks) that were
+        not zero and became zero.
     entropy
-        If the codec is chunked, the bits that ideal coders need for the chunk's streams, knowing how often each letter occurs.
-    entropies
-        If it is layered, the same for each part.
+        Order-0 entropy of the chunk's entropy-coded streams, in bits.
     """
 
     parts: tuple[Buffer, ...]
@@ -146,111 +67,194 @@ class EncodedChunk:
     overflowed: int = 0
     zeroed: int = 0
     entropy: float = 0.0
-    entropies: tuple[float, ...] = ()
 
 
-def encoder_option(default: Any) -> Any:
-    """Declare a parameter that steers the encoder and is of no use to the decoder."""
-    return field(default=default, metadata={"encoder": True})
+class Readable(Protocol):
+    """A tensor that an encoder reads, any number of times and from several threads."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> DType:
+        """Its element type."""
+
+    @property
+    def matrix(self) -> Matrix:
+        """The tensor seen as rows."""
+
+    def read_chunk(self, chunk: Chunk) -> Elements:
+        """Return the elements of a chunk, two-dimensional."""
 
 
-def request(default: Any) -> Any:
-    """Declare a parameter that steers the encoder and that a file does not tell, as what it does to the tensor can be seen."""
-    return field(default=default, metadata={"encoder": True, "recorded": False})
+#: maps a function over items, such as the chunks of a tensor, in order: `map`, or on threads
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
-def found(default: Any) -> Any:
-    """Declare a parameter that the encoder finds and that cannot be asked for."""
-    return field(default=default, metadata={"found": True})
+@dataclass(frozen=True)
+class TensorEncoder:
+    """Encodes the chunks of one tensor, in any order and on any thread.
+
+    Attributes
+    ----------
+    codec
+        The codec that is recorded; its parameters may depend on values.
+    record
+        The tensor's record, without what writing finds: offsets, digests, lengths that values decide, and `error`.
+    encode
+        Encodes one chunk.
+    error
+        Error of the tensor, if it is not the sum of the errors of its chunks.
+    """
+
+    codec: Codec
+    record: TensorRecord
+    encode: Callable[[Chunk], EncodedChunk]
+    error: MeasuredError | None = None
 
 
-def copied(default: Any) -> Any:
-    """Declare a parameter of tensors that other tools have quantized, which a record holds only if it is not the default."""
-    return field(default=default, metadata={"found": True, "optional": True})
+def option(default: Any) -> Any:
+    """Declare an encoder option: a file records it, but no decoder needs it."""
+    return field(default=default, metadata={"option": True})
 
 
-def optional(default: Any) -> Any:
-    """Declare a parameter that a record holds only if it is not the default."""
-    return field(default=default, metadata={"optional": True})
+def optional(default: Any, *, copied: bool = False) -> Any:
+    """Declare a parameter that is recorded only if it is not the default; one that is `copied` cannot be asked for."""
+    return field(default=default, metadata={"optional": True, "copied": copied})
 
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """One way of storing a tensor, with its parameters: a frozen dataclass whose fields are them.
+    """A way of storing a tensor: a frozen dataclass whose fields are the parameters that a record holds.
 
     Subclasses check the parameters in ``__post_init__`` and raise ``ValueError``.
     """
 
     id: ClassVar[str]
-    #: what `decode` gives
-    decoded: ClassVar[DType]
-    #: whether it only holds tensors whose codes are copied, so that it cannot be asked for and `encode` is never called
-    copied_only: ClassVar[bool] = False
 
-    @property
-    def fits(self) -> bool:
-        """Whether `encode` needs what `fitted_to` makes of the whole tensor."""
+    def decoded_from(self, dtype: DType) -> DType:
+        """Return the dtype that `decode` gives for tensors whose source has this dtype: float32 unless a codec says otherwise."""
+        del dtype
+        return F32
+
+    def accepts(self, dtype: DType) -> bool:
+        """Return whether tensors of this dtype can be stored: floats unless a codec says otherwise."""
+        return dtype.floating
+
+    def is_lossless(self, dtype: DType) -> bool:
+        """Return whether tensors of this dtype are stored bit for bit: none unless a codec says otherwise."""
+        del dtype
         return False
 
-    @property
-    def chunked(self) -> bool:
-        """Whether the encoder decides what a chunk takes: segments ``chunks`` and ``lengths`` come before those of `layout`."""
-        return False
+    def chunk_alignment(self, matrix: Matrix) -> int:
+        """Return the multiple of columns on which chunks begin within a row."""
+        del matrix
+        return 1
 
-    @property
-    def layered(self) -> bool:
-        """Whether tensors can be read with their first segments only; see `qformat.codecs.layered`."""
-        return False
+    @abstractmethod
+    def layout(self, matrix: Matrix) -> Layout:
+        """Return the parts of a tensor in the order of the file, and what a chunk has in each."""
 
-    @property
-    def sized(self) -> bool:
-        """Whether the shape decides how many bytes a tensor takes."""
-        return not (self.chunked or self.layered)
+    @abstractmethod
+    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode one chunk.
+
+        Parameters
+        ----------
+        parts
+            The chunk's bytes for each part of `layout`.
+        out
+            Result: two-dimensional C-contiguous array in the chunk's shape, of the storage of `decoded_from`.
+
+        Raises
+        ------
+        ValueError
+            If no encoder can have written the bytes.
+        """
+
+    def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
+        """Return how often each code occurs in a chunk's bytes as ``histogram``, and other choices worth counting by name."""
+        del parts, chunk
+        return {}
+
+    def params(self) -> Params:
+        """Return the parameters that a record holds."""
+        values = {f.name: (getattr(self, f.name), f) for f in fields(self) if not f.metadata.get("option")}
+        return {
+            name: value for name, (value, f) in values.items() if not f.metadata.get("optional") or value != f.default
+        }
 
     def decodes_like(self, other: Codec) -> bool:
-        """Return whether another codec differs in nothing that a decoder needs to know."""
+        """Return whether another codec has the same layout and decoder."""
         return self.id == other.id and self.params() == other.params()
+
+    @property
+    def has_fixed_size(self) -> bool:
+        """Whether the shape alone decides how many bytes a tensor takes, and where the bytes of each row are."""
+        return all(isinstance(part, Array) for part in self.layout(Matrix(1, 1)))
+
+    def segments(self, matrix: Matrix) -> tuple[tuple[str, int | None], ...]:
+        """Return (name, length in bytes) of each segment in the order of the file; None if values decide the length."""
+        return segment_lengths(self.layout(matrix), matrix, self.chunk_alignment(matrix))
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Return the bytes of all segments whose length the shape decides, without alignment."""
+        return sum(length or 0 for _, length in self.segments(Matrix.of(shape)))
+
+    def __str__(self) -> str:
+        return type_of(self)
+
+
+class Encoder(ABC):
+    """What a tensor can be asked to become: a type string such as ``q4_0:search=exact``, or a copy of codes."""
+
+    id: ClassVar[str]
+
+    @abstractmethod
+    def accepts(self, dtype: DType) -> bool:
+        """Return whether tensors of this dtype can be encoded."""
+
+    @abstractmethod
+    def is_lossless(self, dtype: DType) -> bool:
+        """Return whether tensors of this dtype are stored bit for bit."""
 
     def accepts_nonfinite(self, dtype: DType) -> bool:
         """Return whether tensors of this dtype may hold NaN and infinity."""
         return self.is_lossless(dtype)
 
-    def decoded_from(self, dtype: DType) -> DType:
-        """Return what `decode` gives for tensors whose source has this dtype."""
-        del dtype
-        return self.decoded
+    @abstractmethod
+    def draft(self, tensor: Readable) -> TensorRecord | None:
+        """Return the record of a tensor before anything is read, with the lengths of segments; None if they depend on values."""
 
     @abstractmethod
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether tensors of this dtype can be stored."""
+    def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
+        """Make all passes over the tensor that the codec needs before its chunks can be encoded.
 
-    @abstractmethod
-    def is_lossless(self, dtype: DType) -> bool:
-        """Return whether tensors of this dtype are kept bit for bit."""
+        Parameters
+        ----------
+        tensor
+            The tensor.
+        run
+            Maps a function over chunks.
 
-    def chunk_alignment(self, matrix: Matrix) -> int:
-        """Return how many elements of a row stay together: within a row, chunks begin on multiples of this."""
-        del matrix
-        return 1
-
-    @abstractmethod
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return (name, length in bytes) of each segment whose length the shape decides."""
-
-    @abstractmethod
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return where in each segment of `layout` the bytes of a chunk stand.
-
-        Each begins where that of the chunk before ends, or is the same for all chunks.
+        Raises
+        ------
+        ValueError
+            If the tensor cannot be stored so.
         """
 
-    def survey(self, elements: Elements) -> Any:
-        """Return what `fitted_to` needs to know of a chunk, which may hold NaN or infinity."""
-        raise NotImplementedError
+    def __str__(self) -> str:
+        return type_of(self)
 
-    def fitted_to(self, surveys: Iterable[Any]) -> Any:
-        """Return what `encode` needs to know of the tensor, from the surveys of its chunks in order."""
-        raise NotImplementedError
+
+@dataclass(frozen=True)
+class ChunkEncoder(Codec, Encoder):
+    """A codec that can be asked for and encodes each chunk by itself, after passes over the tensor or without any."""
 
     @abstractmethod
     def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
@@ -261,60 +265,74 @@ class Codec(ABC):
         elements
             A two-dimensional array.
         fitted
-            What `fitted_to` returned, if the codec `fits`.
+            What passes over the whole tensor found, for codecs that have some.
 
         Raises
         ------
         ValueError
-            If its bytes are none that its dtype may have.
+            If its bytes are impossible for its dtype.
         """
 
-    @abstractmethod
-    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
-        """Decode one chunk.
+    def options(self) -> Params:
+        """Return the encoder options that a record holds."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("option")}
 
-        Parameters
-        ----------
-        parts
-            The chunk if there is one, and the bytes at `spans`.
-        out
-            Two-dimensional C-contiguous array in the chunk's shape, of the storage of `decoded_from`: the result.
+    def draft(self, tensor: Readable) -> TensorRecord | None:
+        """Return the record of a tensor before anything is read; None if its size depends on values."""
+        return draft_record(tensor, self, self.options()) if self.has_fixed_size else None
 
-        Raises
-        ------
-        ValueError
-            If the bytes are none that an encoder can have written.
-        """
+    def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
+        """Return the encoder of a tensor without any pass over it."""
+        del run
+        return self.encoder_of(tensor, None)
 
-    def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
-        """Return how often each code occurs in a chunk's bytes as ``histogram``, and other choices worth counting by name."""
-        del parts, chunk
-        return {}
+    def encoder_of(self, tensor: Readable, fitted: Any) -> TensorEncoder:
+        """Return the encoder of a tensor, given what passes over it found."""
+        record = draft_record(tensor, self, self.options())
+        return TensorEncoder(self, record, lambda chunk: self.encode(tensor.read_chunk(chunk), fitted))
 
-    def params(self) -> Params:
-        """Return the parameters that the decoder needs."""
-        kept = [f for f in fields(self) if not f.metadata.get("encoder")]
-        values = {f.name: getattr(self, f.name) for f in kept}
-        return {
-            f.name: values[f.name] for f in kept if not (f.metadata.get("optional") and values[f.name] == f.default)
-        }
 
-    def encoder(self) -> Params:
-        """Return the parameters that only the encoder needed and that a file tells of."""
-        recorded = [f for f in fields(self) if f.metadata.get("encoder") and f.metadata.get("recorded", True)]
-        return {f.name: getattr(self, f.name) for f in recorded}
+def type_of(parameters: Any) -> str:
+    """Return the type string of a codec or encoder, a dataclass: its id and the parameters that are not the default."""
+    changed = {f.name: getattr(parameters, f.name) for f in fields(parameters)}
+    defaults = {f.name: f.default for f in fields(parameters)}
+    return type_string(parameters.id, {name: value for name, value in changed.items() if value != defaults[name]})
 
-    def __str__(self) -> str:
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return type_string(self.id, changed)
 
-    def segments(self, matrix: Matrix) -> tuple[tuple[str, int | None], ...]:
-        """Return (name, length in bytes) of each segment in the order of the file; None if the encoder decides it."""
-        if not self.chunked:
-            return self.layout(matrix)
-        count = chunk_count(matrix, self.chunk_alignment(matrix))
-        return (("chunks", None), ("lengths", 4 * count), *self.layout(matrix))
+def draft_record(
+    tensor: Readable,
+    codec: Codec,
+    options: Params | None = None,
+    layer_errors: Mapping[str, MeasuredError] | None = None,
+    spread: float | None = None,
+) -> TensorRecord:
+    """Return the record of a tensor, without offsets, digests, lengths that values decide, and the measured error.
 
-    def nbytes(self, shape: Sequence[int]) -> int:
-        """Return the bytes of all segments of a tensor whose length the shape decides, without padding."""
-        return sum(length or 0 for _, length in self.segments(Matrix.of(shape)))
+    Parameters
+    ----------
+    tensor
+        The tensor.
+    codec
+        The codec that is recorded.
+    options
+        The encoder options that are recorded.
+    layer_errors
+        Error of the tensor up to each layer, by the layer's segment.
+    spread
+        The largest element less the smallest one, of a tensor with layers.
+    """
+    errors = layer_errors or {}
+    return TensorRecord(
+        name=tensor.name,
+        shape=tuple(tensor.shape),
+        dtype=tensor.dtype.name,
+        codec=codec.id,
+        params=codec.params(),
+        encoder=options or {},
+        segments=tuple(
+            Segment(name, 0, length or 0, _NO_DIGEST, errors.get(name))
+            for name, length in codec.segments(tensor.matrix)
+        ),
+        error=None if codec.is_lossless(tensor.dtype) else MeasuredError(0.0, 0.0),
+        range=spread,
+    )

@@ -1,8 +1,7 @@
-"""What the block formats share: rows cut into blocks that hold everything their weights need (spec/codecs.md, "Blocks")."""
+"""Block formats: rows cut into blocks that hold all that their weights need (spec/codecs.md, "Blocks")."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -12,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.codecs import coded_blocks
-from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, Matrix, optional
+from qformat.codecs.base import Codec, EncodedChunk, optional
+from qformat.codecs.layout import Array, Buffer, Chunk, Chunks, Layout, Matrix
 from qformat.codecs.quantized import Quantized, QuantizedCodec, check_length
 from qformat.dtypes import Elements
 from qformat.kernels import load
@@ -39,14 +39,14 @@ class BlockCodec(QuantizedCodec):
     coded: bool = optional(False)
 
     @property
-    @abstractmethod
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-
-    @property
     def block_size(self) -> int:
         """Elements of a block."""
         return 32
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block: its header, then its codes."""
+        return self.header_bytes + self.block_size * ((self.codes or 256).bit_length() - 1) // 8
 
     @property
     def takes_bf16(self) -> bool:
@@ -58,29 +58,15 @@ class BlockCodec(QuantizedCodec):
         """The kernel module."""
         return load(self.id)
 
-    @property
-    def chunked(self) -> bool:
-        """Whether the blocks are entropy-coded."""
-        return self.coded
-
     def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the elements of a block."""
         del matrix
         return self.block_size
 
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return the one segment, unless blocks are coded; each row is filled up to whole blocks."""
-        if self.coded:
-            return ()
-        length = matrix.rows * self._row_bytes(matrix.cols) if matrix.elements else 0
-        return (("blocks", length),)
-
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return the blocks of a chunk."""
-        if self.coded:
-            return ()
-        start = chunk.row * self._row_bytes(matrix.cols) + chunk.col // self.block_size * self.block_bytes
-        return (slice(start, start + chunk.rows * self._row_bytes(chunk.cols)),)
+    def layout(self, matrix: Matrix) -> Layout:
+        """Return the blocks, in chunks if they are entropy-coded; each row is padded to whole blocks."""
+        del matrix
+        return (Chunks(),) if self.coded else (Array("blocks", self.block_bytes, self.block_size),)
 
     def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
         del cols, fitted
@@ -99,12 +85,12 @@ class BlockCodec(QuantizedCodec):
         self.kernels.dequantize(np.frombuffer(parts[0], np.uint8), out.reshape(-1))
 
     def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
-        """Quantize the rows of a chunk, and code the blocks if they shall be."""
+        """Quantize the rows of a chunk, and entropy-code the blocks if the type says so."""
         encoded = super().encode(elements, fitted)
-        return self.packed(encoded, elements.data.size) if self.coded else encoded
+        return self.entropy_coded(encoded, elements.data.size) if self.coded else encoded
 
-    def packed(self, encoded: EncodedChunk, elements: int) -> EncodedChunk:
-        """Return a chunk of so many elements, whose blocks are not coded yet, with coded ones."""
+    def entropy_coded(self, encoded: EncodedChunk, elements: int) -> EncodedChunk:
+        """Entropy-code the plain blocks of a chunk of so many elements."""
         blocks = np.frombuffer(encoded.parts[0], np.uint8).reshape(-1, self.block_bytes)
         chunk, entropy = coded_blocks.pack(blocks, self.header_bytes, self.codes or 256, elements)
         return replace(encoded, parts=(chunk,), entropy=entropy)
@@ -114,7 +100,7 @@ class BlockCodec(QuantizedCodec):
         self._decode_rows(self.plain(parts, *out.shape), out)
 
     def plain(self, parts: Sequence[Buffer], rows: int, cols: int) -> Sequence[Buffer]:
-        """Return the parts of a chunk of so many rows and columns with blocks that are not coded."""
+        """Return the parts of a chunk of so many rows and columns with plain blocks."""
         if not self.coded:
             return parts
         blocks = np.empty((rows * self.padded(cols) // self.block_size, self.block_bytes), np.uint8)
@@ -133,17 +119,9 @@ class BlockCodec(QuantizedCodec):
         self.kernels.code_histogram(blocks, counts)
         return {"histogram": counts}
 
-    def _row_bytes(self, cols: int) -> int:
-        return -(-cols // self.block_size) * self.block_bytes
-
-
-def coded(codec: Codec) -> Codec:
-    """Return the codec of the same blocks, entropy-coded; one that has no blocks as it is."""
-    return replace(codec, coded=True) if isinstance(codec, BlockCodec) else codec
-
 
 def plain(codec: Codec) -> Codec:
-    """Return the codec of the same blocks, not entropy-coded; one that has no blocks as it is."""
+    """Return the codec of the same blocks without entropy coding; any other codec unchanged."""
     return replace(codec, coded=False) if isinstance(codec, BlockCodec) else codec
 
 
@@ -165,7 +143,7 @@ class SearchedBlockCodec(BlockCodec):
 
     @property
     def _search(self) -> str:
-        return str(self.encoder()["search"])
+        return str(self.options()["search"])
 
     def _fill(
         self, x: NDArray[Any], blocks: NDArray[np.uint8], lanes: NDArray[np.float64]

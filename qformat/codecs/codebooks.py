@@ -1,8 +1,8 @@
-"""How one codebook for a whole tensor is found, from a histogram of its values.
+"""One codebook for a whole tensor, from a histogram of its values.
 
-Values are counted by the upper 16 bits of their float32 patterns, 7 bits of mantissa, with their sum for each; so the mean of a
-cell of whole bins is exact. Nothing here depends on how numpy orders sums or on the last digits of a library's logarithms and
-powers: the bytes of a file do not.
+Values are counted and summed in bins by the upper 16 bits of their float32 patterns, with 7 bits of mantissa; so the mean of a cell
+of whole bins is exact. The bytes of a file depend on the result: sums are added in a fixed order (numpy's ``sum`` picks one by the
+processor, ``cumsum`` does not), and the last digits of a library's logarithms and powers play no part.
 """
 
 from __future__ import annotations
@@ -13,39 +13,37 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import F16, F32, F64, I64
 
 BINS = 1 << 16
 _NEGATIVE = 1 << 15
-_COARSE = 256  # points of the first, exact search
-_FEW = 1024  # bins, which are divided then: values far from zero fall into few
+_COARSE = 256  # groups of points in the exact search for a start
+_FEW = 1024  # fewer bins than this are divided: values far from zero fall into few
 _PARTS = 8
 _ROUNDS = 500
-_GAIN = 1e-9  # of the error; what improves less has converged
+_GAIN = 1e-9  # of the error; an improvement below it ends the search
 
 
 class Survey(NamedTuple):
-    """How many values fall into each bin, and their sums."""
+    """The number of values in each of 65536 bins, and their sums."""
 
     counts: I64
     sums: F64
 
     @classmethod
     def empty(cls) -> Survey:
-        """Return one of no values."""
+        """Return the survey of no values."""
         return cls(np.zeros(BINS, np.int64), np.zeros(BINS))
 
     def add(self, other: Survey) -> None:
-        """Take in other values."""
+        """Add other values to this survey."""
         self.counts[:] += other.counts
         self.sums[:] += other.sums
 
     @classmethod
     def total(cls, parts: Iterable[Survey]) -> Survey:
-        """Return all together, added in order."""
+        """Return one survey of all parts, added in order."""
         whole = cls.empty()
         for part in parts:
             whole.add(part)
@@ -54,29 +52,29 @@ class Survey(NamedTuple):
 
 @dataclass(frozen=True)
 class Codebook:
-    """Entries rounded to binary16, ascending, and the float32 thresholds between what gets one code and the next."""
+    """Entries in binary16, ascending, and the float32 thresholds between values of one code and the next."""
 
-    entries: NDArray[np.float16]
-    thresholds: NDArray[np.float32]
+    entries: F16
+    thresholds: F32
 
     @classmethod
     def nearest(cls, levels: F64) -> Codebook:
-        """Return the entries nearest to some levels, used by the values nearest to them."""
+        """Return the entries nearest to some levels, each the code of the values nearest to it."""
         with np.errstate(over="ignore"):
             entries = levels.astype(np.float16)
         return cls(entries, midpoints(entries))
 
 
-def midpoints(entries: NDArray[np.float16]) -> NDArray[np.float32]:
-    """Return what lies half-way between neighbours in the last dimension."""
+def midpoints(entries: F16) -> F32:
+    """Return the points half-way between neighbours in the last dimension."""
     exact = entries.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # of what has overflowed
-        halfway: NDArray[np.float32] = ((exact[..., 1:] + exact[..., :-1]) * 0.5).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # entries may be infinite
+        halfway: F32 = ((exact[..., 1:] + exact[..., :-1]) * 0.5).astype(np.float32)
     return halfway
 
 
 class Points(NamedTuple):
-    """The bins that have values, in ascending order: bounds, number of values, their sum and mean."""
+    """The bins with values, in ascending order: bounds, number of values, their sum and mean."""
 
     low: F64
     high: F64
@@ -99,7 +97,7 @@ class Points(NamedTuple):
         return cls(low, high, counts, sums, sums / counts)
 
     def finer(self) -> Points:
-        """Return bins in parts, as if values were spread evenly about the mean as far as the bin reaches on both sides."""
+        """Return bins cut into parts, as if values were spread evenly about the mean as far as the bin reaches on both sides."""
         reach = np.minimum(self.means - self.low, self.high - self.means)
         parts = np.where(reach > 0, _PARTS, 1)
         bins = np.repeat(np.arange(parts.size), parts)
@@ -111,12 +109,12 @@ class Points(NamedTuple):
 
 
 def running(values: F64) -> F64:
-    """Return the sum of all values before each, and of all."""
+    """Return the sum of all values before each one, and of all, added in order."""
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
 def _exact_borders(counts: F64, sums: F64, cells: int) -> I64:
-    """Return where the best cells of a few points begin, and the end; there have to be more points than cells."""
+    """Return the borders of the best cells of a few points, more than cells, by dynamic programming (Bruce, 1965)."""
     size = counts.size
     before, sum_before = running(counts), running(sums)
     sum_before = sum_before - before * (sum_before[-1] / before[-1])  # about the mean, for accuracy
@@ -135,7 +133,7 @@ def _exact_borders(counts: F64, sums: F64, cells: int) -> I64:
 
 
 def _coarse(points: Points) -> I64:
-    """Return where groups of neighbours begin that matter about equally for the error, and the end."""
+    """Return the borders of groups of neighbours that contribute about equally to the error."""
     # For n values over a width w this is about the cube root of n w² (Bennett's theorem). Square roots are the same everywhere.
     widths = np.diff(points.means, prepend=points.means[:1])
     fourth = np.sqrt(np.sqrt(points.counts * np.square(widths)))
@@ -146,19 +144,19 @@ def _coarse(points: Points) -> I64:
 
 
 def lloyd(points: Points, borders: I64) -> tuple[F64, list[float]]:
-    """Improve cells by turns: each takes its mean as its level, and each point goes to the nearest level.
+    """Improve cells by Lloyd's method (1957): each level becomes the mean of its cell, each point moves to the nearest level.
 
     Parameters
     ----------
     points
-        More of them than cells.
+        More points than cells.
     borders
-        Where each cell begins, and the end; no cell may be empty.
+        The first point of each cell, and the number of points; no cell is empty.
 
     Returns
     -------
     tuple of (array, list of float)
-        The levels, and the squared error after each round, without that within the bins; it never rises.
+        The levels, and the squared error after each round (which never rises), without that within the bins.
     """
     before, sum_before = running(points.counts), running(points.sums)
     shifted = points.means - sum_before[-1] / before[-1]
@@ -171,7 +169,7 @@ def lloyd(points: Points, borders: I64) -> tuple[F64, list[float]]:
         levels = np.diff(sum_before[borders]) / counts
         history.append(squares - float(running(np.square(np.diff(centred[borders])) / counts)[-1]))
         moved = np.searchsorted(points.means, (levels[1:] + levels[:-1]) * 0.5, side="right")
-        # a cell that would be empty takes a point from a neighbour, which lessens the error, too
+        # a cell that would be empty takes a point from a neighbour, which reduces the error, too
         moved = np.maximum.accumulate(np.maximum(moved, 1) - np.arange(cells - 1)) + np.arange(cells - 1)
         moved = np.minimum(moved, points.counts.size - cells + 1 + np.arange(cells - 1))
         moved = np.concatenate([borders[:1], moved, borders[-1:]])
@@ -183,9 +181,10 @@ def lloyd(points: Points, borders: I64) -> tuple[F64, list[float]]:
 
 
 def fit_lloyd(survey: Survey, size: int) -> tuple[Codebook, list[float]]:
-    """Return the codebook of least squared error, and how `lloyd` came to it.
+    """Return the codebook of least squared error, and the errors of `lloyd`'s rounds.
 
-    The start is exact for a histogram of fewer bins. So no poor local optimum is met, which outliers would else cause.
+    `lloyd` finds the nearest local optimum, and with outliers there are poor ones. So it starts from the exact optimum for a
+    histogram of fewer bins.
     """
     points = Points.of(survey)
     if points.counts.size <= size:
@@ -204,9 +203,9 @@ def fit_lloyd(survey: Survey, size: int) -> tuple[Codebook, list[float]]:
 
 
 def fit_percentile(survey: Survey, size: int) -> Codebook:
-    """Return the levels that the shares (2k + 1) / (2 size + 2) of the values lie below, k from 0 to size, but the middle one.
+    """Return the quantiles at (2k + 1) / (2 size + 2), k from 0 to size, without the middle one.
 
-    So for 16 entries 1/34, 3/34 ... 33/34 without 17/34, the median. Values are taken to be spread evenly over a bin.
+    For 16 entries these are 1/34, 3/34 ... 33/34 without 17/34, the median. Values are taken to be spread evenly over a bin.
     """
     points = Points.of(survey)
     if not points.counts.size:
@@ -218,16 +217,15 @@ def fit_percentile(survey: Survey, size: int) -> Codebook:
     share = (ranks - (reached - points.counts)[bins]) / points.counts[bins]
     with np.errstate(invalid="ignore"):  # the outermost bins end at infinity, beyond binary16 anyway
         levels = points.low[bins] + share * (points.high - points.low)[bins]
-    inner = np.where(points.low < 0, points.high, points.low)[
-        bins
-    ]  # where all values of a bin are if none has more digits
+    # the inner end of a bin: all its values are there if none has more digits
+    inner = np.where(points.low < 0, points.high, points.low)[bins]
     return Codebook.nearest(np.where(points.means[bins] == inner, inner, levels))
 
 
 def fit_gauss(sigma: float, size: int) -> Codebook:
-    """Return the codebook that Gaussian values of a standard deviation use evenly.
+    """Return the codebook whose entries are equally frequent for Gaussian values of standard deviation `sigma`.
 
-    They are mapped to (0, 1) by their distribution function, which is cut into equal buckets; entries are the middles of these.
+    The distribution function maps values to (0, 1), which is cut into equal buckets; entries are the middles of these.
     """
     quantile = NormalDist().inv_cdf  # rounded below, because its last digits come from the C library's logarithm
     middles, borders = (
@@ -239,7 +237,7 @@ def fit_gauss(sigma: float, size: int) -> Codebook:
 
 
 def deviation(survey: Survey) -> float:
-    """Return the root mean square of the values, as far as the bins tell: to about 1 part in 100,000."""
+    """Return the root mean square of the values, from the bins: exact to about 1 part in 100,000."""
     points = Points.of(survey)
     if not points.counts.size:
         return 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer
+from qformat.codecs.layout import Buffer
 from qformat.entropy.streams import StreamReader, StreamWriter
 from qformat.kernels import load
 

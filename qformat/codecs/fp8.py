@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, Matrix
+from qformat.codecs.base import Codec
+from qformat.codecs.layout import Array, Buffer, Layout, Matrix
 from qformat.codecs.packed import LONGEST, cuts
 from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
-from qformat.dtypes import DTYPES, F32, DType, Elements
+from qformat.dtypes import DTYPES, DType, Elements
 
 _BAND = np.dtype("<u4")  # number of one
 
@@ -34,8 +35,6 @@ class Fp8(Codec):
     """
 
     id: ClassVar[str] = "fp8"
-    decoded: ClassVar[DType] = F32
-    copied_only: ClassVar[bool] = True
 
     format: Literal["e4m3", "e5m2"] = "e4m3"
     rows: int | Literal["all"] = "all"
@@ -47,38 +46,21 @@ class Fp8(Codec):
             if size != "all" and not 0 < size <= LONGEST:
                 raise ValueError(f"rows and cols may be all or a positive number up to {LONGEST}, not {size}")
 
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether these are floats."""
-        return dtype.floating
-
-    def is_lossless(self, dtype: DType) -> bool:
-        """Return False: codes are approximations."""
-        del dtype
-        return False
-
     def chunk_alignment(self, matrix: Matrix) -> int:
         """Return whole rows."""
         return max(1, matrix.cols)
 
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
+    def layout(self, matrix: Matrix) -> Layout:
         """Return scales, bands of rows if they are listed, and codes."""
-        if not matrix.elements:
-            matrix = Matrix(0, 0)
+        row, band = max(1, matrix.cols), self._band_bytes(matrix.cols)
         bands = cuts(matrix.rows, max(1, matrix.rows) if self.rows == "all" else self.rows)
-        places = (("bands", _BAND.itemsize * matrix.rows),) if self._listed else ()
-        return (("scales", bands * self._band_bytes(matrix.cols)), *places, ("codes", matrix.elements))
-
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return the codes of a chunk, and all scales unless each row has its own."""
-        stop = chunk.row + chunk.rows
-        each = self._band_bytes(matrix.cols)
-        scales = slice(chunk.row * each, stop * each) if self.rows == 1 else slice(0, self.layout(matrix)[0][1])
-        places = (slice(_BAND.itemsize * chunk.row, _BAND.itemsize * stop),) if self._listed else ()
-        return (scales, *places, chunk.elements(matrix))
+        scales = Array("scales", band, row) if self.rows == 1 else Array("scales", bands * band, None)
+        places = (Array("bands", _BAND.itemsize, row),) if self._listed else ()
+        return (scales, *places, Array("codes", 1))
 
     @property
     def _listed(self) -> bool:
-        """Whether a segment tells the band of each row."""
+        """Whether a segment lists the band of each row."""
         return self.rows not in (1, "all")
 
     @property
@@ -91,10 +73,6 @@ class Fp8(Codec):
     def _band_bytes(self, cols: int) -> int:
         """Return the bytes of a band's scales, in rows that are not empty."""
         return self._groups(cols) * self._scale.size if cols else 0
-
-    def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
-        """Raise, as such tensors are only copied."""
-        raise NotImplementedError
 
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode whole rows."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Matrix
-from qformat.codecs.quantized import Quantized, QuantizedCodec, check_length
+from qformat.codecs.layout import Array, Buffer, Layout, Matrix
+from qformat.codecs.quantized import RowCodec, check_length
 from qformat.codecs.registry import register
-from qformat.errors import MissingDecoderError
+from qformat.errors import MissingDecoderError, install_hint
 
 #: elements and bytes of a block of each type
 GGML_BLOCKS = {
@@ -43,7 +43,7 @@ GGML_BLOCKS = {
 
 @register
 @dataclass(frozen=True)
-class Ggml(QuantizedCodec):
+class Ggml(RowCodec):
     """Blocks of a type that GGUF has and this format has not, such as its K-quants.
 
     Parameters
@@ -53,7 +53,6 @@ class Ggml(QuantizedCodec):
     """
 
     id: ClassVar[str] = "ggml"
-    copied_only: ClassVar[bool] = True
 
     type: str = "q4_k"
 
@@ -76,20 +75,10 @@ class Ggml(QuantizedCodec):
         del matrix
         return self.block_size
 
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return the one segment; each row is filled up to whole blocks."""
-        return (("blocks", matrix.rows * self._row_bytes(matrix.cols) if matrix.elements else 0),)
-
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return the blocks of a chunk."""
-        start = chunk.row * self._row_bytes(matrix.cols) + chunk.col // self.block_size * self.block_bytes
-        return (slice(start, start + chunk.rows * self._row_bytes(chunk.cols)),)
-
-    def _row_bytes(self, cols: int) -> int:
-        return self.padded(cols) // self.block_size * self.block_bytes
-
-    def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
-        raise NotImplementedError("ggml tensors are only copied")
+    def layout(self, matrix: Matrix) -> Layout:
+        """Return the one segment; each row is padded to whole blocks."""
+        del matrix
+        return (Array("blocks", self.block_bytes, self.block_size),)
 
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
         check_length(parts[0], out.size // self.block_size * self.block_bytes, "blocks")
@@ -108,7 +97,7 @@ def _decoder(type_: str) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
         from gguf.quants import dequantize
     except ImportError:
         raise MissingDecoderError(
-            f"type ggml:type={type_} is decoded by the gguf package, which is missing: pip install 'qformat[gguf]'"
+            f"type ggml:type={type_} is decoded by the gguf package, which is missing: {install_hint('gguf')}"
         ) from None
     try:
         number = GGMLQuantizationType[type_.upper()]

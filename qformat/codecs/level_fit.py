@@ -1,4 +1,4 @@
-"""How few levels around a fixed zero are found, from a histogram of the values (a `codebooks.Survey`).
+"""A few levels around a fixed zero for a whole tensor, from a histogram of its values (a `codebooks.Survey`).
 
 Cells are runs of points, the bins of the histogram; the one in the middle has the level 0. As in `codebooks`, nothing depends on
 how numpy orders sums or on the last digits of a logarithm.
@@ -11,19 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qformat.codecs.codebooks import F64, I64, Points, Survey, running
+from qformat.codecs.codebooks import Points, Survey, running
 from qformat.entropy.frequencies import COST_BITS, log2
+from qformat.kernels.arrays import F32, F64, I64
 
-F32 = NDArray[np.float32]
-
-_COARSE = 256  # groups of points in the first, exact search
+_COARSE = 256  # groups of points in the exact search for a start
 _ROUNDS = 100
-_GAIN = 1e-8  # of the cost; what improves less has converged
+_GAIN = 1e-8  # of the cost; an improvement below it ends the search
 _HALVINGS = 24
-_DEAREST = 64  # of the largest square, for a bit
-#: what coding takes for each bit of entropy, and for each value
+_DEAREST = 64  # highest price of a bit, over the largest square
+#: bits that coding takes for each bit of entropy, and for each value besides
 _OVERHEAD, _LOSS = 1.004, 0.002
 _TINY = 1e-150
 _LN_2 = 0.6931471805599453
@@ -31,7 +29,7 @@ _LN_2 = 0.6931471805599453
 
 @dataclass(frozen=True)
 class Levels:
-    """Entries, the middle one 0, and thresholds: the code of a value is the number of thresholds strictly below it."""
+    """Entries, 0 in the middle, and thresholds: the code of a value is the number of thresholds strictly below it."""
 
     entries: F32
     thresholds: F32
@@ -39,7 +37,7 @@ class Levels:
 
 @dataclass(frozen=True)
 class _Problem:
-    """The points; which of them have to be in the middle cell (`first` to `last` - 1), and whether no others may be."""
+    """The points, those that must be in the middle cell (`first` to `last` - 1), and whether these are all that may be."""
 
     points: Points
     first: int
@@ -47,7 +45,7 @@ class _Problem:
     fixed: bool
 
     def running(self, values: F64) -> F64:
-        """Return the sums of values before each point, from the middle outwards, so that small ones do not drown in large ones."""
+        """Return the sums of values before each point, added from the middle outwards, so that small ones keep their precision."""
         below, above = np.cumsum(values[: self.first][::-1]), np.cumsum(values[self.first :])
         return np.concatenate([-below[::-1], [0.0], above])
 
@@ -66,12 +64,12 @@ def fit(survey: Survey, size: int, *, sparsity: float = 0.0, bits: float | None 
     survey
         The histogram.
     size
-        How many levels there are, an odd number.
+        The number of levels, odd.
     sparsity
         At least this share of the values, those nearest to zero, get the level 0. If it is 0, as many as is best.
     bits
-        What coding may take for each value at most; the error is the least for that (entropy-constrained scalar quantization: Chou,
-        Lookabaugh and Gray, 1989). Not together with a sparsity.
+        A limit of bits per value after entropy coding, for which the error is the least (entropy-constrained scalar quantization:
+        Chou, Lookabaugh and Gray, 1989). Excludes a sparsity.
     """
     points = Points.of(survey)
     if not points.counts.size:
@@ -87,7 +85,7 @@ def fit(survey: Survey, size: int, *, sparsity: float = 0.0, bits: float | None 
 
 
 def _smallest(points: Points, share: float) -> float:
-    """Return a magnitude below which this share of the values lies, as few more as bins allow."""
+    """Return a magnitude that this share of the values does not exceed, or as little more as the bins allow."""
     outer = np.maximum(-points.low, points.high)
     order = np.argsort(outer, kind="stable")
     reached = running(points.counts[order])[1:]
@@ -96,14 +94,14 @@ def _smallest(points: Points, share: float) -> float:
 
 
 def _best(problem: _Problem, half: int) -> I64:
-    """Return where each cell begins, and the end: the best way to cut each side in groups of neighbours."""
+    """Return the borders of the best cells of both sides."""
     below = _outwards(*problem.side(negative=True), half, pinned=not problem.fixed)
     above = _outwards(*problem.side(negative=False), half, pinned=not problem.fixed)
     return np.concatenate([problem.first - below[::-1], problem.last + above])
 
 
 def _outwards(counts: F64, sums: F64, cells: int, *, pinned: bool) -> I64:
-    """Return where the best cells begin, and the end. If pinned, points before the first cell are at the level 0."""
+    """Return the borders of the best cells of one side; if pinned, points before the first cell have the level 0."""
     if counts.size <= cells:  # each has a level of its own
         return np.minimum(np.arange(cells + 1), counts.size)
     starts = np.unique(np.arange(_COARSE + 1) * counts.size // _COARSE)
@@ -127,7 +125,7 @@ def _outwards(counts: F64, sums: F64, cells: int, *, pinned: bool) -> I64:
 
 
 def _lloyd(problem: _Problem, borders: I64, price: float) -> I64:
-    """Improve cells by turns, for the squared error plus the price times the bits; cells may become empty."""
+    """Improve cells in turns by the squared error plus `price` times the bits; cells may become empty."""
     points, half = problem.points, borders.size // 2 - 1
     before, sum_before = problem.running(points.counts), problem.running(points.sums)
     last_cost = np.inf
@@ -144,7 +142,7 @@ def _lloyd(problem: _Problem, borders: I64, price: float) -> I64:
         used[half] = True
         alive = np.flatnonzero(used)
         low, high = levels[alive[:-1]], levels[alive[1:]]
-        apart = np.maximum(high - low, _TINY)  # tiny means next to huge ones may come out as 0
+        apart = np.maximum(high - low, _TINY)  # means that differ may be equal once rounded
         between = (low + high) / 2 + price * np.diff(lengths[alive]) / (2 * apart)
         moved = borders.copy()
         moved[: alive[0] + 1], moved[alive[-1] + 1 :] = 0, points.counts.size
@@ -162,7 +160,7 @@ def _lloyd(problem: _Problem, borders: I64, price: float) -> I64:
 
 
 def _lengths(counts: F64) -> F64:
-    """Return the bits that codes take which occur so often; codes that do not occur count as if once."""
+    """Return the bits of ideal codes with these counts; a code that does not occur counts as if it did once."""
     whole = np.maximum(counts, 1).astype(np.int64)
     total = log2(np.array([max(1, int(counts.sum()))]))
     bits: F64 = (total - log2(whole)) / float(1 << COST_BITS)
@@ -170,13 +168,13 @@ def _lengths(counts: F64) -> F64:
 
 
 def _bits(problem: _Problem, borders: I64) -> float:
-    """Return what coding takes for each value."""
+    """Return the bits per value after entropy coding, by estimate."""
     counts = np.diff(problem.running(problem.points.counts)[borders])
     return float(running(counts * _lengths(counts))[-1] / counts.sum()) * _OVERHEAD + _LOSS
 
 
 def _constrained(problem: _Problem, borders: I64, bits: float) -> I64:
-    """Return the cells of least error for which coding takes no more than some bits."""
+    """Return the cells of least error that take no more than `bits` per value."""
     if _bits(problem, borders) <= bits:
         return borders
 
@@ -197,9 +195,9 @@ def _constrained(problem: _Problem, borders: I64, bits: float) -> I64:
 
 
 def _cheapest(problem: _Problem, at_price: Callable[[float], I64], bits: float) -> I64 | None:
-    """Return the cells for the lowest price at which coding takes no more than some bits.
+    """Return the cells for the lowest price at which they take no more than `bits` per value.
 
-    From uniform cells there always is one: in the end all values are in the middle. Turns from others may be stuck.
+    From uniform cells there always is one: at the highest price all values are in the middle. From others turns may get stuck.
     """
     low, high = 0.0, _DEAREST * float(np.square(problem.points.means).max())
     found = at_price(high)

@@ -11,15 +11,16 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, ErrorSum, Matrix, encoder_option
+from qformat.codecs.base import ChunkEncoder, EncodedChunk, ErrorSum, Readable, Run, TensorEncoder, option
 from qformat.codecs.codebooks import Survey
+from qformat.codecs.layout import Array, Buffer, Chunk, Chunks, Layout, Matrix
 from qformat.codecs.level_fit import Levels, fit
 from qformat.codecs.packed import LONGEST, cuts
 from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
-from qformat.dtypes import DTYPES, F32, F64, DType, Elements
-from qformat.entropy.frequencies import digits, symbols_each
-from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
+from qformat.dtypes import DTYPES, F32, F64, Elements
+from qformat.entropy.frequencies import digit_table, digits_per_symbol
+from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
 
 U8 = NDArray[np.uint8]
@@ -27,7 +28,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class LevelCodec(Codec):
+class LevelCodec(ChunkEncoder):
     """Codes that name levels, of which the middle one is zero.
 
     Parameters
@@ -46,13 +47,11 @@ class LevelCodec(Codec):
         the more weights become zero.
     """
 
-    decoded: ClassVar[DType] = F32
-
     scale: Literal["row", "tensor", "group"] = "row"
     group: int = 128
     dtype: Literal["f16", "bf16", "f32"] = "f16"
-    sparsity: str = encoder_option("0")
-    bpw: str = encoder_option("any")
+    sparsity: str = option("0")
+    bpw: str = option("any")
 
     def __post_init__(self) -> None:
         if self.scale != "group" and self.group != 128:
@@ -77,25 +76,6 @@ class LevelCodec(Codec):
     def _sparsity(self) -> float:
         return float(self.sparsity)
 
-    @property
-    def chunked(self) -> bool:
-        """Whether what a chunk takes is up to the encoder: it is."""
-        return True
-
-    @property
-    def fits(self) -> bool:
-        """Whether the levels are those of the whole tensor: they are."""
-        return True
-
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether these are floats."""
-        return dtype.floating
-
-    def is_lossless(self, dtype: DType) -> bool:
-        """Return False: levels are approximations."""
-        del dtype
-        return False
-
     def _columns(self, cols: int) -> int:
         """Return how many columns share a scale."""
         return min(self.group, cols) if self.scale == "group" else cols
@@ -104,25 +84,18 @@ class LevelCodec(Codec):
         """Return the columns that share a scale, or 1 if there is none."""
         return max(1, self._columns(matrix.cols)) if self.scale != "tensor" else 1
 
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return the codebook and, if there are any, the scales."""
-        codebook, scales = 0, 0
-        if matrix.elements:
-            codebook = self.size * F32.size
-            scales = matrix.rows * cuts(matrix.cols, self._columns(matrix.cols)) * DTYPES[self.dtype].size
-        return (("codebook", codebook),) if self.scale == "tensor" else (("codebook", codebook), ("scales", scales))
+    def layout(self, matrix: Matrix) -> Layout:
+        """Return the chunks, the codebook and, if there are any, the scales."""
+        book = Array("codebook", self.size * F32.size, None)
+        scales = Array("scales", DTYPES[self.dtype].size, max(1, self._columns(matrix.cols)))
+        return (Chunks(), book) if self.scale == "tensor" else (Chunks(), book, scales)
 
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return where the codebook stands, the same for all chunks, and the scales of a chunk."""
-        codebook = slice(0, self.size * F32.size)
-        if self.scale == "tensor":
-            return (codebook,)
-        columns = self._columns(matrix.cols)
-        start = chunk.row * cuts(matrix.cols, columns) + chunk.col // columns
-        size = DTYPES[self.dtype].size
-        return (codebook, slice(start * size, (start + chunk.rows * cuts(chunk.cols, columns)) * size))
+    def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
+        """Fit the levels to the whole tensor."""
+        chunks = tensor.matrix.chunks(self.chunk_alignment(tensor.matrix))
+        return self.encoder_of(tensor, self._fit(run(lambda chunk: self._count(tensor.read_chunk(chunk)), chunks)))
 
-    def survey(self, elements: Elements) -> _Seen:
+    def _count(self, elements: Elements) -> _Seen:
         """Count the weights of a chunk, over their scales if there are any."""
         values = np.ascontiguousarray(elements.to_f32())
         found = Survey.empty()
@@ -135,7 +108,7 @@ class LevelCodec(Codec):
         several = set(np.unique(magnitudes[squares > 0])[:2].tolist())
         return _Seen(found, scales.size, values.size, several)
 
-    def fitted_to(self, surveys: Iterable[_Seen]) -> _Fitted:
+    def _fit(self, surveys: Iterable[_Seen]) -> _Fitted:
         """Return the levels for the whole tensor.
 
         Raises
@@ -172,16 +145,16 @@ class LevelCodec(Codec):
         if scaled:
             scales = self._scales(values.shape, *self._measured(values))
         unscaled = self._unscaled(values, scales) if scaled else values
-        letters = np.empty(letter_count(values.size, self.size), np.uint8)
-        codes = np.full(letters.size * symbols_each(self.size), self.size // 2, np.uint8)
+        symbols = np.empty(symbol_count(values.size, self.size), np.uint8)
+        codes = np.full(symbols.size * digits_per_symbol(self.size), self.size // 2, np.uint8)
         kernels.classify(unscaled.reshape(-1), levels.thresholds, codes[: values.size])
-        load("symbols").join(codes, self.size, symbols_each(self.size), letters)
+        load("symbols").join(codes, self.size, digits_per_symbol(self.size), symbols)
         if scaled:
             scales = self._refined(values, codes[: values.size], levels.entries, scales)
         decoded = np.empty(values.size, np.float32)
-        self._give(letters, levels.entries, scales, cols, decoded)
+        self._give(symbols, levels.entries, scales, cols, decoded)
         writer = StreamWriter()
-        writer.stream(letters, self.size)
+        writer.stream(symbols, self.size)
         parts: list[Buffer] = [writer.chunk(values.size), levels.entries.tobytes()]
         zeroed = int(bool(elements.data.any()) and not levels.entries.any())
         if self.scale != "tensor":
@@ -245,10 +218,10 @@ class LevelCodec(Codec):
         starts = np.arange(0, values.shape[1], self._columns(values.shape[1]))
         return np.logical_or.reduceat(values != 0, starts, axis=1).reshape(-1)
 
-    def _give(self, letters: U8, entries: Floats, scales: Floats, cols: int, out: Floats) -> None:
-        """Put the values of letters into a flat array of rows."""
-        table = entries[digits(self.size)].reshape(-1)
-        load("symbols").values(letters, table, symbols_each(self.size), out)
+    def _give(self, symbols: U8, entries: Floats, scales: Floats, cols: int, out: Floats) -> None:
+        """Put the values of symbols into a flat array of rows."""
+        table = entries[digit_table(self.size)].reshape(-1)
+        load("symbols").values(symbols, table, digits_per_symbol(self.size), out)
         if self.scale != "tensor":
             load("levels").rescale(out, cols, self._columns(cols), scales)
 
@@ -256,7 +229,7 @@ class LevelCodec(Codec):
         """Decode the rows of a chunk."""
         rows, cols = out.shape
         entries, scales = self.numbers(parts[1:], Matrix(rows, cols))
-        self._give(self._letters(parts[0], out.size), entries, scales.reshape(-1), cols, out.reshape(-1))
+        self._give(self._symbols(parts[0], out.size), entries, scales.reshape(-1), cols, out.reshape(-1))
 
     def numbers(self, parts: Sequence[Buffer], matrix: Matrix) -> tuple[Floats, Floats]:
         """Return the levels, and the scales of the groups of each row: two-dimensional, a single 1 if there are none.
@@ -301,15 +274,15 @@ class LevelCodec(Codec):
         ValueError
             If the bytes are none that an encoder can have written.
         """
-        table = (digits(self.size) - np.uint8(self.size // 2)).reshape(-1)
-        letters = self._letters(parts[0], out.size)
-        load("symbols").split(letters, table, symbols_each(self.size), out.reshape(-1).view(np.uint8))
+        table = (digit_table(self.size) - np.uint8(self.size // 2)).reshape(-1)
+        symbols = self._symbols(parts[0], out.size)
+        load("symbols").split(symbols, table, digits_per_symbol(self.size), out.reshape(-1).view(np.uint8))
 
-    def _letters(self, chunk: Buffer, count: int) -> U8:
+    def _symbols(self, chunk: Buffer, count: int) -> U8:
         reader = StreamReader(chunk)
-        letters = reader.stream(letter_count(count, self.size), self.size)
+        symbols = reader.stream(symbol_count(count, self.size), self.size)
         reader.end(count)
-        return letters
+        return symbols
 
     def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
         """Return how often each code occurs, from the most negative one on."""

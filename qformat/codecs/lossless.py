@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, Matrix
+from qformat.codecs.base import ChunkEncoder, EncodedChunk
+from qformat.codecs.layout import Buffer, Chunks, Layout, Matrix
 from qformat.codecs.registry import register
 from qformat.codecs.row_groups import VALUES, group_rows
-from qformat.dtypes import F32, DType, Elements
-from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
+from qformat.dtypes import DType, Elements
+from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
 
 U8 = NDArray[np.uint8]
@@ -31,38 +32,23 @@ _ELSEWHERE = 255
 
 @register
 @dataclass(frozen=True)
-class Lossless(Codec):
+class Lossless(ChunkEncoder):
     """Floats bit for bit, in fewer bytes: exponents are entropy-coded, and all else that does not look random."""
 
     id: ClassVar[str] = "lossless"
-    decoded: ClassVar[DType] = F32  # the dtype of the source, in truth
-
-    @property
-    def chunked(self) -> bool:
-        """Whether what a chunk takes is up to the encoder: it is."""
-        return True
 
     def decoded_from(self, dtype: DType) -> DType:
         """Return the dtype of the source."""
         return dtype
 
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether these are floats."""
-        return dtype.floating
-
     def is_lossless(self, dtype: DType) -> bool:
         """Return whether these are floats, which are kept bit for bit."""
         return dtype.floating
 
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return that there are no other segments."""
+    def layout(self, matrix: Matrix) -> Layout:
+        """Return the chunks."""
         del matrix
-        return ()
-
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return that there are no other segments."""
-        del matrix, chunk
-        return ()
+        return (Chunks(),)
 
     def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
         """Encode the rows of a chunk."""
@@ -187,7 +173,7 @@ def _write_headed(writer: StreamWriter, patterns: Patterns, base: int) -> None:
     if patterns.itemsize == 4:
         upper, rest = np.empty(size, np.uint16), [np.empty(size, np.uint8) for _ in range(2)]
         kernels.split_32(patterns, upper, *rest)
-    heads, low, high = (np.zeros(letter_count(size, symbols), np.uint8) for symbols in (256, 16, 4))
+    heads, low, high = (np.zeros(symbol_count(size, symbols), np.uint8) for symbols in (256, 16, 4))
     elsewhere = kernels.split_upper(upper, base, heads, low, high)
     writer.add(struct.pack("<H", base))
     writer.stream(heads)
@@ -207,7 +193,7 @@ def _read_headed(reader: StreamReader, patterns: Patterns) -> None:
     elsewhere = np.frombuffer(reader.take(2 * int(np.count_nonzero(heads == _ELSEWHERE))).tobytes(), "<u2")
     if max(base, elsewhere.max(initial=0)) >= VALUES:
         raise ValueError("an exponent is impossible")
-    low, high = (reader.stream(letter_count(size, symbols), symbols) for symbols in (16, 4))
+    low, high = (reader.stream(symbol_count(size, symbols), symbols) for symbols in (16, 4))
     upper: U16 = patterns if patterns.itemsize == 2 else np.empty(size, np.uint16)
     kernels.join_upper(heads, low, high, base, elsewhere, upper)
     if patterns.itemsize == 4:

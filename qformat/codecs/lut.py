@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Matrix, encoder_option
+from qformat.codecs.base import Readable, Run, TensorEncoder, option
 from qformat.codecs.codebooks import (
     Codebook,
     Survey,
@@ -19,6 +19,7 @@ from qformat.codecs.codebooks import (
     fit_percentile,
     midpoints,
 )
+from qformat.codecs.layout import Array, Buffer, Layout, Matrix
 from qformat.codecs.packed import PackedCodec, cuts
 from qformat.codecs.quantized import Quantized, check_length
 from qformat.codecs.registry import register
@@ -52,7 +53,7 @@ class Lut(PackedCodec):
     block: Literal[128, 256] = 128
     size: Literal[4, 8, 16] = 16
     scale: Literal["tensor", "row"] = "tensor"
-    fit: Literal["lloyd", "percentile", "gauss"] = encoder_option("lloyd")
+    fit: Literal["lloyd", "percentile", "gauss"] = option("lloyd")
 
     def __post_init__(self) -> None:
         if self.scope == "tensor":
@@ -74,36 +75,26 @@ class Lut(PackedCodec):
         """Columns that share a codebook; 0 if all do."""
         return self.block if self.scope == "block" else 0
 
-    @property
-    def fits(self) -> bool:
-        """Whether there is one codebook for the whole tensor."""
-        return self.scope == "tensor"
-
     def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the columns of a block; whole rows if they are no longer, or have a scale."""
         if self.scale == "row":
             return self.padded(max(1, matrix.cols))
         return self.padded(min(self._columns, max(1, matrix.cols))) if self._columns else self.block_size
 
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
+    def layout(self, matrix: Matrix) -> Layout:
         """Return codebooks, scales if there are any, and codes."""
-        if not matrix.elements:
-            matrix = Matrix(0, 0)
-        books = matrix.rows * cuts(matrix.cols, self._columns) if self._columns else min(1, matrix.rows)
-        scales = (("scales", matrix.rows * F16.size),) if self.scale == "row" else ()
-        return (("codebooks", books * self.size * F16.size), *scales, self._code_layout(matrix))
+        books = Array("codebooks", self.size * F16.size, self._columns or None)
+        scales = (Array("scales", F16.size, max(1, matrix.cols)),) if self.scale == "row" else ()
+        return (books, *scales, self._code_array)
 
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return where the codebooks of a chunk stand, the same for all chunks if there is one, its scales and its codes."""
-        start, books = 0, 1
-        if self._columns:
-            start = chunk.row * cuts(matrix.cols, self._columns) + chunk.col // self._columns
-            books = chunk.rows * cuts(chunk.cols, self._columns)
-        each = self.size * F16.size
-        scales = (slice(chunk.row * F16.size, (chunk.row + chunk.rows) * F16.size),) if self.scale == "row" else ()
-        return (slice(start * each, (start + books) * each), *scales, self._code_span(matrix, chunk))
+    def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
+        """Fit the codebook, if there is one for the whole tensor."""
+        if self.scope == "block":
+            return self.encoder_of(tensor, None)
+        chunks = tensor.matrix.chunks(self.chunk_alignment(tensor.matrix))
+        return self.encoder_of(tensor, self._fit(run(lambda chunk: self._count(tensor.read_chunk(chunk)), chunks)))
 
-    def survey(self, elements: Elements) -> Survey:
+    def _count(self, elements: Elements) -> Survey:
         """Count the weights of a chunk, over the scales of their rows if there are any."""
         values = elements.to_f32()
         if self.scale == "row":
@@ -112,7 +103,7 @@ class Lut(PackedCodec):
         load("lut").survey(np.ascontiguousarray(values).reshape(-1), found.counts, found.sums)
         return found
 
-    def fitted_to(self, surveys: Iterable[Survey]) -> Codebook:
+    def _fit(self, surveys: Iterable[Survey]) -> Codebook:
         """Return the codebook for the whole tensor."""
         survey = Survey.total(surveys)
         if self.fit == "percentile":
@@ -129,7 +120,7 @@ class Lut(PackedCodec):
         return divided
 
     def _row_scales(self, values: NDArray[np.float32], cols: int) -> NDArray[np.float16]:
-        """Return the root mean square of rows that are filled up with zeros."""
+        """Return the root mean square of rows that are padded with zeros."""
         lanes = np.zeros((len(values), load("blocks").LANES))
         load("lut").row_squares(values.reshape(-1), values.shape[1], lanes.reshape(-1))
         while lanes.shape[1] > 1:
@@ -172,8 +163,8 @@ class Lut(PackedCodec):
         return int((alive & dead).sum()) if self._columns else int(alive.any())
 
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
-        rows, filled = out.shape
-        books = rows * cuts(filled, self._columns) if self._columns else 1
+        rows, padded = out.shape
+        books = rows * cuts(padded, self._columns) if self._columns else 1
         check_length(parts[0], books * self.size * F16.size, "codebooks")
         check_length(parts[-1], self._code_bytes(out.size), "codes")
         scales = np.ones(rows, np.float16)
@@ -182,7 +173,7 @@ class Lut(PackedCodec):
             scales = np.frombuffer(parts[1], np.float16)
         entries = _widened(np.frombuffer(parts[0], np.float16))
         codes = np.frombuffer(parts[-1], np.uint8)
-        load("lut").dequantize(entries, _widened(scales), codes, out.reshape(-1), filled, self._columns, self.width)
+        load("lut").dequantize(entries, _widened(scales), codes, out.reshape(-1), padded, self._columns, self.width)
 
 
 def _widened(halves: NDArray[np.float16]) -> NDArray[np.float32]:

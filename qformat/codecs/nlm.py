@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, encoder_option
+from qformat.codecs.base import option
 from qformat.codecs.blocks import BlockCodec
+from qformat.codecs.layout import Buffer
 from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
 from qformat.kernels import load
@@ -36,7 +37,7 @@ class Nlm(BlockCodec):
     header_bytes: ClassVar[int] = 3
 
     block: Literal[32, 64, 128] = 32
-    optimize: Literal["rmse", "max"] = encoder_option("rmse")
+    optimize: Literal["rmse", "max"] = option("rmse")
 
     @property
     def block_size(self) -> int:
@@ -47,11 +48,6 @@ class Nlm(BlockCodec):
     def takes_bf16(self) -> bool:
         """Its searches do not."""
         return False
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return 3 + self.block // 2
 
     def _fill(
         self, x: NDArray[Any], blocks: NDArray[np.uint8], lanes: NDArray[np.float64]

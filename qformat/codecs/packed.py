@@ -1,4 +1,4 @@
-"""What codecs with packed codes share: a segment of codes beside the numbers that say what they mean (spec/codecs.md)."""
+"""Codecs with packed codes: a segment of codes beside the numbers that give them a meaning (spec/codecs.md)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Matrix
+from qformat.codecs.layout import Array, Buffer, Chunk
 from qformat.codecs.quantized import QuantizedCodec
 from qformat.kernels import load
 
@@ -19,7 +19,7 @@ LONGEST = 1 << 20
 
 @dataclass(frozen=True)
 class PackedCodec(QuantizedCodec):
-    """A codec whose last segment is ``codes``; rows are filled up to whole runs of 32."""
+    """A codec whose last segment is ``codes``; rows are padded to whole runs of 32."""
 
     @property
     @abstractmethod
@@ -35,15 +35,12 @@ class PackedCodec(QuantizedCodec):
         """Return the bytes of the codes of elements in whole runs."""
         return elements // 8 * self.width
 
-    def _code_layout(self, matrix: Matrix) -> tuple[str, int]:
-        return ("codes", self._code_bytes(matrix.rows * self.padded(matrix.cols)))
-
-    def _code_span(self, matrix: Matrix, chunk: Chunk) -> slice:
-        start = chunk.row * self.padded(matrix.cols) + chunk.col
-        return slice(self._code_bytes(start), self._code_bytes(start + chunk.rows * self.padded(chunk.cols)))
+    @property
+    def _code_array(self) -> Array:
+        return Array("codes", 4 * self.width, self.block_size)
 
     def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
-        """Return how often each code of at most four bits occurs, those that fill up rows included."""
+        """Return how often each code of at most four bits occurs, padding included."""
         del chunk
         if self.width > 4:
             return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from qformat.codecs.base import encoder_option
+from qformat.codecs.base import option
 from qformat.codecs.blocks import SearchedBlockCodec
 from qformat.codecs.registry import register
 
@@ -25,9 +25,4 @@ class Q4_0(SearchedBlockCodec):  # noqa: N801  the format's name
     id: ClassVar[str] = "q4_0"
     codes: ClassVar[int] = 16
 
-    search: Literal["naive", "table", "exact"] = encoder_option("table")
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return 18
+    search: Literal["naive", "table", "exact"] = option("table")

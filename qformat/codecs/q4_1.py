@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from qformat.codecs.base import encoder_option
+from qformat.codecs.base import option
 from qformat.codecs.blocks import SearchedBlockCodec
 from qformat.codecs.registry import register
 
@@ -28,9 +28,4 @@ class Q4_1(SearchedBlockCodec):  # noqa: N801  the format's name
     chosen: ClassVar[int] = 2
     header_bytes: ClassVar[int] = 4
 
-    search: Literal["naive", "als", "best"] = encoder_option("als")
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return 20
+    search: Literal["naive", "als", "best"] = option("als")

@@ -16,8 +16,3 @@ class Q5_0(BlockCodec):  # noqa: N801  the format's name
 
     id: ClassVar[str] = "q5_0"
     codes: ClassVar[int] = 32
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return 22

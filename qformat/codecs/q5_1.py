@@ -18,8 +18,3 @@ class Q5_1(BlockCodec):  # noqa: N801  the format's name
     pads_with_zeros: ClassVar[bool] = False
     codes: ClassVar[int] = 32
     header_bytes: ClassVar[int] = 4
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return 24

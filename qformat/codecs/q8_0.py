@@ -15,8 +15,3 @@ class Q8_0(BlockCodec):  # noqa: N801  the format's name
     """Eight and a half bits for each weight; the scale is the largest magnitude over 127, as GGUF has it."""
 
     id: ClassVar[str] = "q8_0"
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return 34

@@ -1,4 +1,4 @@
-"""What the codecs that store codes share: rows of floats in, filled up; float32 out, cropped (codecs.md, "Rows")."""
+"""Codecs that store codes: rows of floats in, padded; float32 out, cropped (spec/codecs.md, "Rows")."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Codec, EncodedChunk, ErrorSum
-from qformat.dtypes import BF16, F32, F64, DType, Elements
+from qformat.codecs.base import ChunkEncoder, Codec, EncodedChunk, ErrorSum
+from qformat.codecs.layout import Buffer
+from qformat.dtypes import BF16, F64, Elements
 from qformat.kernels import load
 
 INFINITY_BITS = 0x7F800000
@@ -20,10 +21,10 @@ _LEAST, _MOST = 2.0**-40, 2.0**60  # largest errors whose squares binary32 holds
 
 
 class Quantized(NamedTuple):
-    """What a kernel made of rows: the bytes of each segment, and the measured values that kernels return.
+    """Rows quantized by a kernel: the bytes of each part, and the values that the kernel measured.
 
-    ``lanes`` are partial sums of squared errors; ``peak`` and ``largest`` the bits of the largest magnitude of the source and of
-    the error; ``overflowed`` and ``zeroed`` are counts as in `EncodedChunk`.
+    ``lanes`` are partial sums of squared errors; ``peak`` and ``largest`` the float32 bits of the largest magnitude of the source
+    and of the error; ``overflowed`` and ``zeroed`` are counts as in `EncodedChunk`.
     """
 
     parts: tuple[Buffer, ...]
@@ -35,18 +36,45 @@ class Quantized(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QuantizedCodec(Codec):
-    """A codec that approximates weights by codes."""
-
-    decoded: ClassVar[DType] = F32
-    #: whether rows are filled up with zeros that add nothing to the error that `_quantize` returns; if not, their last element
-    #: that fills them up, and they are measured again without it
-    pads_with_zeros: ClassVar[bool] = True
+class RowCodec(Codec):
+    """A codec that stores codes for rows of weights, which are padded to whole blocks."""
 
     @property
     @abstractmethod
     def block_size(self) -> int:
-        """Rows are filled up to a multiple of this number of elements, itself a multiple of 32."""
+        """Rows are padded to a multiple of this number of elements, itself a multiple of 32."""
+
+    @abstractmethod
+    def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
+        """Decode to C-contiguous rows of whole blocks, after checking the lengths of the parts: kernels do not check them."""
+
+    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode the rows of a chunk."""
+        self._decode_rows(parts, out)
+
+    def _decode_rows(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
+        """Decode parts that are not entropy-coded."""
+        rows, cols = out.shape
+        padded = self.padded(cols)
+        if padded == cols:
+            self._dequantize(parts, out)
+            return
+        whole = np.empty((rows, padded), np.float32)
+        self._dequantize(parts, whole)
+        out[:] = whole[:, :cols]
+
+    def padded(self, cols: int) -> int:
+        """Return the length of a padded row."""
+        return -(-cols // self.block_size) * self.block_size
+
+
+@dataclass(frozen=True)
+class QuantizedCodec(RowCodec, ChunkEncoder):
+    """A codec that approximates weights by codes."""
+
+    #: whether rows are padded with zeros that add nothing to the error that `_quantize` returns; if not, they are padded with
+    #: their last element, and the error is measured again without the padding
+    pads_with_zeros: ClassVar[bool] = True
 
     @property
     def takes_bf16(self) -> bool:
@@ -55,20 +83,7 @@ class QuantizedCodec(Codec):
 
     @abstractmethod
     def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
-        """Encode C-contiguous rows of float32, `cols` elements filled up to whole units."""
-
-    @abstractmethod
-    def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:
-        """Decode to C-contiguous rows of whole units, after checking the lengths of the parts: kernels do not look."""
-
-    def accepts(self, dtype: DType) -> bool:
-        """Return whether these are floats."""
-        return dtype.floating
-
-    def is_lossless(self, dtype: DType) -> bool:
-        """Return False: codes are approximations."""
-        del dtype
-        return False
+        """Encode C-contiguous rows of float32: `cols` elements and the padding to whole blocks."""
 
     def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
         """Quantize the rows of a chunk."""
@@ -93,7 +108,7 @@ class QuantizedCodec(Codec):
         return EncodedChunk(parts, finite, error, overflowed, zeroed)
 
     def _again(self, elements: Elements, parts: Sequence[Buffer]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the rows of a chunk and what they decode to, without what fills them up, to measure the error again."""
+        """Return the rows of a chunk and what they decode to, without padding, to measure the error again."""
         decoded = np.empty(elements.data.shape, np.float32)
         self._decode_rows(parts, decoded)
         return elements.to_f32(), decoded
@@ -111,25 +126,6 @@ class QuantizedCodec(Codec):
         lanes = np.zeros(floats.LANES)
         largest = floats.difference(np.ascontiguousarray(values).reshape(-1), decoded.reshape(-1), lanes)
         return ErrorSum.of(values.size, lanes, largest)
-
-    def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
-        """Decode the rows of a chunk."""
-        self._decode_rows(parts, out)
-
-    def _decode_rows(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
-        """Decode the parts that `_quantize` made."""
-        rows, cols = out.shape
-        filled = self.padded(cols)
-        if filled == cols:
-            self._dequantize(parts, out)
-            return
-        padded = np.empty((rows, filled), np.float32)
-        self._dequantize(parts, padded)
-        out[:] = padded[:, :cols]
-
-    def padded(self, cols: int) -> int:
-        """Return the length of a row that is filled up."""
-        return -(-cols // self.block_size) * self.block_size
 
     def _pad(self, values: NDArray[Any]) -> NDArray[Any]:
         missing = self.padded(values.shape[1]) - values.shape[1]

@@ -10,14 +10,15 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer, Chunk, Codec, EncodedChunk, ErrorSum, Matrix
+from qformat.codecs.base import ChunkEncoder, EncodedChunk, ErrorSum
+from qformat.codecs.layout import Array, Buffer, Layout, Matrix
 from qformat.codecs.registry import register
 from qformat.dtypes import BF16, DTYPES, F16, F32, F64, DType, Elements
 from qformat.kernels import load
 
 
 @dataclass(frozen=True)
-class Raw(Codec):
+class Raw(ChunkEncoder):
     """Floats as they are, or rounded to this dtype; the id is its name."""
 
     decoded: ClassVar[DType]
@@ -30,14 +31,15 @@ class Raw(Codec):
         """Return whether every value of the dtype is one of this."""
         return self.decoded.contains(dtype)
 
-    def layout(self, matrix: Matrix) -> tuple[tuple[str, int], ...]:
-        """Return the one segment."""
-        return (("data", matrix.elements * self.decoded.size),)
+    def decoded_from(self, dtype: DType) -> DType:
+        """Return this dtype."""
+        del dtype
+        return self.decoded
 
-    def spans(self, matrix: Matrix, chunk: Chunk) -> tuple[slice, ...]:
-        """Return the bytes of a chunk's elements."""
-        elements = chunk.elements(matrix)
-        return (slice(elements.start * self.decoded.size, elements.stop * self.decoded.size),)
+    def layout(self, matrix: Matrix) -> Layout:
+        """Return the one segment."""
+        del matrix
+        return (Array("data", self.decoded.size),)
 
     def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
         """Copy the elements, or round them."""
@@ -84,5 +86,13 @@ def _error(source: Elements, values: NDArray[np.float32]) -> ErrorSum:
     return ErrorSum(values.size, math.fsum(lanes.tolist()), float(np.abs(error).max(initial=0.0)))
 
 
-for _dtype in DTYPES.values():
-    register(type(f"Raw_{_dtype.name}", (Raw,), {"id": _dtype.name, "decoded": _dtype}))
+def raw(dtype: DType) -> Raw:
+    """Return the codec that stores elements of a dtype as they are."""
+    return _CLASSES[dtype.name]()
+
+
+def _class_of(dtype: DType) -> type[Raw]:
+    return register(type(f"Raw_{dtype.name}", (Raw,), {"id": dtype.name, "decoded": dtype}))
+
+
+_CLASSES = {name: _class_of(dtype) for name, dtype in DTYPES.items()}

@@ -1,35 +1,40 @@
-"""Find codecs: by id, by type string, by a record of the index."""
+"""Find codecs by id or by a record of the index, and encoders by type string."""
 
 from __future__ import annotations
 
 import pkgutil
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import Field, fields
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import qformat.codecs
-from qformat.codecs.base import CHUNK_DENSITY, Codec, Matrix
+from qformat.codecs.base import Codec, Encoder
+from qformat.codecs.layout import CHUNK_DENSITY, Chunks, Matrix
 from qformat.dtypes import DTYPES, F32
 from qformat.errors import FormatError, TypeSpecError
 from qformat.records import TensorRecord
 
 _codecs: dict[str, type[Codec]] = {}
-_C = TypeVar("_C", bound=type[Codec])
+_encoders: dict[str, type[Encoder]] = {}
+_C = TypeVar("_C", bound=type[Codec] | type[Encoder])
 
 
-def register(codec: _C) -> _C:
-    """Make a codec known under its id, for ever.
+def register(class_: _C) -> _C:
+    """Make a codec, an encoder, or a class that is both known under its id, for ever.
 
     Raises
     ------
     ValueError
         If the id is taken.
     """
-    if codec.id in _codecs:
-        raise ValueError(f"codec id {codec.id!r} is already taken by {_codecs[codec.id].__name__}")
-    _codecs[codec.id] = codec
-    return codec
+    kinds: tuple[tuple[type, dict[str, Any]], ...] = ((Codec, _codecs), (Encoder, _encoders))
+    for table in (table for kind, table in kinds if issubclass(class_, kind)):
+        if class_.id in table:
+            raise ValueError(f"codec id {class_.id!r} is already taken by {table[class_.id].__name__}")
+        table[class_.id] = class_
+    return class_
 
 
 @cache
@@ -44,25 +49,36 @@ def codecs() -> dict[str, type[Codec]]:
     return dict(_codecs)
 
 
-def types_for_weights() -> dict[str, type[Codec]]:
-    """Return every codec that can be asked for and that takes float32, by its id."""
-    return {name: codec for name, codec in codecs().items() if not codec.copied_only and codec().accepts(F32)}
+def encoders() -> dict[str, type[Encoder]]:
+    """Return every encoder by its id: the types that can be asked for."""
+    _import_all()
+    return dict(_encoders)
 
 
-def parse_type(text: str) -> Codec:
-    """Return the codec that a type string ``id`` or ``id:key=value,key=value`` describes.
+def types_for_weights() -> dict[str, type[Encoder]]:
+    """Return every encoder that accepts float32, by its id."""
+    return {name: encoder for name, encoder in encoders().items() if encoder().accepts(F32)}
+
+
+def parameters(encoder: type[Encoder]) -> Sequence[Field[Any]]:
+    """Return the fields of an encoder that a type string may set."""
+    return [field for field in fields(encoder) if not field.metadata.get("copied")]  # type: ignore[arg-type]
+
+
+def parse_type(text: str) -> Encoder:
+    """Return the encoder that a type string ``id`` or ``id:key=value,key=value`` describes.
 
     Raises
     ------
     TypeSpecError
-        If there is no such codec or parameter, or a value is not allowed.
+        If there is no such encoder or parameter, or a value is not allowed.
     """
-    id_, colon, rest = text.partition(":")
-    codec = _lookup(id_, text)
+    id_, colon, settings = text.partition(":")
+    encoder = _lookup(id_, text)
     values: dict[str, Any] = {}
-    hints = get_type_hints(codec)
-    allowed = [field.name for field in fields(codec) if not field.metadata.get("found")]
-    for item in rest.split(",") if colon else []:
+    hints = get_type_hints(encoder)
+    allowed = [field.name for field in parameters(encoder)]
+    for item in settings.split(",") if colon else []:
         key, equals, value = item.partition("=")
         if key not in allowed:
             known = f"it knows {', '.join(allowed)}" if allowed else "it has none"
@@ -71,16 +87,17 @@ def parse_type(text: str) -> Codec:
             raise TypeSpecError(f"type {text!r}: give {key} once, as {key}=VALUE")
         values[key] = _parse_value(text, key, value, hints[key])
     try:
-        return codec(**values)
+        return encoder(**values)
     except ValueError as error:
         raise TypeSpecError(f"type {text!r}: {error}") from None
 
 
-def _lookup(id_: str, text: str) -> type[Codec]:
-    codec = codecs().get(id_)
-    if codec is not None and not codec.copied_only:
-        return codec
-    cause = f"{id_} holds only tensors that are quantized already" if codec else f"there is no codec {id_!r}"
+def _lookup(id_: str, text: str) -> type[Encoder]:
+    encoder = encoders().get(id_)
+    if encoder is not None:
+        return encoder
+    known = id_ in codecs()
+    cause = f"{id_} holds only tensors that are quantized already" if known else f"there is no codec {id_!r}"
     raise TypeSpecError(f"type {text!r}: {cause}; the types for weights are {', '.join(sorted(types_for_weights()))}")
 
 
@@ -126,34 +143,39 @@ def codec_of(record: TensorRecord) -> Codec:
         raise FormatError(f"{where}: codec {codec.id} cannot hold {dtype.name}")
     if (record.error is None) != codec.is_lossless(dtype):
         raise FormatError(f"{where}: an error is recorded where none can be, or missing")
-    expected = codec.segments(Matrix.of(record.shape))
+    matrix = Matrix.of(record.shape)
+    expected = codec.segments(matrix)
     found = tuple((segment.name, segment.length) for segment in record.segments)
-    fits = len(expected) == len(found) and all(
-        name == other and length in (None, actual)
-        for (name, length), (other, actual) in zip(expected, found, strict=True)
-    )
-    if fits and not codec.sized:
-        first = found[1][1] if codec.layered else found[0][1]
-        fits = record.elements <= CHUNK_DENSITY * first and (record.elements > 0 or first == 0)
-    if not fits:
-        raise FormatError(
-            f"{where}: {codec.id} needs segments {expected} for this shape, found {len(found)}: {str(found)[:200]}"
-        )
+    if [name for name, _ in expected] != [name for name, _ in found] or any(
+        length not in (None, actual) for (_, length), (_, actual) in zip(expected, found, strict=True)
+    ):
+        raise _wrong_segments(codec, expected, found, where)
+    # of a variable length, the first one bounds the elements: see CHUNK_DENSITY
+    first = next((actual for (_, length), (_, actual) in zip(expected, found, strict=True) if length is None), None)
+    if first is not None and (record.elements > CHUNK_DENSITY * first or (first and not record.elements)):
+        raise _wrong_segments(codec, expected, found, where)
     _check_layers(record, codec, where)
     return codec
 
 
+def _wrong_segments(codec: Codec, expected: Any, found: Any, where: str) -> FormatError:
+    return FormatError(
+        f"{where}: {codec.id} needs segments {expected} for this shape, found {len(found)}: {str(found)[:200]}"
+    )
+
+
 def _check_layers(record: TensorRecord, codec: Codec, where: str) -> None:
-    """Check that errors of layers, and the range they are compared with, are there exactly if there are layers."""
-    if codec.layered != (record.range is not None):
+    """Check that a range and the errors of layers are recorded exactly if there are layers."""
+    layout = codec.layout(Matrix.of(record.shape))
+    layers = {part.name for part in layout if isinstance(part, Chunks) and part.layer}
+    if bool(layers) != (record.range is not None):
         raise FormatError(f"{where}: a range is recorded where none can be, or missing")
-    layers = record.params["layers"] if codec.layered else 0
     errors = [segment.error for segment in record.segments if segment.error]
     nothing = record.nbytes == 0 and not record.range and not any(e.rmse or e.maximum or e.mean for e in errors)
-    if codec.layered and not record.elements and not nothing:
+    if layers and not record.elements and not nothing:
         raise FormatError(f"{where}: it has no elements, but segments, errors or a range")
-    for number, segment in enumerate(record.segments):
-        if (segment.error is not None) != (0 < number <= int(layers)):
+    for segment in record.segments:
+        if (segment.error is not None) != (segment.name in layers):
             raise FormatError(
                 f"{where}: an error of segment {segment.name!r} is recorded where none can be, or missing"
             )
@@ -164,7 +186,7 @@ def _check_layers(record: TensorRecord, codec: Codec, where: str) -> None:
 
 
 def _is_a(kind: Any, value: object) -> bool:
-    """Return whether a parameter has a type, where 1 is no True."""
+    """Return whether a parameter is of a type; 1 is not True."""
     if get_origin(kind) is Union:
         return any(_is_a(choice, value) for choice in get_args(kind))
     if get_origin(kind) is Literal:
@@ -173,7 +195,7 @@ def _is_a(kind: Any, value: object) -> bool:
 
 
 def _from_params(codec: type[Codec], record: TensorRecord, where: str) -> Codec:
-    known = {field.name: field for field in fields(codec) if not field.metadata.get("encoder")}
+    known = {field.name: field for field in fields(codec) if not field.metadata.get("option")}
     hints = get_type_hints(codec)
     needed = {name for name, field in known.items() if not field.metadata.get("optional")}
     if not needed <= set(record.params) <= set(known):
@@ -181,8 +203,7 @@ def _from_params(codec: type[Codec], record: TensorRecord, where: str) -> Codec:
         raise FormatError(f"{where}: codec {codec.id}: parameter {names[0][:40]!r} is unknown or missing")
     for key, value in record.params.items():
         kind = hints[key]
-        metadata = known[key].metadata
-        left_out = (metadata.get("optional") or metadata.get("found")) and value == known[key].default
+        left_out = known[key].metadata.get("optional") and value == known[key].default
         if not _is_a(kind, value) or left_out:
             raise FormatError(f"{where}: codec {codec.id}: parameter {key} has an impossible value")
     try:

@@ -1,4 +1,4 @@
-"""Rows of floats that are alike, put together so that each group has frequencies of its own (spec/codecs.md, "`lossless`")."""
+"""Groups of similar rows of floats, each coded with frequencies of its own (spec/codecs.md, "`lossless`")."""
 
 from __future__ import annotations
 
@@ -9,33 +9,31 @@ from numpy.typing import NDArray
 
 from qformat.entropy.frequencies import COST_BITS, log2
 from qformat.kernels import load
-
-U8 = NDArray[np.uint8]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import I64, U8
 
 #: values of exponent and leading bits of the mantissa
 VALUES = 1024
 _FINEST = 8  # groups of about the same magnitude
 _SHORT = 2  # groups of fewer bits of mantissa
-_WORTH = 1 << 15  # elements, for which more than one group by magnitude may pay
-_OVERHEAD = 250  # bytes that a group takes besides its letters, about
+_WORTH = 1 << 15  # elements from which on several groups by magnitude may pay
+_OVERHEAD = 250  # approximate bytes of a group besides its symbols
 
 
 def group_rows(patterns: NDArray[Any], exponent: int) -> tuple[U8, I64]:
-    """Find groups of rows whose floats have about the same magnitude, or as few bits of mantissa.
+    """Group rows whose floats have similar magnitudes, or equally few bits of mantissa.
 
     Parameters
     ----------
     patterns
-        The floats as unsigned integers, two-dimensional.
+        A matrix of floats, as unsigned integers.
     exponent
         Bits of the exponent: 8 for bfloat16 and binary32.
 
     Returns
     -------
     tuple of (array, array)
-        The number of the group of each row, and for each group how often each magnitude occurs, in `VALUES` steps: the exponent and
-        two bits of mantissa if the exponent has 8 bits.
+        The group of each row, and the counts of magnitudes in each group, of shape (groups, `VALUES`): by the exponent and two bits
+        of mantissa if the exponent has 8 bits, else by its upper byte without the sign.
     """
     rows, cols = patterns.shape
     if patterns.itemsize == 8:
@@ -57,7 +55,7 @@ def group_rows(patterns: NDArray[Any], exponent: int) -> tuple[U8, I64]:
 
 
 def _mantissas(patterns: NDArray[Any]) -> U8:
-    """Return for each row of binary32 how many of its two lowest bytes are 0 throughout; zeros if that is the same for all."""
+    """Return for each row of binary32 how many of the two lowest bytes are 0 throughout; zeros if that is the same for all."""
     if patterns.itemsize != 4:
         return np.zeros(len(patterns), np.uint8)
     used = np.empty(len(patterns), np.uint32)
@@ -67,7 +65,7 @@ def _mantissas(patterns: NDArray[Any]) -> U8:
 
 
 def _classes(sums: I64, mantissas: U8) -> U8:
-    """Return the finest class of each row: those of full mantissas by magnitude, evenly, then the others."""
+    """Return the finest class of each row: rows of full mantissas in equal shares by magnitude, then the others."""
     classes = (mantissas + np.uint8(_FINEST - 1)).astype(np.uint8)
     full = np.flatnonzero(mantissas == 0)
     order = full[np.argsort(sums[full], kind="stable")]
@@ -76,7 +74,7 @@ def _classes(sums: I64, mantissas: U8) -> U8:
 
 
 def _joined(fine: I64, number: int) -> U8:
-    """Return the group of each class if the classes by magnitude make this number of groups; groups without rows are left out."""
+    """Return the group of each class if the classes by magnitude form this number of groups; groups without rows get no number."""
     target = np.append(np.arange(_FINEST) * number // _FINEST, number + np.arange(_SHORT))
     used = np.unique(target[fine.any(axis=1)])
     return np.searchsorted(used, target).clip(0, used.size - 1).astype(np.uint8)
@@ -91,15 +89,15 @@ def _merged(fine: I64, groups: U8) -> I64:
 
 
 def _best(fine: I64, rows: int) -> U8:
-    """Return the groups that take the fewest bits, by estimate."""
+    """Return the groups with the fewest bits, by estimate."""
     occurring = fine[:, fine.any(axis=0)]
     choices = [_joined(fine, number) for number in (1, 2, 4, 8)]
     return min(choices, key=lambda groups: _cost(_merged(occurring, groups), rows))
 
 
 def _cost(counts: I64, rows: int) -> int:
-    """Return what magnitudes and groups take, in units of 2^-16 bits, about."""
+    """Estimate the size of magnitudes and groups, in units of 2^-16 bits."""
     totals = counts.sum(axis=1)
     occurring = counts[counts > 0]
-    letters = int((totals * log2(totals)).sum() - (occurring * log2(occurring)).sum())
-    return letters + (8 * _OVERHEAD * len(counts) << COST_BITS) + rows * int(log2(np.array([len(counts)]))[0])
+    symbols = int((totals * log2(totals)).sum() - (occurring * log2(occurring)).sum())
+    return symbols + (8 * _OVERHEAD * len(counts) << COST_BITS) + rows * int(log2(np.array([len(counts)]))[0])

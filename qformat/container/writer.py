@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -17,7 +17,7 @@ from qformat.container.index import (
     check_shape,
     check_tensor_name,
 )
-from qformat.container.layout import HEADER_SIZE, TRAILER_SIZE, Header, Trailer, align
+from qformat.container.layout import TRAILER_SIZE, Header, Trailer, align
 from qformat.container.partial import Journal, NullTarget, PartialFile, Record
 from qformat.errors import FormatError, SourceError
 from qformat.records import AssetRecord, MeasuredError, Segment, ShardRecord, TensorRecord
@@ -26,7 +26,6 @@ Bytes = bytes | bytearray | memoryview
 
 # The level decides the bytes, so it is part of the format (spec/container.md, section 7).
 _ZSTD_LEVEL = 9
-_NO_DIGEST = "0" * 64
 
 
 def compress_asset(data: bytes) -> tuple[str, bytes]:
@@ -35,41 +34,6 @@ def compress_asset(data: bytes) -> tuple[str, bytes]:
 
     packed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=True).compress(data)
     return ("zstd", packed) if len(packed) < len(data) else ("raw", data)
-
-
-def predict_size(
-    assets: Iterable[tuple[str, bytes]],
-    records: Sequence[TensorRecord],
-    metadata: Mapping[str, str] | None = None,
-    shards: Sequence[ShardRecord] = (),
-) -> int:
-    """Return how many bytes a file will have, exactly, before anything is encoded.
-
-    Parameters
-    ----------
-    assets
-        Names and contents of the files to take along, sorted by name.
-    records
-        The tensors, with the lengths of their segments. The errors that will be measured only have to be there or not, for they
-        are all written in the same number of digits.
-    metadata
-        The strings.
-    shards
-        The files that hold the tensors, if it is their head.
-    """
-    position = HEADER_SIZE
-    asset_records = []
-    for name, data in assets:
-        encoding, stored = compress_asset(data)
-        segment = Segment(name, position, len(stored), _NO_DIGEST)
-        asset_records.append(AssetRecord(encoding, segment, len(data), _NO_DIGEST))
-        position = align(segment.stop)
-    placed = []
-    for record in records:
-        record, position = _place(record, position)  # noqa: PLW2901
-        placed.append(record)
-    index = Index(_NO_DIGEST, tuple(placed), tuple(asset_records), metadata or {}, tuple(shards))
-    return position + len(index.encode()) + TRAILER_SIZE
 
 
 def _place(record: TensorRecord, position: int) -> tuple[TensorRecord, int]:
@@ -82,52 +46,57 @@ def _place(record: TensorRecord, position: int) -> tuple[TensorRecord, int]:
 
 
 class TensorWriter:
-    """Takes the bytes of one tensor's segments; each segment is written from front to back.
+    """Writes the segments of one tensor, each from front to back.
 
     Made by `ContainerWriter.tensor`.
     """
 
     def __init__(
-        self, target: PartialFile | NullTarget, record: TensorRecord, position: int, *, open_ended: bool
+        self, target: PartialFile | NullTarget, record: TensorRecord, position: int, unknown: Collection[int]
     ) -> None:
         self.record, _ = _place(record, position)
         self._target = target
-        self._open_ended = open_ended
-        # Of a tensor whose first segment may become as long as it likes, the others have no place before the end
-        self._waiting = [bytearray() for _ in record.segments[1:]] if open_ended else []
+        self._unknown = unknown
+        # What follows a segment of unknown length has no place in the file before the end
+        self._placed = min(unknown, default=len(record.segments))
+        self._waiting: list[list[Bytes]] = [[] for _ in record.segments]
         self._hashes = [hashlib.sha256() for _ in record.segments]
         self._written = [0] * len(record.segments)
 
     def write(self, parts: Sequence[Bytes]) -> None:
-        """Append to every segment its part.
-
-        Parameters
-        ----------
-        parts
-            One buffer of bytes for each segment, in the order of the record.
-        """
+        """Append bytes to the segments: one buffer for each, in the order of the record."""
         for i, part in enumerate(parts):
             segment = self.record.segments[i]
-            if self._written[i] + len(part) > segment.length and not (self._open_ended and i == 0):
+            if self._written[i] + len(part) > segment.length and i not in self._unknown:
                 raise ValueError(f"{self.record.name}: more bytes than announced for segment {segment.name}")
             self._hashes[i].update(part)
-            if self._open_ended and i > 0:
-                self._waiting[i - 1] += part
+            if i > self._placed:
+                self._waiting[i].append(part)
             else:
                 self._target.write(part, segment.offset + self._written[i])
             self._written[i] += len(part)
 
     def finish(self, error: MeasuredError | None) -> TensorRecord:
-        """Return the completed record."""
-        if self._open_ended:
-            first = replace(self.record.segments[0], length=self._written[0])
-            record = replace(self.record, segments=(first, *self.record.segments[1:]))
-            self.record, _ = _place(record, first.offset)
-            for segment, content in zip(self.record.segments[1:], self._waiting, strict=True):
-                self._target.write(content, segment.offset)
+        """Return the completed record.
+
+        Raises
+        ------
+        FormatError
+            If the bytes are not those of digests that the record has already, as that of a copied tensor does.
+        """
+        if self._unknown:
+            segments = tuple(
+                replace(segment, length=written) if number in self._unknown else segment
+                for number, (segment, written) in enumerate(zip(self.record.segments, self._written, strict=True))
+            )
+            self.record, _ = _place(replace(self.record, segments=segments), segments[0].offset)
+            for segment, content in zip(self.record.segments, self._waiting, strict=True):
+                self._target.write(b"".join(content), segment.offset)
         if any(written != segment.length for written, segment in zip(self._written, self.record.segments, strict=True)):
             raise ValueError(f"{self.record.name}: fewer bytes than announced")
         digests = [digest.hexdigest() for digest in self._hashes]
+        if any(s.sha256 not in (_NO_DIGEST, d) for s, d in zip(self.record.segments, digests, strict=True)):
+            raise FormatError(f"{self.record.label} is damaged: its SHA-256 does not match")
         segments = tuple(replace(s, sha256=d) for s, d in zip(self.record.segments, digests, strict=True))
         return replace(self.record, segments=segments, error=error)
 
@@ -233,21 +202,22 @@ class ContainerWriter:
         if self._journal:
             self._journal.add(self.assets[-1])
 
-    def tensor(self, record: TensorRecord, *, open_ended: bool = False) -> TensorWriter:
+    def tensor(self, record: TensorRecord, *, unknown: Collection[int] = ()) -> TensorWriter:
         """Begin a tensor; the one before must have been ended with `finish`.
 
         Parameters
         ----------
         record
             Everything but the offsets and digests of its segments and the error, which are filled in.
-        open_ended
-            The length of its first segment is what will have been written. The bytes of the others are kept in memory until then.
+        unknown
+            Numbers of the segments whose length is found by writing. The bytes of all segments after the first of them are kept
+            in memory until the end.
         """
         check_tensor_name(record.name)
         check_shape(record.shape, record.label)
         if self.records and self.records[-1].name >= record.name:
             raise ValueError(f"tensor {record.name!r} does not come in its order")
-        return TensorWriter(self._target, record, self._position, open_ended=open_ended)
+        return TensorWriter(self._target, record, self._position, unknown)
 
     def finish(self, record: TensorRecord) -> None:
         """Take the record that `TensorWriter.finish` returned into the index."""
@@ -255,6 +225,14 @@ class ContainerWriter:
         self._position = align(record.segments[-1].stop)
         if self._journal:
             self._journal.add(record)
+
+    def reserve(self, record: TensorRecord) -> None:
+        """Add a tensor without its bytes, to predict the length of the file.
+
+        Its segments have their lengths. The digits of digests and errors do not depend on their values.
+        """
+        placed, self._position = _place(record, self._position)
+        self.records.append(placed)
 
     def copy(self, record: TensorRecord, segments: Sequence[Bytes]) -> None:
         """Add a tensor of another file as it is.
@@ -273,10 +251,7 @@ class ContainerWriter:
         """
         tensor = self.tensor(record)
         tensor.write(segments)
-        copied = tensor.finish(record.error)
-        if [segment.sha256 for segment in copied.segments] != [segment.sha256 for segment in record.segments]:
-            raise FormatError(f"{record.label} is damaged: its SHA-256 does not match")
-        self.finish(copied)
+        self.finish(tensor.finish(record.error))
 
     def _finish_file(self) -> None:
         """Write index and trailer."""

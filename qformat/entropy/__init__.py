@@ -1,1 +1,1 @@
-"""Entropy coding of bytes: streams of letters (spec/codecs.md, "Streams")."""
+"""Entropy coding of bytes: streams of symbols (spec/codecs.md, "Streams")."""

@@ -1,6 +1,7 @@
-"""How often letters occur: as integers of a fixed sum that encoder and decoder share, and what that costs.
+"""Frequencies of symbols as integers of a fixed sum, which encoder and decoder share, and the sizes of streams coded with them.
 
-All in integers, because the choices that depend on it decide the bytes of a file.
+All in integers, because choices that depend on it decide the bytes of a file. A symbol is a byte-sized member of the coder's
+alphabet; it may stand for several *digits* from 0 to base - 1, the first one the least significant.
 """
 
 from __future__ import annotations
@@ -8,46 +9,43 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qformat.kernels import load
+from qformat.kernels.arrays import I64, U8, U32
 
-I64 = NDArray[np.int64]
-U32 = NDArray[np.uint32]
-
-LETTERS = 256
-#: costs are in units of 2^-16 bits
+SYMBOLS = 256
+#: costs and logarithms are in units of 2^-16 bits
 COST_BITS = 16
 _TABLE_BITS = 15
 
 
 @cache
-def symbols_each(base: int) -> int:
-    """Return how many symbols below `base` a letter stands for: as many as a byte can."""
+def digits_per_symbol(base: int) -> int:
+    """Return how many digits below `base` a symbol stands for: as many as fit in a byte."""
     each = 1
-    while base ** (each + 1) <= LETTERS:
+    while base ** (each + 1) <= SYMBOLS:
         each += 1
     return each
 
 
 @cache
-def digits(base: int) -> NDArray[np.uint8]:
-    """Return the symbols of each letter, up to 8 of them, as an array of shape (256, 8); zeros for what is no letter."""
-    table = np.zeros((LETTERS, 8), np.uint8)
-    letters = np.arange(base ** symbols_each(base))
-    for i in range(symbols_each(base)):
-        table[letters, i] = letters // base**i % base
+def digit_table(base: int) -> U8:
+    """Return the digits of each symbol, read-only and of shape (256, 8): zeros after the last digit and beyond the last symbol."""
+    table = np.zeros((SYMBOLS, 8), np.uint8)
+    symbols = np.arange(base ** digits_per_symbol(base))
+    for i in range(digits_per_symbol(base)):
+        table[symbols, i] = symbols // base**i % base
     table.flags.writeable = False
     return table
 
 
 def normalized(counts: I64, precision: int) -> U32:
-    """Return frequencies of the sum 2^precision, about in proportion to the counts; letters that occur have at least 1.
+    """Return frequencies of the sum 2^precision, nearly proportional to the counts; symbols that occur have at least 1.
 
     Parameters
     ----------
     counts
-        How often each letter occurs; no more than 2^precision of them are not 0.
+        How often each symbol occurs, of which no more than 2^precision do.
     precision
         At most 15.
     """
@@ -56,46 +54,43 @@ def normalized(counts: I64, precision: int) -> U32:
     missing = (1 << precision) - int(scaled.sum())
     largest = scaled.argmax()
     scaled[largest] += missing
-    while scaled[largest] < 1:  # many rare letters were rounded up; the others give, one by one
+    while scaled[largest] < 1:  # many rare symbols were rounded up: take from the most frequent one by one
         scaled[scaled.argmax()] -= 1
         scaled[largest] += 1
     frequencies: U32 = scaled.astype(np.uint32)
     return frequencies
 
 
-def of_letters(symbols: U32, base: int, precision: int) -> U32 | None:
-    """Return the frequencies of letters whose symbols are independent; None if they do not add up (spec/codecs.md, "Streams").
+def symbol_frequencies(digits: U32, base: int, precision: int) -> U32 | None:
+    """Return the frequencies of symbols made of independent digits; None if they do not add up (spec/codecs.md, "Streams").
 
     Parameters
     ----------
-    symbols
-        The frequencies of symbols, of the sum 2^precision.
+    digits
+        The frequencies of the digits, of the sum 2^precision.
     base
-        How many symbols there are.
+        The number of different digits.
     precision
         At most 15.
     """
-    frequencies = np.zeros(LETTERS, np.uint32)
-    fit = load("frequencies").letter_frequencies(symbols, base, symbols_each(base), precision, frequencies)
-    return frequencies if fit else None
+    frequencies = np.zeros(SYMBOLS, np.uint32)
+    valid = load("frequencies").symbol_frequencies(digits, base, digits_per_symbol(base), precision, frequencies)
+    return frequencies if valid else None
 
 
-def of_symbols(counts: I64, base: int) -> I64:
-    """Return how often each symbol occurs, from how often each letter does."""
-    each = symbols_each(base)
-    table = digits(base)[: base**each, :each]
-    return sum(
-        (
-            np.bincount(table[:, i], weights=counts[: len(table)], minlength=LETTERS).astype(np.int64)
-            for i in range(each)
-        ),
-        start=np.zeros(LETTERS, np.int64),
-    )
+def digit_counts(counts: I64, base: int) -> I64:
+    """Return how often each digit occurs, from how often each symbol does."""
+    each = digits_per_symbol(base)
+    table = digit_table(base)[: base**each, :each]
+    return np.bincount(table.ravel(), np.repeat(counts[: len(table)], each), SYMBOLS).astype(np.int64)
 
 
 @cache
 def logarithms() -> I64:
-    """Return the logarithms of 0 to 2^15, rounded down to 16 bits after the point; that of 0 is given as 0."""
+    """Return the base-2 logarithms of 0 to 2^15, rounded down to units of 2^-16, with 0 for that of 0.
+
+    Bit by bit, by squaring, because the last digits of a library's logarithm differ between machines.
+    """
     numbers = np.maximum(np.arange((1 << _TABLE_BITS) + 1), 1)
     result = _bit_lengths(numbers) - 1
     mantissa = numbers.astype(np.uint64) << (31 - result).astype(np.uint64)  # from 1 to 2, with 31 bits after the point
@@ -112,18 +107,18 @@ def _bit_lengths(numbers: I64) -> I64:
 
 
 def log2(numbers: I64) -> I64:
-    """Return logarithms of numbers up to 2^53 in units of 2^-16, at most 7 too small; that of 0 is given as 0."""
+    """Return the base-2 logarithms of numbers up to 2^53 in units of 2^-16, at most 7 too small, with 0 for that of 0."""
     shifts = np.maximum(0, _bit_lengths(numbers) - _TABLE_BITS)
     found: I64 = logarithms()[numbers >> shifts] + (shifts << COST_BITS)
     return found
 
 
 def cost(counts: I64, frequencies: U32, precision: int) -> int:
-    """Return the size of letters coded with some frequencies, in units of 2^-16 bits."""
+    """Return the size of symbols with these counts, coded with some frequencies, in units of 2^-16 bits."""
     return int((counts * ((precision << COST_BITS) - logarithms()[frequencies])).sum())
 
 
 def entropy(counts: I64) -> float:
-    """Return the bits that an ideal coder needs for all letters, knowing how often each occurs."""
+    """Return the order-0 entropy of all symbols together, in bits."""
     occurring = counts[counts > 0]
     return float((occurring * np.log2(occurring.sum() / occurring)).sum())

@@ -1,4 +1,4 @@
-"""Streams of letters: bytes stored raw, as a constant, or coded with static frequencies (spec/codecs.md, "Streams")."""
+"""Streams of symbols: bytes stored raw, as a constant, or coded with static frequencies (spec/codecs.md, "Streams")."""
 
 from __future__ import annotations
 
@@ -8,40 +8,36 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qformat.entropy.frequencies import (
     COST_BITS,
-    LETTERS,
+    SYMBOLS,
     cost,
+    digit_counts,
+    digits_per_symbol,
     entropy,
     logarithms,
     normalized,
-    of_letters,
-    of_symbols,
-    symbols_each,
+    symbol_frequencies,
 )
 from qformat.kernels import load
+from qformat.kernels.arrays import I64, U8, U32
 
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
-
-RAW, CONSTANT, CODED, CODED_BY_SYMBOLS = range(4)
+RAW, CONSTANT, CODED, CODED_BY_DIGITS = range(4)
 _LEAST_PRECISION, _MOST_PRECISION = 8, 15
-#: for symbols 0 and 1, which are often nearly even, while their table is short in any case
+#: of digits 0 and 1, which are often nearly even, while their table is short in any case
 _PRECISION_OF_BITS = 13
-#: coding has to save this share, for raw letters are decoded much faster
+#: coding has to save at least one part in 256, as raw symbols are read much faster
 _WORTH = 256
 
 
-def letter_count(symbols: int, base: int) -> int:
-    """Return how many letters hold some symbols below `base`."""
-    return -(-symbols // symbols_each(base))
+def symbol_count(digits: int, base: int) -> int:
+    """Return how many symbols hold `digits` digits below `base`."""
+    return -(-digits // digits_per_symbol(base))
 
 
 def _lanes(count: int) -> int:
-    """Return how many states take turns: the more, the faster, and 2 bytes each are lost."""
+    """Return the number of interleaved states for `count` symbols: more are faster, and each costs about 2 bytes."""
     if count < 1 << 12:
         return 4
     if count < 1 << 16:
@@ -51,14 +47,14 @@ def _lanes(count: int) -> int:
 
 @dataclass
 class StreamWriter:
-    """Collects streams and other bytes.
+    """Streams and other bytes, one after the other.
 
     Attributes
     ----------
     parts
         The bytes so far.
     entropy
-        What ideal coders of the streams would need in bits: the sum of their order-0 entropies.
+        The sum of the order-0 entropies of all streams, in bits.
     """
 
     parts: list[bytes] = field(default_factory=list)
@@ -66,11 +62,11 @@ class StreamWriter:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes there are so far."""
+        """The number of bytes so far."""
         return sum(map(len, self.parts))
 
     def extend(self, other: StreamWriter) -> None:
-        """Append everything that another one has collected."""
+        """Append the contents of another writer."""
         self.parts += other.parts
         self.entropy += other.entropy
 
@@ -78,34 +74,34 @@ class StreamWriter:
         """Append bytes as they are."""
         self.parts.append(data)
 
-    def stream(self, letters: U8, base: int = LETTERS) -> None:
+    def stream(self, symbols: U8, base: int = SYMBOLS) -> None:
         """Append a stream.
 
         Parameters
         ----------
-        letters
-            Each below the largest power of `base` that is at most 256, its exponent being the number of symbols of a letter.
+        symbols
+            Each below base**digits_per_symbol(base).
         base
-            How many different symbols there are.
+            The number of different digits.
         """
-        if not letters.size:
+        if not symbols.size:
             self.parts.append(struct.pack("<I", 0))
             return
-        counts = np.zeros(LETTERS, np.int64)
-        load("rans").histogram(letters, counts)
+        counts = np.zeros(SYMBOLS, np.int64)
+        load("rans").histogram(symbols, counts)
         self.entropy += entropy(counts)
-        body = _packed(letters, counts, base)
+        body = _packed(symbols, counts, base)
         self.parts.append(struct.pack("<I", len(body)) + body)
 
     def bits(self, packed: U8, count: int, ones: int) -> None:
-        """Append a stream of symbols 0 and 1, which are packed, filled up with zeros; it is coded only if they are not even.
+        """Append a stream of digits 0 and 1, coded if they are uneven enough for that to pay.
 
         Parameters
         ----------
         packed
-            Eight symbols in a byte, the first in the lowest bit.
+            Eight digits in a byte, the first in the lowest bit, the last byte padded with zeros.
         count, ones
-            How many symbols there are, and how many of them are 1.
+            The number of digits, and how many of them are 1.
         """
         if not count:
             self.parts.append(struct.pack("<I", 0))
@@ -119,78 +115,76 @@ class StreamWriter:
         self.parts.append(struct.pack("<I", len(body)) + body)
 
     def chunk(self, elements: int) -> bytes:
-        """Return everything, filled up to the length that a chunk of so many elements has at least."""
+        """Return all bytes, padded with zeros to the least length of a chunk of `elements` elements."""
         content = b"".join(self.parts)
         return content + bytes(max(0, -(-elements // 1024) - len(content)))
 
 
-def _packed(letters: U8, counts: I64, base: int) -> bytes:
-    """Return a stream without its length, in the way that takes the fewest bytes by estimate."""
-    if counts[letters[0]] == letters.size:
-        return bytes([CONSTANT, letters[0]])
-    precision = min(_MOST_PRECISION, max(_LEAST_PRECISION, letters.size.bit_length() - 2))
-    lanes = _lanes(letters.size)
+def _packed(symbols: U8, counts: I64, base: int) -> bytes:
+    """Return a stream without its length, in the mode with the fewest bytes by estimate."""
+    if counts[symbols[0]] == symbols.size:
+        return bytes([CONSTANT, symbols[0]])
+    precision = min(_MOST_PRECISION, max(_LEAST_PRECISION, symbols.size.bit_length() - 2))
     head, chosen = bytes([RAW]), None
-    least = letters.size * 8 * (_WORTH - 1) // _WORTH
-    for mode in (CODED_BY_SYMBOLS, CODED) if symbols_each(base) > 1 else (CODED,):
-        table, frequencies = _coded_table(counts, base, precision, by_symbols=mode == CODED_BY_SYMBOLS)
+    least = symbols.size * 8 * (_WORTH - 1) // _WORTH
+    for mode in (CODED_BY_DIGITS, CODED) if digits_per_symbol(base) > 1 else (CODED,):
+        table, frequencies = _coded_table(counts, base, precision, by_digits=mode == CODED_BY_DIGITS)
         if frequencies is None or not frequencies[counts > 0].all():
             continue
-        bits = 8 * len(table) + 32 * lanes + (cost(counts, frequencies, precision) >> COST_BITS)
+        bits = 8 * len(table) + 32 * _lanes(symbols.size) + (cost(counts, frequencies, precision) >> COST_BITS)
         if bits < least:
             head, chosen, least = bytes([mode, precision]) + table, frequencies, bits
     if chosen is None:
-        return head + letters.tobytes()
-    coded = np.empty(2 * letters.size + 4 * lanes, np.uint8)
-    start = load("rans").encode(letters, chosen, precision, lanes, coded)
-    return head + coded[start:].tobytes()
+        return head + symbols.tobytes()
+    return head + _coded(symbols, chosen, precision)
 
 
-def _packed_bits(letters: U8, ones: int) -> bytes:
-    """Do as `_packed` for letters of eight bits, of which so many are set: raw, or coded by symbols."""
-    total, sum_ = 8 * letters.size, 1 << _PRECISION_OF_BITS
+def _packed_bits(symbols: U8, ones: int) -> bytes:
+    """Do as `_packed` for symbols of eight bits, `ones` of which are set: raw, or coded by digits."""
+    total, sum_ = 8 * symbols.size, 1 << _PRECISION_OF_BITS
     frequency = min(sum_ - 1, max(1, (2 * ones * sum_ + total) // (2 * total)))
-    lanes = _lanes(letters.size)
-    saved = sum(
-        count * int(logarithms()[share]) for count, share in ((total - ones, sum_ - frequency), (ones, frequency))
-    )
-    bits = 32 + 32 * lanes + ((total * _PRECISION_OF_BITS << COST_BITS) - saved >> COST_BITS)
-    if bits >= total * (_WORTH - 1) // _WORTH:
-        return bytes([RAW]) + letters.tobytes()
-    table, frequencies = _table_of_bits(frequency)
+    shares = (total - ones, sum_ - frequency), (ones, frequency)
+    saved = sum(count * int(logarithms()[share]) for count, share in shares)
+    bits = 32 + 32 * _lanes(symbols.size) + ((total * _PRECISION_OF_BITS << COST_BITS) - saved >> COST_BITS)
+    head, frequencies = _bits_table(frequency) if bits < total * (_WORTH - 1) // _WORTH else (b"", None)
     if frequencies is None:
-        return bytes([RAW]) + letters.tobytes()
-    coded = np.empty(2 * letters.size + 4 * lanes, np.uint8)
-    start = load("rans").encode(letters, frequencies, _PRECISION_OF_BITS, lanes, coded)
-    return table + coded[start:].tobytes()
+        return bytes([RAW]) + symbols.tobytes()
+    return head + _coded(symbols, frequencies, _PRECISION_OF_BITS)
+
+
+def _coded(symbols: U8, frequencies: U32, precision: int) -> bytes:
+    """Return the states and words of a stream."""
+    lanes = _lanes(symbols.size)
+    coded = np.empty(2 * symbols.size + 4 * lanes, np.uint8)
+    return coded[load("rans").encode(symbols, frequencies, precision, lanes, coded) :].tobytes()
 
 
 @lru_cache(256)
-def _table_of_bits(frequency: int) -> tuple[bytes, U32 | None]:
-    """Return what a stream begins with whose bits are 1 with some frequency, and that of each letter unless one has none."""
-    stored = np.zeros(LETTERS, np.uint32)
+def _bits_table(frequency: int) -> tuple[bytes, U32 | None]:
+    """Return the head of a stream whose bits are 1 with some frequency, and the frequencies of its symbols; None if one is 0."""
+    stored = np.zeros(SYMBOLS, np.uint32)
     stored[:2] = (1 << _PRECISION_OF_BITS) - frequency, frequency
-    frequencies = of_letters(stored, 2, _PRECISION_OF_BITS)
+    frequencies = symbol_frequencies(stored, 2, _PRECISION_OF_BITS)
     table = np.zeros(16, np.uint8)
     length = load("frequencies").write_table(stored, 2, _PRECISION_OF_BITS, table)
     if frequencies is not None and not frequencies.all():
         frequencies = None
-    return bytes([CODED_BY_SYMBOLS, _PRECISION_OF_BITS]) + table[:length].tobytes(), frequencies
+    return bytes([CODED_BY_DIGITS, _PRECISION_OF_BITS]) + table[:length].tobytes(), frequencies
 
 
-def _coded_table(counts: I64, base: int, precision: int, *, by_symbols: bool) -> tuple[bytes, U32 | None]:
-    """Return a table as it is stored, and the frequencies of letters that it means."""
-    entries = base if by_symbols else base ** symbols_each(base)
-    stored = normalized(of_symbols(counts, base) if by_symbols else counts, precision)
-    table = np.zeros(4 * LETTERS, np.uint8)
+def _coded_table(counts: I64, base: int, precision: int, *, by_digits: bool) -> tuple[bytes, U32 | None]:
+    """Return a table as it is stored, and the frequencies of symbols that follow from it; None if they do not add up."""
+    entries = base if by_digits else base ** digits_per_symbol(base)
+    stored = normalized(digit_counts(counts, base) if by_digits else counts, precision)
+    table = np.zeros(4 * SYMBOLS, np.uint8)
     length = load("frequencies").write_table(stored, entries, precision, table)
-    return table[:length].tobytes(), of_letters(stored, base, precision) if by_symbols else stored
+    return table[:length].tobytes(), symbol_frequencies(stored, base, precision) if by_digits else stored
 
 
 class StreamReader:
-    """Reads what a `StreamWriter` collected.
+    """Reads the bytes of a `StreamWriter`, front to back.
 
-    Every method raises ``ValueError`` if the bytes are none that an encoder can have written.
+    Every method raises ``ValueError`` if no encoder can have written these bytes.
     """
 
     def __init__(self, data: bytes | memoryview) -> None:
@@ -198,67 +192,55 @@ class StreamReader:
         self._at = 0
 
     def take(self, count: int) -> U8:
-        """Return bytes as they are."""
+        """Return the next `count` bytes."""
         if count > self._data.size - self._at:
             raise ValueError("a chunk is too short")
         self._at += count
         return self._data[self._at - count : self._at]
 
     def number(self, size: int) -> int:
-        """Return an unsigned integer of so many bytes."""
+        """Return the next unsigned integer, of `size` bytes."""
         return int.from_bytes(self.take(size).tobytes(), "little")
 
-    def stream(self, count: int, base: int = LETTERS) -> U8:
-        """Return the letters of a stream.
-
-        Parameters
-        ----------
-        count
-            How many letters there are.
-        base
-            How many symbols there are.
-        """
+    def stream(self, count: int, base: int = SYMBOLS) -> U8:
+        """Return the `count` symbols of the next stream, of digits below `base`."""
         body = self.take(self.number(4))
         if not count and not body.size:
             return body
         if not count or body.size < 2:
-            raise ValueError("a stream has another length than its letters need")
-        size = base ** symbols_each(base)
-        mode, rest = int(body[0]), body[1:]
-        if mode == RAW:
-            if rest.size != count:
-                raise ValueError("a stream has another length than its letters need")
-            if size < LETTERS and rest.max() >= size:
-                raise ValueError("a stream holds a letter that there is not")
-            return rest
-        if mode == CONSTANT:
-            if rest.size != 1 or rest[0] >= size:
-                raise ValueError("a stream holds a letter that there is not")
-            return np.full(count, rest[0], np.uint8)
-        if mode > CODED_BY_SYMBOLS or (mode == CODED_BY_SYMBOLS and symbols_each(base) == 1):
-            raise ValueError(f"a stream is stored in an unknown way, {mode}")
-        precision = int(rest[0])
+            raise ValueError("a stream has another length than its symbols need")
+        size = base ** digits_per_symbol(base)
+        mode, content = int(body[0]), body[1:]
+        if mode in (RAW, CONSTANT):
+            if content.size != (count if mode == RAW else 1):
+                raise ValueError("a stream has another length than its symbols need")
+            if size < SYMBOLS and content.max() >= size:
+                raise ValueError(f"a stream has a symbol that is not below {size}")
+            return content if mode == RAW else np.full(count, content[0], np.uint8)
+        if mode > CODED_BY_DIGITS or (mode == CODED_BY_DIGITS and digits_per_symbol(base) == 1):
+            raise ValueError(f"a stream has the unknown mode {mode}")
+        precision = int(content[0])
         if not _LEAST_PRECISION <= precision <= _MOST_PRECISION:
-            raise ValueError(f"a stream has the precision {precision}")
-        return _decoded(rest[1:], count, base, precision, by_symbols=mode == CODED_BY_SYMBOLS)
+            raise ValueError(f"a stream has the invalid precision {precision}")
+        return _decoded(content[1:], count, base, precision, by_digits=mode == CODED_BY_DIGITS)
 
     def end(self, elements: int) -> None:
-        """Check that nothing is left but what fills up the chunk of so many elements."""
+        """Check that nothing is left but the padding of a chunk of `elements` elements."""
         content, least = self._at, -(-elements // 1024)
         if self._data.size != max(content, least) or self._data[content:].any():
-            raise ValueError("a chunk holds more than its elements need")
+            raise ValueError("a chunk has more bytes than its elements need")
 
 
-def _decoded(coded: U8, count: int, base: int, precision: int, *, by_symbols: bool) -> U8:
-    stored = np.zeros(LETTERS, np.uint32)
-    entries = base if by_symbols else base ** symbols_each(base)
+def _decoded(coded: U8, count: int, base: int, precision: int, *, by_digits: bool) -> U8:
+    stored = np.zeros(SYMBOLS, np.uint32)
+    entries = base if by_digits else base ** digits_per_symbol(base)
     start = load("frequencies").read_table(coded, entries, precision, stored)
-    frequencies = of_letters(stored, base, precision) if start >= 0 and by_symbols else stored
+    frequencies = symbol_frequencies(stored, base, precision) if start >= 0 and by_digits else stored
     if start < 0 or frequencies is None:
-        raise ValueError("a stream has an impossible table of frequencies")
+        raise ValueError("a stream has an invalid table of frequencies")
     lanes = _lanes(count)
     coded = np.ascontiguousarray(coded[start:])
-    letters = np.empty(count, np.uint8)
-    if coded.size < 4 * lanes or load("rans").decode(coded, frequencies, precision, lanes, letters):
-        raise ValueError("a stream does not end where it has to")
-    return letters
+    symbols = np.empty(count, np.uint8)
+    if coded.size < 4 * lanes or load("rans").decode(coded, frequencies, precision, lanes, symbols):
+        raise ValueError("a stream does not end where it should")
+    return symbols

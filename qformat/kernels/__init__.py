@@ -1,7 +1,8 @@
 """Hot loops: arrays in, arrays out.
 
-Each kernel module stands here twice with the same functions and bit-identical results: in ``jit`` (numba, explicit vectors) and in
-``plain`` (numpy: the fallback where numba cannot be had, and the oracle of the tests). `load` picks one.
+Each kernel module exists twice, with the same functions and bit-identical results: in ``numba`` (compiled, with explicit vectors)
+and in ``numpy`` (the fallback without numba, and the oracle of the tests). `load` picks one. Kernels do not check bounds: the
+shapes and ranges that their docstrings name are the caller's to guarantee.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 @cache
 def load(name: str) -> ModuleType:
-    """Return the kernel module `name`, compiled if that is possible.
+    """Return the kernel module `name`, compiled if numba can be imported.
 
     The environment variable ``QFORMAT_KERNELS`` may be ``numba`` or ``numpy`` to force one of them.
 
@@ -30,14 +31,22 @@ def load(name: str) -> ModuleType:
     QFormatError
         If the variable is something else.
     """
+    return import_module(f"qformat.kernels.{_folder()}.{name}")
+
+
+@cache
+def _folder() -> str:
+    """Return the folder of the kernels to use; cached, so that a fallback is reported once per process."""
     wanted = os.environ.get("QFORMAT_KERNELS", "")
     if wanted not in ("", "numba", "numpy"):
         raise QFormatError(f"QFORMAT_KERNELS is {wanted!r}: it may be 'numba' or 'numpy'")
     if wanted != "numpy":
         try:
-            return import_module(f"qformat.kernels.numba.{name}")
+            import_module("qformat.kernels.numba.compiler")
         except ImportError as error:
             if wanted == "numba":
                 raise
             _log.warning("numba cannot be used (%s): falling back to the slower numpy kernels", error)
-    return import_module(f"qformat.kernels.numpy.{name}")
+        else:
+            return "numba"
+    return "numpy"

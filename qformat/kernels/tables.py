@@ -1,18 +1,18 @@
-"""Tables that both kinds of kernels use."""
+"""Tables shared by the numba and the numpy kernels."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Q4_0: |d| = largest magnitude / c for these c. What is left of a search over many, kept because together they lose least.
+# Q4_0: |d| = largest magnitude / c for these c, the few of many tried that together lose least.
 DIVISORS = np.array([8, 8.6, 7.2, 8.3, 7.7, 8.9, 6.9, 6.2, 7.4, 8.15, 7.05, 8.45], np.float32)
 
 # Q4_1: inverse scales to try for a given minimum, times the distance of the largest weight from it.
 FEW_LEVELS = np.array((15, 14, 13, 12, 11, 10, 9, 8), np.float32)
 MORE_LEVELS = np.arange(7, 17, 0.25).astype(np.float32)
 
-# Q4_1: first lines to try, (slope, offset), for weights stretched to 0 to 15. They were picked one by one from a fine grid: each
-# lowered the error of samples of many distributions most. (The last of FEW serves nine equally spaced values.)
+# Q4_1: first lines to try, (slope, offset), for weights scaled to the range 0 to 15. They were picked one by one from a fine grid:
+# each reduced the error of samples of many distributions most. (The last of FEW is for nine equally spaced values.)
 # fmt: off
 FEW = np.array((
     (1.02, -0.025), (0.84, 2.7), (1.02, -0.4), (0.96, 0.8), (1.02, -0.15), (1.02, 0.225), (0.88, -0.1),

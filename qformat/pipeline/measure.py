@@ -1,4 +1,4 @@
-"""What quantization costs: the error of each tensor under each type, before anything is written."""
+"""Cost of quantization: the error of each tensor under each type, before anything is written."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Chunk, Codec, ErrorSum, chunk_count
-from qformat.codecs.layered import Assembled, split_chunks
+from qformat.codecs.base import Encoder, ErrorSum, TensorEncoder
+from qformat.codecs.layout import Array, Chunk, Chunks
 from qformat.dtypes import F32, Elements
 from qformat.errors import SourceError
 from qformat.kernels import load
 from qformat.parallel import default_jobs
-from qformat.pipeline.encode import Plan, assemble, fit, on_pool
+from qformat.pipeline.encode import Plan, encode_chunk, on_pool, prepare
 from qformat.pipeline.source import SourceTensor
 
 # |error| is counted by the upper 20 bits of its float32 pattern: 11 bits of mantissa, so a quantile is known to 1 part in 2048.
@@ -39,9 +39,9 @@ class ErrorStats:
     shape
         The tensor's shape; empty for a sum.
     nbytes
-        Bytes that the type needs.
-    entropy
-        Bits that ideal coders of the same streams need, knowing how often each letter occurs; None if there are no streams.
+        Bytes of the tensor's segments.
+    entropies
+        For each chunk the order-0 entropy of its streams, in bits; empty if the type is not entropy-coded.
     histograms
         How often each code occurs as ``histogram``, and what else the type counts by name.
     params
@@ -63,7 +63,7 @@ class ErrorStats:
     type: str
     shape: tuple[int, ...] = ()
     nbytes: int = 0
-    entropy: float | None = None
+    entropies: list[float] = field(default_factory=list)
     histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     params: int = 0
     zeroed: int = 0
@@ -78,8 +78,7 @@ class ErrorStats:
     def add(self, other: ErrorStats) -> None:
         """Take in the errors of other elements."""
         self.nbytes += other.nbytes
-        if other.entropy is not None:
-            self.entropy = (self.entropy or 0.0) + other.entropy
+        self.entropies += other.entropies
         self.params += other.params
         self.zeroed += other.zeroed
         self.largest = max(self.largest, other.largest)
@@ -103,8 +102,8 @@ class ErrorStats:
 
     @property
     def entropy_bpw(self) -> float | None:
-        """The entropy for each weight."""
-        return None if self.entropy is None else self.entropy / max(1, self.params)
+        """The entropy for each weight; None if the type is not entropy-coded."""
+        return math.fsum(self.entropies) / max(1, self.params) if self.entropies else None
 
     @property
     def rmse(self) -> float:
@@ -170,7 +169,7 @@ def _above(value: float) -> str:
 
 def measure(
     tensors: Iterable[SourceTensor],
-    codecs: Sequence[Codec],
+    encoders: Sequence[Encoder],
     *,
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -181,17 +180,17 @@ def measure(
     ----------
     tensors
         Floating tensors.
-    codecs
+    encoders
         The types to compare.
     jobs
         Threads; None is one for each processor.
     progress
-        Told of the number of weights that were just measured.
+        Callback; receives the number of weights that were just measured.
 
     Yields
     ------
     ErrorStats
-        For each tensor, for each codec.
+        For each tensor, for each encoder.
 
     Raises
     ------
@@ -203,20 +202,17 @@ def measure(
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="qformat-stats")
     try:
         for tensor in tensors:
-            for codec in codecs:
-                if not codec.accepts(tensor.dtype):
-                    raise SourceError(f"tensor {tensor.name!r}: type {codec} cannot hold {tensor.dtype.name}")
-                run = on_pool(pool, 3 * jobs)
-                total = ErrorStats(tensor.name, str(codec), tuple(tensor.shape), codec.nbytes(tensor.shape))
-                plan, stored = Plan(tensor, codec), None
-                if codec.layered:
-                    stored = Stored.of(assemble(plan, run), plan)
-                    total.nbytes, total.entropy = stored.nbytes, stored.entropy
-                else:
-                    plan = fit(plan, run)
-                every = list(enumerate(plan.chunks()))
-                shares = [every[i::jobs] for i in range(min(jobs, len(every)))]
-                parts = [pool.submit(_measure, plan, stored, share, progress, stopped) for share in shares]
+            for encoder in encoders:
+                if not encoder.accepts(tensor.dtype):
+                    raise SourceError(f"tensor {tensor.name!r}: type {encoder} cannot hold {tensor.dtype.name}")
+                plan = Plan(tensor, encoder)
+                prepared = prepare(plan, on_pool(pool, 3 * jobs))
+                arrays = [part for part in prepared.codec.layout(plan.matrix) if isinstance(part, Array)]
+                total = ErrorStats(tensor.name, str(encoder), tuple(tensor.shape))
+                total.nbytes = sum(part.length(plan.matrix) for part in arrays)
+                chunks = list(plan.matrix.chunks(prepared.codec.chunk_alignment(plan.matrix)))
+                shares = [chunks[i::jobs] for i in range(min(jobs, len(chunks)))]
+                parts = [pool.submit(_measure, plan, prepared, share, progress, stopped) for share in shares]
                 for part in parts:
                     total.add(part.result())
                 yield total
@@ -225,50 +221,20 @@ def measure(
         pool.shutdown(cancel_futures=True)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A layered tensor as it would be stored, to be decoded chunk by chunk."""
-
-    codec: Codec
-    first: bytes
-    chunks: list[list[memoryview]]
-    nbytes: int
-    entropy: float
-
-    @classmethod
-    def of(cls, assembled: Assembled, plan: Plan) -> Stored:
-        """Return a tensor that was just assembled."""
-        count = chunk_count(plan.matrix, plan.codec.chunk_alignment(plan.matrix))
-        first, *others = [segment.data for segment in assembled.segments]
-        codec = type(plan.codec)(**assembled.params)
-        chunks = [split_chunks(memoryview(data), count) for data in others]
-        return cls(codec, first, chunks, assembled.nbytes, assembled.entropy)
-
-    def decode(self, number: int, out: NDArray[Any]) -> None:
-        """Decode a chunk."""
-        self.codec.decode([self.first, *(chunks[number] for chunks in self.chunks)], out)
-
-
 def _measure(
     plan: Plan,
-    stored: Stored | None,
-    share: list[tuple[int, Chunk]],
+    prepared: TensorEncoder,
+    share: Sequence[Chunk],
     progress: Callable[[int], None] | None,
     stopped: threading.Event,
 ) -> ErrorStats:
     floats = load("floats")
-    stats = ErrorStats(plan.source.name, str(plan.codec))
-    for number, chunk in share:
+    stats = ErrorStats(plan.source.name, str(plan.encoder))
+    for chunk in share:
         if stopped.is_set():
             break
-        elements = plan.read(chunk)
-        values = np.ascontiguousarray(elements.to_f32()).reshape(-1)
-        if stored is not None:
-            out = np.empty((chunk.rows, chunk.cols), stored.codec.decoded_from(plan.source.dtype).storage)
-            stored.decode(number, out)
-            decoded = _as_f32(stored.codec, plan, out)
-        else:
-            decoded = _encoded(plan, chunk, elements, values, stats)
+        values = np.ascontiguousarray(plan.source.read_chunk(chunk).to_f32()).reshape(-1)
+        decoded = _decoded(plan, prepared, chunk, values, stats)
         lanes = np.zeros(floats.LANES)
         largest = floats.difference(values, decoded, lanes)
         error = ErrorSum.of(values.size, lanes, largest)
@@ -283,32 +249,29 @@ def _measure(
     return stats
 
 
-def _encoded(
-    plan: Plan, chunk: Chunk, elements: Elements, values: NDArray[np.float32], stats: ErrorStats
+def _decoded(
+    plan: Plan, prepared: TensorEncoder, chunk: Chunk, values: NDArray[np.float32], stats: ErrorStats
 ) -> NDArray[np.float32]:
-    """Return what a chunk decodes to, and count what its codec tells of it."""
-    encoded = plan.codec.encode(elements, plan.fitted)
+    """Encode and decode a chunk, and count its codes and bytes."""
+    codec, encoded = prepared.codec, encode_chunk(plan, prepared, chunk)
+    name, type_ = plan.source.name, plan.encoder
     if not encoded.finite:
-        raise SourceError(f"tensor {plan.source.name!r} holds NaN or infinity; leave it out with --exclude")
+        raise SourceError(f"tensor {name!r} holds NaN or infinity; leave it out with --exclude")
     if encoded.overflowed:
-        raise SourceError(
-            f"tensor {plan.source.name!r} holds values too large for type {plan.codec}; leave it out with --exclude"
-        )
+        raise SourceError(f"tensor {name!r} holds values too large for type {type_}; leave it out with --exclude")
     if not Elements(F32, values).all_finite():
-        raise SourceError(f"tensor {plan.source.name!r} holds values beyond float32; leave it out with --exclude")
-    stats.add_histograms(plan.codec.histograms(encoded.parts, chunk))
-    if plan.codec.chunked:
-        stats.nbytes += len(encoded.parts[0])
-        stats.entropy = (stats.entropy or 0.0) + encoded.entropy
+        raise SourceError(f"tensor {name!r} holds values beyond float32; leave it out with --exclude")
+    stats.add_histograms(codec.histograms(encoded.parts, chunk))
+    layout = codec.layout(plan.matrix)
+    streams = [data for part, data in zip(layout, encoded.parts, strict=True) if isinstance(part, Chunks)]
+    stats.nbytes += sum(len(data) + 4 for data in streams)  # and an entry in the table of lengths
+    if streams:
+        stats.entropies.append(encoded.entropy)
     stats.zeroed += encoded.zeroed
-    out = np.empty((chunk.rows, chunk.cols), plan.codec.decoded_from(plan.source.dtype).storage)
-    plan.codec.decode(encoded.parts, out)
-    return _as_f32(plan.codec, plan, out)
-
-
-def _as_f32(codec: Codec, plan: Plan, out: NDArray[Any]) -> NDArray[np.float32]:
-    elements = Elements(codec.decoded_from(plan.source.dtype), out)
-    return np.ascontiguousarray(elements.to_f32()).reshape(-1)
+    dtype = codec.decoded_from(plan.source.dtype)
+    out = np.empty(chunk.shape, dtype.storage)
+    codec.decode(encoded.parts, out)
+    return np.ascontiguousarray(Elements(dtype, out).to_f32()).reshape(-1)
 
 
 def collect(results: Iterable[ErrorStats]) -> tuple[list[ErrorStats], list[ErrorStats]]:

@@ -6,13 +6,12 @@ import glob
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
 
-from qformat.codecs.base import Codec
-from qformat.codecs.blocks import coded
+from qformat.codecs.base import ChunkEncoder, Codec, Encoder
 from qformat.codecs.registry import codecs, parse_type
-from qformat.errors import SourceError, TypeSpecError
-from qformat.pipeline.source import QuantizedTensor, SourceTensor, StoredTensor
+from qformat.errors import SourceError
+from qformat.pipeline.patterns import check_patterns, last_match, split_items
+from qformat.pipeline.source import SourceTensor
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Recipe:
         (pattern, codec): for floating tensors of any shape whose name matches the shell pattern; the last match wins.
     """
 
-    default: Codec | None = None
-    overrides: Sequence[tuple[str, Codec]] = ()
+    default: Encoder | None = None
+    overrides: Sequence[tuple[str, Encoder]] = ()
 
     @classmethod
     def parse(cls, default: str | None, overrides: Iterable[str] | Mapping[str, str] = ()) -> Recipe:
@@ -47,64 +46,52 @@ class Recipe:
         TypeSpecError
             If one is malformed.
         """
-        pairs = overrides.items() if isinstance(overrides, Mapping) else [_split(item) for item in overrides]
+        pairs = split_items(overrides, "PATTERN=TYPE", lambda text: text.partition(":")[0] in codecs())
         parsed = tuple((pattern, parse_type(text)) for pattern, text in pairs)
         return cls(None if default is None else parse_type(default), parsed)
 
-    def codec_for(self, tensor: SourceTensor) -> Codec:
-        """Return the codec for a tensor.
+    def encoder_for(self, tensor: SourceTensor) -> Encoder:
+        """Return the encoder for a tensor.
 
         Raises
         ------
         SourceError
-            If the codec that was asked for cannot hold the tensor's dtype.
+            If the type that is given cannot hold the tensor's dtype.
         """
-        same = tensor.codec if isinstance(tensor, (QuantizedTensor, StoredTensor)) else parse_type(tensor.dtype.name)
+        copies = tensor.copies()
+        keep = copies[0][1]
         if not tensor.dtype.floating:
-            return same
-        codec = same if self.default is None or len(tensor.shape) < 2 else self.default
-        for pattern, override in self.overrides:
-            if fnmatchcase(tensor.name, pattern):
-                codec = override
-        for kept in (same, coded(same)):  # another search would find nothing better than what is there
-            if _same_bytes(codec, kept):
-                return kept
-        if not codec.accepts(tensor.dtype):
+            return keep
+        default = keep if self.default is None or len(tensor.shape) < 2 else self.default
+        encoder = last_match(tensor.name, self.overrides, default)
+        for codec, copy in copies:
+            if _is_fulfilled(encoder, codec):
+                return copy
+        if not encoder.accepts(tensor.dtype):
             raise SourceError(
-                f"tensor {tensor.name!r}: type {codec} cannot hold {tensor.dtype.name}; choose another type"
+                f"tensor {tensor.name!r}: type {encoder} cannot hold {tensor.dtype.name}; choose another type"
             )
-        return codec
+        return encoder
 
     def check_patterns(self, tensors: Iterable[SourceTensor]) -> None:
         """Raise `TypeSpecError` if a pattern matches no floating tensor: it would be ignored silently."""
-        every = list(tensors)
-        for pattern, codec in self.overrides:
-            matches = [tensor for tensor in every if fnmatchcase(tensor.name, pattern)]
-            if not matches:
-                raise TypeSpecError(f"no tensor matches the pattern of {pattern}={codec}")
-            if not any(tensor.dtype.floating for tensor in matches):
-                kind = matches[0].dtype.name
-                raise TypeSpecError(
-                    f"{pattern}={codec} matches only tensors that stay as they are, such as one of {kind}"
-                )
+        check_patterns(self.overrides, tensors, lambda tensor: tensor.dtype.floating, _never_encoded)
 
 
-def _same_bytes(codec: Codec, other: Codec) -> bool:
-    """Return whether a codec differs from another one in nothing that a decoder needs to know, and asks for nothing else."""
-    # a search for better codes than those that are there is in vain; another choice, a sparsity say, is not
-    requests = [f for f in fields(codec) if f.metadata.get("encoder") and f.name != "search"]
-    wants = any(getattr(codec, f.name) != f.default for f in requests)
-    return codec.decodes_like(other) and not wants
+def _never_encoded(tensor: SourceTensor) -> str:
+    return f"tensors that stay as they are, such as one of {tensor.dtype.name}"
 
 
-def _split(item: str) -> tuple[str, str]:
-    """Cut ``PATTERN=TYPE``, of which both may hold more equals signs: before the last one that a codec's id follows."""
-    cuts = [i for i, c in enumerate(item) if c == "="]
-    known = [i for i in cuts if item[i + 1 :].partition(":")[0] in codecs()]
-    if not cuts or item.startswith("=") or item.endswith("="):
-        raise TypeSpecError(f"{item!r} is not of the form PATTERN=TYPE")
-    cut = known[-1] if known else cuts[-1]
-    return item[:cut], item[cut + 1 :]
+def _is_fulfilled(encoder: Encoder, codec: Codec) -> bool:
+    """Return whether the codes of a codec are all that an encoder asks for."""
+    if not isinstance(encoder, ChunkEncoder) or not encoder.decodes_like(codec):
+        return False
+    # a search for better codes than those that are there is in vain; another option, a sparsity say, is not
+    return all(
+        f.default == getattr(encoder, f.name)
+        for f in fields(encoder)
+        if f.metadata.get("option") and f.name != "search"
+    )
 
 
 def override_for(name: str, type_: str) -> str:

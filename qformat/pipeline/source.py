@@ -1,32 +1,46 @@
-"""What a converter hands over: tensors that can be read chunk by chunk, and the files that belong to them."""
+"""Input protocols: source tensors and checkpoints, and the encoders that copy tensors which are quantized already."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
-from qformat.codecs.base import Buffer, Chunk, Codec
+import numpy as np
+
+from qformat.codecs.base import Codec, EncodedChunk, Encoder, ErrorSum, Readable, Run, TensorEncoder, draft_record
+from qformat.codecs.blocks import BlockCodec
+from qformat.codecs.layout import Buffer, Chunk, Matrix
+from qformat.codecs.raw import raw
 from qformat.dtypes import DType, Elements
+from qformat.errors import MissingDecoderError
 from qformat.records import TensorRecord
 
+#: a codec, and the encoder that makes it of a tensor by copying
+Copy = tuple[Codec, Encoder]
 
-class SourceTensor(Protocol):
-    """A tensor of a checkpoint. `read` may be called from several threads at once."""
 
-    @property
-    def name(self) -> str:
-        """Its name, as the model's code knows it."""
+class SourceTensor(ABC):
+    """A tensor of a checkpoint, which may be read from several threads at once.
 
-    @property
-    def dtype(self) -> DType:
-        """Its element type."""
+    Attributes
+    ----------
+    name
+        Its name in the model's code.
+    dtype
+        Its element type.
+    shape
+        Its shape.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
 
+    @abstractmethod
     def read(self, elements: slice) -> Elements:
         """Return elements ``start:stop`` in row-major order, one-dimensional.
 
@@ -36,17 +50,41 @@ class SourceTensor(Protocol):
             If they cannot be read.
         """
 
-
-@runtime_checkable
-class QuantizedTensor(SourceTensor, Protocol):
-    """A tensor that is quantized already. What `read` returns is what its codes stand for, as float32."""
+    @property
+    def matrix(self) -> Matrix:
+        """The tensor seen as rows."""
+        return Matrix.of(self.shape)
 
     @property
-    def codec(self) -> Codec:
-        """The type of the format that holds the same codes."""
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the checkpoint."""
+        return math.prod(self.shape) * self.dtype.size
 
+    def read_chunk(self, chunk: Chunk) -> Elements:
+        """Return the elements of a chunk, two-dimensional."""
+        elements = self.read(chunk.elements(self.matrix))
+        return replace(elements, data=elements.data.reshape(chunk.shape))
+
+    def copies(self) -> tuple[Copy, ...]:
+        """Return the encoders that keep the tensor as it is; the first one is used if no type is given."""
+        plain = raw(self.dtype)
+        return ((plain, plain),)
+
+
+class QuantizedSource(SourceTensor):
+    """A tensor that another tool has quantized; `read` returns the values of its codes, as float32.
+
+    Attributes
+    ----------
+    codec
+        The codec that holds the same codes.
+    """
+
+    codec: Codec
+
+    @abstractmethod
     def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
-        """Return the bytes of a chunk, for each segment of the codec where `Codec.spans` says.
+        """Return the bytes of a chunk for each part of the codec's layout, not entropy-coded.
 
         Raises
         ------
@@ -54,32 +92,152 @@ class QuantizedTensor(SourceTensor, Protocol):
             If they cannot be read.
         """
 
-
-@runtime_checkable
-class StoredTensor(SourceTensor, Protocol):
-    """A tensor of a container file. What `read` returns is what it decodes to."""
-
     @property
-    def codec(self) -> Codec:
-        """Its type."""
+    def nbytes(self) -> int:
+        """Bytes of the codes."""
+        return self.codec.nbytes(self.shape)
 
-    @property
-    def record(self) -> TensorRecord:
-        """What the file says of it."""
+    def copies(self) -> tuple[Copy, ...]:
+        """Return the encoders that copy the codes, as they are or entropy-coded."""
+        return ((self.codec, CodeCopy(self, self.codec)), *self._entropy_coded())
 
-    def segments(self) -> Sequence[Buffer]:
-        """Return the bytes of its segments.
+    def _entropy_coded(self) -> tuple[Copy, ...]:
+        if not isinstance(self.codec, BlockCodec) or self.codec.coded:
+            return ()
+        codec = replace(self.codec, coded=True)
+        return ((codec, CodeCopy(self, codec)),)
+
+
+class StoredSource(QuantizedSource):
+    """A tensor of a container file, quantized or not; `read` returns the values that it decodes to.
+
+    Attributes
+    ----------
+    record
+        Its record, up to the layers that are read.
+    """
+
+    record: TensorRecord
+
+    @abstractmethod
+    def stored(self, chunk: Chunk) -> tuple[Buffer, ...]:
+        """Return the bytes of a chunk for each part of the codec's layout, as the file holds them.
 
         Raises
         ------
         SourceError
             If they cannot be read.
         """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its segments."""
+        return self.record.nbytes
+
+    def copies(self) -> tuple[Copy, ...]:
+        """Return the encoder that copies all bytes, and the one that entropy-codes its blocks."""
+        return ((self.codec, StoredCopy(self)), *self._entropy_coded())
+
+
+@dataclass(frozen=True)
+class CodeCopy(Encoder):
+    """Copies the codes of a tensor, which decode to the values that the source has: the error is zero.
+
+    Parameters
+    ----------
+    source
+        The tensor.
+    codec
+        Its codec, or the same blocks entropy-coded.
+    """
+
+    source: QuantizedSource
+    codec: Codec
+
+    def accepts(self, dtype: DType) -> bool:
+        """Return True: the codes are there."""
+        del dtype
+        return True
+
+    def is_lossless(self, dtype: DType) -> bool:
+        """Return whether the codec is, for tensors of this dtype."""
+        return self.codec.is_lossless(dtype)
+
+    def draft(self, tensor: Readable) -> TensorRecord | None:
+        """Return the record of the tensor; None if values decide its size."""
+        return draft_record(tensor, self.codec) if self.codec.has_fixed_size else None
+
+    def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
+        """Return the encoder, which decodes each chunk to find NaN and infinity."""
+        del run
+        return TensorEncoder(self.codec, draft_record(tensor, self.codec), self._encode)
+
+    def _encode(self, chunk: Chunk) -> EncodedChunk:
+        parts = self.source.encoded(chunk)
+        decoded = np.empty(chunk.shape, self.source.dtype.storage)
+        try:
+            self.source.codec.decode(parts, decoded)
+            finite = Elements(self.source.dtype, decoded).all_finite()
+        except MissingDecoderError:
+            finite = True  # nothing here can find out
+        encoded = EncodedChunk(parts, finite, ErrorSum(decoded.size, 0.0, 0.0))
+        if isinstance(self.codec, BlockCodec) and self.codec.coded:
+            return self.codec.entropy_coded(encoded, decoded.size)
+        return encoded
+
+    def __str__(self) -> str:
+        return str(self.codec)
+
+
+@dataclass(frozen=True)
+class StoredCopy(Encoder):
+    """Copies a tensor of a container file with its record.
+
+    Parameters
+    ----------
+    source
+        The tensor.
+    """
+
+    source: StoredSource
+
+    def accepts(self, dtype: DType) -> bool:
+        """Return True: the bytes are there."""
+        del dtype
+        return True
+
+    def is_lossless(self, dtype: DType) -> bool:
+        """Return whether the file holds the tensor bit for bit."""
+        del dtype
+        return self.source.record.error is None
+
+    def accepts_nonfinite(self, dtype: DType) -> bool:
+        """Return True: what the file holds is copied."""
+        del dtype
+        return True
+
+    def draft(self, tensor: Readable) -> TensorRecord:
+        """Return the record that the file has."""
+        del tensor
+        return self.source.record
+
+    def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
+        """Return the encoder."""
+        del tensor, run
+        record = self.source.record
+        return TensorEncoder(self.source.codec, record, partial(_stored_chunk, self.source), record.error)
+
+    def __str__(self) -> str:
+        return str(self.source.codec)
+
+
+def _stored_chunk(source: StoredSource, chunk: Chunk) -> EncodedChunk:
+    return EncodedChunk(source.stored(chunk), finite=True)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as a converter found it.
+    """A checkpoint as a source of tensors and assets.
 
     Attributes
     ----------
@@ -88,16 +246,16 @@ class Checkpoint:
     assets
         For each file to take along its name and a function that reads it.
     warnings
-        What the user should know of it, a line each.
+        Warnings for the user, one line each.
     files
         The files that it consists of.
     metadata
-        Strings that are stored along.
+        Strings to store along.
     variant
-        What was asked for that decides what the tensors hold, beside the files.
+        The options of reading, beside the files, that decide what the tensors hold.
     quantized
-        Whether another tool has quantized some of its tensors, in a way that is known or not: then floats among them may be scales,
-        and nothing is made smaller unless that is asked for.
+        Whether another tool has quantized some of its tensors, in a known way or not: then floats among them may be scales, and
+        nothing is made smaller unless a type is given.
     """
 
     tensors: Sequence[SourceTensor]

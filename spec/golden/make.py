@@ -1,10 +1,10 @@
-"""Make the golden files of a format version, once: an existing folder is never touched.
+"""Make the golden files of a format version, once: an existing folder is never changed.
 
     python spec/golden/make.py 1.1
 
-Each NAME.qf has a NAME.npz beside it with the arrays that went in (``source/...``) and the arrays that a reader has to give
-(``decoded/...``), decoded by the reference reader, and all are listed in SHA256SUMS. ``copied`` holds tensors of types that are
-only copied, and ``head`` is the head of shards.
+Each NAME.qf has a NAME.npz beside it with the source arrays (``source/...``) and the arrays that readers must return
+(``decoded/...``), as the reference reader decodes them; SHA256SUMS lists all files. ``copied`` has tensors of types that are only
+copied, and ``head`` is the head of shards.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import numpy.typing as npt
 
 import qformat
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Chunk, Codec, Matrix
+from qformat.codecs.base import Codec
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.ggml import Ggml
+from qformat.codecs.layout import Chunk, Matrix, spans
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.dtypes import F32, DType, Elements, from_array
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, QuantizedSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -136,21 +137,21 @@ def sources() -> dict[str, dict[str, Array]]:
         tensors[f"{kind}.long"] = np.where(thousandth, weights(601, seed=11).repeat(1000)[:600_001], 0).astype(
             np.float32
         )
-    # enough for bits by classes; and numbers far from the others
+    # enough weights for sections by classes; and outliers
     tensors["scm.many"] = weights(90, 400, seed=13)
     tensors["scm.far"] = np.where(weights(60, 64, seed=14) > 1, 1e6, weights(60, 64, seed=15)).astype(np.float32)
     tensors["scm.short"] = tensors["lossless.short"]
-    # five values, and many letters of them
+    # five values, and a long stream
     tensors["levels.many"] = (np.round(weights(100, 300, seed=12) * 1.5) / 2).astype(np.float32)
-    # enough that a layer is added to those before the rest
+    # enough weights for the additional layer before the residual
     tensors["scm.most"] = weights(300, 256, seed=16).astype(np.float16)
     shards = {f"layer.{number}.weight": weights(32, 64, seed=60 + number) for number in range(3)}
     return {"tensors": tensors, "empty": {}, "copied": {}, "head": shards}
 
 
 @dataclass(frozen=True)
-class Copied:
-    """A tensor that is quantized already."""
+class Copied(QuantizedSource):
+    """A tensor that another tool has quantized."""
 
     name: str
     shape: tuple[int, ...]
@@ -160,8 +161,8 @@ class Copied:
 
     def encoded(self, chunk: Chunk) -> tuple[bytes, ...]:
         """Return the bytes of a chunk."""
-        spans = self.codec.spans(Matrix.of(self.shape), chunk)
-        return tuple(segment[span] for segment, span in zip(self.segments, spans, strict=True))
+        places = spans(self.codec.segments(Matrix.of(self.shape)), Matrix.of(self.shape), chunk)
+        return tuple(segment[span] for segment, span in zip(self.segments, places, strict=True))
 
     def read(self, elements: slice) -> Elements:
         """Do nothing: copying does not read."""
@@ -174,7 +175,7 @@ def some_bytes(count: int, *, seed: int, below: int = 256) -> bytes:
 
 
 def copied() -> list[Copied]:
-    """Return tensors of the types that are only copied, and one of blocks that could be made of floats."""
+    """Return tensors of the types that are only copied, and one of blocks, which can also be encoded from floats."""
     tensors = []
 
     def add(name: str, kind: Codec, rows: int, cols: int, *segments: bytes) -> None:
@@ -210,7 +211,7 @@ def copied() -> list[Copied]:
 
 
 def write(name: str, arrays: dict[str, Array], path: Path, jobs: int | None = None) -> None:
-    """Write one golden file; what the bytes mean is decided by the reference reader."""
+    """Write one golden file."""
     if name == "copied":
         convert(Checkpoint(copied()), path, Recipe(), jobs=jobs)
     elif name == "head":

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import gguf
@@ -19,6 +20,8 @@ from safetensors.numpy import load_file, save_file
 import qformat
 from qformat.cli import cli
 from qformat.codecs.registry import parse_type, types_for_weights
+from qformat.errors import DISTRIBUTION, install_hint
+from tests.helpers.reference import ROOT
 
 
 def run(*args: object, code: int = 0) -> Result:
@@ -76,7 +79,7 @@ def test_convert_json(minilm, tmp_path):
 def test_convert_prints_a_summary_and_with_verbose_each_tensor(minilm, tmp_path):
     short = run("convert", minilm, tmp_path / "x.qf").stdout.splitlines()
     assert len(short) == 3
-    assert short[0].endswith("has 13.2 MB (13219630 bytes)")
+    assert short[0].endswith("is 13.2 MB (13219630 bytes)")
     assert short[1].startswith("104 tensors, 22.7M weights, 90.9 MB -> 4.539 bits/weight; 11 other files; in ")
     long = run("convert", minilm, tmp_path / "y.qf", "-v").stdout.splitlines()
     assert len(long) == 1 + 104 + 11 + 3
@@ -131,7 +134,7 @@ NAIVE = "q4_0:search=naive"
 
 def test_quantize_stats_measures_what_gguf_s_blocks_cost(minilm, real, tmp_path):
     output = run(
-        "quantize-stats", minilm, "-t", NAIVE, "--per-layer", "--json", tmp_path / "s.json"
+        "quantize-stats", minilm, "-t", NAIVE, "--per-tensor", "--json", tmp_path / "s.json"
     ).stdout.splitlines()
     found = json.loads((tmp_path / "s.json").read_text())
     assert len(output) == len(real) + 1
@@ -254,6 +257,13 @@ def test_the_base_install_needs_no_extra(minilm, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "(384,)"
+
+
+def test_hints_name_the_distribution():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (project["name"], project["version"]) == (DISTRIBUTION, qformat.__version__)
+    assert install_hint("torch") == "pip install 'qformat-models[torch]'"
+    assert "torch" in project["optional-dependencies"]
 
 
 def test_the_command_is_installed(minilm_qf):

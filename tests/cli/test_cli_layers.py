@@ -21,7 +21,8 @@ import qformat
 from qformat.cli import cli
 from qformat.container.verify import verify
 from qformat.quality import Quality
-from tests.build import Draft, run_cli, sha256
+from tests.helpers.cli import run_cli
+from tests.helpers.files import Draft, sha256
 
 # files that are converted from are left to the garbage collector: see test_a_source_is_closed
 pytestmark = pytest.mark.filterwarnings(
@@ -343,7 +344,7 @@ def test_truncate_says_what_it_made(layered, tmp_path):
     size = target.stat().st_size
     assert len(lines) == 2
     assert re.fullmatch(
-        rf"{re.escape(str(target))} has [\d.]+ kB \({size} bytes\) of [\d.]+ kB[,;] \d\.\d{{3}} bits/weight", lines[0]
+        rf"{re.escape(str(target))} is [\d.]+ kB \({size} bytes\) of [\d.]+ kB[,;] \d\.\d{{3}} bits/weight", lines[0]
     )
     root = lines[1].removeprefix("root sha256 ")
     inspected = json.loads(run("inspect", target, "--json").stdout)
@@ -466,7 +467,7 @@ def test_inspect_prints_the_ladder(layered):
     lines = output.splitlines()
     head = next(number for number, line in enumerate(lines) if line.startswith("quality "))
     assert lines[head].split() == ["quality", "bits/weight", "to", "read", "rmse", "mean_abs", "maxerr"]
-    assert "errors over the range of their tensor" in lines[head - 1]
+    assert "errors are relative to the range of each tensor" in lines[head - 1]
     assert len(lines) == head + 1 + len(found)
     for line, step in zip(lines[head + 1 :], found, strict=True):
         cells = line.split()

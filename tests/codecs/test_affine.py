@@ -1,6 +1,6 @@
-from __future__ import annotations
+"""``affine``: codes as integers between scales and zeros."""
 
-from importlib import import_module
+from __future__ import annotations
 
 import numpy as np
 import pytest
@@ -8,41 +8,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import qformat
-from qformat.codecs import base
 from qformat.codecs.affine import _EXTREMES, _STEPS
-from qformat.codecs.base import Chunk, Matrix
-from qformat.codecs.registry import codec_of, parse_type
-from qformat.errors import FormatError, SourceError, TypeSpecError
-from qformat.records import Segment, TensorRecord
-from tests.kernels.test_kernels import battery
+from qformat.codecs.layout import Chunk
+from qformat.codecs.registry import parse_type
+from qformat.errors import SourceError
+from tests.helpers.codecs import decode, round_trip, segment_lengths
+from tests.helpers.kernels import FAMILIES, codes_in, modules, using
 
 WIDTHS = [2, 3, 4, 8]
-JIT, PLAIN = (
-    {name: import_module(f"qformat.kernels.{kind}.{name}") for name in ("packing", "affine", "affine_search")}
-    for kind in ("numba", "numpy")
-)
-KINDS = [JIT, PLAIN]
+BOTH = [NUMBA, NUMPY] = modules("packing", "affine", "affine_search")
 every_width = pytest.mark.parametrize("width", WIDTHS)
-
-
-def codes_in(packed: np.ndarray, width: int) -> np.ndarray:
-    """The definition: code j is in bits j * width and up."""
-    whole = int.from_bytes(packed.tobytes(), "little")
-    return np.array([whole >> (j * width) & ((1 << width) - 1) for j in range(packed.size * 8 // width)], np.uint8)
 
 
 @every_width
 @given(data=st.data(), runs=st.integers(0, 5))
-def test_codes_are_a_string_of_bits(width, data, runs):
+def test_affine_codes_are_packed_from_the_lowest_bit_up(width, data, runs):
     packed = data.draw(hnp.arrays(np.uint8, 4 * width * runs))
     expected = codes_in(packed, width)
-    for kind in KINDS:
+    for kernels in BOTH:
         codes = np.zeros(32 * runs, np.uint8)
-        kind["packing"].unpack(packed, codes, width)
+        kernels["packing"].unpack(packed, codes, width)
         np.testing.assert_array_equal(codes, expected)
         again = np.zeros_like(packed)
-        kind["packing"].pack(codes, again, width)
+        kernels["packing"].pack(codes, again, width)
         np.testing.assert_array_equal(again, packed)
 
 
@@ -65,88 +53,22 @@ def values_of(codec, parts, rows: int, cols: int) -> np.ndarray:
 @every_width
 @pytest.mark.parametrize("cols", [1, 33, 128, 341])
 @pytest.mark.parametrize("group", [32, 64, 96, 128, "row"])
-def test_any_bytes_decode_as_specified(width, cols, group):
+def test_affine_codes_decode_as_the_spec_says(width, cols, group):
     rng = np.random.default_rng(cols)
     for sym in (True, False):
         for scale in ("f16", "bf16", "f32"):
             codec = parse_type(f"affine:bits={width},group={group},sym={str(sym).lower()},scale={scale}")
-            layout = codec.layout(Matrix(3, cols))
-            assert [name for name, _ in layout] == ["scales", *([] if sym else ["zeros"]), "codes"]
-            parts = [rng.bytes(length) for _, length in layout]
-            scales = rng.standard_normal(layout[0][1] // codec._scale.size).astype(np.float32)
+            lengths = segment_lengths(codec, (3, cols))
+            assert list(lengths) == ["scales", *([] if sym else ["zeros"]), "codes"]
+            parts = [rng.bytes(length) for length in lengths.values()]
+            scales = rng.standard_normal(lengths["scales"] // codec._scale.size).astype(np.float32)
             stored = {"f16": scales.astype(np.float16), "bf16": (scales.view(np.uint32) >> 16).astype("<u2")}
             parts[0] = stored.get(scale, scales).tobytes()
             expected = values_of(codec, parts, 3, cols)
-            for kernels in ("numba", "numpy"):
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr("qformat.codecs.affine.load", KIND_OF[kernels])
-                    out = np.empty((3, cols), np.float32)
-                    codec.decode(parts, out)
+            for family in FAMILIES:
+                with using(family):
+                    out = decode(codec, parts, (3, cols))
                 np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
-
-
-KIND_OF = {
-    "numba": lambda name: import_module(f"qformat.kernels.numba.{name}"),
-    "numpy": lambda name: import_module(f"qformat.kernels.numpy.{name}"),
-}
-
-
-def filled_rows(x: np.ndarray, cols: int) -> np.ndarray:
-    rows = np.resize(x.astype(np.float32).ravel(), (5, cols))
-    return np.ascontiguousarray(np.pad(rows, ((0, 0), (0, -cols % 32)))).reshape(-1)
-
-
-def search(kernels, x, cols, group, width, sym, kind):
-    """Return scales, zeros, codes, lanes and what the encoder measured."""
-    count = 5 * -(-cols // group)
-    scales = np.empty(count, np.float32)
-    zeros = np.full(count, 1 << (width - 1), np.uint8)
-    codes, lanes = np.empty(x.size // 8 * width, np.uint8), np.zeros(16)
-    if sym:
-        choices = np.array(_EXTREMES[width], np.float32)
-        kernels["affine_search"].symmetric(x, cols, group, width, kind, choices, scales)
-    else:
-        choices = np.array(_STEPS[width], np.float32)
-        kernels["affine_search"].asymmetric(x, cols, group, width, kind, choices, scales, zeros)
-    found = kernels["affine"].encode(x, cols, group, scales, zeros, codes, lanes, width)
-    return scales, zeros, codes, lanes, tuple(int(value) for value in found)
-
-
-def awkward() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(7)
-    positive = rng.random((16, 128)).astype(np.float32) + 1
-    return battery() | {
-        "positive": positive,
-        "negative": -positive,
-        "narrow, far from zero": positive / 1000 + 5,
-        "outlier": np.where(np.arange(2048) == 77, 300, rng.standard_normal(2048)).astype(np.float32),
-    }
-
-
-@pytest.mark.parametrize("case", awkward())
-@pytest.mark.parametrize("sym", [True, False])
-def test_twins_choose_and_encode_alike(case, sym):
-    for cols, group in ((1, 128), (33, 32), (341, 96), (341, 352), (256, 128)):
-        x = filled_rows(awkward()[case], cols)
-        for width in WIDTHS:
-            kind = {2: 0, 3: 1, 4: 0, 8: 2}[width]
-            one, two = (search(kernels, x, cols, group, width, sym, kind) for kernels in KINDS)
-            for a, b in zip(one[:2], two[:2], strict=True):
-                assert a.tobytes() == b.tobytes()
-            if np.isfinite(one[0]).all():
-                assert one[2].tobytes() == two[2].tobytes()
-                assert one[3].tobytes() == two[3].tobytes()
-                assert one[4] == two[4]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("sym", [True, False])
-def test_what_is_not_finite_is_noticed(bad, sym):
-    for kernels in KINDS:
-        for position in (0, 31, 40, 63, 64, 100):
-            x = filled_rows(np.ones(5 * 101, np.float32), 101)
-            x[position] = bad
-            assert search(kernels, x, 101, 64, 4, sym, 0)[4][0] >= 0x7F800000
 
 
 def plain_error(x: np.ndarray, group: int, width: int, sym: bool) -> float:
@@ -167,29 +89,29 @@ def plain_error(x: np.ndarray, group: int, width: int, sym: bool) -> float:
 
 @every_width
 @pytest.mark.parametrize("sym", [True, False])
-def test_the_search_is_better_than_the_extremes(width, sym):
+def test_affine_scales_from_the_search_err_no_more_than_scales_from_extremes(width, sym):
     rng = np.random.default_rng(11)
     for x in (rng.standard_normal(8192), rng.standard_t(3, 8192), rng.uniform(-1, 1, 8192)):
         rows = x.astype(np.float32)
         for group in (32, 128):
             scales = np.empty(rows.size // group, np.float32)
             zeros = np.full(scales.size, 1 << (width - 1), np.uint8)
-            kernels = JIT["affine_search"]
+            kernels = NUMBA["affine_search"]
             if sym:
                 kernels.symmetric(rows, 256, group, width, 0, np.array(_EXTREMES[width], np.float32), scales)
             else:
                 kernels.asymmetric(rows, 256, group, width, 0, np.array(_STEPS[width], np.float32), scales, zeros)
             lanes, codes = np.zeros(16), np.empty(rows.size // 8 * width, np.uint8)
-            JIT["affine"].encode(rows, 256, group, scales, zeros, codes, lanes, width)
+            NUMBA["affine"].encode(rows, 256, group, scales, zeros, codes, lanes, width)
             assert lanes.sum() <= plain_error(rows, group, width, sym) * (1 + 1e-6)
 
 
-def test_four_bits_in_groups_of_32_come_within_a_percent_of_the_best_scales():
+def test_four_bit_affine_scales_come_within_half_a_percent_of_the_best_error():
     x = np.random.default_rng(13).standard_normal((64, 32)).astype(np.float32)
     scales = np.empty(64, np.float32)
-    JIT["affine_search"].symmetric(x.reshape(-1), 32, 32, 4, 0, np.array(_EXTREMES[4], np.float32), scales)
+    NUMBA["affine_search"].symmetric(x.reshape(-1), 32, 32, 4, 0, np.array(_EXTREMES[4], np.float32), scales)
     lanes, codes = np.zeros(16), np.empty(1024, np.uint8)
-    JIT["affine"].encode(x.reshape(-1), 32, 32, scales, np.full(64, 8, np.uint8), codes, lanes, 4)
+    NUMBA["affine"].encode(x.reshape(-1), 32, 32, scales, np.full(64, 8, np.uint8), codes, lanes, 4)
     best = np.full(64, np.inf)
     for step in np.linspace(-0.6, 0.6, 4801):  # every scale that could be good
         if step:
@@ -199,73 +121,18 @@ def test_four_bits_in_groups_of_32_come_within_a_percent_of_the_best_scales():
     assert np.sqrt(lanes.sum() / best.sum()) < 1.005
 
 
-def round_trip(tmp_path, array, type_, **options):
-    path = tmp_path / "x.qf"
-    qformat.save_file({"x": array}, path, {"x": type_}, overwrite=True, **options)
-    with qformat.safe_open(path) as f:
-        return f.get_tensor("x"), f.info("x"), path.read_bytes()
-
-
-TYPES = [
-    "affine",
-    "affine:bits=8,group=row",
-    "affine:bits=3,group=96,sym=false,scale=bf16",
-    "affine:bits=2,group=32,sym=false,scale=f32",
-    "affine:bits=4,group=row,sym=false",
-]
-
-
-@pytest.mark.parametrize("type_", TYPES)
-@pytest.mark.parametrize("shape", [(3, 64), (5, 341), (7, 1), (8, 5, 3), (2, 2, 2, 40), (33,), (), (0, 32), (4, 0)])
-def test_every_shape_comes_back_with_its_error(tmp_path, shape, type_):
-    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32) + np.float32(0.5)
-    decoded, info, _ = round_trip(tmp_path, x, type_)
-    assert decoded.shape == shape
-    assert decoded.dtype == np.float32
-    assert info.nbytes == parse_type(type_).nbytes(shape)
-    if x.size:
-        error = (x - decoded).astype(np.float64)
-        assert info.error.rmse == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-6, abs=1e-9)
-        assert info.error.maximum == pytest.approx(np.abs(error).max(), rel=1e-6)
-        assert info.error.rmse < 0.6
-    else:
-        assert all(segment.length == 0 for segment in info.segments)
-
-
-@pytest.mark.parametrize("type_", TYPES)
-def test_chunks_and_threads_change_no_byte(tmp_path, monkeypatch, type_):
-    x = np.random.default_rng(2).standard_normal((6, 1000)).astype(np.float32)
-    whole, info, data = round_trip(tmp_path, x, type_, jobs=1)
-    assert round_trip(tmp_path, x, type_, jobs=2)[2] == data
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 200)
-    cut, cut_info, _ = round_trip(tmp_path, x, type_, jobs=2)
-    np.testing.assert_array_equal(whole, cut)
-    assert [s.sha256 for s in cut_info.segments] == [s.sha256 for s in info.segments]
-    with qformat.safe_open(tmp_path / "x.qf") as f:
-        np.testing.assert_array_equal(f.get_rows("x", [4, 1, 2]), whole[[4, 1, 2]])
-
-
-def test_numpy_kernels_write_the_same_file(tmp_path, monkeypatch):
-    x = np.random.default_rng(3).standard_normal((6, 341)).astype(np.float32)
-    for type_ in TYPES:
-        compiled = round_trip(tmp_path, x, type_)[2]
-        monkeypatch.setattr("qformat.codecs.affine.load", KIND_OF["numpy"])
-        assert round_trip(tmp_path, x, type_)[2] == compiled
-        monkeypatch.undo()
-
-
-def test_an_integer_grid_is_kept_exactly(tmp_path):
+def test_affine_stores_integer_grids_and_constants_exactly(tmp_path):
     x = (np.random.default_rng(4).integers(-8, 8, (9, 256)) * 0.25).astype(np.float32)
     decoded, info, _ = round_trip(tmp_path, x, "affine")
     np.testing.assert_array_equal(decoded, x)
     assert info.error.rmse == 0
     constant = np.full((2, 64), 0.375, np.float32)
-    for type_ in TYPES:
+    for type_ in ("affine", "affine:bits=8,group=row", "affine:bits=3,group=96,sym=false,scale=bf16"):
         np.testing.assert_array_equal(round_trip(tmp_path, constant, type_)[0], constant)
         np.testing.assert_array_equal(round_trip(tmp_path, 0 * constant, type_)[0], 0 * constant)
 
 
-def test_scales_out_of_range_are_refused(tmp_path):
+def test_affine_refuses_weights_whose_scales_overflow_or_vanish(tmp_path):
     x = np.random.default_rng(5).standard_normal((2, 64)).astype(np.float32)
     for sym in ("true", "false"):
         type_ = f"affine:sym={sym}"
@@ -278,52 +145,7 @@ def test_scales_out_of_range_are_refused(tmp_path):
             assert np.abs(decoded / np.float32(factor) - x).max() < 0.3
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("affine:bits=5", "bits may be 2 or 3 or 4 or 8"),
-        ("affine:group=0", "multiple of 32"),
-        ("affine:group=-32", "multiple of 32"),
-        ("affine:group=33", "multiple of 32"),
-        ("affine:group=2097152", "multiple of 32"),
-        ("affine:group=col", "group"),
-        ("affine:sym=1", "sym"),
-        ("affine:scale=f64", "scale may be f16 or bf16 or f32"),
-    ],
-)
-def test_parameters_that_make_no_sense_are_refused(text, message):
-    with pytest.raises(TypeSpecError, match=message):
-        parse_type(text)
-
-
-def test_types_print_as_they_are_written():
-    for text in ("affine", "affine:bits=8,group=row", "affine:bits=2,scale=bf16,sym=false"):
-        assert str(parse_type(text)) == text
-
-
-def test_damaged_parts_are_refused():
-    codec = parse_type("affine:sym=false")
-    layout = codec.layout(Matrix(2, 200))
-    good = [bytes(length) for _, length in layout]
-    codec.decode(good, np.empty((2, 200), np.float32))
-    for i in range(3):
-        for length in (0, len(good[i]) - 1, len(good[i]) + 1):
-            with pytest.raises(ValueError, match="are needed"):
-                codec.decode([*good[:i], bytes(length), *good[i + 1 :]], np.empty((2, 200), np.float32))
-    assert codec.spans(Matrix(4, 200), Chunk(2, 2, 0, 200)) == (slice(8, 16), slice(4, 8), slice(224 * 1, 224 * 2))
-
-
-@pytest.mark.parametrize("changes", [{"group": 48}, {"group": 0}, {"bits": 5}, {"sym": 1}, {"group": "col"}])
-def test_impossible_records_are_refused(changes):
-    codec = parse_type("affine")
-    segments = tuple(Segment(name, 0, length, "0" * 64) for name, length in codec.layout(Matrix(2, 200)))
-    params = codec.params() | changes
-    record = TensorRecord("x", (2, 200), "f32", "affine", params, segments, error=base.MeasuredError(0.0, 0.0))
-    with pytest.raises(FormatError, match="'x'"):
-        codec_of(record)
-
-
-def test_code_histogram():
+def test_the_affine_histogram_counts_each_code():
     codec = parse_type("affine:bits=3")
     packed = np.random.default_rng(6).integers(0, 256, 48).astype(np.uint8)
     counts = codec.histograms([b"", packed.tobytes()], Chunk(0, 1, 0, 128))["histogram"]

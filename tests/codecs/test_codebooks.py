@@ -6,26 +6,13 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from qformat.codecs.base import Chunk
-from qformat.codecs.codebooks import Points, Survey, deviation, fit_gauss, fit_lloyd, fit_percentile, lloyd
+from qformat.codecs.codebooks import Points, deviation, fit_gauss, fit_lloyd, fit_percentile, lloyd
+from qformat.codecs.layout import Chunk
 from qformat.codecs.registry import parse_type
-from qformat.dtypes import from_array
-from qformat.kernels import load
+from tests.helpers.arrays import distance
+from tests.helpers.codecs import encode, survey_of
 
 every_size = pytest.mark.parametrize("size", [4, 8, 16])
-
-
-def survey_of(x: np.ndarray) -> Survey:
-    found = Survey.empty()
-    load("lut").survey(np.ascontiguousarray(x, np.float32).reshape(-1), found.counts, found.sums)
-    return found
-
-
-def distance(x: np.ndarray, entries: np.ndarray) -> float:
-    """The rms error with the nearest entries."""
-    entries = np.asarray(entries, np.float64)
-    borders = (entries[1:] + entries[:-1]) / 2
-    return float(np.sqrt(np.mean((x - entries[np.searchsorted(borders, x)]) ** 2)))
 
 
 def distributions() -> dict[str, np.ndarray]:
@@ -58,7 +45,7 @@ def long_lloyd(x: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 @every_size
 @pytest.mark.parametrize("name", distributions())
-def test_lloyd_is_as_good_as_a_long_run_on_the_values(name, size):
+def test_lloyd_codebooks_err_no_more_than_a_long_run_on_the_values(name, size):
     x = distributions()[name].astype(np.float32).astype(np.float64)
     book, _ = fit_lloyd(survey_of(x), size)
     assert (np.diff(book.entries.astype(np.float32)) > 0).all()
@@ -70,7 +57,7 @@ def test_lloyd_is_as_good_as_a_long_run_on_the_values(name, size):
 
 
 @pytest.mark.parametrize("name", distributions())
-def test_lloyd_never_makes_it_worse(name):
+def test_no_lloyd_iteration_increases_the_error(name):
     survey = survey_of(distributions()[name])
     _, history = fit_lloyd(survey, 16)
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(history))
@@ -81,14 +68,14 @@ def test_lloyd_never_makes_it_worse(name):
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(history))
 
 
-def test_values_far_from_zero_are_told_apart():
+def test_lloyd_codebooks_resolve_values_far_from_zero():
     x = np.random.default_rng(9).normal(1, 0.02, 100_000).astype(np.float32).astype(np.float64)
     book, _ = fit_lloyd(survey_of(x), 16)
     assert distance(x, book.entries) < 1.02 * distance(x, long_lloyd(x, np.quantile(x, (np.arange(16) + 0.5) / 16)))
 
 
 @every_size
-def test_percentiles_are_those_of_the_values(size):
+def test_percentile_codebooks_hold_the_quantiles_of_the_values(size):
     for x in distributions().values():
         book = fit_percentile(survey_of(x), size)
         shares = np.delete((2 * np.arange(size + 1) + 1) / (2 * size + 2), size // 2)
@@ -99,12 +86,11 @@ def test_percentiles_are_those_of_the_values(size):
 
 
 @every_size
-def test_gauss_uses_every_code_evenly(size):
+def test_gauss_codebooks_use_every_code_equally_often(size):
     x = np.random.default_rng(10).normal(0, 0.03, 400_000)
     assert deviation(survey_of(x)) == pytest.approx(np.sqrt(np.mean(x**2)), rel=1e-4)
     codec = parse_type(f"lut:size={size},fit=gauss")
-    elements = from_array(x.astype(np.float32).reshape(400, 1000))
-    encoded = codec.encode(elements, codec.fitted_to([codec.survey(elements)]))
+    encoded = encode(codec, x.astype(np.float32).reshape(400, 1000))
     counts = codec.histograms(encoded.parts, Chunk(0, 400, 0, 1000))["histogram"]
     counts[size // 2 - 1] -= 400 * 24  # zeros that fill up the rows, at a threshold
     np.testing.assert_allclose(counts / 400_000, 1 / size, rtol=0.06)
@@ -115,7 +101,7 @@ def test_gauss_uses_every_code_evenly(size):
 
 
 @pytest.mark.parametrize("name", ["encoder.layer.0.output.dense.weight", "encoder.layer.5.output.dense.weight"])
-def test_lloyd_on_real_weights_with_outliers(minilm, name):
+def test_lloyd_codebooks_of_real_weights_err_no_more_than_a_long_run(minilm, name):
     from safetensors.numpy import load_file
 
     x = load_file(minilm / "model.safetensors")[name].reshape(-1).astype(np.float64)

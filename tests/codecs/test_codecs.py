@@ -1,3 +1,5 @@
+"""The registry, type strings, records, block and raw codecs."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -9,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qformat
-from qformat.codecs import base
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.layout import CHUNK_ELEMENTS, Matrix
 from qformat.codecs.raw import Raw
 from qformat.codecs.registry import codec_of, codecs, parse_type, register
 from qformat.dtypes import DTYPES, F32, Elements
@@ -18,6 +19,7 @@ from qformat.errors import FormatError, TypeSpecError
 from qformat.records import Segment, TensorRecord
 
 ENTROPY_CODED = ("ternary", "levels", "lossless", "scm")
+METRICS = ("max_rmse", "max_abs", "mean_abs")
 COPIED = ("fp8", "ggml")  # never made of floats
 
 
@@ -28,64 +30,112 @@ def round_trip(tmp_path, array, types, **options):
         return f.get_tensor("x"), f.info("x")
 
 
-def test_ids_are_those_of_the_specification():
+def test_the_registry_holds_the_codecs_of_the_spec():
     assert set(codecs()) == {
         *DTYPES,
-        "q4_0",
-        "q4_1",
-        "q5_0",
-        "q5_1",
-        "q8_0",
-        "affine",
-        "lut",
-        "nlm",
+        *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "affine", "lut", "nlm"),
         *ENTROPY_CODED,
         *COPIED,
     }
 
 
-def test_an_id_cannot_be_taken_twice():
+def test_registering_a_codec_id_twice_is_refused():
     with pytest.raises(ValueError, match="already taken by Q4_0"):
         register(type("Other", (Raw,), {"id": "q4_0"}))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "q4_00",
-            "there is no codec 'q4_00'; the types for weights are affine, bf16, f16, f32, f64, levels, lossless, lut, nlm, q4_0",
-        ),
-        ("", "there is no codec ''"),
-        ("q4_0:", "no parameter ''"),
-        ("q4_0:depth=3", "q4_0 has no parameter 'depth'; it knows coded, search"),
-        ("f32:x=1", "f32 has no parameter 'x'; it has none"),
-        ("q4_0:search=best", "search may be naive or table or exact, not 'best'"),
-        ("q4_0:search", "give search once"),
-        ("q4_0:search=naive,search=naive", "give search once"),
-        ("q4_0:,", "no parameter ''"),
-    ],
-)
-def test_malformed_types_are_explained(text, message):
+MALFORMED: list[tuple[str, str]] = [
+    (
+        "q4_00",
+        "there is no codec 'q4_00'; the types for weights are affine, bf16, f16, f32, f64, levels, lossless, lut, nlm, q4_0",
+    ),
+    ("", "there is no codec ''"),
+    ("q4_0:", "no parameter ''"),
+    ("q4_0:depth=3", "q4_0 has no parameter 'depth'; it knows coded, search"),
+    ("f32:x=1", "f32 has no parameter 'x'; it has none"),
+    ("q4_0:search=best", "search may be naive or table or exact, not 'best'"),
+    ("q4_0:search", "give search once"),
+    ("q4_0:search=naive,search=naive", "give search once"),
+    ("q4_0:,", "no parameter ''"),
+    ("affine:bits=5", "bits may be 2 or 3 or 4 or 8"),
+    ("affine:group=0", "multiple of 32"),
+    ("affine:group=-32", "multiple of 32"),
+    ("affine:group=33", "multiple of 32"),
+    ("affine:group=2097152", "multiple of 32"),
+    ("affine:group=col", "group"),
+    ("affine:sym=1", "sym"),
+    ("affine:scale=f64", "scale may be f16 or bf16 or f32"),
+    ("lut:size=5", "size may be 4 or 8 or 16"),
+    ("lut:block=256", "block=256 needs scope=block"),
+    ("lut:scope=block,block=64", "block may be 128 or 256, not '64'"),
+    ("lut:scope=block,block=0", "block may be 128 or 256, not '0'"),
+    ("lut:scope=block,scale=row", "scale=row needs scope=tensor"),
+    ("lut:scope=block,fit=gauss", "fit=gauss needs scope=tensor"),
+    ("lut:fit=best", "fit may be lloyd or percentile or gauss"),
+    ("lut:scope=row", "scope may be tensor or block"),
+    ("ternary:sparsity=1", "sparsity may be a number from 0 to below 1, not '1'"),
+    ("ternary:sparsity=-0.1", "sparsity may be"),
+    ("ternary:sparsity=nan", "sparsity may be"),
+    ("ternary:sparsity=x", "sparsity may be"),
+    ("levels:bpw=0", "bpw may be a number above 0 or any, not '0'"),
+    ("levels:bpw=inf", "bpw may be"),
+    ("levels:bpw=1,sparsity=0.5", "exclude each other"),
+    ("levels:n=4", "n may be 3 or 5 or 7 or 9 or 11 or 13 or 15, not '4'"),
+    ("levels:n=17", "n may be"),
+    ("ternary:n=3", "ternary has no parameter 'n'"),
+    ("ternary:group=64", "group=64 needs scale=group"),
+    ("ternary:scale=group,group=40", "multiple of 32"),
+    ("ternary:scale=tensor,dtype=f32", "dtype=f32 needs scale=row or scale=group"),
+    ("scm:bpw=1.49", "bpw may be a number from 1.5 to 8, not '1.49'"),
+    ("scm:bpw=8.01", "bpw may be a number from 1.5 to 8, not '8.01'"),
+    ("scm:bpw=0", "bpw may be"),
+    ("scm:bpw=-3", "bpw may be"),
+    ("scm:bpw=nan", "bpw may be"),
+    ("scm:bpw=inf", "bpw may be"),
+    ("scm:bpw=many", "bpw may be a number from 1.5 to 8, not 'many'"),
+    ("scm:bpw=", "bpw may be"),
+    ("scm:bpw", "give bpw once, as bpw=VALUE"),
+    ("scm:bpw=3,bpw=4", "give bpw once"),
+    *(
+        (f"scm:{metric}={wrong}", f"{metric} may be a number from 0 on, not '{wrong}'")
+        for metric in METRICS
+        for wrong in ("-0.1", "nan", "inf", "x", "1%")
+    ),
+    ("scm:bpw=3,max_rmse=0.1", "give one of bpw, max_rmse, max_abs, mean_abs and lossless, not 2 of them"),
+    ("scm:max_abs=0.1,mean_abs=0.1", "not 2 of them"),
+    ("scm:bpw=3,max_rmse=0.1,lossless=true", "not 3 of them"),
+    ("scm:bpw=3,lossless=true", "not 2 of them"),
+    ("scm:lossless=1", "lossless may be true or false, not '1'"),
+    ("scm:layers=3", "scm has no parameter 'layers'"),
+    ("scm:rate=3", "scm has no parameter 'rate'; it knows bpw, max_rmse, max_abs, mean_abs, lossless"),
+]
+
+
+@pytest.mark.parametrize(("type_", "message"), MALFORMED, ids=[type_ for type_, _ in MALFORMED])
+def test_malformed_types_are_refused_with_an_explanation(type_, message):
     with pytest.raises(TypeSpecError) as caught:
-        parse_type(text)
+        parse_type(type_)
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_types_print_as_they_are_written():
     assert str(parse_type("q4_0")) == str(parse_type("q4_0:search=table")) == "q4_0"
     assert str(parse_type("q4_0:search=exact")) == "q4_0:search=exact"
-    assert str(parse_type("bf16")) == "bf16"
+    for type_ in ("bf16", "affine", "affine:bits=8,group=row", "affine:bits=2,scale=bf16,sym=false"):
+        assert str(parse_type(type_)) == type_
+    for type_ in ("lut", "lut:fit=gauss,scale=row", "lut:block=256,scope=block,size=4"):
+        assert str(parse_type(type_)) == type_
 
 
 @given(st.integers(0, 50), st.integers(0, 3_000_000), st.sampled_from([1, 32]))
 def test_chunks_cover_a_matrix_once_in_order(rows, cols, block):
     matrix = Matrix(rows, cols)
     position = 0
-    for chunk in chunks(matrix, block):
+    for chunk in matrix.chunks(block):
         elements = chunk.elements(matrix)
         assert elements.start == position
-        assert 0 < elements.stop - elements.start <= base.CHUNK_ELEMENTS
+        assert 0 < elements.stop - elements.start <= CHUNK_ELEMENTS
         assert chunk.col % block == 0
         assert (chunk.col, chunk.cols) == (0, cols) or chunk.rows == 1
         position = elements.stop
@@ -98,7 +148,7 @@ NAIVE = {"Q4_0": "q4_0:search=naive", "Q4_1": "q4_1:search=naive", "Q5_0": "q5_0
 
 @pytest.mark.parametrize("name", NAIVE)
 @pytest.mark.parametrize("shape", [(3, 64), (5, 341), (7, 1), (8, 5, 3), (2, 2, 2, 40), (33,), (), (0, 32), (4, 0)])
-def test_blocks_take_every_shape_and_fill_up_rows(tmp_path, shape, name):
+def test_block_codecs_pad_rows_of_every_shape_as_gguf_does(tmp_path, shape, name):
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     decoded, info = round_trip(tmp_path, x, {"x": NAIVE[name]})
     kind = gguf.GGMLQuantizationType[name]
@@ -118,10 +168,10 @@ def test_blocks_take_every_shape_and_fill_up_rows(tmp_path, shape, name):
         assert info.error.maximum == pytest.approx(np.abs(error).max(), rel=1e-6)
 
 
-def test_a_row_longer_than_a_chunk_is_cut_within(tmp_path, monkeypatch):
+def test_rows_longer_than_a_chunk_give_the_same_bytes(tmp_path, monkeypatch):
     x = np.random.default_rng(2).standard_normal((3, 1000)).astype(np.float32)
     whole, info = round_trip(tmp_path, x, "q4_0")
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 96)
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 96)
     cut, cut_info = round_trip(tmp_path, x, "q4_0")
     np.testing.assert_array_equal(whole, cut)
     assert info.segments[0].sha256 == cut_info.segments[0].sha256
@@ -129,7 +179,7 @@ def test_a_row_longer_than_a_chunk_is_cut_within(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAIVE)
-def test_every_real_weight_is_quantized_as_by_gguf(minilm, reference, tmp_path, name):
+def test_minilm_is_quantized_byte_for_byte_as_by_gguf(minilm, reference, tmp_path, name):
     from safetensors.numpy import load_file
 
     source = load_file(minilm / "model.safetensors")
@@ -148,7 +198,7 @@ def test_every_real_weight_is_quantized_as_by_gguf(minilm, reference, tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-def test_narrowing_rounds_and_records_the_error(tmp_path, dtype):
+def test_storing_f32_in_16_bits_rounds_to_nearest_and_records_the_error(tmp_path, dtype):
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(3).standard_normal((40, 50)).astype(np.float32)
     decoded, info = round_trip(tmp_path, x, dtype)
@@ -160,14 +210,14 @@ def test_narrowing_rounds_and_records_the_error(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(("source", "stored"), [("float16", "f32"), ("float32", "f64"), ("float16", "f64")])
-def test_widening_keeps_every_value(tmp_path, source, stored):
+def test_storing_in_a_wider_dtype_is_lossless(tmp_path, source, stored):
     x = np.random.default_rng(3).standard_normal((4, 5)).astype(source)
     decoded, info = round_trip(tmp_path, x, stored)
     np.testing.assert_array_equal(decoded, x)
     assert info.error is None
 
 
-def test_float64_is_rounded_to_float32(tmp_path):
+def test_storing_f64_as_f32_rounds_and_records_the_error(tmp_path):
     x = np.random.default_rng(3).standard_normal((4, 5))
     decoded, info = round_trip(tmp_path, x, "f32")
     np.testing.assert_array_equal(decoded, x.astype(np.float32))
@@ -177,7 +227,7 @@ def test_float64_is_rounded_to_float32(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["f8_e4m3", "f8_e5m2"])
-def test_every_float8_has_the_value_that_torch_gives_it(dtype):
+def test_every_float8_pattern_has_the_same_value_as_in_torch(dtype):
     torch = pytest.importorskip("torch")
     patterns = np.arange(256, dtype=np.uint8)
     kind = {"f8_e4m3": torch.float8_e4m3fn, "f8_e5m2": torch.float8_e5m2}[dtype]
@@ -186,7 +236,7 @@ def test_every_float8_has_the_value_that_torch_gives_it(dtype):
 
 
 @pytest.mark.parametrize("name", [name for name, dtype in DTYPES.items() if dtype.floating])
-def test_every_pattern_that_is_not_finite_is_found(name):
+def test_nan_and_infinity_are_found_in_every_dtype(name):
     dtype = DTYPES[name]
     storage = np.dtype(f"u{dtype.size}")
     bits = 8 * dtype.size
@@ -204,7 +254,7 @@ def record(**changes):
     return replace(x, **({"error": error} | changes))
 
 
-def test_a_good_record_has_a_codec():
+def test_a_valid_record_has_a_codec():
     assert codec_of(record()).id == "q4_0"
 
 
@@ -221,14 +271,14 @@ def test_a_good_record_has_a_codec():
         ({"refusal": "tensor 'x' needs more"}, "needs more"),
     ],
 )
-def test_an_impossible_record_is_refused(changes, message):
+def test_impossible_records_are_refused_by_name(changes, message):
     with pytest.raises(FormatError) as caught:
         codec_of(record(**changes))
     assert message in str(caught.value)
     assert "'x'" in str(caught.value)
 
 
-def test_a_new_codec_is_one_class(tmp_path, monkeypatch):
+def test_a_registered_class_is_usable_as_a_codec(tmp_path, monkeypatch):
     @dataclass(frozen=True)
     class Halved(Raw):
         id = "halved"

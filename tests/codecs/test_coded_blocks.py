@@ -1,4 +1,4 @@
-"""``coded=true``: the same blocks, in fewer bytes; and what chunked tensors of all kinds have in common in a file."""
+"""``coded=true``: the same blocks in fewer bytes; and properties that chunked tensors of all types share."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from safetensors.numpy import save_file
 
 import qformat
 from qformat.cli import cli
-from qformat.codecs.base import Chunk, Matrix, chunks
+from qformat.codecs.layout import Chunk
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.dtypes import F32, from_array
 from qformat.errors import FormatError
 from qformat.readers.torch import load_file
-from tests.build import Draft, segment
-from tests.container.test_hostile import bounded_memory, compare_readers
+from tests.helpers.codecs import chunks_of, encode, segment_lengths
+from tests.helpers.files import Draft, segment
+from tests.helpers.hostile import bounded_memory, compare_readers
+from tests.helpers.kernels import every_family
 
 BLOCKS = ("q4_0", "q4_0:search=exact", "q4_1", "q5_0", "q5_1", "q8_0", "nlm", "nlm:block=64", "nlm:block=128")
 CHUNKED = ("q4_0:coded=true", "q5_1:coded=true", "ternary:scale=tensor", "levels:n=7,scale=group,group=64", "lossless")
@@ -66,7 +68,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
 
 
 @every_block
-def test_the_blocks_are_those_of_the_type(type_, tmp_path):
+def test_entropy_coded_blocks_decode_to_the_plain_ones(type_, tmp_path):
     paths = [tmp_path / "plain.qf", tmp_path / "coded.qf"]
     for path, chosen in zip(paths, (type_, coded(type_)), strict=True):
         qformat.save_file(tensors(), path, {"*": chosen})
@@ -85,19 +87,19 @@ def test_the_blocks_are_those_of_the_type(type_, tmp_path):
 
 
 @every_block
-def test_counts_are_those_of_the_blocks(type_):
+def test_entropy_coded_blocks_have_the_histograms_of_the_plain_ones(type_):
     array = from_array(np.random.default_rng(1).normal(size=(50, 100)).astype(np.float32))
     counts = []
     for codec in (parse_type(type_), parse_type(coded(type_))):
-        encoded = codec.encode(array)
-        assert (encoded.entropy > 0) == codec.chunked
+        encoded = encode(codec, array)
+        assert (encoded.entropy > 0) == ("lengths" in segment_lengths(codec, (50, 100)))
         counts.append(codec.histograms(encoded.parts, Chunk(0, 50, 0, 100)))
     assert counts[0].keys() == counts[1].keys()
     for name in counts[0]:
         np.testing.assert_array_equal(counts[0][name], counts[1][name])
 
 
-def test_real_weights_shrink_as_their_entropy_says(minilm):
+def test_entropy_coded_minilm_takes_less_than_one_percent_above_its_entropy(minilm):
     found = CliRunner().invoke(
         cli,
         ["quantize-stats", str(minilm), "--include", "layer.0", "--json", "-"]
@@ -116,11 +118,11 @@ def test_real_weights_shrink_as_their_entropy_says(minilm):
 
 
 @pytest.mark.parametrize("value", [False, 1, "true", None])
-def test_coded_is_true_or_not_there(value, tmp_path):
+def test_coded_is_true_in_a_record_or_absent(value, tmp_path):
     qformat.save_file({"x": np.ones((2, 32), np.float32)}, tmp_path / "x.qf", "q4_0:coded=true")
     with qformat.safe_open(tmp_path / "x.qf") as f:
         record = f.info("x")
-    assert codec_of(record).chunked
+    assert "lengths" in segment_lengths(codec_of(record), (2, 32))
     with pytest.raises(FormatError, match="coded has an impossible value"):
         codec_of(replace(record, params={"coded": value}))
     with pytest.raises(FormatError, match="needs segments"):
@@ -131,10 +133,10 @@ def test_coded_is_true_or_not_there(value, tmp_path):
 
 
 @every_chunked
-def test_a_small_file_cannot_ask_for_much_memory(type_, tmp_path):
+def test_a_small_file_claiming_large_chunked_tensors_is_refused_in_little_memory(type_, tmp_path):
     codec = parse_type(type_)
     shape = (500_000, 256)
-    lengths = dict(codec.segments(Matrix.of(shape)))
+    lengths = segment_lengths(codec, shape)
     content = {name: bytes(length if length is not None else 1000) for name, length in lengths.items()}
     record = {
         "name": "x",
@@ -154,7 +156,7 @@ def test_a_small_file_cannot_ask_for_much_memory(type_, tmp_path):
 
 
 @every_chunked
-def test_lengths_of_chunks_have_to_fit(type_, files, tmp_path):
+def test_chunk_lengths_that_do_not_fit_the_chunks_are_refused(type_, files, tmp_path):
     for change in ("sum", "shift", "huge"):
         draft = Draft.of(files[type_])
         record = next(tensor for tensor in draft.index["tensors"] if tensor["name"] == "two")
@@ -185,7 +187,7 @@ def _put(draft: Draft, record: dict, content: bytes) -> None:
 
 
 @every_chunked
-def test_a_dry_run_knows_the_size(type_, tmp_path):
+def test_a_dry_run_predicts_the_size_of_entropy_coded_files(type_, tmp_path):
     save_file({name: array for name, array in tensors().items() if array.size}, tmp_path / "x.safetensors")
     common = ["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "x.qf"), "-t", type_, "--json"]
     runner = CliRunner()
@@ -200,7 +202,7 @@ def test_a_dry_run_knows_the_size(type_, tmp_path):
     assert runner.invoke(cli, ["verify", str(tmp_path / "x.qf")]).exit_code == 0
 
 
-def test_the_bytes_depend_on_nothing_but_the_weights(tmp_path):
+def test_entropy_coded_bytes_do_not_depend_on_kernels_and_threads(tmp_path):
     types = [*CHUNKED, *(coded(type_) for type_ in ("q4_1:search=naive", "q5_0", "q8_0", "nlm"))]
     script = """
 import sys
@@ -223,10 +225,10 @@ for number, type_ in enumerate(sys.argv[2:]):
 
 
 @pytest.mark.parametrize(("size", "header"), [(22, 2), (24, 4)])
-@pytest.mark.parametrize("kind", ["jit", "plain"])
+@every_family
 @given(seed=st.integers(0, 2**32 - 1))
-def test_codes_of_5_bits_are_taken_out_and_put_back(kind, size, header, seed):
-    kernels = importlib.import_module(f"qformat.kernels.{kind}.codes_5")
+def test_five_bit_codes_round_trip_through_unpack_and_pack(family, size, header, seed):
+    kernels = importlib.import_module(f"qformat.kernels.{family}.codes_5")
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (int(rng.integers(1, 20)), size)).astype(np.uint8)
     guarded = np.full(32 * len(blocks) + 64, 77, np.uint8)
@@ -244,11 +246,8 @@ def test_codes_of_5_bits_are_taken_out_and_put_back(kind, size, header, seed):
 
 
 @every_chunked
-def test_chunks_are_counted_without_going_through_them(type_):
+def test_the_number_of_chunks_is_computed_from_the_shape(type_):
     codec = parse_type(type_)
     for shape in [*SHAPES.values(), (3, 524_288), (3, 524_289), (1_000_000, 1), (1, 1_048_576)]:
-        matrix = Matrix.of(shape)
-        count = len(list(chunks(matrix, codec.chunk_alignment(matrix))))
-        assert dict(codec.segments(matrix))["lengths"] == 4 * count
-    huge = Matrix(1 << 60, 3)
-    assert dict(codec.segments(huge))["lengths"] > 1 << 40
+        assert segment_lengths(codec, shape)["lengths"] == 4 * len(chunks_of(codec, shape))
+    assert segment_lengths(codec, (1 << 60, 3))["lengths"] > 1 << 40

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qformat import safe_open
-from qformat.codecs import base
-from qformat.codecs.base import Chunk, Matrix
 from qformat.codecs.fp8 import Fp8
-from qformat.codecs.registry import codec_of, codecs, parse_type, types_for_weights
+from qformat.codecs.layout import Chunk, Matrix
+from qformat.codecs.registry import codec_of, codecs, encoders, parse_type, types_for_weights
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.quantized.recognize import recognize
@@ -22,8 +20,9 @@ from qformat.converters.sources.options import SourceOptions
 from qformat.dtypes import BF16, DTYPES, Elements, from_array
 from qformat.errors import FormatError, SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedTensor
-from qformat.records import MeasuredError, Segment, TensorRecord
+from qformat.pipeline.source import Checkpoint, QuantizedSource
+from qformat.records import TensorRecord
+from tests.helpers.codecs import decode, encode, part_of, record_of, segment_lengths, wrong_lengths_are_refused
 
 FORMATS = ("e4m3", "e5m2")
 
@@ -51,7 +50,7 @@ def only(weight: Elements, scale: Elements, config: Any = None, role: str = "wei
     found, warnings = recognized({"weight": weight, role: scale}, config)
     assert not warnings
     assert [tensor.name for tensor in found] == ["a.weight"]
-    assert isinstance(found[0], QuantizedTensor)
+    assert isinstance(found[0], QuantizedSource)
     return found[0]
 
 
@@ -94,8 +93,10 @@ def stored(tensor: Any, path: Any, reference: Any, **options: Any) -> tuple[Tens
         ((7,), (1,), "all", "all"),
     ],
 )
-def test_every_kind_of_scale(tmp_path, reference, monkeypatch, kind, dtype, shape, given, rows, cols):
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 7 * 200)  # so that chunks begin anywhere in a block
+def test_fp8_tensors_with_scales_of_every_shape_are_stored_and_read_exactly(
+    tmp_path, reference, monkeypatch, kind, dtype, shape, given, rows, cols
+):
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 7 * 200)  # so that chunks begin anywhere in a block
     weight, scale = codes(shape, kind), scales(given, dtype)
     tensor = only(weight, scale)
     assert tensor.codec == Fp8(kind, rows, cols, dtype)
@@ -119,7 +120,7 @@ def test_every_kind_of_scale(tmp_path, reference, monkeypatch, kind, dtype, shap
         {"config_groups": {"a": {"weights": {"block_structure": [64, 32]}}, "b": {"weights": {"strategy": "channel"}}}},
     ],
 )
-def test_blocks_as_the_configuration_has_them(tmp_path, reference, config):
+def test_fp8_block_sizes_come_from_the_configuration(tmp_path, reference, config):
     weight, scale = codes((150, 100)), scales((3, 4))
     tensor = only(weight, scale, config, "weight_scale_inv")
     info, values = stored(tensor, tmp_path / "a.qf", reference)
@@ -128,7 +129,7 @@ def test_blocks_as_the_configuration_has_them(tmp_path, reference, config):
     assert info.nbytes == 150 * 100 + 3 * 4 * 4 + 4 * 150
 
 
-def test_products_are_rounded_once_and_keep_small_numbers(tmp_path, reference):
+def test_fp8_products_are_rounded_once_and_keep_subnormals(tmp_path, reference):
     weight = Elements(DTYPES["f8_e4m3"], np.arange(0x7F, dtype=np.uint8).reshape(1, 127))
     for number in (1 / 3, 2.0**-140, -(2.0**-149), 2.0**119):
         scale = from_array(np.array([number], np.float32))
@@ -171,11 +172,11 @@ def refused(parts: dict[str, Elements], config: Any = None) -> str:
         (from_array(np.ones((300, 7), np.uint8)), None, "'a.weight' is in the format mxfp8"),
     ],
 )
-def test_scales_that_do_not_fit_are_explained(scale, config, message):
+def test_fp8_scales_of_the_wrong_shape_or_dtype_are_refused(scale, config, message):
     assert message in refused({"weight": codes((300, 200)), "weight_scale": scale}, config)
 
 
-def test_scales_under_two_names_and_zero_points():
+def test_fp8_scales_under_two_names_and_nonzero_zero_points_are_refused():
     parts = {"weight": codes((4, 4)), "weight_scale": scales((1,))}
     assert "has both 'a.weight_scale' and 'a.weight_scale_inv'" in refused(parts | {"weight_scale_inv": scales((1,))})
     zeros = from_array(np.zeros((), np.float16))
@@ -184,13 +185,13 @@ def test_scales_under_two_names_and_zero_points():
     assert "'a.weight_zero_point' is not zero" in refused(parts | {"weight_zero_point": ones})
 
 
-def test_scales_as_deepseek_s_own_code_names_them():
+def test_fp8_scales_named_as_in_deepseek_checkpoints_are_recognized():
     parts = {"weight": codes((256, 256)), "scale": scales((2, 2))}
     (tensor,), _ = recognized(parts)
     assert (tensor.name, str(tensor.codec)) == ("a.weight", "fp8:cols=128,rows=128")
 
 
-def test_what_has_no_scales_or_too_many_dimensions_stays_as_it_is():
+def test_float8_tensors_without_scales_or_with_three_dimensions_stay_raw():
     parts = {"weight": codes((4, 4)), "input_scale": scales((1,)), "bias": scales((4,))}
     found, warnings = recognized(parts)
     assert [(tensor.name, tensor.dtype.name) for tensor in found] == [
@@ -213,7 +214,7 @@ def test_what_has_no_scales_or_too_many_dimensions_stays_as_it_is():
 
 
 @pytest.mark.parametrize("bad", [0x7F, 0xFF])
-def test_codes_that_are_no_numbers_are_refused(tmp_path, bad):
+def test_fp8_codes_and_scales_that_are_not_finite_are_refused(tmp_path, bad):
     weight = codes((4, 40))
     weight.data[2, 3] = bad
     with pytest.raises(SourceError, match=r"tensor 'a.weight' holds NaN or infinity"):
@@ -224,15 +225,15 @@ def test_codes_that_are_no_numbers_are_refused(tmp_path, bad):
         convert(Checkpoint([only(codes((4, 40)), scale)]), tmp_path / "a.qf", Recipe.parse(None))
 
 
-def test_it_is_made_into_another_type(tmp_path):
+def test_fp8_tensors_convert_to_f32(tmp_path):
     weight, scale = codes((8, 64)), scales((8, 1))
     convert(Checkpoint([only(weight, scale)]), tmp_path / "a.qf", Recipe.parse("f32"))
     with safe_open(tmp_path / "a.qf") as file:
         assert np.array_equal(file.get_tensor("a.weight"), values_of(weight, scale, 1, 64))
 
 
-def test_it_cannot_be_asked_for():
-    copied = {name for name, codec in codecs().items() if codec.copied_only}
+def test_fp8_is_refused_as_a_type_for_weights():
+    copied = set(codecs()) - set(encoders())
     assert "fp8" in copied
     assert not copied & set(types_for_weights())
     for text in ("fp8", "fp8:format=e5m2"):
@@ -241,25 +242,19 @@ def test_it_cannot_be_asked_for():
         ):
             parse_type(text)
     with pytest.raises(NotImplementedError):
-        Fp8().encode(scales((1, 4)))
+        encode(Fp8(), scales((1, 4)))
 
 
 # ---- hostile files
-
-
-def record(codec: Fp8, shape: tuple[int, ...], **changes: Any) -> TensorRecord:
-    segments = tuple(Segment(name, 0, length, "0" * 64) for name, length in codec.layout(Matrix.of(shape)))
-    good = TensorRecord("x", shape, "f32", "fp8", codec.params(), segments, error=MeasuredError(0.0, 0.0))
-    return replace(good, **changes)
 
 
 @pytest.mark.parametrize(
     "codec", [Fp8(), Fp8("e5m2", 1, "all", "f16"), Fp8("e4m3", 128, 128, "bf16"), Fp8("e4m3", "all", 3)]
 )
 @pytest.mark.parametrize("shape", [(300, 200), (0, 4), (4, 0), (), (9,), (2, 3, 4)])
-def test_records(codec, shape):
-    assert codec_of(record(codec, shape)) == codec
-    lengths = [length for _, length in codec.layout(Matrix.of(shape))]
+def test_fp8_records_of_every_shape_are_accepted(codec, shape):
+    assert codec_of(record_of(codec, shape)) == codec
+    lengths = segment_lengths(codec, shape).values()
     assert all(lengths) if np.prod(shape, dtype=int) else not any(lengths)
 
 
@@ -273,30 +268,26 @@ def test_records(codec, shape):
         {"more": 1},
     ],
 )
-def test_impossible_records_are_refused(changes):
+def test_records_with_impossible_fp8_parameters_are_refused(changes):
     codec = Fp8(rows=128, cols=128)
     with pytest.raises(FormatError, match="'x'"):
-        codec_of(record(codec, (300, 200), params={**codec.params(), **changes}))
+        codec_of(record_of(codec, (300, 200), params={**codec.params(), **changes}))
     for key in codec.params():
         missing = {name: value for name, value in codec.params().items() if name != key}
         with pytest.raises(FormatError, match="'x'"):
-            codec_of(record(codec, (300, 200), params=missing))
+            codec_of(record_of(codec, (300, 200), params=missing))
 
 
-def test_damaged_parts_are_refused():
+def test_fp8_parts_of_the_wrong_length_or_with_missing_bands_are_refused():
     for codec in (Fp8(), Fp8(rows=1, cols=7), Fp8(rows=5, cols=7, scale="bf16")):
-        matrix = Matrix(20, 30)
-        good = [bytes(length) for _, length in codec.layout(matrix)]
-        out = np.empty((20, 30), np.float32)
-        codec.decode(good, out)
-        for i, part in enumerate(good):
-            for bad in (part[:-1], part + b"\0"):
-                with pytest.raises(ValueError, match="are needed"):
-                    codec.decode([*good[:i], bad, *good[i + 1 :]], out)
+        wrong_lengths_are_refused(codec, (20, 30))
+    scales, bands, codes = (bytes(length) for length in segment_lengths(codec, (20, 30)).values())
     outside = (np.arange(20) // 5 + 1).astype("<u4").tobytes()
     with pytest.raises(ValueError, match="a row is in band 4 of 4"):
-        codec.decode([good[0], outside, good[2]], out)
-    assert codec.spans(matrix, Chunk(3, 2, 0, 30)) == (slice(0, 40), slice(12, 20), slice(90, 150))
+        decode(codec, [scales, outside, codes], (20, 30))
+    segments = [np.random.default_rng(0).bytes(len(part)) for part in (scales, bands, codes)]
+    expected = segments[0], segments[1][12:20], segments[2][90:150]
+    assert part_of(codec, (20, 30), Chunk(3, 2, 0, 30), segments) == expected
 
 
 @given(
@@ -307,13 +298,13 @@ def test_damaged_parts_are_refused():
     dtype=st.sampled_from(["f16", "bf16", "f32"]),
     seed=st.integers(0, 99),
 )
-def test_both_decoders_agree(reference, shape, rows, cols, kind, dtype, seed):
+def test_fp8_decodes_as_in_the_reference_reader(reference, shape, rows, cols, kind, dtype, seed):
     """On random bytes, with bands in any order."""
     import reference_codecs
 
     codec = Fp8(kind, rows, cols, dtype)
     rng = np.random.default_rng(seed)
-    layout = dict(codec.layout(Matrix(*shape)))
+    layout = segment_lengths(codec, shape)
     bands = -(-shape[0] // rows) if isinstance(rows, int) else 1
     segments = {name: rng.integers(0, 256, length, dtype=np.uint8).tobytes() for name, length in layout.items()}
     number = scales(layout["scales"] // DTYPES[dtype].size, dtype, seed)
@@ -322,7 +313,7 @@ def test_both_decoders_agree(reference, shape, rows, cols, kind, dtype, seed):
         segments["bands"] = rng.integers(0, max(1, bands), layout["bands"] // 4).astype("<u4").tobytes()
     out = np.empty(shape, np.float32)
     if out.size:
-        codec.decode(list(segments.values()), out)
+        out = decode(codec, list(segments.values()), shape)
     same = reference_codecs.decode(
         "fp8", "f32", shape, codec.params(), list(segments.items()), has_error=True, where="x"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from qformat import safe_open
-from qformat.codecs.base import Matrix, chunks
 from qformat.codecs.ggml import GGML_BLOCKS, Ggml
 from qformat.codecs.registry import codec_of, parse_type
 from qformat.converters.convert import convert
@@ -20,8 +18,9 @@ from qformat.errors import FormatError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.records import MeasuredError, Segment, TensorRecord
-from tests.converters.test_copied import Codes
-from tests.converters.test_gguf import random_blocks
+from tests.helpers.codecs import chunks_of, decode, part_of
+from tests.helpers.gguf import random_blocks
+from tests.helpers.quantized import Codes
 
 RECORD = TensorRecord(
     "t",
@@ -38,13 +37,13 @@ def replaced(**changes):
     return TensorRecord(**({name: getattr(RECORD, name) for name in RECORD.__dataclass_fields__} | changes))
 
 
-def test_it_cannot_be_asked_for():
+def test_ggml_is_refused_as_a_type_for_weights():
     for text in ("ggml", "ggml:type=q4_k"):
         with pytest.raises(TypeSpecError, match="ggml holds only tensors that are quantized already"):
             parse_type(text)
 
 
-def test_records_are_checked():
+def test_impossible_ggml_records_are_refused():
     assert codec_of(RECORD) == Ggml("q4_k")
     for params in ({}, {"type": "Q4_K"}, {"type": "q4_0"}, {"type": 12}, {"type": "q4_k", "coded": True}):
         with pytest.raises(FormatError, match="codec ggml"):
@@ -57,7 +56,7 @@ def test_records_are_checked():
 
 
 @pytest.mark.parametrize("name", ["q4_k", "iq4_nl", "nvfp4"])
-def test_rows_of_any_length(tmp_path, name):
+def test_ggml_rows_that_end_within_a_block_are_read(tmp_path, name):
     unit = GGML_BLOCKS[name][0]
     data = random_blocks(name, 3, 3)
     values = dequantize(data, GGMLQuantizationType[name.upper()])
@@ -68,17 +67,16 @@ def test_rows_of_any_length(tmp_path, name):
         assert np.array_equal(file.get_rows("w", [2]), values[2:, :-5])
 
 
-def test_chunks_hold_whole_blocks():
+def test_ggml_chunks_hold_whole_blocks():
     codec = Ggml("q6_k")
     for shape in ((5000, 512), (3, 1_000_192), (256,)):
-        matrix = Matrix.of(shape)
-        spans = [codec.spans(matrix, chunk)[0] for chunk in chunks(matrix, codec.chunk_alignment(matrix))]
-        assert spans[0].start == 0
-        assert spans[-1].stop == codec.nbytes(shape)
-        assert all(before.stop == after.start for before, after in pairwise(spans))
+        blocks = np.random.default_rng(0).bytes(codec.nbytes(shape))
+        parts = [part_of(codec, shape, chunk, [blocks])[0] for chunk in chunks_of(codec, shape)]
+        assert b"".join(parts) == blocks
+        assert all(len(part) % 210 == 0 for part in parts)
 
 
-def test_the_package_is_imported_to_decode_only(tmp_path):
+def test_commands_that_do_not_decode_do_not_import_gguf(tmp_path):
     path = tmp_path / "a.qf"
     convert(Checkpoint([Codes("w", (1, 256), Ggml("q4_k"), (bytes(144),))]), path, Recipe())
     code = f"""if True:
@@ -92,6 +90,5 @@ def test_the_package_is_imported_to_decode_only(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_nothing_decodes_to_nothing():
-    out = np.empty((1, 0), np.float32)
-    Ggml("q4_k").decode((b"",), out)
+def test_an_empty_ggml_tensor_decodes():
+    assert decode(Ggml("q4_k"), (b"",), (1, 0)).size == 0

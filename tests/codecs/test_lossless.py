@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file as load_safetensors
 
 import qformat
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.layout import Matrix
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
@@ -21,10 +19,12 @@ from qformat.errors import SourceError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.readers.torch import TORCH_DTYPES, load_file
+from tests.helpers.codecs import chunks_of, decode, encode
+from tests.helpers.kernels import modules
 
 FLOATS = ("f8_e4m3", "f8_e5m2", "f16", "bf16", "f32", "f64")
 every_float = pytest.mark.parametrize("name", FLOATS)
-JIT, PLAIN = (importlib.import_module(f"qformat.kernels.{kind}.float_parts") for kind in ("numba", "numpy"))
+BOTH = [each["float_parts"] for each in modules("float_parts")]
 CODEC = parse_type("lossless")
 
 
@@ -51,10 +51,8 @@ def natural(name: str, *shape: int, seed: int = 0) -> Elements:
 
 
 def back(source: Elements) -> tuple[bytes, Elements]:
-    chunk = CODEC.encode(source).parts[0]
-    out = np.empty_like(source.data)
-    CODEC.decode([chunk], out)
-    return chunk, Elements(source.dtype, out)
+    chunk = encode(CODEC, source).parts[0]
+    return chunk, Elements(source.dtype, decode(CODEC, [chunk], source.data.shape, source.dtype))
 
 
 def same(a: Elements, b: Elements) -> bool:
@@ -66,7 +64,7 @@ def same(a: Elements, b: Elements) -> bool:
 
 @every_float
 @pytest.mark.parametrize("shape", [(1, 1), (1, 31), (3, 33), (40, 64), (200, 257)])
-def test_any_bits_come_back(name, shape):
+def test_lossless_returns_random_bits_exactly(name, shape):
     source = elements(name, noise(name, *shape))
     chunk, found = back(source)
     assert same(source, found)
@@ -75,7 +73,7 @@ def test_any_bits_come_back(name, shape):
 
 @every_float
 @pytest.mark.parametrize("shape", [(1, 5000), (700, 96), (5, 3)])
-def test_natural_weights_come_back_and_shrink(name, shape):
+def test_lossless_returns_weights_exactly_in_fewer_bytes(name, shape):
     source = natural(name, *shape)
     chunk, found = back(source)
     assert same(source, found)
@@ -84,7 +82,7 @@ def test_natural_weights_come_back_and_shrink(name, shape):
 
 @every_float
 @given(data=st.data())
-def test_mixtures_come_back(name, data):
+def test_lossless_returns_mixtures_of_weights_zeros_and_noise_exactly(name, data):
     seed = data.draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 40)), int(rng.integers(1, 90)))
@@ -104,7 +102,7 @@ def test_mixtures_come_back(name, data):
     assert same(source, back(source)[1])
 
 
-def test_exponents_that_are_far_apart_come_back():
+def test_lossless_returns_exponents_far_apart_exactly():
     exponents = np.arange(0, 1024, dtype=np.uint64)[None] << 5
     every = elements("bf16", np.repeat(exponents, 3, axis=0) | (np.arange(3, dtype=np.uint64)[:, None] << 15) & 0xFFFF)
     assert same(every, back(every)[1])
@@ -118,7 +116,7 @@ def test_exponents_that_are_far_apart_come_back():
 
 
 @every_float
-def test_both_readers_give_the_bits_of_the_source(name, tmp_path, reference):
+def test_both_readers_return_lossless_tensors_bit_for_bit(name, tmp_path, reference):
     sources = {
         "natural": natural(name, 60, 70),
         "noise": elements(name, noise(name, 9, 40)),
@@ -148,7 +146,7 @@ def test_both_readers_give_the_bits_of_the_source(name, tmp_path, reference):
         np.testing.assert_array_equal(rows, f.get_tensor("natural")[[59, 3, 3]])
 
 
-def test_rows_are_cut_from_long_ones(tmp_path):
+def test_rows_of_lossless_tensors_of_several_chunks_are_read(tmp_path):
     x = np.random.default_rng(0).normal(size=(3, 1_100_000)).astype(np.float32)
     qformat.save_file({"x": x}, tmp_path / "x.qf", "lossless")
     with qformat.safe_open(tmp_path / "x.qf") as f:
@@ -157,7 +155,7 @@ def test_rows_are_cut_from_long_ones(tmp_path):
         np.testing.assert_array_equal(f.get_tensor("x"), x)
 
 
-def test_other_dtypes_can_be_asked_for(tmp_path):
+def test_lossless_tensors_can_be_read_in_other_dtypes(tmp_path):
     x = natural("f16", 20, 30).data
     qformat.save_file({"x": x}, tmp_path / "x.qf", "lossless")
     with qformat.safe_open(tmp_path / "x.qf") as f:
@@ -167,7 +165,7 @@ def test_other_dtypes_can_be_asked_for(tmp_path):
     assert load_file(tmp_path / "x.qf", dtype=torch.bfloat16)["x"].dtype == torch.bfloat16
 
 
-def test_what_is_not_finite_has_to_be_asked_for(tmp_path):
+def test_lossless_stores_nan_and_infinity_only_with_allow_nonfinite(tmp_path):
     x = natural("f32", 5, 40).data
     for pattern in (0x7FC12345, 0xFF800001, 0x7F800000, 0xFF800000):  # NaNs of two kinds, infinities
         x.view(np.uint32)[3, 7] = pattern
@@ -184,7 +182,7 @@ def test_what_is_not_finite_has_to_be_asked_for(tmp_path):
 
 @every_float
 @pytest.mark.parametrize("shape", [(1, 100_000), (300, 300), (50_000, 2)])
-def test_random_bits_do_not_grow(name, shape):
+def test_lossless_adds_at_most_one_percent_to_random_bits(name, shape):
     source = elements(name, noise(name, *shape, seed=3))
     chunk, found = back(source)
     assert same(source, found)
@@ -195,23 +193,23 @@ def test_random_bits_do_not_grow(name, shape):
 
 
 @pytest.mark.parametrize(("name", "most"), [("f32", 26.2), ("f16", 13.55), ("bf16", 10.6)])
-def test_natural_weights_take_few_bits(name, most, minilm):
+def test_lossless_minilm_takes_few_bits_per_weight(name, most, minilm):
     bits = weights = 0
     for array in load_safetensors(minilm / "model.safetensors").values():
         if array.ndim < 2 or array.dtype != np.float32:
             continue
         matrix = Matrix.of(array.shape)
         source = Elements(DTYPES[name], Elements(DTYPES["f32"], array).cast(DTYPES[name]))
-        for chunk in chunks(matrix, 1):
+        for chunk in chunks_of(CODEC, array.shape):
             part = source.data.reshape(-1)[chunk.elements(matrix)].reshape(chunk.rows, chunk.cols)
-            encoded = CODEC.encode(Elements(source.dtype, np.ascontiguousarray(part)))
+            encoded = encode(CODEC, Elements(source.dtype, np.ascontiguousarray(part)))
             assert encoded.entropy <= 8 * len(encoded.parts[0]) <= 1.01 * encoded.entropy + 4000
             bits += 8 * (len(encoded.parts[0]) + 4)
         weights += array.size
     assert bits / weights <= most
 
 
-def test_sparse_weights_take_little_more_than_those_that_are_left():
+def test_lossless_sparse_weights_take_little_more_than_the_nonzero_ones():
     source = natural("f32", 500, 400)
     dense = len(back(source)[0])
     source.data[np.random.default_rng(1).random((500, 400)) < 0.9] = 0
@@ -220,7 +218,7 @@ def test_sparse_weights_take_little_more_than_those_that_are_left():
     assert 8 * len(chunk) < 0.1 * 8 * dense + 0.55 * source.data.size
 
 
-def test_rows_of_short_mantissas_are_put_together():
+def test_lossless_groups_rows_of_short_mantissas():
     full, short = natural("f32", 300, 128), natural("f16", 300, 128)
     mixed = Elements(DTYPES["f32"], np.empty((600, 128), np.float32))
     mixed.data[::2], mixed.data[1::2] = full.data, short.to_f32()
@@ -232,13 +230,13 @@ def test_rows_of_short_mantissas_are_put_together():
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 300))
-def test_both_kinds_of_kernels_agree(seed, count):
+def test_float_part_kernels_of_numba_and_numpy_give_identical_results(seed, count):
     rng = np.random.default_rng(seed)
     patterns = rng.integers(0, 2**32, count).astype(np.uint32)
     upper = (patterns >> 16).astype(np.uint16)
     base = int(rng.integers(0, 1024))
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in BOTH:
         heads, low, high = (np.zeros(-(-count // each), np.uint8) for each in (1, 2, 4))
         elsewhere = kernels.split_upper(upper, base, heads, low, high)
         values = (upper[heads == 255] >> 5) & 1023

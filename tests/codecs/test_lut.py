@@ -1,49 +1,36 @@
-from __future__ import annotations
+"""``lut``: codes into codebooks, of the tensor or of blocks."""
 
-from importlib import import_module
+from __future__ import annotations
 
 import numpy as np
 import pytest
 
 import qformat
-from qformat.codecs import base
-from qformat.codecs.base import Chunk, Matrix
-from qformat.codecs.codebooks import Survey, midpoints
-from qformat.codecs.registry import codec_of, parse_type
-from qformat.dtypes import from_array
-from qformat.errors import FormatError, SourceError, TypeSpecError
-from qformat.records import Segment, TensorRecord
-from tests.codecs.test_affine import KIND_OF, awkward, codes_in, filled_rows, round_trip
-from tests.codecs.test_codebooks import distance
+from qformat.codecs.codebooks import Survey
+from qformat.codecs.registry import parse_type
+from qformat.errors import SourceError
+from tests.helpers.arrays import distance
+from tests.helpers.codecs import decode, encode, round_trip, segment_lengths
+from tests.helpers.kernels import FAMILIES, codes_in, modules, using
 
-NAMES = ("lut", "lut_search")
-KINDS = [{name: import_module(f"qformat.kernels.{kind}.{name}") for name in NAMES} for kind in ("numba", "numpy")]
-JIT = KINDS[0]
+BOTH = [NUMBA, NUMPY] = modules("lut", "lut_search")
 SIZES = [4, 8, 16]
 every_size = pytest.mark.parametrize("size", SIZES)
 
 TYPES = [
-    "lut",
-    "lut:size=8,fit=percentile",
-    "lut:size=4,fit=gauss",
-    "lut:scale=row",
-    "lut:size=8,scale=row,fit=gauss",
-    "lut:scale=row,fit=percentile",
-    "lut:scope=block",
+    *("lut", "lut:size=8,fit=percentile", "lut:size=4,fit=gauss", "lut:scale=row"),
+    *("lut:size=8,scale=row,fit=gauss", "lut:scale=row,fit=percentile", "lut:scope=block"),
     "lut:scope=block,block=256,size=8",
 ]
 
 
-# ---- the layout
-
-
 @every_size
 @pytest.mark.parametrize("cols", [1, 33, 128, 341, 600])
-def test_any_bytes_decode_as_specified(size, cols):
+def test_lut_codes_decode_as_the_spec_says(size, cols):
     rng = np.random.default_rng(cols)
     for text in ("", ",scale=row", ",scope=block", ",scope=block,block=256"):
         codec = parse_type(f"lut:size={size}{text}")
-        layout = dict(codec.layout(Matrix(3, cols)))
+        layout = segment_lengths(codec, (3, cols))
         width = {4: 2, 8: 3, 16: 4}[size]
         per_row = -(-cols // codec.block) if codec.scope == "block" else 0
         assert layout["codebooks"] == 2 * size * (3 * per_row or 1)
@@ -58,101 +45,15 @@ def test_any_bytes_decode_as_specified(size, cols):
         expected = tables[table, chosen]
         if "scales" in layout:
             expected = expected * scales.astype(np.float32)[:, None]
-        for kind in ("numba", "numpy"):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("qformat.codecs.lut.load", KIND_OF[kind])
-                out = np.empty((3, cols), np.float32)
-                codec.decode(parts, out)
+        for family in FAMILIES:
+            with using(family):
+                out = decode(codec, parts, (3, cols))
             np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
 
 
-@pytest.mark.parametrize("type_", TYPES)
-@pytest.mark.parametrize("shape", [(3, 64), (5, 341), (7, 1), (8, 5, 3), (2, 2, 2, 40), (33,), (), (0, 32), (4, 0)])
-def test_every_shape_comes_back_with_its_error(tmp_path, shape, type_):
-    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32) + np.float32(0.5)
-    decoded, info, _ = round_trip(tmp_path, x, type_)
-    assert decoded.shape == shape
-    assert info.nbytes == parse_type(type_).nbytes(shape)
-    if x.size:
-        error = (x - decoded).astype(np.float64)
-        assert info.error.rmse == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-6, abs=1e-9)
-        assert info.error.maximum == pytest.approx(np.abs(error).max(), rel=1e-6)
-    else:
-        assert all(segment.length == 0 for segment in info.segments)
-
-
-@pytest.mark.parametrize("type_", TYPES)
-def test_chunks_and_threads_change_no_byte(tmp_path, monkeypatch, type_):
-    x = np.random.default_rng(2).standard_normal((6, 1000)).astype(np.float32)
-    whole, info, _ = round_trip(tmp_path, x, type_)
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 200)
-    cut, cut_info, data = round_trip(tmp_path, x, type_, jobs=1)
-    assert round_trip(tmp_path, x, type_, jobs=2)[2] == data
-    np.testing.assert_allclose(whole, cut, rtol=1e-3)  # sums are added in another order
-    if parse_type(type_).scope == "block":
-        assert [s.sha256 for s in cut_info.segments] == [s.sha256 for s in info.segments]
-    with qformat.safe_open(tmp_path / "x.qf") as f:
-        np.testing.assert_array_equal(f.get_rows("x", [4, 1, 2]), cut[[4, 1, 2]])
-
-
-def test_numpy_kernels_write_the_same_file(tmp_path, monkeypatch):
-    x = np.random.default_rng(3).standard_normal((6, 341)).astype(np.float32)
-    for type_ in TYPES:
-        compiled = round_trip(tmp_path, x, type_)[2]
-        monkeypatch.setattr("qformat.codecs.lut.load", KIND_OF["numpy"])
-        assert round_trip(tmp_path, x, type_)[2] == compiled
-        monkeypatch.undo()
-
-
-# ---- kernels
-
-
-@pytest.mark.parametrize("case", awkward())
-def test_twins_agree(case):
-    for cols, size, block in ((1, 4, 128), (33, 16, 128), (341, 8, 256), (341, 16, 128), (600, 4, 128)):
-        x = filled_rows(awkward()[case], cols)
-        filled, width = -(-cols // 32) * 32, size.bit_length() - 1
-        results = []
-        for kernels in KINDS:
-            counts, sums = np.ones(1 << 16, np.int64), np.full(1 << 16, 0.1)
-            kernels["lut"].survey(x, counts, sums)
-            squares = np.zeros(5 * 16)
-            kernels["lut"].row_squares(x, filled, squares)
-            books = np.empty(5 * -(-cols // block) * size, np.float32)
-            kernels["lut_search"].codebooks(x, cols, block, size, books)
-            results.append([counts.tobytes(), sums.tobytes(), squares.tobytes(), books.tobytes()])
-            with np.errstate(over="ignore"):
-                halves = books.astype(np.float16)
-            for each in (block, 0):
-                used = (halves if each else halves[:size]).astype(np.float32)
-                borders = midpoints(used.astype(np.float16).reshape(-1, size)).reshape(-1)
-                for scales in (np.ones(5, np.float32), np.array([0, 1, 0.5, -2, 0], np.float32)):
-                    codes, lanes, out = np.empty(x.size // 8 * width, np.uint8), np.zeros(16), np.empty_like(x)
-                    found = kernels["lut"].encode(x, cols, each, scales, borders, used, codes, lanes, width)
-                    kernels["lut"].dequantize(used, scales, codes, out, filled, each, width)
-                    if np.isfinite(used).all():
-                        results[-1] += [tuple(int(value) for value in found), codes.tobytes(), lanes.tobytes()]
-                        results[-1].append(out.tobytes())
-        assert results[0] == results[1]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_noticed(bad):
-    for type_ in TYPES:
-        codec = parse_type(type_)
-        for position in (0, 31, 140, 299):
-            x = np.random.default_rng(4).standard_normal((2, 300)).astype(np.float32)
-            x[1, position] = bad
-            for kind in ("numba", "numpy"):
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr("qformat.codecs.lut.load", KIND_OF[kind])
-                    fitted = codec.fitted_to([codec.survey(from_array(x))]) if codec.fits else None
-                    assert not codec.encode(from_array(x), fitted).finite
-
-
-def test_a_survey_ignores_what_is_not_finite():
+def test_the_histogram_for_codebooks_ignores_nan_and_infinity():
     x = np.array([1.5, np.nan, -np.inf, 1.5, -0.0, np.inf, -2.0], np.float32)
-    for kernels in KINDS:
+    for kernels in BOTH:
         found = Survey.empty()
         kernels["lut"].survey(x, found.counts, found.sums)
         assert found.counts.sum() == 4
@@ -179,14 +80,14 @@ def least_error(values: np.ndarray, size: int) -> float:
 
 @every_size
 @pytest.mark.parametrize("block", [128, 256])
-def test_codebooks_of_blocks_are_the_best(size, block):
+def test_lut_codebooks_of_blocks_have_the_least_error(size, block):
     rng = np.random.default_rng(size)
     for source in (rng.standard_normal((2, 600)), rng.standard_t(3, (2, 600)), 10 + rng.uniform(-1, 1, (2, 600))):
         x = source.astype(np.float32)
         codec = parse_type(f"lut:scope=block,block={block},size={size}")
         books = np.empty(2 * -(-600 // block) * size, np.float32)
         padded = np.ascontiguousarray(np.pad(x, ((0, 0), (0, 8))))
-        JIT["lut_search"].codebooks(padded.reshape(-1), 600, block, size, books)
+        NUMBA["lut_search"].codebooks(padded.reshape(-1), 600, block, size, books)
         books = books.reshape(2, -1, size)
         total = 0.0
         for row in range(2):
@@ -195,11 +96,11 @@ def test_codebooks_of_blocks_are_the_best(size, block):
                 least = least_error(values, size)
                 total += least
                 assert distance(values, books[row, number]) ** 2 * values.size <= least * (1 + 1e-3)
-        error = codec.encode(from_array(x)).error
+        error = encode(codec, x).error
         assert error.squares <= total * 1.01 + x.size * (np.abs(x).max() * 2.0**-12) ** 2  # entries are rounded
 
 
-def test_blocks_are_better_than_even_steps(tmp_path):
+def test_lut_codebooks_of_blocks_err_less_than_even_steps(tmp_path):
     x = np.random.default_rng(6).standard_normal((8, 384)).astype(np.float32)
     _, info, _ = round_trip(tmp_path, x, "lut:scope=block")
     groups = x.reshape(-1, 128)
@@ -209,7 +110,7 @@ def test_blocks_are_better_than_even_steps(tmp_path):
 
 
 @pytest.mark.parametrize("type_", ["lut", "lut:scope=block", "lut:scope=block,block=256"])
-def test_few_different_values_are_kept(tmp_path, type_):
+def test_lut_stores_tensors_of_few_values_exactly(tmp_path, type_):
     rng = np.random.default_rng(7)
     for count in (1, 2, 15, 16):
         values = (rng.permutation(64)[:count] * 0.125 - 4).astype(np.float32)
@@ -221,7 +122,7 @@ def test_few_different_values_are_kept(tmp_path, type_):
     np.testing.assert_array_equal(rounded, np.float32(np.float16(0.3)))
 
 
-def test_rows_have_their_own_scales(tmp_path):
+def test_lut_row_scales_reduce_the_error_of_rows_of_different_magnitudes(tmp_path):
     rng = np.random.default_rng(11)
     spread = 2.0 ** rng.uniform(-6, 6, (64, 1))
     x = (rng.standard_normal((64, 500)) * spread).astype(np.float32)
@@ -237,11 +138,11 @@ def test_rows_have_their_own_scales(tmp_path):
         assert [(s.name, s.length) for s in f.info("x").segments][:2] == [("codebooks", 32), ("scales", 128)]
 
 
-# ---- what is refused
+# ---- refusals
 
 
 @pytest.mark.parametrize("type_", TYPES)
-def test_numbers_out_of_range_are_refused(tmp_path, type_):
+def test_lut_refuses_weights_that_overflow_or_vanish(tmp_path, type_):
     x = np.random.default_rng(12).standard_normal((2, 256)).astype(np.float32)
     with pytest.raises(SourceError, match="too large"):
         round_trip(tmp_path, x * np.float32(1e6), type_)
@@ -251,27 +152,7 @@ def test_numbers_out_of_range_are_refused(tmp_path, type_):
     np.testing.assert_array_equal(decoded, 0)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("lut:size=5", "size may be 4 or 8 or 16"),
-        ("lut:block=256", "block=256 needs scope=block"),
-        ("lut:scope=block,block=64", "block may be 128 or 256, not '64'"),
-        ("lut:scope=block,block=0", "block may be 128 or 256, not '0'"),
-        ("lut:scope=block,scale=row", "scale=row needs scope=tensor"),
-        ("lut:scope=block,fit=gauss", "fit=gauss needs scope=tensor"),
-        ("lut:fit=best", "fit may be lloyd or percentile or gauss"),
-        ("lut:scope=row", "scope may be tensor or block"),
-    ],
-)
-def test_parameters_that_make_no_sense_are_refused(text, message):
-    with pytest.raises(TypeSpecError, match=message):
-        parse_type(text)
-
-
-def test_types_print_as_they_are_written():
-    for text in ("lut", "lut:fit=gauss,scale=row", "lut:block=256,scope=block,size=4"):
-        assert str(parse_type(text)) == text
+def test_lut_blocks_default_to_128():
     assert str(parse_type("lut:scope=block")) == "lut:scope=block"
     assert parse_type("lut:block=128") == parse_type("lut")
     params = parse_type("lut:scope=block").params()
@@ -279,44 +160,9 @@ def test_types_print_as_they_are_written():
     assert type(parse_type("lut").params()["block"]) is int
 
 
-def test_damaged_parts_are_refused():
-    for type_ in ("lut", "lut:scale=row", "lut:scope=block"):
-        codec = parse_type(type_)
-        good = [bytes(length) for _, length in codec.layout(Matrix(2, 200))]
-        codec.decode(good, np.empty((2, 200), np.float32))
-        for i in range(len(good)):
-            for length in (0, len(good[i]) - 1, len(good[i]) + 1):
-                with pytest.raises(ValueError, match="are needed"):
-                    codec.decode([*good[:i], bytes(length), *good[i + 1 :]], np.empty((2, 200), np.float32))
-    spans = parse_type("lut:scope=block").spans(Matrix(4, 200), Chunk(2, 2, 0, 200))
-    assert spans == (slice(4 * 32, 8 * 32), slice(2 * 112, 4 * 112))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"block": 256},
-        {"block": 0},
-        {"scope": "block"},
-        {"scope": "block", "block": 64},
-        {"size": 5},
-        {"block": "0"},
-        {"size": True},
-    ],
-)
-def test_impossible_records_are_refused(changes):
-    codec = parse_type("lut")
-    segments = tuple(Segment(name, 0, length, "0" * 64) for name, length in codec.layout(Matrix(2, 200)))
-    params = codec.params() | changes
-    record = TensorRecord("x", (2, 200), "f32", "lut", params, segments, error=base.MeasuredError(0.0, 0.0))
-    with pytest.raises(FormatError, match="'x'"):
-        codec_of(record)
-    assert codec_of(TensorRecord("x", (2, 200), "f32", "lut", codec.params(), segments, error=record.error)) == codec
-
-
 @pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
-def test_other_floats_are_stored_as_float32_would_be(tmp_path, type_, dtype):
+def test_lut_stores_f16_and_f64_like_the_same_values_in_f32(tmp_path, type_, dtype):
     x = np.random.default_rng(13).standard_normal((4, 200)).astype(dtype)
     np.testing.assert_array_equal(
         round_trip(tmp_path, x, type_)[0], round_trip(tmp_path, x.astype(np.float32), type_)[0].astype(np.float32)

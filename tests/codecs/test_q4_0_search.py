@@ -5,35 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import qformat
 from qformat.kernels import load
-from qformat.kernels.numba import q4_0 as jit
-from qformat.kernels.numba import q4_0_exact as jit_exact
-from qformat.kernels.numba import q4_0_table as jit_table
-from qformat.kernels.numpy import q4_0 as plain
-from qformat.kernels.numpy import q4_0_exact as plain_exact
-from qformat.kernels.numpy import q4_0_table as plain_table
-from tests.kernels.test_kernels import battery, rows
+from tests.helpers.kernels import modules, q4_0_battery, rows
 
 SEARCHES = ["table", "exact"]
-JIT = {"table": jit_table, "exact": jit_exact}
-PLAIN = {"table": plain_table, "exact": plain_exact}
+NUMBA, NUMPY = modules("q4_0", "q4_0_table", "q4_0_exact")
 EVERY_SCALE = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 EVERY_SCALE = EVERY_SCALE[np.isfinite(EVERY_SCALE) & (EVERY_SCALE != 0)]
 
 
-def search(modules, name: str, x: np.ndarray) -> np.ndarray:
+def search(kernels, name: str, x: np.ndarray) -> np.ndarray:
     scales = np.zeros(x.size // 32, np.uint16)
-    modules[name].choose(np.ascontiguousarray(x, np.float32).reshape(-1), scales)
+    kernels[f"q4_0_{name}"].choose(np.ascontiguousarray(x, np.float32).reshape(-1), scales)
     return scales
 
 
 def encode(kernels, x: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     blocks, lanes = np.zeros(scales.size * 18, np.uint8), np.zeros(load("blocks").LANES)
-    found = kernels.encode(np.ascontiguousarray(x, np.float32).reshape(-1), scales, blocks, lanes)
+    found = kernels["q4_0"].encode(np.ascontiguousarray(x, np.float32).reshape(-1), scales, blocks, lanes)
     return blocks, lanes, tuple(int(value) for value in found)
 
 
@@ -53,69 +44,24 @@ def least_error(block: np.ndarray) -> float:
     return min(np.square(wide - codes * EVERY_SCALE[:, None]).sum(axis=1).min(), np.square(wide).sum())
 
 
-def cases() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(6)
-    scale = rng.random((64, 1)) + 0.5
-    normal = rng.standard_normal((64, 32))
-    more = {
-        "five levels": rng.choice([-2, -1, 0, 1, 2], (64, 32)) * scale,
-        "integers": rng.integers(-9, 9, (64, 32)),
-        "zeros and one magnitude of one sign": rng.choice([0, -1], (64, 32)) * scale,
-        "halves": normal.astype(np.float16),
-        "magnitudes far apart": normal * 2.0 ** rng.integers(-20, 3, (64, 32)),
-        "laplace": rng.laplace(size=(64, 32)),
-        "sparse": normal * (rng.random((64, 32)) < 0.1),
-        "no multiple of 16 blocks": normal[:37],
-    }
-    small = {f"normal, 2^{e}": normal * 2.0**e for e in range(-30, -8, 3)}
-    return {**battery(), **{name: x.astype(np.float32) for name, x in {**more, **small}.items()}}
-
-
-CASES = cases()
-
-
-@pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("case", CASES)
-def test_twins_choose_the_same_scales(case, name):
-    # for "exact" this compares a branch and bound with going through all codes
-    x = CASES[case]
-    scales = search(JIT, name, x)
-    np.testing.assert_array_equal(scales, search(PLAIN, name, x))
-    ours, theirs = encode(jit, x, scales), encode(plain, x, scales)
-    np.testing.assert_array_equal(ours[0], theirs[0])
-    assert ours[2] == theirs[2]
-    if not ours[2][2]:
-        assert ours[1].tobytes() == theirs[1].tobytes()
-
-
-@given(rows)
-def test_twins_agree_on_any_floats(x):
-    for name in SEARCHES:
-        np.testing.assert_array_equal(search(JIT, name, x), search(PLAIN, name, x))
-
-
-@given(hnp.arrays(np.int8, 32, elements=st.integers(-12, 12)), st.integers(-20, 10))
-def test_twins_agree_on_few_levels(levels, exponent):
-    x = (levels * 0.7 * 2.0**exponent).astype(np.float32)
-    for name in SEARCHES:
-        np.testing.assert_array_equal(search(JIT, name, x), search(PLAIN, name, x))
+CASES = q4_0_battery()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "overflow" not in case and case != "largest floats"])
-def test_exact_is_as_good_as_the_best_of_all_scales(case):
+def test_q4_0_exact_search_finds_the_best_of_all_scales(case):
     x = CASES[case][:4]
-    found = errors(x, search(JIT, "exact", x))
+    found = errors(x, search(NUMBA, "exact", x))
     for block, error in zip(x, found, strict=True):
         energy = np.square(block.astype(np.float64)).sum()
         assert error <= least_error(block) + 1e-12 * energy
 
 
 @given(rows)
-def test_more_search_is_never_worse(x):
+def test_q4_0_exact_search_errs_no_more_than_table_and_table_no_more_than_naive(x):
     lanes, blocks = np.zeros(16), np.zeros(x.size // 32 * 18, np.uint8)
-    overflowed = jit.quantize(x, blocks, lanes)[2]
+    overflowed = NUMBA["q4_0"].quantize(x, blocks, lanes)[2]
     naive = blocks.reshape(-1, 18)[:, :2].copy().view(np.uint16)[:, 0]
-    table, exact = (search(JIT, name, x) for name in SEARCHES)
+    table, exact = (search(NUMBA, name, x) for name in SEARCHES)
     assert (np.isinf(table.view(np.float16)) == np.isinf(naive.view(np.float16))).all()
     assert (np.isinf(exact.view(np.float16)) == np.isinf(naive.view(np.float16))).all()
     if not overflowed:
@@ -124,7 +70,7 @@ def test_more_search_is_never_worse(x):
         assert (errors(x, exact) <= errors(x, table) + slack).all()
 
 
-def test_searches_pay_on_real_weights(minilm, tmp_path):
+def test_q4_0_searches_reduce_the_error_of_real_weights(minilm, tmp_path):
     from safetensors.numpy import load_file
 
     name = "encoder.layer.3.attention.output.dense.weight"
@@ -141,23 +87,23 @@ def test_searches_pay_on_real_weights(minilm, tmp_path):
     assert found["exact"] < found["table"] < 1.001 * found["exact"]
 
 
-def test_one_magnitude_is_met_exactly():
+def test_q4_0_searches_meet_blocks_of_one_magnitude():
     x = np.zeros((8, 32), np.float32)
     x[:, ::3] = np.array([1, -1, 0.7, -0.7, 3e-7, 3e4, 1e-3, -2e-6], np.float32)[:, None]
     x[::2, 5] *= -1
     for name in SEARCHES:
-        relative = np.sqrt(errors(x, search(JIT, name, x)) / np.square(x.astype(np.float64)).sum(axis=1))
+        relative = np.sqrt(errors(x, search(NUMBA, name, x)) / np.square(x.astype(np.float64)).sum(axis=1))
         assert (relative[[0, 1, 2, 3, 5, 6]] < 2.0**-11).all()
         assert relative[0] == relative[1] == 0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", SEARCHES)
-def test_a_value_that_is_not_finite_harms_no_other_block(name, bad):
+def test_q4_0_searches_confine_nan_and_infinity_to_their_block(name, bad):
     x = CASES["normal"].copy()
-    expected = search(JIT, name, x)
+    expected = search(NUMBA, name, x)
     x[[3, 20], [4, 31]] = bad
-    scales = search(JIT, name, x)
+    scales = search(NUMBA, name, x)
     others = np.setdiff1d(np.arange(len(x)), [3, 20])
     np.testing.assert_array_equal(scales[others], expected[others])
-    assert encode(jit, x, scales)[2][0] >= 0x7F800000
+    assert encode(NUMBA, x, scales)[2][0] >= 0x7F800000

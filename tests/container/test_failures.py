@@ -24,23 +24,10 @@ import pytest
 import qformat
 from qformat.container.layout import MAGIC
 from qformat.container.verify import verify
-from tests.build import (
-    Draft,
-    Result,
-    cli_finish,
-    cli_start,
-    put,
-    raw_asset,
-    raw_tensor,
-    reference,
-    run_all,
-    run_cli,
-    safetensors_bytes,
-    sha256,
-    small_draft,
-    weights,
-    write_safetensors,
-)
+from tests.helpers.checkpoints import safetensors_bytes, weights, write_safetensors
+from tests.helpers.cli import Result, cli_finish, cli_start, run_all, run_cli
+from tests.helpers.files import Draft, put, raw_asset, raw_tensor, sha256, small_draft
+from tests.helpers.reference import reference
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,29 @@ from hypothesis import strategies as st
 import qformat
 from qformat.errors import FormatError
 from qformat.readers.torch import load_file
-from tests.build import Draft, Json, find, segment, sha256
-from tests.container.test_hostile import bounded_memory, compare_readers, read_package, read_reference, verify_one
-from tests.container.test_hostile_codecs import BEYOND, EXTRA, NUMBERS, ODD, SHAPES, WORDS
+from tests.helpers.files import Json, find, segment, sha256
+from tests.helpers.hostile import (
+    NUMBERS,
+    ODD_VALUES,
+    OTHER_SHAPES,
+    PARAMETERS,
+    SHAPES,
+    WORDS,
+    Records,
+    bounded_memory,
+    changed,
+    edited,
+    packed,
+    read_package,
+    read_reference,
+    readable,
+    taken_apart,
+    verify_one,
+)
 
 TYPES = [
-    "ternary",
-    "ternary:scale=tensor",
-    "ternary:scale=group,group=64,dtype=bf16",
-    "levels:dtype=f32",
-    "levels:n=15,scale=tensor",
-    "lossless",
-    "q4_0:coded=true",
-    "q5_1:coded=true",
-    "q8_0:coded=true",
+    *("ternary", "ternary:scale=tensor", "ternary:scale=group,group=64,dtype=bf16", "levels:dtype=f32"),
+    *("levels:n=15,scale=tensor", "lossless", "q4_0:coded=true", "q5_1:coded=true", "q8_0:coded=true"),
     "nlm:block=64,coded=true",
 ]
 every_type = pytest.mark.parametrize("type_", TYPES)
@@ -41,46 +49,15 @@ def values(*shape: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def taken_apart(data: bytes) -> Json:
-    """Return the only tensor of a file, its segments with their bytes."""
-    draft = Draft.of(data)
-    (tensor,) = deepcopy(draft.index["tensors"])
-    places = [(one["name"], one["offset"] - len(draft.header), one["length"]) for one in tensor["segments"]]
-    return tensor | {"segments": [segment(name, draft.body[at : at + length]) for name, at, length in places]}
-
-
-class Written(dict[tuple[str, tuple[int, ...]], Json]):
-    """Tensors as the package writes them, by type and shape."""
-
-    def __repr__(self) -> str:  # hypothesis prints it for each example
-        return "Written()"
-
-
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    path, found = tmp_path_factory.mktemp("chunks") / "f.qf", Written()
+def written(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    path, found = tmp_path_factory.mktemp("chunks") / "f.qf", Records()
     for type_ in TYPES:
         for shape in (*SHAPES, (1, 600_000)):
             array = values(*shape) if shape else np.float32(0.5).reshape(())
             qformat.save_file({"t": array}, path, {"t": type_}, overwrite=True)
             found[type_, shape] = taken_apart(path.read_bytes())
     return found
-
-
-def packed(record: Json, **changes: Any) -> bytes:
-    record = record | changes
-    record["segments"] = [dict(one) for one in record["segments"]]
-    return Draft(tensors=[{key: value for key, value in record.items() if value is not ...}]).pack()
-
-
-def readable(path: Path, data: bytes) -> bool:
-    content, _ = compare_readers(path, data)
-    return content.refused is None and not content.errors
-
-
-def changed(record: Json, **contents: bytes) -> list[Json]:
-    """Return the segments, some with other bytes."""
-    return [segment(one["name"], contents.get(one["name"], one["bytes"])) for one in record["segments"]]
 
 
 # ---- wrong records
@@ -109,36 +86,36 @@ def allowed(codec: str, params: Json) -> bool:
 
 
 @every_type
-def test_the_bases_of_all_changes_read_well(written, type_, tmp_path):
+def test_unchanged_chunked_tensors_are_valid(written, type_, tmp_path):
     for shape in SHAPES:
         record = written[type_, shape]
         assert allowed(record["codec"], record["params"])
-        assert readable(tmp_path / "f.qf", packed(record))
+        assert readable(tmp_path / "f.qf", record)
         for dtype in ("f8_e4m3", "f8_e5m2", "f16", "bf16", "f64"):
             if type_ != "lossless":
-                assert readable(tmp_path / "f.qf", packed(record, dtype=dtype))
+                assert readable(tmp_path / "f.qf", record, dtype=dtype)
     for shape in ((0,), (1, 0, 3), (2**40, 0), (0, 2**50)):
-        assert readable(tmp_path / "f.qf", packed(written[type_, (0, 64)], shape=list(shape)))
+        assert readable(tmp_path / "f.qf", written[type_, (0, 64)], shape=list(shape))
 
 
 @every_type
-def test_parameters(written, type_, tmp_path):
+def test_impossible_parameters_of_chunked_codecs_are_refused(written, type_, tmp_path):
     record = written[type_, (0, 64)]
     codec, params = record["codec"], record["params"]
-    variants = [params | {key: value} for key in params for value in [*NUMBERS, *WORDS, *ODD]]
+    variants = [params | {key: value} for key in params for value in [*NUMBERS, *WORDS, *ODD_VALUES]]
     variants += [{k: v for k, v in params.items() if k != key} for key in params] + [{}]
-    variants += [params | {key: 32} for key in [*EXTRA, "n", "dtype", "coded", "sparsity"] if key not in params]
+    variants += [params | {key: 32} for key in [*PARAMETERS, "n", "dtype", "coded", "sparsity"] if key not in params]
     variants += [params | {"coded": False}, {k.upper(): v for k, v in params.items()}]
     scales = params.get("scale") != "tensor"
     for bad in variants:
         # Without elements all segments are empty, so that only the parameters can be wrong, and whether there are scales.
         expected = allowed(codec, bad) and (bad.get("scale") != "tensor") == scales
-        assert readable(tmp_path / "f.qf", packed(record, params=bad)) == expected, bad
+        assert readable(tmp_path / "f.qf", record, params=bad) == expected, bad
 
 
 @every_type
 @pytest.mark.parametrize("shape", [(3, 5, 3), (0, 64)])
-def test_segments(written, type_, shape, tmp_path):
+def test_wrong_segments_of_chunked_tensors_are_refused(written, type_, shape, tmp_path):
     record = written[type_, shape]
     parts = record["segments"]
     wrong = [[], parts[::-1], parts[1:], [*parts, segment("extra", b"")], [segment("data", b""), *parts]]
@@ -150,11 +127,11 @@ def test_segments(written, type_, shape, tmp_path):
         wrong += [[*before, segment(name, data[:-less]), *after] for less in (1, 2, 4, len(data)) if less > 0]
         wrong.append([*before, segment(name, data[1:] if data else b"\0"), *after])
     for bad in (bad for bad in wrong if bad != parts):
-        assert not readable(tmp_path / "f.qf", packed(record, segments=bad)), bad
+        assert not readable(tmp_path / "f.qf", record, segments=bad), bad
 
 
 @every_type
-def test_other_keys(written, type_, tmp_path):
+def test_impossible_keys_in_records_of_chunked_tensors_are_refused(written, type_, tmp_path):
     wrong: Json = {"dtype": ["i32", "bool", "u8", "F32", "f128", "", ...], "params": [..., [], ""]}
     wrong |= {"codec": ["ternaries", "Lossless", "q4_2", ...], "shape": [[2, -1], [True, 0], [0, 0.0], ...]}
     wrong["error"] = [{"rmse": "inf", "max": "inf"}, {"rmse": "0.000000000e+00"}, {}]
@@ -162,24 +139,24 @@ def test_other_keys(written, type_, tmp_path):
     wrong["error"].append(error if type_ == "lossless" else ...)
     for shape in ((3, 5, 3), (0, 64)):
         for key, value in ((key, value) for key, several in wrong.items() for value in several):
-            assert not readable(tmp_path / "f.qf", packed(written[type_, shape], **{key: value})), (key, value)
+            assert not readable(tmp_path / "f.qf", written[type_, shape], **{key: value}), (key, value)
 
 
 @every_type
-def test_shapes_that_the_chunks_do_not_fit(written, type_, tmp_path):
-    beyond = [*BEYOND, (2**20 + 1,), (2, 600_000), (600_000, 1), (2**30, 2**10), (1, 2**53 - 1), (2**53 - 1, 1)]
+def test_shapes_that_chunks_do_not_fit_are_refused_in_little_memory(written, type_, tmp_path):
+    beyond = [*OTHER_SHAPES, (2**20 + 1,), (2, 600_000), (600_000, 1), (2**30, 2**10), (1, 2**53 - 1), (2**53 - 1, 1)]
     for shape in ((2, 341), (0, 64)):
         count = int(np.prod(shape))
         for other in [*SHAPES, *beyond]:
             with bounded_memory(24 << 20):
-                found = readable(tmp_path / "f.qf", packed(written[type_, shape], shape=list(other)))
+                found = readable(tmp_path / "f.qf", written[type_, shape], shape=list(other))
             assert (
                 not found or abs(int(np.prod([float(n) for n in other])) - count) <= 128
             )  # fits last blocks or letters
 
 
 @every_type
-def test_lengths_of_chunks(written, type_, tmp_path):
+def test_wrong_chunk_lengths_are_refused_by_all_readers(written, type_, tmp_path):
     record = written[type_, (1, 600_000)]
     content, lengths = (one["bytes"] for one in record["segments"][:2])
     sizes = struct.unpack(f"<{len(lengths) // 4}I", lengths)
@@ -200,14 +177,14 @@ def test_lengths_of_chunks(written, type_, tmp_path):
         if wrong != list(sizes):
             segments = changed(record, lengths=struct.pack(f"<{len(wrong)}I", *wrong))
             path = tmp_path / "f.qf"
-            assert not readable(path, packed(record, segments=segments)), wrong
+            assert not readable(path, record, segments=segments), wrong
             with pytest.raises(FormatError, match="tensor 't'"):
                 load_file(path)
             with qformat.safe_open(path) as file, pytest.raises(FormatError, match="'t' is damaged"):
                 file.get_rows("t", [0])
 
 
-def test_a_chunk_has_a_byte_for_1024_elements(tmp_path):
+def test_chunks_are_padded_to_a_byte_for_1024_elements(tmp_path):
     path = tmp_path / "f.qf"
     for type_ in ("ternary:scale=tensor", "lossless", "q8_0:coded=true"):
         qformat.save_file({"t": np.full((2, 600_000), 1e-3, np.float32)}, path, {"t": type_}, overwrite=True)
@@ -216,23 +193,23 @@ def test_a_chunk_has_a_byte_for_1024_elements(tmp_path):
         sizes = list(struct.unpack(f"<{len(lengths) // 4}I", lengths))
         assert len(sizes) == 4
         assert sizes[::2] == [512, 512]
-        assert readable(path, packed(record))
+        assert readable(path, record)
         for i in range(4):
             at = sum(sizes[: i + 1])
             for step, part in ((-1, content[: at - 1] + content[at:]), (1, content[:at] + b"\0" + content[at:])):
                 other = [size + step * (i == j) for j, size in enumerate(sizes)]
                 new = changed(record, chunks=part, lengths=struct.pack("<4I", *other))
-                assert not readable(path, packed(record, segments=new))
-            if sizes[i] == 512:  # what fills up has to be zeros
+                assert not readable(path, record, segments=new)
+            if sizes[i] == 512:  # padding has to be zeros
                 new = changed(record, chunks=content[: at - 1] + b"\1" + content[at:])
-                assert not readable(path, packed(record, segments=new))
+                assert not readable(path, record, segments=new)
 
 
 # ---- impossible numbers
 
 
 @pytest.mark.parametrize("type_", TYPES[:5])
-def test_levels_and_scales_have_to_be_finite(written, type_, tmp_path):
+def test_nonfinite_levels_and_scales_are_refused(written, type_, tmp_path):
     record = written[type_, (2, 341)]
     path = tmp_path / "f.qf"
     book = np.frombuffer(find(record, "segments", "codebook", "bytes"), "<f4")
@@ -240,54 +217,37 @@ def test_levels_and_scales_have_to_be_finite(written, type_, tmp_path):
         for wrong in (np.nan, np.inf, -np.inf, *([1e-45, -1.0] if at == book.size // 2 else [])):
             other = book.copy()
             other[at] = wrong
-            assert not readable(path, packed(record, segments=changed(record, codebook=other.tobytes()))), (at, wrong)
+            assert not readable(path, record, segments=changed(record, codebook=other.tobytes())), (at, wrong)
             with qformat.safe_open(path) as file, pytest.raises(FormatError, match="'t' is damaged"):
                 file.get_codes("t")
     other = book.copy()
     other[book.size // 2] = -0.0
-    assert readable(path, packed(record, segments=changed(record, codebook=other.tobytes())))
+    assert readable(path, record, segments=changed(record, codebook=other.tobytes()))
     other[:] = other[::-1]  # the order is the encoder's choice
-    assert readable(path, packed(record, segments=changed(record, codebook=other.tobytes())))
+    assert readable(path, record, segments=changed(record, codebook=other.tobytes()))
     if record["params"]["scale"] != "tensor":
         scales = find(record, "segments", "scales", "bytes")
         patterns = {"f16": b"\0\x7c", "bf16": b"\xc0\x7f", "f32": b"\0\0\x80\xff"}[record["params"]["dtype"]]
         for at in (0, len(scales) - len(patterns)):
             wrong = scales[:at] + patterns + scales[at + len(patterns) :]
-            assert not readable(path, packed(record, segments=changed(record, scales=wrong)))
+            assert not readable(path, record, segments=changed(record, scales=wrong))
         with qformat.safe_open(path) as file, pytest.raises(FormatError, match="'t' is damaged"):
             file.get_codes("t")
 
 
 @pytest.mark.parametrize("type_", ["levels:dtype=f32", "ternary:scale=group,group=64,dtype=bf16"])
-def test_products_may_overflow(written, type_, tmp_path):
+def test_products_of_levels_and_scales_may_overflow(written, type_, tmp_path):
     record = written[type_, (2, 341)]
     book = np.frombuffer(find(record, "segments", "codebook", "bytes"), "<f4") * np.float32(1e38)
     scales = find(record, "segments", "scales", "bytes")
     large = {"f32": b"\xff\xff\x7f\x7f", "bf16": b"\x7f\x7f"}[record["params"]["dtype"]]
     segments = changed(record, codebook=book.tobytes(), scales=large * (len(scales) // len(large)))
-    assert readable(tmp_path / "f.qf", packed(record, segments=segments))  # warnings are errors
+    assert readable(tmp_path / "f.qf", record, segments=segments)  # warnings are errors
     with qformat.safe_open(tmp_path / "f.qf") as file:
         assert np.isinf(file.get_tensor("t")).any()
 
 
 # ---- changed bytes
-
-
-def edited(content: bytes, data: st.DataObject) -> bytes:
-    found = bytearray(content)
-    for _ in range(data.draw(st.integers(1, 3))):
-        near = data.draw(st.sampled_from([12, 60, 300, len(found)]))
-        at = data.draw(st.integers(0, max(0, min(near, len(found)) - 1)))
-        kind = data.draw(st.sampled_from(["bit", "byte", "swap", "copy"]))
-        if kind == "bit" and found:
-            found[at] ^= 1 << data.draw(st.integers(0, 7))
-        elif kind == "byte" and found:
-            found[at] = data.draw(st.integers(0, 255))
-        elif kind == "swap" and len(found) > at + 1:
-            found[at], found[at + 1] = found[at + 1], found[at]
-        elif kind == "copy":
-            found[at : at + 8] = found[: len(found[at : at + 8])]
-    return bytes(found)
 
 
 def check_damaged(path: Path, data: bytes) -> None:
@@ -331,7 +291,7 @@ def check_damaged(path: Path, data: bytes) -> None:
 
 @every_type
 @given(data=st.data())
-def test_changed_bytes_are_refused_or_read_alike(written, type_, data, tmp_path_factory):
+def test_all_readers_agree_on_changed_bytes_of_chunked_tensors(written, type_, data, tmp_path_factory):
     record = written[type_, data.draw(st.sampled_from([(2, 341), (3, 5, 3), (1,)]))]
     number = data.draw(st.sampled_from([0, 0, 0, *range(len(record["segments"]))]))
     name, content = (record["segments"][number][key] for key in ("name", "bytes"))
@@ -341,7 +301,7 @@ def test_changed_bytes_are_refused_or_read_alike(written, type_, data, tmp_path_
 
 @every_type
 @given(content=st.binary(min_size=1, max_size=200))
-def test_any_chunk_is_refused_or_read_alike(written, type_, content, tmp_path_factory):
+def test_all_readers_agree_on_random_bytes_as_a_chunk(written, type_, content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.qf"
     for shape in ((1,), (3, 5, 3)):
         record = written[type_, shape]
@@ -350,7 +310,7 @@ def test_any_chunk_is_refused_or_read_alike(written, type_, content, tmp_path_fa
 
 
 @every_type
-def test_changes_of_a_tensor_of_two_chunks(written, type_, tmp_path):
+def test_all_readers_agree_on_changes_of_a_tensor_of_two_chunks(written, type_, tmp_path):
     record = written[type_, (1, 600_000)]
     content, lengths = (one["bytes"] for one in record["segments"][:2])
     first = struct.unpack_from("<I", lengths)[0]
@@ -360,7 +320,7 @@ def test_changes_of_a_tensor_of_two_chunks(written, type_, tmp_path):
         check_damaged(tmp_path / "f.qf", packed(record, segments=changed(record, chunks=bytes(other))))
 
 
-def test_a_wrong_digest_is_noticed_first(written, tmp_path):
+def test_a_wrong_digest_of_chunks_is_reported_before_they_are_decoded(written, tmp_path):
     record = written["ternary", (2, 341)]
     data = packed(record)
     at = data.index(find(record, "segments", "chunks", "bytes"))

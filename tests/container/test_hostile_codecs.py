@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qformat
-from qformat.codecs import base
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.layout import Matrix
 from qformat.codecs.registry import codec_of
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
@@ -25,11 +22,24 @@ from qformat.errors import FormatError, SourceError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.records import MeasuredError, Segment, TensorRecord
-from tests.build import Draft, reference, segment
-from tests.container.test_hostile import bounded_memory, compare_readers
+from tests.helpers.codecs import chunks_of, part_of
+from tests.helpers.codecs import decode as decode_chunk
+from tests.helpers.files import segment
+from tests.helpers.hostile import (
+    ERROR,
+    NUMBERS,
+    ODD_VALUES,
+    OTHER_SHAPES,
+    PARAMETERS,
+    SHAPES,
+    WORDS,
+    bounded_memory,
+    readable,
+)
+from tests.helpers.kernels import FAMILIES, using
+from tests.helpers.reference import reference
 
 Params = dict[str, Any]
-ERROR = {"rmse": "1.000000000e-01", "max": "5.000000000e-01"}
 GROUPED = {"bits": 4, "group": 128, "sym": True, "scale": "f16"}
 BOOK = {"scope": "tensor", "block": 128, "size": 16, "scale": "tensor"}
 BASES: dict[str, tuple[str, Params]] = {
@@ -110,23 +120,11 @@ def random_segments(codec: str, params: Params, shape: tuple[int, ...], seed: in
 def record_of(codec: str, params: Params, shape: tuple[int, ...], /, **changes: Any) -> dict[str, Any]:
     segments = random_segments(codec, params, shape, 1, finite=True)
     record = {"name": "t", "shape": list(shape), "dtype": "f32", "codec": codec, "params": params, "error": ERROR}
-    record |= {"segments": [segment(*item) for item in segments.items()]} | changes
-    record["segments"] = [dict(one) for one in record["segments"]]
-    return {key: value for key, value in record.items() if value is not ...}
-
-
-SHAPES = [(2, 341), (3, 5, 3), (1,), (), (0, 64), (5, 0)]
-BEYOND = [(31,), (2, 373), (3, 341), (341, 2), (2**20, 341), (2, 2**45), (2**26, 2**26), (2**52,)]
-
-
-def readable(path: Path, record: dict[str, Any]) -> bool:
-    """Return whether the tensor can be read; both readers have to agree, and to give the same bits."""
-    content, _ = compare_readers(path, Draft(tensors=[record]).pack())
-    return content.refused is None and not content.errors
+    return record | {"segments": [segment(*item) for item in segments.items()]} | changes
 
 
 @every_base
-def test_the_bases_of_all_changes_read_well(tmp_path: Path, name: str) -> None:
+def test_unchanged_tensors_of_fixed_size_are_valid(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     for shape in [*SHAPES, (33,), (0,), (1, 0, 3), (2**40, 0), (341, 1), (2, 2, 2, 40)]:
         assert readable(tmp_path / "f.qf", record_of(codec, params, shape)), shape
@@ -135,19 +133,12 @@ def test_the_bases_of_all_changes_read_well(tmp_path: Path, name: str) -> None:
     assert readable(tmp_path / "f.qf", record_of(codec, params, (2, 341), encoder={"search": 7, "group": "row"}))
 
 
-NUMBERS = [*range(9), 16, 31, 32, 33, 48, 64, 96, 128, 129, 256, 512, -1, -32, 2**20, 2**20 + 32, 2**53 - 32]
-WORDS = ["", "row", "row ", "ROW", "Row", "tensor", "Tensor", "block", "col", "true", "4", "32", "128", "f16", "F16"]
-WORDS += ["f32", "f64", "bf16", "BF16", "float16", "f8_e4m3"]
-ODD = [True, False, 2**53 - 1, 2**53, 2**64, 1.0, 4.0, 128.0, None, [], [128], {}, {"row": 1}]
-EXTRA = ["Block", "block", "bits", "group", "scale", "search", "optimize", "fit", "zeros", "data", "must_understand"]
-
-
 @every_base
-def test_parameters(tmp_path: Path, name: str) -> None:
+def test_impossible_codec_parameters_are_refused(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
-    changed = [params | {key: value} for key in params for value in [*NUMBERS, *WORDS, *ODD]]
+    changed = [params | {key: value} for key in params for value in [*NUMBERS, *WORDS, *ODD_VALUES]]
     changed += [{k: v for k, v in params.items() if k != key} for key in params] + [{}]
-    changed += [params | {key: 32} for key in EXTRA if key not in params]
+    changed += [params | {key: 32} for key in PARAMETERS if key not in params]
     changed += [{k.upper(): v for k, v in params.items()}, {k: str(v).lower() for k, v in params.items()}]
     fine = 0
     for bad in changed:
@@ -165,7 +156,7 @@ def test_parameters(tmp_path: Path, name: str) -> None:
 
 @every_base
 @pytest.mark.parametrize("shape", SHAPES[::2])
-def test_segments(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+def test_wrong_segments_are_refused(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     codec, params = BASES[name]
     parts = record_of(codec, params, shape)["segments"]
     wrong: list[list[dict[str, Any]]] = [[], [*parts, segment("extra", b"")], [segment("data", b""), *parts]]
@@ -187,10 +178,10 @@ def test_segments(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
 
 
 @every_base
-def test_shapes_that_the_segments_do_not_fit(tmp_path: Path, name: str) -> None:
+def test_shapes_that_segments_do_not_fit_are_refused_in_little_memory(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     for shape in ((2, 341), (0, 64)):
-        for other in [*SHAPES, *BEYOND]:
+        for other in [*SHAPES, *OTHER_SHAPES]:
             same = layout(codec, params, shape) == layout(codec, params, other)
             record = record_of(codec, params, shape, shape=list(other))
             with bounded_memory(8 << 20):
@@ -198,7 +189,7 @@ def test_shapes_that_the_segments_do_not_fit(tmp_path: Path, name: str) -> None:
 
 
 @every_base
-def test_other_keys(tmp_path: Path, name: str) -> None:
+def test_impossible_keys_in_records_are_refused(tmp_path: Path, name: str) -> None:
     codec, params = BASES[name]
     wrong: Params = {"dtype": ["i32", "bool", "u8", "F32", "float32", "f128", "", codec, ...]}
     wrong |= {"error": [{"rmse": "inf", "max": "inf"}, {"rmse": "0.000000000e+00"}, {}, ...], "params": [..., [], ""]}
@@ -208,21 +199,7 @@ def test_other_keys(tmp_path: Path, name: str) -> None:
             assert not readable(tmp_path / "f.qf", record_of(codec, params, shape, **{key: value})), (key, value)
 
 
-# ---- any bytes, in both kinds of kernels and the reference
-
-MODULES = ("affine", "lut", "blocks", "nlm", "packed", "quantized")
-
-
-@contextmanager
-def kernels(kind: str) -> Iterator[None]:
-    def load(name: str) -> Any:
-        return import_module(f"qformat.kernels.{kind}.{name}")
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in MODULES:
-            patch.setattr(f"qformat.codecs.{module}.load", load)
-        patch.setattr("qformat.kernels.load", load)
-        yield
+# ---- any bytes, in both families of kernels and the reference
 
 
 @st.composite
@@ -238,46 +215,46 @@ def tensors(draw: st.DrawFn) -> tuple[str, Params, tuple[int, ...]]:
     return codec, params, (draw(st.integers(0, 4)), draw(cols))
 
 
-def decode(codec: str, params: Params, shape: tuple[int, ...], parts: dict[str, bytes], kind: str) -> np.ndarray:
+def decode(codec: str, params: Params, shape: tuple[int, ...], parts: dict[str, bytes], family: str) -> np.ndarray:
     """Decode chunk by chunk; a value is compared by its bits."""
     segments = tuple(Segment(name, 0, len(data), "0" * 64) for name, data in parts.items())
     found = codec_of(TensorRecord("t", shape, "f32", codec, params, segments, error=MeasuredError(0.1, 0.5)))
-    matrix, out = Matrix.of(shape), np.empty(math.prod(shape), np.float32)
-    with kernels(kind):
-        for chunk in chunks(matrix, found.chunk_alignment(matrix)):
-            cut = [data[span] for data, span in zip(parts.values(), found.spans(matrix, chunk), strict=True)]
-            found.decode(cut, out[chunk.elements(matrix)].reshape(chunk.rows, chunk.cols))
+    out = np.empty(math.prod(shape), np.float32)
+    with using(family):
+        for chunk in chunks_of(found, shape):
+            part = part_of(found, shape, chunk, list(parts.values()))
+            out[chunk.elements(Matrix.of(shape))] = decode_chunk(found, part, (chunk.rows, chunk.cols)).reshape(-1)
     return out.view(np.uint32)
 
 
 @given(tensor=tensors(), seed=st.integers(0, 2**32), chunk=st.sampled_from([32, 96, 2**19]))
-def test_finite_scales_decode_alike_everywhere(tensor: Any, seed: int, chunk: int) -> None:
+def test_both_readers_and_kernel_families_decode_random_bytes_alike(tensor: Any, seed: int, chunk: int) -> None:
     codec, params, shape = tensor
     parts = random_segments(codec, params, shape, seed, finite=True)
     record = {"params": params, "error": ERROR}
     expected = reference.decode(reference.Tensor("t", shape, "f32", codec, record, tuple(parts.items()), ""))
     assert expected.shape == shape
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "CHUNK_ELEMENTS", chunk)
-        for kind in ("numba", "numpy"):
-            np.testing.assert_array_equal(decode(codec, params, shape, parts, kind), expected.view(np.uint32).ravel())
+        patch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", chunk)
+        for family in FAMILIES:
+            np.testing.assert_array_equal(decode(codec, params, shape, parts, family), expected.view(np.uint32).ravel())
 
 
 @given(tensor=tensors(), seed=st.integers(0, 2**32), ones=st.booleans())
-def test_any_bytes_do_no_harm(tensor: Any, seed: int, ones: bool) -> None:
+def test_random_bytes_are_refused_or_decode(tensor: Any, seed: int, ones: bool) -> None:
     codec, params, shape = tensor
     parts = random_segments(codec, params, shape, seed, finite=False)
     if ones:
         parts = {name: b"\xff" * len(data) for name, data in parts.items()}
-    for kind in ("numba", "numpy"):  # warnings are errors
+    for family in FAMILIES:  # warnings are errors
         with suppress(FormatError):
-            values = decode(codec, params, shape, parts, kind).view(np.float32)
+            values = decode(codec, params, shape, parts, family).view(np.float32)
             assert Elements(F32, values).cast(F16).size == math.prod(shape)
 
 
 # ---- encoders
 
-FAMILIES = {
+OPTIONS = {
     "q4_1": ["", "search=naive", "search=best"],
     "q5_1": [""],
     "nlm": ["", "block=128", "block=64,optimize=max", "block=128,optimize=max"],
@@ -287,7 +264,7 @@ FAMILIES = {
     "lut": ["", "fit=percentile", "fit=gauss", "scope=block,size=4", "scope=block,block=256,size=8"],
     "lut:scale=row": ["size=8", "size=4,fit=percentile", "fit=gauss"],
 }
-TYPES = [f"{a}{',' if ':' in a else ':'}{b}" if b else a for a, family in FAMILIES.items() for b in family]
+TYPES = [f"{a}{',' if ':' in a else ':'}{b}" if b else a for a, options in OPTIONS.items() for b in options]
 LEAST = [type_ for type_ in TYPES if "fit" not in type_ and "size=4" not in type_ and "bits=2" not in type_]
 WIDE = [type_ for type_ in TYPES if "scale=f32" in type_ or "scale=bf16" in type_]
 every_type = pytest.mark.parametrize("type_", TYPES)
@@ -328,7 +305,7 @@ def check_error(x: np.ndarray, values: np.ndarray, info: TensorRecord) -> None:
 
 @every_type
 @pytest.mark.parametrize("cols", [1, 31, 33, 341])
-def test_the_error_is_the_true_one(tmp_path: Path, type_: str, cols: int) -> None:
+def test_the_recorded_error_is_the_true_one(tmp_path: Path, type_: str, cols: int) -> None:
     doubles = np.random.default_rng(1).standard_normal((5, cols))  # are rounded to float32 first
     for x in (normal(5, cols), normal(5, cols) * np.float32(0.02) + 1, normal(5, cols).astype(np.float16), doubles):
         check_error(x, *save(tmp_path / "f.qf", x, type_))
@@ -339,9 +316,11 @@ def test_the_error_is_the_true_one(tmp_path: Path, type_: str, cols: int) -> Non
 
 
 @every_type
-def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_and_infinity_are_refused_by_tensor_name(
+    tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for chunk in (1 << 19, 96):
-        monkeypatch.setattr(base, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", chunk)
         for i, at in enumerate([(0, 0), (0, 340), (2, 320), (4, 0), (4, 340)]):
             bad = (np.nan, np.inf, -np.inf)[i % 3]
             x = normal(5, 341).astype([np.float32, np.float64, np.float16][i % 2 * (1 + i // 2 % 2)])
@@ -413,7 +392,7 @@ def test_small_values_are_refused_or_stored_faithfully(tmp_path: Path, type_: st
 
 
 @every_type
-def test_zeros_equal_values_and_an_outlier(tmp_path: Path, type_: str) -> None:
+def test_zeros_equal_values_and_outliers_are_stored_well(tmp_path: Path, type_: str) -> None:
     path = tmp_path / "f.qf"
     for shape in ((3, 341), (1,), (4, 1)):
         for value in (0.0, -0.0, 0.3, -0.3, 1.0, 3e4, 1e-3):
@@ -432,13 +411,15 @@ def test_zeros_equal_values_and_an_outlier(tmp_path: Path, type_: str) -> None:
 
 
 @every_type
-def test_chunks_threads_and_rows_change_nothing(tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_and_values_do_not_depend_on_chunks_threads_and_rows(
+    tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "f.qf"
     for x in (normal(7, 341), normal(3, 5, 33), normal(700)):
         results = []
         for chunk in (1 << 19, 96):
             monkeypatch.setattr("qformat.readers.decoder.CHUNK_ELEMENTS", chunk)
-            monkeypatch.setattr(base, "CHUNK_ELEMENTS", chunk)
+            monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", chunk)
             values, info = save(path, x, type_, jobs=1)
             check_error(x, values, info)
             data = path.read_bytes()

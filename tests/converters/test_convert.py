@@ -167,9 +167,9 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
 
 
 def test_chunks_count_what_fills_up_narrow_rows():
-    from qformat.codecs.base import CHUNK_ELEMENTS, Matrix, chunks
+    from qformat.codecs.layout import CHUNK_ELEMENTS, Matrix
 
-    for chunk in chunks(Matrix(1 << 20, 1), 32):
+    for chunk in Matrix(1 << 20, 1).chunks(32):
         assert chunk.rows * 32 <= CHUNK_ELEMENTS
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,40 +9,17 @@ import pytest
 
 from qformat import safe_open
 from qformat.codecs.affine import Affine
-from qformat.codecs.base import Chunk, Codec, Matrix, chunks
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.request import Request
-from qformat.dtypes import F32, DType, Elements, from_array
+from qformat.dtypes import from_array
 from qformat.errors import SourceError
 from qformat.kernels import load
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.records import TensorRecord, type_string
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A tensor of some codec, in memory."""
-
-    name: str
-    shape: tuple[int, ...]
-    codec: Codec
-    segments: tuple[bytes, ...]
-    dtype: DType = F32
-
-    def encoded(self, chunk: Chunk) -> tuple[bytes, ...]:
-        spans = self.codec.spans(Matrix.of(self.shape), chunk)
-        return tuple(segment[span] for segment, span in zip(self.segments, spans, strict=True))
-
-    def read(self, elements: slice) -> Elements:
-        matrix, out = Matrix.of(self.shape), []
-        for chunk in chunks(matrix, self.codec.chunk_alignment(matrix)):
-            decoded = np.empty((chunk.rows, chunk.cols), np.float32)
-            self.codec.decode(self.encoded(chunk), decoded)
-            out.append(decoded.reshape(-1))
-        return Elements(F32, np.concatenate(out)[elements])
+from tests.helpers.quantized import Codes
 
 
 def affine(rows: int, cols: int, group: int, bits: int = 4, *, sym: bool = False, seed: int = 0) -> tuple[Codes, Any]:
@@ -75,7 +51,7 @@ def store(tensors: list[Any], path: Any, type_: str | None = None) -> Any:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [False, True])
 @pytest.mark.parametrize(("cols", "group"), [(96, 32), (70, 17), (33, 64), (5, 1)])
-def test_groups_in_any_order(tmp_path, bits, sym, cols, group):
+def test_affine_codes_with_groups_in_any_order_are_copied(tmp_path, bits, sym, cols, group):
     tensor, values = affine(7, cols, group, bits, sym=sym)
     with safe_open(store([tensor], tmp_path / "a.qf")) as file:
         info = file.info("w")
@@ -85,14 +61,14 @@ def test_groups_in_any_order(tmp_path, bits, sym, cols, group):
     assert (info.error.rmse, info.error.maximum) == (0, 0)
 
 
-def test_many_rows_and_long_ones(tmp_path):
+def test_affine_codes_of_several_chunks_are_copied(tmp_path):
     for rows, cols in ((3000, 512), (2, 600_001)):
         tensor, values = affine(rows, cols, 128)
         with safe_open(store([tensor], tmp_path / "a.qf")) as file:
             assert np.array_equal(file.get_tensor("w"), values)
 
 
-def test_kernels_agree():
+def test_affine_kernels_for_groups_in_any_order_give_identical_results():
     tensor, values = affine(9, 70, 12, 3)
     scales, zeros, places, codes = tensor.segments
     where = np.frombuffer(zeros, np.uint8), np.frombuffer(places, "<u4"), np.frombuffer(codes, np.uint8)
@@ -104,7 +80,7 @@ def test_kernels_agree():
 
 
 @pytest.mark.parametrize("id_", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "affine", "nlm", "lut"])
-def test_bytes_of_every_plain_codec_are_copied(tmp_path, id_):
+def test_segments_of_every_unchunked_codec_are_copied(tmp_path, id_):
     values = np.random.default_rng(1).normal(size=(11, 128)).astype(np.float32)
     first = store([ArrayTensor("w", from_array(values))], tmp_path / "first.qf", id_)
     with safe_open(first) as file:
@@ -129,7 +105,7 @@ def _segments(path: Any) -> Any:
         return container.tensors[0].segments
 
 
-def test_another_type_is_made_of_the_values(tmp_path):
+def test_quantized_tensors_convert_to_another_type_by_value(tmp_path):
     tensor, values = affine(8, 64, 32)
     with safe_open(store([tensor], tmp_path / "a.qf", "q8_0")) as file:
         assert kind(file.info("w")).startswith("q8_0")
@@ -138,7 +114,7 @@ def test_another_type_is_made_of_the_values(tmp_path):
         assert np.array_equal(file.get_tensor("w"), values)
 
 
-def test_what_decodes_to_infinity_is_refused(tmp_path):
+def test_quantized_tensors_that_decode_to_infinity_are_refused(tmp_path):
     tensor, _ = affine(4, 64, 32)
     scales = np.full((4, 2), np.inf, np.float16).tobytes()
     broken = Codes("w", tensor.shape, tensor.codec, (scales, *tensor.segments[1:]))
@@ -146,7 +122,7 @@ def test_what_decodes_to_infinity_is_refused(tmp_path):
         store([broken], tmp_path / "a.qf")
 
 
-def test_a_group_that_is_not_there_is_refused(tmp_path):
+def test_quantized_tensors_naming_a_missing_group_are_refused(tmp_path):
     tensor, _ = affine(4, 64, 32)
     scales, zeros, _, codes = tensor.segments
     places = np.full(64, 2, "<u4").tobytes()
@@ -158,7 +134,7 @@ def test_a_group_that_is_not_there_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "type_", ["q4_0", "q4_1:coded=true", "affine:sym=false", "nlm", "ternary", "levels", "lossless", "scm", "bf16"]
 )
-def test_a_container_is_copied_if_nothing_else_is_asked_for(tmp_path, type_):
+def test_a_container_without_a_type_is_copied_byte_for_byte(tmp_path, type_):
     values = np.random.default_rng(4).normal(size=(300, 96)).astype(np.float32)
     first, again = tmp_path / "first.qf", tmp_path / "again.qf"
     convert(Checkpoint([ArrayTensor(name, from_array(values)) for name in ("v", "w")]), first, Recipe.parse(type_))
@@ -173,7 +149,7 @@ def test_a_container_is_copied_if_nothing_else_is_asked_for(tmp_path, type_):
         assert again.read_bytes() == first.read_bytes()
 
 
-def test_a_container_is_cut_into_shards_and_joined(tmp_path):
+def test_a_container_cut_into_shards_joins_to_the_same_bytes(tmp_path):
     values = np.random.default_rng(4).normal(size=(300, 96)).astype(np.float32)
     first, cut, joined = (tmp_path / f"{name}.qf" for name in ("first", "cut", "joined"))
     convert(Checkpoint([ArrayTensor(name, from_array(values)) for name in "abc"]), first, Recipe.parse("scm:bpw=3"))
@@ -184,7 +160,7 @@ def test_a_container_is_cut_into_shards_and_joined(tmp_path):
     assert joined.read_bytes() == first.read_bytes()
 
 
-def test_what_is_asked_for_of_the_same_type_is_done(tmp_path):
+def test_encoder_options_of_the_same_type_requantize_a_container(tmp_path):
     values = np.random.default_rng(4).normal(size=(300, 96)).astype(np.float32)
     path, sparse = tmp_path / "a.qf", tmp_path / "b.qf"
     convert(Checkpoint([ArrayTensor("w", from_array(values))]), path, Recipe.parse("ternary"))

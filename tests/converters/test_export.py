@@ -32,7 +32,7 @@ from qformat.errors import FormatError, QualityError, SourceError, TargetError, 
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.readers.torch import TORCH_DTYPES, load_file
-from tests.converters.test_gguf import Draft, pair, random_blocks, store, string, u32, write
+from tests.helpers.gguf import Draft, pair, random_blocks, store, string, u32, write
 
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(70, 64)).astype(np.float32)

@@ -7,14 +7,12 @@ import importlib.util
 import struct
 import sys
 import tracemalloc
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,18 +26,12 @@ from qformat.converters.sources.gguf import REST, open_gguf
 from qformat.converters.sources.gguf_file import TYPE_NUMBERS, TYPES
 from qformat.errors import MissingDecoderError, SourceError
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import QuantizedTensor
+from qformat.pipeline.source import QuantizedSource
+from tests.helpers.gguf import UNDECODABLE, Draft, Entry, pair, random_blocks, store, string, u32, write
 
 PLAIN = ("f32", "f16", "bf16", "f64", "i8", "i16", "i32", "i64")
 OURS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 BLOCKS = sorted(set(TYPE_NUMBERS) - set(PLAIN))
-UNDECODABLE = ("q8_1", "q8_k", "q1_0")
-
-
-def store(source: Path, type_: str | None = None) -> Path:
-    path = source.with_suffix(".qf")
-    convert(open_gguf(source), path, Recipe.parse(type_), overwrite=True)
-    return path
 
 
 def back(path: Path) -> bytes:
@@ -47,37 +39,7 @@ def back(path: Path) -> bytes:
     return path.with_suffix(".out").read_bytes()
 
 
-def random_blocks(name: str, rows: int, blocks: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    """Return random rows of blocks, none of which decodes to infinity or NaN."""
-    rng = np.random.default_rng(seed)
-    size = TYPES[TYPE_NUMBERS[name]].nbytes
-    found = rng.integers(0, 256, (4 * rows * blocks + 64, size), dtype=np.uint8)
-    if name not in UNDECODABLE:
-        with np.errstate(all="ignore"):
-            found = found[np.isfinite(dequantize(found, GGMLQuantizationType[name.upper()])).all(axis=1)]
-    return found[: rows * blocks].reshape(rows, blocks * size)
-
-
-def write(path: Path, tensors: dict[str, tuple[Any, str]], alignment: int | None = None) -> Path:
-    writer = GGUFWriter(path, "llama")
-    if alignment is not None:
-        writer.add_custom_alignment(alignment)
-    writer.add_file_type(2)
-    writer.add_token_list([f"tok{i}" for i in range(1000)])
-    writer.add_array("a.numbers", [1, 2, 3])
-    writer.add_key_value("a.nested", [["x", "yy"], ["z"]], gguf.GGUFValueType.ARRAY)
-    writer.add_float64("a.float", 1.5)
-    writer.add_bool("a.bool", val=True)
-    for name, (array, type_) in tensors.items():
-        writer.add_tensor(name, array, raw_dtype=GGMLQuantizationType[type_.upper()])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_sizes_of_blocks_are_those_of_the_package():
+def test_gguf_block_sizes_are_those_of_the_gguf_package():
     for number, (block, nbytes) in GGML_QUANT_SIZES.items():
         expected = (number.name.lower(), block, nbytes)
         if number.name == "Q8_1":  # the package has what ggml had in 2023, with two binary32 numbers
@@ -87,7 +49,7 @@ def test_sizes_of_blocks_are_those_of_the_package():
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_of_every_type_in_and_out(tmp_path, name):
+def test_gguf_blocks_of_every_type_round_trip_byte_for_byte(tmp_path, name):
     if name == "q8_1":
         pytest.skip("the package writes another layout")
     data = random_blocks(name, 5, 6)
@@ -114,7 +76,7 @@ def test_blocks_of_every_type_in_and_out(tmp_path, name):
                 assert np.array_equal(file.get_rows(tensor, [1, 0]), expected[[1, 0]])
 
 
-def test_plain_numbers_in_and_out(tmp_path):
+def test_gguf_tensors_of_plain_numbers_round_trip_byte_for_byte(tmp_path):
     rng = np.random.default_rng(0)
     tensors: dict[str, tuple[Any, str]] = {}
     for name in PLAIN:
@@ -136,21 +98,21 @@ def test_plain_numbers_in_and_out(tmp_path):
 
 
 @pytest.mark.parametrize("alignment", [8, 32, 256, 4096])
-def test_alignments(tmp_path, alignment):
+def test_gguf_files_of_any_alignment_round_trip(tmp_path, alignment):
     data = random_blocks("q5_1", 3, 1)
     source = write(tmp_path / "m.gguf", {"x": (data, "q5_1"), "a": (data, "q5_1")}, alignment)
     assert back(store(source)) == source.read_bytes()
 
 
-def test_detected_by_content(tmp_path):
+def test_gguf_files_are_detected_by_content(tmp_path):
     source = write(tmp_path / "m.bin", {"x": (random_blocks("q4_0", 2, 2), "q4_0")})
     checkpoint = open_checkpoint(source)
     assert checkpoint.quantized
     assert list(checkpoint.assets) == [REST]
-    assert isinstance(checkpoint.tensors[0], QuantizedTensor)
+    assert isinstance(checkpoint.tensors[0], QuantizedSource)
 
 
-def test_another_type_is_made_of_the_values(tmp_path):
+def test_gguf_tensors_convert_to_another_type_by_value(tmp_path):
     blocks = random_blocks("q6_k", 4, 3)
     values = dequantize(blocks, GGMLQuantizationType.Q6_K)
     source = write(tmp_path / "m.gguf", {"x": (blocks, "q6_k"), "n": (np.ones(7, np.float32), "f32")})
@@ -162,20 +124,23 @@ def test_another_type_is_made_of_the_values(tmp_path):
         assert np.array_equal(tensor.read(slice(start, stop)).data, values.reshape(-1)[start:stop])
 
 
-def test_without_the_package_files_are_carried(tmp_path, monkeypatch):
+def test_gguf_files_round_trip_without_the_gguf_package(tmp_path, monkeypatch):
     source = write(tmp_path / "m.gguf", {"x": (random_blocks("q4_k", 3, 2), "q4_k")})
     ggml._decoder.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
     path = store(source)
     assert back(path) == source.read_bytes()
-    with safe_open(path) as file, pytest.raises(MissingDecoderError, match=r"pip install 'qformat\[gguf\]'") as caught:
+    with (
+        safe_open(path) as file,
+        pytest.raises(MissingDecoderError, match=r"pip install 'qformat-models\[gguf\]'") as caught,
+    ):
         file.get_tensor("x")
     assert "tensor 'x'" in str(caught.value)
     with pytest.raises(MissingDecoderError, match=r"m\.gguf: tensor 'x'.*pip install"):
         store(source, "q8_0")
 
 
-def test_blocks_that_decode_to_nan_are_refused(tmp_path):
+def test_gguf_blocks_that_decode_to_nan_are_refused(tmp_path):
     blocks = random_blocks("q4_k", 3, 2)
     blocks[1, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
     source = write(tmp_path / "m.gguf", {"x": (blocks, "q4_k")})
@@ -186,63 +151,21 @@ def test_blocks_that_decode_to_nan_are_refused(tmp_path):
 # --- files made by hand ------------------------------------------------------------------------------------------------------
 
 
-def string(text: str | bytes) -> bytes:
-    raw = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def pair(key: str, kind: int, value: bytes) -> bytes:
-    return string(key) + struct.pack("<I", kind) + value
-
-
-def u32(key: str, value: int) -> bytes:
-    return pair(key, 4, struct.pack("<I", value))
-
-
-@dataclass
-class Entry:
-    name: str | bytes = "t"
-    ne: tuple[int, ...] = (32, 2)
-    type: int = 2
-    offset: int = 0
-
-    def pack(self) -> bytes:
-        shape = struct.pack(f"<I{len(self.ne)}Q", len(self.ne), *self.ne)
-        return string(self.name) + shape + struct.pack("<IQ", self.type, self.offset)
-
-
-@dataclass
-class Draft:
-    pairs: list[bytes] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=lambda: [Entry()])
-    data: bytes = bytes(64)
-    alignment: int = 32
-    magic: bytes = b"GGUF"
-    version: int = 3
-    counts: tuple[int, int] | None = None
-
-    def pack(self) -> bytes:
-        tensors, keys = self.counts or (len(self.entries), len(self.pairs))
-        head = self.magic + struct.pack("<IQQ", self.version, tensors, keys)
-        head += b"".join(self.pairs) + b"".join(entry.pack() for entry in self.entries)
-        return head + bytes(-len(head) % self.alignment) + self.data
-
-
 HUGE = 2**64 - 1
 HOSTILE: dict[str, tuple[Draft | bytes, str]] = {
     "version 1": (Draft(version=1), "version 1, which is too old"),
-    "version 4": (Draft(version=4), "version 4, which this qformat does not know"),
+    "version 4": (Draft(version=4), "version 4, which is not supported"),
     "big-endian": (Draft(version=0x03000000), "big-endian"),
     "magic": (Draft(magic=b"GGUX"), "not a GGUF file"),
     "empty": (b"GGUF", "cut short"),
     "tensor count": (Draft(counts=(HUGE, 0)), "tensors, more than"),
     "tensor count, few": (Draft(counts=(9, 0)), "cut short"),
     "key count": (Draft(counts=(1, HUGE)), "keys, more than"),
-    "key twice": (Draft([u32("a", 1), u32("a", 2)]), "key 'a' is there twice"),
+    "key twice": (Draft([u32("a", 1), u32("a", 2)]), "duplicate key 'a'"),
     "key length": (Draft([struct.pack("<Q", HUGE)]), "a key claims"),
     "key length, less": (Draft([struct.pack("<Q", 60000)]), "a key would end"),
     "key not utf-8": (Draft([string(b"\xff") + struct.pack("<IB", 0, 1)]), "not valid UTF-8"),
-    "value type": (Draft([pair("a", 13, b"")]), "type 13, which GGUF has not"),
+    "value type": (Draft([pair("a", 13, b"")]), "unknown type 13"),
     "string length": (Draft([pair("a", 8, struct.pack("<Q", HUGE))]), "key 'a' would end"),
     "array count": (Draft([pair("a", 9, struct.pack("<IQ", 4, HUGE))]), "key 'a' would end"),
     "array of strings, count": (Draft([pair("a", 9, struct.pack("<IQ", 8, 2**61))]), "key 'a' would end"),
@@ -250,28 +173,28 @@ HOSTILE: dict[str, tuple[Draft | bytes, str]] = {
     "array of arrays, count": (Draft([pair("a", 9, struct.pack("<IQ", 9, HUGE))]), "key 'a' would end"),
     "array type": (Draft([pair("a", 9, struct.pack("<IQ", 99, 1) + bytes(16))]), "type 99"),
     "nesting": (Draft([pair("a", 9, struct.pack("<IQ", 9, 1) * 99)]), "nested too deeply"),
-    "alignment 0": (Draft([u32("general.alignment", 0)]), "no power of two"),
-    "alignment 48": (Draft([u32("general.alignment", 48)]), "no power of two"),
+    "alignment 0": (Draft([u32("general.alignment", 0)]), "not a power of two"),
+    "alignment 48": (Draft([u32("general.alignment", 48)]), "not a power of two"),
     "alignment type": (Draft([pair("general.alignment", 10, struct.pack("<Q", 32))]), "not an unsigned 32-bit"),
-    "name twice": (Draft(entries=[Entry(ne=(32,)), Entry(ne=(32,), offset=32)]), "'t' is there twice"),
+    "name twice": (Draft(entries=[Entry(ne=(32,)), Entry(ne=(32,), offset=32)]), "duplicate tensor name 't'"),
     "name not utf-8": (Draft(entries=[Entry(b"\xff")]), "not valid UTF-8"),
     "five dimensions": (Draft(entries=[Entry(ne=(32, 1, 1, 1, 1))]), "5 dimensions"),
     "many dimensions": (Draft().pack().replace(struct.pack("<IQ", 2, 32), struct.pack("<IQ", 2**32 - 1, 32)), "dimensions"),
-    "tensor type": (Draft(entries=[Entry(type=4)]), "of type 4, which this qformat does not know"),
+    "tensor type": (Draft(entries=[Entry(type=4)]), "of unknown type 4"),
     "rows": (Draft(entries=[Entry(ne=(33, 2))]), "rows of 33 elements"),
     "overflow": (Draft(entries=[Entry(ne=(2**32, 2**32))]), "larger than any file"),
     "overflow to 0": (Draft(entries=[Entry(ne=(2**62, 4, 4))]), "larger than any file"),
     "offset": (Draft(entries=[Entry(offset=HUGE - 31)]), "larger than any file"),
     "offset beyond the end": (Draft(entries=[Entry(offset=64)]), "would end at byte"),
     "offset unaligned": (Draft(entries=[Entry(ne=(32,), offset=1)]), "does not begin at a multiple of 32"),
-    "overlap": (Draft(entries=[Entry("a"), Entry("b", ne=(32,), offset=32)]), "'b' lies over tensor 'a'"),
-    "same place": (Draft(entries=[Entry("a"), Entry("b")]), "'b' lies over tensor 'a'"),
+    "overlap": (Draft(entries=[Entry("a"), Entry("b", ne=(32,), offset=32)]), "'b' overlaps tensor 'a'"),
+    "same place": (Draft(entries=[Entry("a"), Entry("b")]), "'b' overlaps tensor 'a'"),
     "data cut": (Draft(data=bytes(35)), "would end at byte"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_files_are_refused_in_one_line(tmp_path, case):
+def test_hostile_gguf_files_are_refused_in_one_line(tmp_path, case):
     draft, message = HOSTILE[case]
     path = tmp_path / "m.gguf"
     path.write_bytes(draft if isinstance(draft, bytes) else draft.pack())
@@ -305,19 +228,19 @@ def test_hostile_files_are_refused_in_one_line(tmp_path, case):
         Draft([u32("split.count", 1), pair("x", 8, string("ü" * 5))]),
     ],
 )
-def test_unusual_files_come_back(tmp_path, draft):
+def test_unusual_gguf_files_round_trip_byte_for_byte(tmp_path, draft):
     source = tmp_path / "m.gguf"
     source.write_bytes(draft.pack())
     assert back(store(source)) == source.read_bytes()
 
 
-def test_part_of_a_model_is_told(tmp_path):
+def test_one_part_of_a_split_gguf_model_is_read_with_a_warning(tmp_path):
     source = tmp_path / "m.gguf"
     source.write_bytes(Draft([pair("split.count", 2, struct.pack("<H", 3))]).pack())
     assert "one part of 3" in open_gguf(source).warnings[0]
 
 
-def test_what_belongs_to_no_tensor_is_limited(tmp_path):
+def test_gguf_files_with_a_gigabyte_outside_tensors_are_refused(tmp_path):
     source = tmp_path / "m.gguf"
     source.write_bytes(Draft().pack())
     with source.open("r+b") as file:
@@ -339,7 +262,7 @@ SMALL = Draft(
 
 
 @given(st.data())
-def test_damaged_files_are_read_or_refused(tmp_path_factory, data):
+def test_damaged_gguf_files_are_read_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("g") / "m.gguf"
     raw = bytearray(SMALL)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -356,7 +279,7 @@ def test_damaged_files_are_read_or_refused(tmp_path_factory, data):
         assert back(qf) == path.read_bytes()
 
 
-def test_every_flipped_bit_of_the_header(tmp_path):
+def test_gguf_headers_with_any_flipped_bit_are_read_or_refused(tmp_path):
     path = tmp_path / "m.gguf"
     for at in range(SMALL.index(bytes(150))):
         for bit in (0, 3, 7):
@@ -369,7 +292,7 @@ def test_every_flipped_bit_of_the_header(tmp_path):
                 assert "\n" not in str(error)  # noqa: PT017
 
 
-def test_large_vocabularies_are_skipped_quickly(tmp_path):
+def test_large_gguf_vocabularies_are_skipped_quickly(tmp_path):
     tokens = b"".join(string(f"token {i}") for i in range(200_000))
     source = tmp_path / "m.gguf"
     source.write_bytes(Draft([pair("tokens", 9, struct.pack("<IQ", 8, 200_000) + tokens)]).pack())
@@ -391,7 +314,7 @@ def smollm2() -> Path:
 
 
 @pytest.mark.slow
-def test_a_real_file_comes_back(smollm2, tmp_path):
+def test_a_real_gguf_file_round_trips_byte_for_byte(smollm2, tmp_path):
     path = tmp_path / "m.qf"
     convert(open_gguf(smollm2), path, Recipe())
     export(path, tmp_path / "m.gguf", "gguf")

@@ -1,4 +1,4 @@
-"""Hugging Face models into GGUF files; judged by what transformers reads of them."""
+"""Hugging Face models exported to GGUF, read back by transformers."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def tensors_of(path: Path, source: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("type_", [None, "q8_0", "q4_1:coded=true", "bf16", "nlm"])
-def test_transformers_reads_the_same_weights(source, tmp_path, type_):
+def test_transformers_reads_the_same_weights_from_exported_gguf(source, tmp_path, type_):
     path, out = exported(source, tmp_path, type_, dtype="f32")
     found = tensors_of(out, source)
     with safe_open(path) as file:
@@ -119,7 +119,7 @@ def test_transformers_reads_the_same_weights(source, tmp_path, type_):
         assert kinds == {type_[:4].upper()}
 
 
-def test_what_the_file_says(source, tmp_path):
+def test_exported_gguf_metadata_describes_model_and_tokenizer(source, tmp_path):
     _, out = exported(source, tmp_path, "q8_0")
     fields = {key: field.contents() for key, field in GGUFReader(out).fields.items()}
     config = json.loads((source / "config.json").read_bytes())
@@ -152,7 +152,7 @@ def test_what_the_file_says(source, tmp_path):
         assert again(line, add_special_tokens=False)["input_ids"] == made.encode(line).ids
 
 
-def test_llama_3_frequencies():
+def test_exported_llama_3_frequencies_are_those_of_transformers():
     config = CONFIGS["llama 3"]
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1 / (50000.0 ** (torch.arange(0, 16, 2) / 16))
@@ -168,7 +168,7 @@ def _config(config: Any, **changes: Any) -> bytes:
     return json.dumps(values).encode()
 
 
-def test_biases_of_rotated_matrices_are_rotated(tmp_path):
+def test_biases_of_rotated_matrices_are_rotated_in_gguf(tmp_path):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(CONFIGS["llama with biases and wide heads"])
     bias = torch.arange(48.0)
@@ -203,7 +203,7 @@ def test_biases_of_rotated_matrices_are_rotated(tmp_path):
         (None, None),
     ],
 )
-def test_names_of_pre_tokenizers(pre, name):
+def test_pre_tokenizers_have_their_gguf_names(pre, name):
     model = Model({"config.json": _config(CONFIGS["llama"])}, "x")
     if name:
         assert model._pre({"pre_tokenizer": pre}) == name
@@ -231,7 +231,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
-def test_what_is_not_supported_is_refused(tmp_path, changes, message):
+def test_unsupported_models_are_refused_for_gguf(tmp_path, changes, message):
     torch.manual_seed(0)
     source = tmp_path / "hf"
     transformers.LlamaForCausalLM(CONFIGS["llama"]).save_pretrained(source)
@@ -249,7 +249,7 @@ def test_what_is_not_supported_is_refused(tmp_path, changes, message):
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_rows_that_are_no_blocks_become_what_was_asked_for(tmp_path):
+def test_rows_that_are_no_whole_blocks_are_exported_in_the_requested_dtype(tmp_path):
     sizes = SIZES | {"hidden_size": 40, "num_attention_heads": 2}
     transformers.LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "hf")
     tokenizer().save(str(tmp_path / "hf" / "tokenizer.json"))

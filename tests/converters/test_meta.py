@@ -46,7 +46,7 @@ def model(kv_heads: int = HEADS, dtype: torch.dtype = torch.bfloat16) -> Tensors
 def split(
     tensors: Tensors, count: int, *, embeddings: int, kv_heads: int = HEADS, spread: bool = False
 ) -> list[Tensors]:
-    """Return what each GPU has; keys and values are given to several if there are fewer heads, next to each other or spread."""
+    """Return the tensors of each GPU; if there are fewer key heads than GPUs, neighbours share them, or GPUs far apart."""
     shards = []
     for i in range(count):
         shard = {"rope.freqs": torch.ones(HEAD_DIM // 2)}
@@ -98,7 +98,7 @@ def refused(directory: Path) -> str:
 @pytest.mark.parametrize("step", [1, 5, 33, 10**9])
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 @pytest.mark.parametrize("embeddings", [0, 1], ids=["Llama 3", "Llama 2"])
-def test_shards_come_together(tmp_path, count, embeddings, step):
+def test_meta_shards_join_to_the_whole_tensors(tmp_path, count, embeddings, step):
     tensors = model()
     params = {"vocab_size": VOCAB} if embeddings == 0 else {}
     source = write(tmp_path, split(tensors, count, embeddings=embeddings), **params)
@@ -109,14 +109,14 @@ def test_shards_come_together(tmp_path, count, embeddings, step):
 
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize(("count", "kv_heads"), [(2, 2), (4, 2), (8, 2), (8, 4), (8, 1), (2, 4)])
-def test_heads_of_keys_and_values_that_several_shards_have_are_taken_once(tmp_path, count, kv_heads, spread):
+def test_key_and_value_heads_shared_by_meta_shards_are_taken_once(tmp_path, count, kv_heads, spread):
     tensors = model(kv_heads)
     shards = split(tensors, count, embeddings=0, kv_heads=kv_heads, spread=spread)
     check(open_checkpoint(write(tmp_path, shards, n_kv_heads=kv_heads, vocab_size=VOCAB)), tensors, 50)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_conversion_keeps_meta_s_names_and_takes_the_files_along(tmp_path, dtype):
+def test_converting_a_meta_checkpoint_keeps_names_and_assets(tmp_path, dtype):
     tensors = model(2, dtype)
     source = write(tmp_path / "m", split(tensors, 4, embeddings=0, kv_heads=2), n_kv_heads=2)
     (source / "tokenizer.model").write_bytes(b"tokens")
@@ -130,30 +130,30 @@ def test_a_conversion_keeps_meta_s_names_and_takes_the_files_along(tmp_path, dty
     assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
 
 
-def test_one_file_without_a_number(tmp_path):
+def test_a_meta_checkpoint_in_one_file_without_a_number_is_read(tmp_path):
     tensors = model()
     torch.save(tensors | {"vision_model.conv.weight": torch.ones(2, 2)}, tmp_path / "consolidated.pth")
     (tmp_path / "params.json").write_text(json.dumps({"dim": DIM}))
     check(open_checkpoint(tmp_path), tensors | {"vision_model.conv.weight": torch.ones(2, 2)})
 
 
-def test_one_file_alone_needs_no_params(tmp_path):
+def test_a_meta_checkpoint_in_one_file_needs_no_params(tmp_path):
     tensors = model()
     torch.save(tensors, tmp_path / "consolidated.00.pth")
     check(open_checkpoint(tmp_path), tensors)
 
 
-def test_files_of_hugging_face_are_preferred(tmp_path):
+def test_hugging_face_files_are_preferred_to_meta_shards(tmp_path):
     source = write(tmp_path, split(model(), 2, embeddings=1))
     torch.save({"a": torch.ones(3)}, source / "pytorch_model.bin")
     assert [tensor.name for tensor in open_checkpoint(source).tensors] == ["a"]
 
 
-def test_a_tokenizer_above_is_mentioned(tmp_path):
+def test_a_tokenizer_in_the_folder_above_a_meta_checkpoint_is_mentioned(tmp_path):
     source = write(tmp_path / "7B", split(model(), 1, embeddings=1))
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     (warning,) = open_checkpoint(source).warnings
-    assert "tokenizer.model of the directory above" in warning
+    assert "tokenizer.model of the parent directory" in warning
 
 
 def missing(number: int) -> Callable[[Path], object]:
@@ -212,7 +212,7 @@ WK = "layers.1.attention.wk.weight"
         (lambda d: (d / "consolidated.01.pth").write_bytes(b"PK\3\4"), ["consolidated.01.pth", "cut short"]),
     ],
 )
-def test_what_does_not_belong_together_is_refused(tmp_path, change, says):
+def test_meta_shards_that_do_not_fit_together_are_refused(tmp_path, change, says):
     source = write(tmp_path / "m", split(model(), 4, embeddings=1))
     change(source)
     message = refused(source)
@@ -221,7 +221,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path, change, says):
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "layers.0.ffn_norm.weight", "layers.0.attention.wv.weight"])
-def test_copies_that_differ_are_refused_when_they_are_read(tmp_path, name):
+def test_replicated_tensors_that_differ_between_meta_shards_are_refused_when_read(tmp_path, name):
     source = write(tmp_path / "m", split(model(1), 4, embeddings=1, kv_heads=1), n_kv_heads=1)
     changed(lambda shard: shard[name].view(-1)[-1:].add_(1))(source)
     with pytest.raises(SourceError, match=f"'{name}' in the shards differ"):
@@ -229,7 +229,7 @@ def test_copies_that_differ_are_refused_when_they_are_read(tmp_path, name):
     assert not (tmp_path / "x.qf").exists()
 
 
-def test_replicated_heads_that_cannot_be_told_apart_are_refused(tmp_path):
+def test_ambiguous_replicated_heads_of_meta_shards_are_refused(tmp_path):
     source = write(tmp_path / "m", split(model(2), 4, embeddings=1, kv_heads=2), n_kv_heads=2)
     changed(lambda shard: shard[WK][0].add_(1))(source)
     assert WK in refused(source)

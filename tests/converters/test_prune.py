@@ -46,7 +46,7 @@ def whole(tensor) -> np.ndarray:
 
 
 def sorted_out(bits: np.ndarray, dtype: str, rank: int) -> tuple[np.ndarray, int]:
-    """Return what pruning should leave, by sorting values as torch understands them, and how many zeros that is."""
+    """Return the bits after pruning and the number of zeros, by sorting the values that torch sees."""
     flat = bits.reshape(-1)
     values = np.abs(torch.from_numpy(flat.copy()).view(TORCH[dtype]).double().numpy())
     finite = np.sort(values[np.isfinite(values)])
@@ -57,7 +57,7 @@ def sorted_out(bits: np.ndarray, dtype: str, rank: int) -> tuple[np.ndarray, int
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
-def test_real_weights_are_pruned_as_torch_does(minilm, sparsity):
+def test_minilm_is_pruned_as_by_torch(minilm, sparsity):
     checkpoint = Pruning.parse(sparsity).apply(open_checkpoint(minilm))
     source = load_file(minilm / "model.safetensors")
     pruned = [tensor for tensor in checkpoint.tensors if isinstance(tensor, Pruned)]
@@ -79,7 +79,7 @@ def test_real_weights_are_pruned_as_torch_does(minilm, sparsity):
 
 @pytest.mark.parametrize("dtype", TORCH)
 @given(data=st.data())
-def test_every_dtype_and_every_bit_pattern(dtype, data):
+def test_pruning_zeroes_the_smallest_magnitudes_of_every_dtype(dtype, data):
     size = DTYPES[dtype].size
     raw = data.draw(st.binary(min_size=size, max_size=40 * size).map(lambda raw: raw[: len(raw) // size * size]))
     bits = np.frombuffer(raw, f"u{size}")
@@ -93,7 +93,7 @@ def test_every_dtype_and_every_bit_pattern(dtype, data):
 
 
 @pytest.mark.parametrize("dtype", TORCH)
-def test_tensors_of_several_chunks(dtype, monkeypatch):
+def test_pruning_works_across_chunks(dtype, monkeypatch):
     monkeypatch.setattr(prune_module, "CHUNK_ELEMENTS", 1000)
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((37, 200))).to(TORCH[dtype])
     size = DTYPES[dtype].size
@@ -107,7 +107,7 @@ def test_tensors_of_several_chunks(dtype, monkeypatch):
         np.testing.assert_array_equal(part, expected[500:2500])
 
 
-def test_ties_all_go_and_zeros_count():
+def test_pruning_removes_all_ties_and_counts_zeros():
     ties = from_array(np.array([[1, -2, 2, 2], [-2, 3, 4, 5]], np.float32))
     pruned = Pruned(ArrayTensor("w", ties), 2)
     assert pruned.cut().zeros == 5
@@ -119,27 +119,27 @@ def test_ties_all_go_and_zeros_count():
     assert pruned.zeros == 4
 
 
-def test_a_tensor_of_zeros_stays_one():
+def test_pruning_keeps_a_tensor_of_zeros():
     zeros = np.zeros((8, 8), np.float32)
     assert find_cut(ArrayTensor("w", from_array(zeros)), 10).zeros == 64
     pruned = Pruned(ArrayTensor("w", from_array(-zeros)), 10)
     assert not whole(pruned).any()
 
 
-def test_the_source_array_is_left_alone():
+def test_pruning_does_not_change_the_source_array():
     array = np.arange(-8, 8, dtype=np.float32).reshape(4, 4)
     before = array.copy()
     assert (whole(Pruned(ArrayTensor("w", from_array(array)), 8)) == 0).sum() == 9  # +-4 tie
     np.testing.assert_array_equal(array, before)
 
 
-def test_a_sparsity_means_the_number_that_is_written():
+def test_sparsities_are_exact_decimal_fractions():
     assert int(Pruning.parse(0.29).default * 100) == 29
     assert int(0.29 * 100) == 28
     assert Pruning.parse("5e-1").default == Fraction(1, 2)
 
 
-def test_threads_find_the_cut_once():
+def test_the_pruning_threshold_is_computed_once_for_all_threads():
     class Counting(ArrayTensor):
         def read(self, elements: slice) -> Elements:
             reads.append(elements)
@@ -161,35 +161,19 @@ def shares(
     return {name: float(pruning.sparsity_for(ArrayTensor(name, array))) for name in names}
 
 
-def test_embeddings_and_heads_are_left_out():
+def test_embeddings_and_output_heads_are_not_pruned_by_default():
     kept = [
-        "model.embed_tokens.weight",
-        "embeddings.word_embeddings.weight",
-        "tok_embeddings.weight",
-        "token_embd.weight",
-        "transformer.wte.weight",
-        "wpe.weight",
-        "emb.weight",
-        "shared.weight",
-        "model.shared.weight",
-        "lm_head.weight",
-        "lm_head.decoder.weight",
-        "head.weight",
-        "output.weight",
-        "proj_out.weight",
-        "score.weight",
-        "classifier.weight",
-        "cls.predictions.decoder.weight",
+        *("model.embed_tokens.weight", "embeddings.word_embeddings.weight", "tok_embeddings.weight"),
+        *("token_embd.weight", "transformer.wte.weight", "wpe.weight", "emb.weight", "shared.weight"),
+        *("model.shared.weight", "lm_head.weight", "lm_head.decoder.weight", "head.weight", "output.weight"),
+        *("proj_out.weight", "score.weight", "classifier.weight", "cls.predictions.decoder.weight"),
         "params.Embed_0.embedding",
     ]
     taken = [
         "model.layers.0.self_attn.q_proj.weight",
         "encoder.layer.0.attention.output.dense.weight",
-        "layers.0.attention.output.weight",
-        "mlp.shared_expert.up_proj.weight",
-        "blk.0.attn_output.weight",
-        "multihead_attn.in_proj_weight",
-        "pooler.dense.weight",
+        *("layers.0.attention.output.weight", "mlp.shared_expert.up_proj.weight", "blk.0.attn_output.weight"),
+        *("multihead_attn.in_proj_weight", "pooler.dense.weight"),
     ]
     assert shares(kept, Pruning.parse(0.5)) == dict.fromkeys(kept, 0.0)
     assert shares(taken, Pruning.parse(0.5)) == dict.fromkeys(taken, 0.5)
@@ -203,7 +187,7 @@ def test_only_floating_matrices_are_pruned():
     assert shares(["x"], everything, dtype="i32") == {"x": 0.0}
 
 
-def test_the_last_pattern_wins_over_the_names():
+def test_the_last_matching_pattern_decides_the_sparsity():
     names = ["layer.0.w", "layer.1.w", "embed.w"]
     assert shares(names, Pruning.parse(0.5, ["layer.*=0.7", "layer.1.*=0"])) == dict(
         zip(names, [0.7, 0, 0], strict=True)
@@ -213,7 +197,7 @@ def test_the_last_pattern_wins_over_the_names():
 
 
 @pytest.mark.parametrize("wrong", [1, 1.5, -0.1, "nan", "inf", "half", "", None])
-def test_a_sparsity_out_of_range_is_refused(wrong):
+def test_sparsities_out_of_range_are_refused(wrong):
     with pytest.raises(TypeSpecError, match="from 0 to less than 1"):
         Pruning.parse(wrong)
     with pytest.raises(TypeSpecError, match="from 0 to less than 1"):
@@ -221,12 +205,12 @@ def test_a_sparsity_out_of_range_is_refused(wrong):
 
 
 @pytest.mark.parametrize("wrong", ["=0.5", "w=", "w", ""])
-def test_malformed_overrides_are_refused(wrong):
+def test_malformed_sparsity_overrides_are_refused(wrong):
     with pytest.raises(TypeSpecError, match="PATTERN=SPARSITY"):
         Pruning.parse(0.5, [wrong])
 
 
-def test_patterns_that_match_nothing_are_refused(tmp_path):
+def test_sparsity_patterns_that_match_nothing_are_refused(tmp_path):
     arrays = {"w": np.ones((4, 4), np.float32), "b": np.ones(4, np.float32)}
     with pytest.raises(TypeSpecError, match=r"no tensor matches the pattern of x\*=0.5"):
         qformat.save_file(arrays, tmp_path / "x.qf", prune={"x*": 0.5})
@@ -235,7 +219,7 @@ def test_patterns_that_match_nothing_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_read_before_it_is_needed_and_nothing_wrapped_in_vain():
+def test_pruning_reads_no_tensor_before_it_is_needed():
     class Unreadable(ArrayTensor):
         def read(self, elements: slice) -> Elements:
             raise AssertionError
@@ -253,7 +237,7 @@ def test_nothing_is_read_before_it_is_needed_and_nothing_wrapped_in_vain():
     assert "nothing is pruned" in warning
 
 
-def test_save_file_prunes_and_measures_against_what_is_left(tmp_path):
+def test_save_file_measures_errors_against_the_pruned_weights(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal((64, 96)).astype(np.float32) for name in ("w", "embed.weight")}
     arrays["b"] = rng.standard_normal(64).astype(np.float32)
@@ -277,7 +261,7 @@ def test_save_file_prunes_and_measures_against_what_is_left(tmp_path):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("count", [1, 12, 16])
-def test_nan_and_infinity_are_not_hidden(tmp_path, bad, count):
+def test_pruning_does_not_hide_nan_and_infinity(tmp_path, bad, count):
     array = np.arange(1, 17, dtype=np.float32).reshape(4, 4)
     array.reshape(-1)[:count] = bad
     for type_ in ("q4_0", None):
@@ -290,7 +274,7 @@ def test_nan_and_infinity_are_not_hidden(tmp_path, bad, count):
     np.testing.assert_array_equal(got, expected)
 
 
-def test_the_command_prunes_minilm(minilm, minilm_qf, tmp_path):
+def test_the_convert_command_prunes_minilm(minilm, minilm_qf, tmp_path):
     target = tmp_path / "x.qf"
     dry = json.loads(run(minilm, target, "--prune", 0.5, "-n", "--json").stdout)
     assert not target.exists()
@@ -306,7 +290,7 @@ def test_the_command_prunes_minilm(minilm, minilm_qf, tmp_path):
     assert (tmp_path / "z.qf").read_bytes() == minilm_qf.read_bytes()
 
 
-def test_verbose_shows_what_was_pruned(tmp_path):
+def test_verbose_output_shows_the_pruned_share_of_each_tensor(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal((50, 40)).astype(np.float32) for name in ("a", "b", "embed")}
     save_file(arrays, tmp_path / "x.safetensors")
@@ -320,13 +304,13 @@ def test_verbose_shows_what_was_pruned(tmp_path):
         assert any(line.endswith(last) for line in lines[4:])
 
 
-def test_the_command_warns_of_what_was_hardly_meant(tmp_path):
+def test_the_convert_command_warns_if_nothing_or_everything_is_pruned(tmp_path):
     save_file({"lm_head.weight": np.ones((8, 8), np.float32)}, tmp_path / "x.safetensors")
     args = (tmp_path / "x.safetensors", tmp_path / "x.qf", "-f")
     assert "nothing is pruned" in run(*args, "--prune", 0.5).stderr
     assert "nothing is pruned" not in run(*args).stderr
     warning = run(*args, "--prune-tensor", "lm_head.*=0.5").stderr
-    assert "tensor 'lm_head.weight' is all zero now" in warning
+    assert "all weights pruned, because they are equal: tensor 'lm_head.weight'" in warning
     assert "--prune-tensor lm_head.weight=0" in warning
 
 
@@ -342,7 +326,7 @@ def test_the_command_warns_of_what_was_hardly_meant(tmp_path):
         (("--prune-tensor", "nothing=0.5"), "no tensor matches"),
     ],
 )
-def test_wrong_usage_is_exit_status_2(tmp_path, args, message):
+def test_wrong_pruning_options_exit_with_status_2(tmp_path, args, message):
     save_file({"w": np.ones((8, 8), np.float32)}, tmp_path / "x.safetensors")
     assert message in run(tmp_path / "x.safetensors", tmp_path / "x.qf", *args, code=2).stderr
     assert not (tmp_path / "x.qf").exists()

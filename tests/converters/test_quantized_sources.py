@@ -1,13 +1,12 @@
-"""Layers that other tools have quantized, packed here one bit after the other, and what becomes of them."""
+"""Layers quantized by other tools, packed here bit by bit, have the values of their codes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from qformat import safe_open
-from qformat.codecs import base
-from qformat.codecs.base import Matrix, chunks
+from qformat.codecs.layout import Matrix
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.quantized.recognize import recognize
@@ -27,10 +25,12 @@ from qformat.converters.request import Request
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.safetensors import open_safetensors
-from qformat.dtypes import BF16, DTYPES, Elements, from_array
+from qformat.dtypes import DTYPES, Elements, from_array
 from qformat.errors import SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedTensor
+from qformat.pipeline.source import Checkpoint, QuantizedSource
+from tests.helpers.codecs import chunks_of, decode, part_of, segment_lengths
+from tests.helpers.quantized import Layer, awq, compressed, gptq, layer, loose_words_of, packed, random_scales, words_of
 
 DATA = Path(__file__).parents[1] / "data" / "quantized"
 CONFIGS = ("config.json", "quantize_config.json", "quantization_config.json")
@@ -38,118 +38,7 @@ UNIT = {2: 16, 3: 32, 4: 8, 8: 4}  # codes that fill whole words
 every_width = pytest.mark.parametrize("bits", UNIT)
 
 
-# ---- an independent packer
-
-
-def words_of(codes: Sequence[int], bits: int) -> list[int]:
-    """Return 32-bit words that are one string of bits."""
-    text = sum(int(code) << bits * i for i, code in enumerate(codes))
-    count = -(-len(codes) * bits // 32)
-    return [text >> 32 * i & 0xFFFFFFFF for i in range(count)]
-
-
-def loose_words_of(codes: Sequence[int], bits: int) -> list[int]:
-    """Return 32-bit words that each hold whole codes only."""
-    each = 32 // bits
-    return [word for i in range(0, len(codes), each) for word in words_of(codes[i : i + each], bits)]
-
-
-def packed(rows: Any, bits: int, pack: Any = words_of) -> np.ndarray:
-    return np.array([pack(row, bits) for row in rows], np.uint32).view(np.int32)
-
-
-def less_one(words: np.ndarray, zeros: np.ndarray, bits: int) -> np.ndarray:
-    """Return words of zeros as GPTQ v1 stores them."""
-    if bits == 3:
-        return packed((zeros - 1) % 8, 3)
-    return words - np.uint32(sum(1 << i for i in range(0, 32, bits))).view(np.int32)
-
-
-def awq_words_of(codes: Sequence[int]) -> list[int]:
-    words = []
-    for i in range(0, len(codes), 8):
-        field = {place: int(code) for place, code in zip((0, 4, 1, 5, 2, 6, 3, 7), codes[i : i + 8], strict=True)}
-        words.append(sum(field[place] << 4 * place for place in field))
-    return words
-
-
-# ---- layers
-
-
-@dataclass
-class Layer:
-    """A layer with random numbers and what it stands for."""
-
-    codes: np.ndarray  # [out, in]
-    zeros: np.ndarray  # [out, groups]
-    scales: Elements  # [out, groups]
-    places: np.ndarray  # the group of each column
-
-    @property
-    def values(self) -> np.ndarray:
-        levels = (self.codes - self.zeros[:, self.places]).astype(np.float32)
-        return self.scales.to_f32()[:, self.places] * levels
-
-
-def random_scales(rng: Any, shape: Any, dtype: str = "f16") -> Elements:
-    values = rng.normal(size=shape).astype(np.float32)
-    if dtype == "bf16":
-        return Elements(BF16, (values.view(np.uint32) >> 16).astype(np.uint16))
-    return from_array(values.astype(DTYPES[dtype].storage))
-
-
-def layer(
-    bits: int,
-    rows: int,
-    cols: int,
-    group: int,
-    *,
-    order: bool = False,
-    sym: bool = False,
-    scale: str = "f16",
-    seed: int = 0,
-) -> Layer:
-    rng = np.random.default_rng(seed)
-    groups = -(-cols // group)
-    places = np.arange(cols) // group
-    zeros = np.full((rows, groups), 1 << (bits - 1)) if sym else rng.integers(0, 1 << bits, (rows, groups))
-    return Layer(
-        rng.integers(0, 1 << bits, (rows, cols)),
-        zeros,
-        random_scales(rng, (rows, groups), scale),
-        rng.permutation(places) if order else places,
-    )
-
-
-def transposed(elements: Elements) -> Elements:
-    return Elements(elements.dtype, np.ascontiguousarray(elements.data.T))
-
-
-def gptq(x: Layer, bits: int, version: str = "v1", *, g_idx: bool = True) -> dict[str, Any]:
-    words = packed(x.zeros.T, bits)
-    parts = {
-        "qweight": np.ascontiguousarray(packed(x.codes, bits).T),
-        "qzeros": less_one(words, x.zeros.T, bits) if version == "v1" else words,
-        "scales": transposed(x.scales),
-    }
-    return parts | ({"g_idx": x.places.astype(np.int32)} if g_idx else {})
-
-
-def awq(x: Layer) -> dict[str, Any]:
-    return {
-        "qweight": np.array([awq_words_of(column) for column in x.codes.T], np.uint32).view(np.int32),
-        "qzeros": np.array([awq_words_of(column) for column in x.zeros.T], np.uint32).view(np.int32),
-        "scales": transposed(x.scales),
-    }
-
-
-def compressed(x: Layer, bits: int, pack: Any = words_of, *, zeros: bool = True) -> dict[str, Any]:
-    parts = {
-        "weight_packed": packed(x.codes, bits, pack),
-        "weight_scale": x.scales,
-        "weight_shape": np.array(x.codes.shape, np.int64),
-    }
-    return parts | ({"weight_zero_point": np.ascontiguousarray(packed(x.zeros.T, bits, pack).T)} if zeros else {})
+# ---- checks
 
 
 def sources(parts: Mapping[str, Any], name: str = "a.b") -> list[Any]:
@@ -169,7 +58,7 @@ def only(parts: Mapping[str, Any], config: Any = None, version: Any = None) -> A
     assert not warnings
     assert len(found) == 1
     assert found[0].name == "a.b.weight"
-    assert isinstance(found[0], QuantizedTensor)
+    assert isinstance(found[0], QuantizedSource)
     return found[0]
 
 
@@ -181,27 +70,27 @@ def refused(parts: Mapping[str, Any], config: Any = None, **options: Any) -> str
 
 
 def check(tensor: Any, values: np.ndarray) -> None:
-    """Check what a tensor reads as, whole, in part, and chunk by chunk as it is stored."""
+    """Compare the values of a tensor read whole, in part, and chunk by chunk."""
     assert tensor.shape == values.shape
     flat = values.reshape(-1)
     assert tensor.read(slice(0, flat.size)).data.tobytes() == flat.tobytes()
     start, stop = flat.size // 3, flat.size - flat.size // 5
     assert tensor.read(slice(start, stop)).data.tobytes() == flat[start:stop].tobytes()
-    matrix = Matrix.of(tensor.shape)
-    for chunk in chunks(matrix, tensor.codec.chunk_alignment(matrix)):
+    for chunk in chunks_of(tensor.codec, tensor.shape):
         parts = tensor.encoded(chunk)
-        spans = tensor.codec.spans(matrix, chunk)
-        assert [len(part) for part in parts] == [span.stop - span.start for span in spans]
-        decoded = np.empty((chunk.rows, chunk.cols), np.float32)
-        tensor.codec.decode(parts, decoded)
-        assert decoded.tobytes() == flat[chunk.elements(matrix)].tobytes()
+        segments = [bytes(length) for length in segment_lengths(tensor.codec, tensor.shape).values()]
+        assert [len(part) for part in parts] == [
+            len(part) for part in part_of(tensor.codec, tensor.shape, chunk, segments)
+        ]
+        decoded = decode(tensor.codec, parts, (chunk.rows, chunk.cols))
+        assert decoded.tobytes() == flat[chunk.elements(Matrix.of(tensor.shape))].tobytes()
 
 
-# ---- what the tools wrote
+# ---- real tools
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in DATA.iterdir() if path.is_dir()))
-def test_layers_of_real_tools(tmp_path, name):
+def test_layers_quantized_by_real_tools_have_the_expected_values(tmp_path, name):
     folder = DATA / name
     configs = {file: json.loads((folder / file).read_bytes()) for file in CONFIGS if (folder / file).exists()}
     tensors, warnings = recognize(open_safetensors(folder / "model.safetensors"), configs, SourceOptions())
@@ -235,7 +124,7 @@ def layers(draw: Any, bits: int, cols_unit: int | None = None, rows_unit: int | 
 
 @every_width
 @given(data=st.data())
-def test_gptq(bits, data):
+def test_gptq_layers_have_the_values_of_their_codes(bits, data):
     x = data.draw(layers(bits))
     version = data.draw(st.sampled_from(["v1", "v2"]))
     group = int(np.bincount(x.places)[0])
@@ -250,7 +139,7 @@ def test_gptq(bits, data):
 
 @pytest.mark.parametrize("group", [16, 32, 64, 128])
 @pytest.mark.parametrize("config", [None, {"group_size": "given"}])
-def test_without_g_idx_columns_are_in_order(group, config):
+def test_gptq_layers_without_g_idx_have_columns_in_order(group, config):
     x = layer(4, 16, 128, group)
     config = config and {"group_size": -1 if group == 128 else group, "desc_act": group == 128}
     tensor = only(gptq(x, 4, g_idx=False), config)
@@ -259,7 +148,7 @@ def test_without_g_idx_columns_are_in_order(group, config):
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama", 3, ["gpt2"]])
-def test_models_that_keep_their_matrices_the_other_way_round_are_told(model):
+def test_gptq_models_that_keep_matrices_transposed_give_a_warning(model):
     config = {"config.json": {"model_type": model}}
     _, warnings = recognize(sources(gptq(layer(4, 8, 64, 32), 4)), config, SourceOptions())
     assert [warning for warning in warnings if "[in, out]" in warning] == (
@@ -269,7 +158,7 @@ def test_models_that_keep_their_matrices_the_other_way_round_are_told(model):
     )
 
 
-def test_groups_of_which_the_last_is_short():
+def test_gptq_layers_whose_last_group_is_short_are_read():
     x = layer(4, 8, 80, 32)
     check(only(gptq(x, 4)), x.values)  # g_idx tells
     check(only(gptq(x, 4, g_idx=False), {"group_size": 32}), x.values)
@@ -277,7 +166,7 @@ def test_groups_of_which_the_last_is_short():
 
 
 @given(x=layers(4, cols_unit=5))
-def test_awq(x):
+def test_awq_layers_have_the_values_of_their_codes(x):
     x.places.sort()
     check(only(awq(x), {"w_bit": 4, "q_group_size": int(np.bincount(x.places)[0]), "version": "GEMM"}), x.values)
 
@@ -285,7 +174,7 @@ def test_awq(x):
 @every_width
 @pytest.mark.parametrize("pack", [words_of, loose_words_of])
 @given(data=st.data())
-def test_compressed_tensors(bits, pack, data):
+def test_compressed_tensors_layers_have_the_values_of_their_codes(bits, pack, data):
     x = data.draw(
         layers(bits, cols_unit=data.draw(st.sampled_from([31, 32, 64])), rows_unit=data.draw(st.sampled_from([1, 5])))
     )
@@ -299,7 +188,7 @@ def test_compressed_tensors(bits, pack, data):
     assert tensor.codec.sym == symmetric
 
 
-def test_compressed_tensors_with_its_columns_in_order():
+def test_compressed_tensors_layers_without_g_idx_have_columns_in_order():
     x = layer(4, 6, 64, 32, sym=True)
     parts = compressed(x, 4, zeros=False)
     check(only(parts), x.values)
@@ -307,7 +196,7 @@ def test_compressed_tensors_with_its_columns_in_order():
     check(only(parts | {"weight_shape": np.array([6, 64], np.int32)}), x.values)
 
 
-def test_zeros_of_compressed_tensors_that_are_bytes():
+def test_compressed_tensors_zero_points_of_int8_are_read():
     x = layer(4, 6, 64, 32)
     zeros = (x.zeros - 8).astype(np.int8)
     check(only(compressed(x, 4, zeros=False) | {"weight_zero_point": zeros}), x.values)
@@ -320,7 +209,7 @@ def test_zeros_of_compressed_tensors_that_are_bytes():
     assert "does not fit" in refused(compressed(x, 4, zeros=False) | {"weight_zero_point": np.zeros((2, 6), np.int8)})
 
 
-def test_scales_for_rows_and_for_the_tensor():
+def test_compressed_tensors_scales_for_rows_and_for_the_tensor_are_read():
     x = layer(4, 6, 64, 64, sym=True)
     for scales in (x.scales, Elements(x.scales.dtype, x.scales.data.reshape(6))):
         check(only(compressed(x, 4, zeros=False) | {"weight_scale": scales}), x.values)
@@ -332,7 +221,7 @@ def test_scales_for_rows_and_for_the_tensor():
 
 
 @given(data=st.data())
-def test_int8(data):
+def test_int8_layers_have_the_values_of_their_codes(data):
     x = data.draw(layers(8, cols_unit=17, rows_unit=1))
     x.places.sort()
     signed = (x.codes - 128).astype(np.int8)
@@ -346,8 +235,8 @@ def test_int8(data):
 @pytest.mark.parametrize("linear", ["bitlinear", "autobitlinear", None])
 @pytest.mark.parametrize("dtype", ["bf16", "f32", "f16"])
 @pytest.mark.parametrize("shape", [(4, 32), (12, 70), (20, 1)])
-def test_bitnet(monkeypatch, linear, dtype, shape):
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 3 * 96)  # so that chunks lie in two quarters
+def test_bitnet_layers_have_the_values_of_their_codes(monkeypatch, linear, dtype, shape):
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 3 * 96)  # so that chunks lie in two quarters
     rng = np.random.default_rng(1)
     values = rng.integers(-1, 2, shape).astype(np.float32)
     quarters = (values + 1).astype(np.uint8).reshape(4, -1, shape[1])
@@ -359,8 +248,8 @@ def test_bitnet(monkeypatch, linear, dtype, shape):
     check(only({"weight": stored, "weight_scale": scale}, config), expected)
 
 
-def test_all_kinds_in_one_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 400)
+def test_layers_of_several_tools_in_one_checkpoint_are_recognized(tmp_path, monkeypatch):
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 400)
     gptq_layer, awq_layer, packed_layer = layer(4, 16, 96, 32), layer(4, 24, 100, 20), layer(3, 7, 62, 31)
     bias = np.arange(16, dtype=np.float32)
     parts = [
@@ -377,11 +266,7 @@ def test_all_kinds_in_one_checkpoint(tmp_path, monkeypatch):
     with safe_open(tmp_path / "1.qf") as file:
         assert sorted(file.keys()) == [
             *(
-                "x.awq.weight",
-                "x.gptq.bias",
-                "x.gptq.input_scale",
-                "x.gptq.weight",
-                "x.no_layer.g_idx",
+                *("x.awq.weight", "x.gptq.bias", "x.gptq.input_scale", "x.gptq.weight", "x.no_layer.g_idx"),
                 "x.no_layer.scales",
             ),
             *("x.packed.weight", "x.plain.weight"),
@@ -394,15 +279,15 @@ def test_all_kinds_in_one_checkpoint(tmp_path, monkeypatch):
         assert file.info("x.gptq.weight").codec == "q8_0"
 
 
-def test_rows_longer_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 64)
+def test_quantized_rows_longer_than_a_chunk_are_read(monkeypatch):
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 64)
     x = layer(4, 8, 256, 32)
     check(only(gptq(x, 4)), x.values)
     check(only(awq(x)), x.values)
     check(only(compressed(x, 4)), x.values)
 
 
-def test_a_layer_at_the_top_has_a_name():
+def test_a_quantized_layer_without_a_prefix_is_named_weight():
     x = layer(4, 8, 32, 32)
     tensors = [ArrayTensor(t.name.removeprefix("a.b."), t.elements) for t in sources(gptq(x, 4))]
     found, _ = recognize(tensors, {}, SourceOptions())
@@ -421,15 +306,14 @@ class Counted:
         return self.tensor.read(elements)
 
 
-def test_a_layer_is_read_once_for_all_its_chunks(monkeypatch):
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 256)
+def test_a_quantized_layer_is_read_once_for_all_its_chunks(monkeypatch):
+    monkeypatch.setattr("qformat.codecs.layout.CHUNK_ELEMENTS", 256)
     x = layer(4, 64, 128, 32)
     tensors = [Counted(tensor) for tensor in sources(gptq(x, 4))]
     (tensor,), _ = recognize(tensors, {}, SourceOptions())
     qweight = tensors[0]
     assert qweight.reads == 0
-    matrix = Matrix.of(tensor.shape)
-    every = list(chunks(matrix, tensor.codec.chunk_alignment(matrix)))
+    every = chunks_of(tensor.codec, tensor.shape)
     for passes in (1, 2):
         with ThreadPoolExecutor(4) as pool:
             encoded = list(pool.map(tensor.encoded, every))
@@ -444,7 +328,7 @@ def test_a_layer_is_read_once_for_all_its_chunks(monkeypatch):
 
 @every_width
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_symmetric_zeros_tell_how_they_are_stored(bits, version):
+def test_symmetric_gptq_zeros_reveal_their_version(bits, version):
     x = layer(bits, 32, 64, 32, sym=True)
     other = "v2" if version == "v1" else "v1"
     label = {"v1": "gptq", "v2": "gptq_v2"}
@@ -461,7 +345,7 @@ def test_symmetric_zeros_tell_how_they_are_stored(bits, version):
     assert f"--gptq-format {version} reads them as {version}" in warnings[0]
 
 
-def test_no_label_means_v1():
+def test_gptq_layers_without_a_label_are_v1():
     x = layer(4, 32, 64, 32, sym=True)
     assert recognized(gptq(x, 4, "v1"))[1] == []
     found, warnings = recognized(gptq(x, 4, "v2"))
@@ -474,12 +358,12 @@ def test_no_label_means_v1():
 @pytest.mark.parametrize(
     ("label", "version"), [("auto_round:auto_gptq", "v1"), ("auto_round:gptqmodel", "v2"), ("auto_round", "v2")]
 )
-def test_labels_of_auto_round(label, version):
+def test_auto_round_labels_select_the_gptq_version(label, version):
     x = layer(4, 32, 64, 32)
     check(only(gptq(x, 4, version), {"quant_method": "auto-round", "packing_format": label}), x.values)
 
 
-def test_words_that_lost_their_zeros():
+def test_gptq_words_that_lost_their_zeros_give_a_warning():
     x = layer(4, 32, 64, 32)
     parts = gptq(x, 4)
     parts["qzeros"][0, 0] = np.int32(-1)  # a zero of 0 in the lowest field, ORed over all others
@@ -490,7 +374,7 @@ def test_words_that_lost_their_zeros():
     assert recognized(parts, None, "v2")[1] == []
 
 
-# ---- what is refused
+# ---- refusals
 
 V1 = gptq(layer(4, 16, 64, 32), 4)
 PACKED = compressed(layer(4, 16, 64, 32), 4)
@@ -567,11 +451,11 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("parts", "message"), MALFORMED, ids=[message[:50] for _, message in MALFORMED])
-def test_malformed_layers_are_explained(parts, message):
+def test_malformed_quantized_layers_are_refused(parts, message):
     assert message in refused(parts)
 
 
-def test_two_ways_to_pack_that_look_alike_are_told_by_width_or_refused():
+def test_ambiguous_packings_are_decided_by_width_or_refused():
     x = layer(3, 4, 15, 15)
     config = {"config_groups": {"a": {"weights": {"num_bits": 3}}}}
     assert "old and new versions pack 15 columns into 2 words" in refused(compressed(x, 3), config)
@@ -611,17 +495,17 @@ CONFIG: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("config", "message"), CONFIG)
-def test_a_configuration_that_lies_is_named(config, message):
+def test_configurations_that_contradict_the_tensors_are_refused(config, message):
     assert message in refused(V1, config)
 
 
 @pytest.mark.parametrize("version", ["gemv", "gemv_fast", "marlin", "exllama"])
-def test_other_layouts_of_awq_are_refused(version):
+def test_other_awq_layouts_are_refused(version):
     parts = awq(layer(4, 16, 64, 32))
     assert f"version '{version}'" in refused(parts, {"quant_method": "awq", "version": version})
 
 
-def test_files_that_contradict_each_other():
+def test_configuration_files_that_contradict_each_other_are_refused():
     parts = sources(V1)
     ask = SourceOptions()
     inner = {"quantization_config": {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}}
@@ -637,18 +521,18 @@ def test_files_that_contradict_each_other():
     assert recognize(parts, wrong, SourceOptions(gptq_format="v1"))[1] == []
 
 
-def test_layers_may_differ_if_the_configuration_says_so():
+def test_gptq_layers_may_differ_as_the_configuration_says():
     x = layer(8, 16, 64, 16)
     config = {"bits": 4, "group_size": 32, "dynamic": {"+:.*b": {"bits": 8, "group_size": 16}}}
     check(only(gptq(x, 8), config), x.values)
     assert "says bits 4" in refused(gptq(x, 8), without(config, "dynamic"))
 
 
-def test_an_order_of_columns_that_is_missing():
+def test_a_missing_g_idx_is_refused_if_the_configuration_requires_it():
     assert "'a.b.g_idx' is missing, though" in refused(without(V1, "g_idx"), {"desc_act": True})
 
 
-def test_compressed_tensors_that_contradict_the_configuration():
+def test_compressed_tensors_that_contradict_the_configuration_are_refused():
     for bits, message in ((8, "mean 4 bits, but the configuration says num_bits 8"), (5, "num_bits 5")):
         config = {"format": "pack-quantized", "config_groups": {"a": {"weights": {"num_bits": bits}}}}
         assert message in refused(PACKED, config)
@@ -660,7 +544,7 @@ def test_compressed_tensors_that_contradict_the_configuration():
     )
 
 
-def test_bitnet_that_is_quantized_on_the_fly():
+def test_bitnet_models_quantized_on_the_fly_are_refused():
     parts = {"weight": np.ones((4, 4), np.uint8), "weight_scale": np.ones(1, np.float32)}
     config = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
     assert "quantization_mode 'online'" in refused(parts, config)
@@ -669,14 +553,14 @@ def test_bitnet_that_is_quantized_on_the_fly():
     assert "one scale" in refused(parts | {"weight_scale": np.ones(2, np.float32)}, {"quant_method": "bitnet"})
 
 
-def test_a_scale_of_zero_that_divides_is_refused_when_it_is_stored(tmp_path):
+def test_bitnet_layers_divided_by_a_zero_scale_are_refused(tmp_path):
     parts = {"weight": np.ones((4, 4), np.uint8), "weight_scale": np.zeros(1, np.float32)}
     tensor = only(parts, {"quant_method": "bitnet"})
     with pytest.raises(SourceError, match=r"tensor 'a.b.weight' holds NaN or infinity"):
         convert(Checkpoint([tensor]), tmp_path / "a.qf", Recipe.parse(None))
 
 
-def test_formats_that_are_not_known_stay_as_they_are():
+def test_tensors_of_unknown_quantization_formats_stay_raw_with_a_warning():
     parts = {"weight": np.ones((4, 4), np.uint8), "quant_map": np.ones(16, np.float32)}
     found, warnings = recognized(parts, {"quant_method": "bitsandbytes"})
     assert [tensor.name for tensor in found] == ["a.b.weight", "a.b.quant_map"]
@@ -704,23 +588,15 @@ JSON = st.recursive(
 )
 KEYS = (
     *(
-        "bits",
-        "group_size",
-        "quant_method",
-        "method",
-        "checkpoint_format",
-        "format",
-        "version",
-        "desc_act",
-        "sym",
-        "dynamic",
+        *("bits", "group_size", "quant_method", "method", "checkpoint_format", "format", "version", "desc_act"),
+        *("sym", "dynamic"),
     ),
     *("config_groups", "weight_block_size", "linear_class", "quantization_mode", "packing_format", "is_marlin_format"),
 )
 
 
 @given(config=st.dictionaries(st.sampled_from(KEYS), JSON), text=JSON)
-def test_no_configuration_breaks_anything(config, text):
+def test_any_configuration_is_read_or_refused(config, text):
     float8 = Elements(DTYPES["f8_e4m3"], np.zeros((128, 256), np.uint8))
     for parts in (
         V1,
@@ -745,7 +621,7 @@ def types(request: Request) -> dict[str, str]:
     return {plan.source.name: str(plan.codec) for plan in request.plans()}
 
 
-def test_what_belongs_to_quantized_weights_of_a_kind_that_is_not_known_is_not_made_smaller(tmp_path):
+def test_parts_of_unknown_quantized_weights_stay_raw_by_default(tmp_path):
     parts = {"a.W_q": np.ones((8, 8), np.uint8), "a.scale": np.ones((8, 8), np.float16)}
     config = {"quantization_config": {"quant_method": "hqq"}}
     source = str(save(tmp_path / "m", parts, config))
@@ -753,7 +629,7 @@ def test_what_belongs_to_quantized_weights_of_a_kind_that_is_not_known_is_not_ma
     assert types(Request(source, type="q8_0"))["a.scale"] == "q8_0"
 
 
-def test_a_configuration_that_cannot_be_read_is_not_ignored(tmp_path):
+def test_a_configuration_that_is_no_json_is_refused(tmp_path):
     parts = {f"a.{role}": part for role, part in gptq(layer(4, 8, 64, 32), 4).items() if role != "scales"}
     parts["a.scales"] = np.ones((2, 8), np.float16)
     source = save(tmp_path / "m", parts, '{"quantization_config": {"quant_method": "gptq", "checkpoint_f')
@@ -762,7 +638,7 @@ def test_a_configuration_that_cannot_be_read_is_not_ignored(tmp_path):
     assert len(open_checkpoint(save(tmp_path / "plain", {"a": np.ones((2, 2), np.float32)}, "{")).tensors) == 1
 
 
-def test_pruning_what_is_quantized_needs_a_type():
+def test_pruning_quantized_tensors_requires_a_type():
     source = str(DATA / "gptqmodel-gptq4-sym")
     with pytest.raises(TypeSpecError, match="is quantized already, and float32 once it is pruned"):
         Request(source, prune=0.5).open()

@@ -62,7 +62,7 @@ def stored(source: Path, output: Path, kind: str | None = "q4_0") -> bytes:
     return output.read_bytes()
 
 
-def test_a_directory(model, memory, tmp_path):
+def test_a_remote_model_folder_converts_like_a_local_one(model, memory, tmp_path):
     url = upload(memory, model)
     assert stored(source_path(url), tmp_path / "a.qf") == stored(model, tmp_path / "b.qf")
     with qformat.safe_open(tmp_path / "a.qf") as file:
@@ -97,7 +97,7 @@ def save_single(path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [save_torch, save_legacy, save_gguf, save_container, save_single])
-def test_one_file_of_each_kind(memory, tmp_path, save):
+def test_remote_files_of_each_format_convert_like_local_ones(memory, tmp_path, save):
     path = tmp_path / "file.bin"
     save(path)
     memory.pipe("/file.bin", path.read_bytes())
@@ -107,7 +107,7 @@ def test_one_file_of_each_kind(memory, tmp_path, save):
 
 @pytest.mark.parametrize("save", [save_torch, save_legacy, save_gguf, save_container, save_single])
 @pytest.mark.parametrize("length", [0, 5, 600, -1])
-def test_what_is_cut_short(memory, tmp_path, save, length):
+def test_truncated_remote_files_are_refused(memory, tmp_path, save, length):
     path = tmp_path / "file.bin"
     save(path)
     memory.pipe("/file.bin", path.read_bytes()[:length])
@@ -116,7 +116,7 @@ def test_what_is_cut_short(memory, tmp_path, save, length):
     assert not (tmp_path / "a.qf").exists()
 
 
-def test_what_is_not_there(memory, tmp_path):
+def test_missing_remote_files_are_refused(memory, tmp_path):
     with pytest.raises(SourceError, match="memory://nothing: there is no such file or directory"):
         open_checkpoint(source_path("memory://nothing"))
     memory.pipe("/folder/readme.txt", b"")
@@ -126,7 +126,7 @@ def test_what_is_not_there(memory, tmp_path):
         source_path("what://is/this")
 
 
-def test_a_file_that_vanishes(model, memory, tmp_path):
+def test_a_remote_file_that_disappears_is_named(model, memory, tmp_path):
     checkpoint = open_checkpoint(source_path(upload(memory, model)))
     memory.rm("/bucket/model-00002-of-00002.safetensors")
     with pytest.raises(SourceError, match=r"model-00002-of-00002\.safetensors: cannot be read"):
@@ -134,7 +134,7 @@ def test_a_file_that_vanishes(model, memory, tmp_path):
     assert not (tmp_path / "m.qf").exists()
 
 
-def test_only_what_is_needed_is_read(model, memory, monkeypatch):
+def test_only_the_needed_ranges_of_remote_files_are_read(model, memory, monkeypatch):
     url = upload(memory, model)
     read = []
     real = type(memory).cat_file
@@ -149,7 +149,7 @@ def test_only_what_is_needed_is_read(model, memory, monkeypatch):
     assert read == [256]
 
 
-def test_on_the_command_line(model, tmp_path):
+def test_commands_take_urls(model, tmp_path):
     runner = CliRunner()
     url = f"file://{model}"
     for name, source in (("a.qf", url), ("b.qf", str(model))):
@@ -162,7 +162,7 @@ def test_on_the_command_line(model, tmp_path):
     assert wrong.exit_code == 1
 
 
-def test_a_url_is_known_by_more_than_its_address():
+def test_the_identity_of_a_url_includes_more_than_its_address():
     class Web:
         info = staticmethod(lambda path: {"name": path, "size": 5, "ETag": etags[-1]})
         ukey = staticmethod(lambda path: path)  # as fsspec has it for HTTP
@@ -177,7 +177,7 @@ def test_a_url_is_known_by_more_than_its_address():
     assert identity(Url()) != first  # type: ignore[arg-type]
 
 
-def test_a_server_may_forbid_what_is_not_there(model, memory, monkeypatch):
+def test_a_server_that_forbids_missing_files_is_handled(model, memory, monkeypatch):
     upload(memory, model)
     files = type(memory)
     find = files._open

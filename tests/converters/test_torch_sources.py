@@ -25,13 +25,13 @@ import qformat
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
-from qformat.converters.sources.torch import TorchTensor
+from qformat.converters.sources.torch_tensors import TorchTensor
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.readers.torch import TORCH_DTYPES, load_file
-from tests.build import run_all, run_cli
+from tests.helpers.cli import run_all, run_cli
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 Tensors = dict[str, torch.Tensor]
@@ -111,13 +111,13 @@ def every_view() -> Tensors:
 
 @FORMATS
 @pytest.mark.parametrize("step", [1, 7, 16, 10**9])
-def test_every_view_is_read_in_row_major_order(tmp_path, zipped, step):
+def test_torch_views_are_read_in_row_major_order(tmp_path, zipped, step):
     tensors = every_view()
     check(opened(save(tensors, tmp_path / "x.pt", zipped=zipped)), tensors, step)
 
 
 @FORMATS
-def test_every_dtype_is_read_bit_for_bit(tmp_path, zipped):
+def test_torch_tensors_of_every_dtype_are_read_bit_for_bit(tmp_path, zipped):
     patterns = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).repeat(8)
     tensors = {}
     for name, dtype in TORCH_DTYPES.items():
@@ -129,19 +129,19 @@ def test_every_dtype_is_read_bit_for_bit(tmp_path, zipped):
 
 
 @FORMATS
-def test_tied_tensors_come_under_each_name(tmp_path, zipped):
+def test_tied_torch_tensors_are_read_under_each_name(tmp_path, zipped):
     tied = weights(8, 4)
     tensors = {"embed.weight": tied, "head.weight": tied, "half": tied[:4]}
     check(opened(save(tensors, tmp_path / "x.pt", zipped=zipped)), tensors)
 
 
-def test_reading_a_plain_tensor_of_an_archive_does_not_copy_it(tmp_path):
+def test_contiguous_torch_tensors_are_read_without_a_copy(tmp_path):
     (tensor,) = opened(save({"w": weights(100, 100)}, tmp_path / "x.pt")).tensors
     a, b = tensor.read(slice(0, 10_000)).data, tensor.read(slice(5000, 6000)).data
     assert np.shares_memory(a, b)
 
 
-def test_of_a_view_with_long_rows_no_more_is_copied_than_is_read():
+def test_reading_a_part_of_a_torch_view_copies_only_that_part():
     tensor = TorchTensor("x", DTYPES["f32"], np.zeros((3, 1 << 21), np.float32)[:, ::2])
     tracemalloc.start()
     try:
@@ -152,7 +152,7 @@ def test_of_a_view_with_long_rows_no_more_is_copied_than_is_read():
         tracemalloc.stop()
 
 
-def test_tensors_at_odd_offsets_are_aligned_when_read(tmp_path):
+def test_torch_tensors_at_odd_offsets_are_aligned_when_read(tmp_path):
     tensors = {"a": weights(5, 3), "b": weights(7).double()}
     save(tensors, tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt") as source, zipfile.ZipFile(tmp_path / "y.pt", "w") as target:
@@ -175,7 +175,7 @@ def package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def test_a_real_directory_with_pytorch_model_bin(tmp_path):
+def test_a_real_folder_with_pytorch_model_bin_is_converted_exactly(tmp_path):
     source = package("rxnmapper") / "models" / "transformers" / "albert_heads_8_uspto_all_1310k"
     expected = torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
     checkpoint = open_checkpoint(source)
@@ -187,7 +187,7 @@ def test_a_real_directory_with_pytorch_model_bin(tmp_path):
     assert {name: raw(tensor) for name, tensor in stored.items()} == {n: raw(t) for n, t in expected.items()}
 
 
-def test_a_real_nested_checkpoint():
+def test_a_real_nested_torch_checkpoint_is_read():
     source = package("nanoguard") / "assets" / "model.pt"
     expected = torch.load(source, weights_only=True)
     checkpoint = open_checkpoint(source)
@@ -232,7 +232,7 @@ ADAM = {
         ({"m": {0: SMALL, 1: SMALL}, "adam": ADAM}, "m", {f"{i}.{k}": v for i in range(2) for k, v in SMALL.items()}),
     ],
 )
-def test_the_state_dict_is_found(tmp_path, value, key, expected):
+def test_the_state_dict_of_a_torch_checkpoint_is_found(tmp_path, value, key, expected):
     check(opened(save(value, tmp_path / "x.pt"), key), expected)
 
 
@@ -257,13 +257,13 @@ def test_the_state_dict_is_found(tmp_path, value, key, expected):
         (weights(3), None, ["one tensor without a name"]),
     ],
 )
-def test_no_state_dict_is_guessed(tmp_path, value, key, says):
+def test_ambiguous_or_missing_state_dicts_are_refused(tmp_path, value, key, says):
     message = refused(save(value, tmp_path / "x.pt"), key)
     for text in says:
         assert text in message
 
 
-def test_the_command_line_chooses(tmp_path):
+def test_the_option_state_dict_key_selects_a_state_dict(tmp_path):
     source = save({"model": LARGE, "ema": {"w": weights(30, 30, seed=5)}}, tmp_path / "x.pt")
     wrong, right, stats = run_all(
         ["convert", source, tmp_path / "wrong.qf"],
@@ -276,17 +276,17 @@ def test_the_command_line_chooses(tmp_path):
     assert json.loads(stats.out)["results"][0]["params"] == 900
 
 
-def test_another_choice_is_another_variant(tmp_path):
+def test_another_state_dict_key_makes_another_variant(tmp_path):
     source = save({"model": LARGE, "ema": LARGE}, tmp_path / "x.pt")
     assert opened(source, "model").variant != opened(source, "ema").variant
 
 
-def test_a_key_is_refused_where_there_is_nothing_to_choose(tmp_path):
+def test_a_state_dict_key_is_refused_for_safetensors(tmp_path):
     save_file(SMALL, tmp_path / "x.safetensors")
     assert "--state-dict-key" in refused(tmp_path / "x.safetensors", "model")
 
 
-def test_what_is_beside_the_state_dict_is_taken_along_or_named(tmp_path):
+def test_entries_beside_the_state_dict_are_stored_or_named(tmp_path):
     value = {
         "model": LARGE | {"extra": {"a": 1}},
         "config": {"layers": 2, "name": "\u2028x", "sizes": (1, 2)},
@@ -310,7 +310,7 @@ def test_what_is_beside_the_state_dict_is_taken_along_or_named(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_what_wrappers_add_is_taken_off(tmp_path, prefix):
+def test_prefixes_of_torch_wrappers_are_removed(tmp_path, prefix):
     source = save({f"{prefix}{name}": tensor for name, tensor in LARGE.items()}, tmp_path / "x.pt")
     checkpoint = opened(source)
     check(checkpoint, LARGE)
@@ -318,7 +318,7 @@ def test_what_wrappers_add_is_taken_off(tmp_path, prefix):
     assert repr(prefix) in warning
 
 
-def test_a_prefix_that_some_names_have_stays(tmp_path):
+def test_a_prefix_of_some_names_only_is_kept(tmp_path):
     tensors = {"module.w": weights(3, 3), "modules.w": weights(3), "n_averaged": torch.tensor(4)}
     checkpoint = opened(save(tensors, tmp_path / "x.pt"))
     check(checkpoint, tensors)
@@ -341,7 +341,7 @@ class Evil:
     ("function", "name"),
     [(os.system, f"{os.name}.system"), (eval, "eval"), (subprocess.Popen, ".Popen"), (torch.nn.Linear, "Linear")],
 )
-def test_nothing_that_a_pickle_asks_for_is_run(tmp_path, zipped, function, name):
+def test_pickled_code_is_not_executed(tmp_path, zipped, function, name):
     witness = tmp_path / "witness"
     argument = {"eval": f"open({str(witness)!r}, 'w')", "Linear": 3}.get(name, f"touch {witness}")
     source = save({"w": weights(3), "x": Evil(function, argument)}, tmp_path / "x.pt", zipped=zipped)
@@ -351,7 +351,7 @@ def test_nothing_that_a_pickle_asks_for_is_run(tmp_path, zipped, function, name)
     assert not witness.exists()
 
 
-def test_a_pickle_of_another_protocol_is_not_run_either(tmp_path):
+def test_pickled_code_of_another_protocol_is_not_executed(tmp_path):
     witness = tmp_path / "witness"
     source = tmp_path / "x.pt"
     data = pickle.dumps({"x": Evil(os.system, f"touch {witness}")}, protocol=4)
@@ -366,13 +366,13 @@ def test_a_pickle_of_another_protocol_is_not_run_either(tmp_path):
     assert not witness.exists()
 
 
-def test_torch_s_advice_is_not_repeated(tmp_path):
+def test_torch_advice_to_unpickle_unsafely_is_not_repeated(tmp_path):
     message = refused(save({"w": weights(3), "x": 10**5000}, tmp_path / "x.pt"))
-    assert "asks for more than tensors (Unsupported operand" in message
+    assert "contains more than tensors (Unsupported operand" in message
     assert "weights_only" not in message
 
 
-def test_a_saved_module_is_refused_with_what_to_do(tmp_path):
+def test_a_pickled_module_is_refused_with_a_way_out(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
     result = run_cli("convert", tmp_path / "x.pt", tmp_path / "x.qf")
     assert (result.code, result.err.count("\n")) == (1, 1)
@@ -380,7 +380,7 @@ def test_a_saved_module_is_refused_with_what_to_do(tmp_path):
 
 
 @FORMATS
-def test_a_file_that_is_cut_short_is_refused(tmp_path, zipped):
+def test_truncated_torch_files_are_refused(tmp_path, zipped):
     whole = save({"model": SMALL, "epoch": 1}, tmp_path / "x.pt", zipped=zipped).read_bytes()
     source = tmp_path / "y.pt"
     for length in [*range(0, len(whole) - 1, 61), len(whole) - 1]:
@@ -389,7 +389,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, zipped):
 
 
 @FORMATS
-def test_flipped_bits_raise_nothing_but_source_errors(tmp_path, zipped):
+def test_flipped_bits_of_torch_files_raise_only_source_errors(tmp_path, zipped):
     whole = save({"model": every_view(), "epoch": 1, "tag": "x"}, tmp_path / "x.pt", zipped=zipped).read_bytes()
     rng = np.random.default_rng(0)
     source = tmp_path / "y.pt"
@@ -435,18 +435,18 @@ def npz() -> bytes:
         (zipped({"config.json": b"{}", "model.weights.h5": b"\x89HDF"}), "'model.weights.h5'"),
         (npz(), "'a.npy'"),
         (zipped({"m/data.pkl": b"\x80\x02}.", "m/constants.pkl": b"\x80\x02)."}), "TorchScript"),
-        (zipped({"a/data.pkl": b"", "b/data.pkl": b""}), "torch.save did not make"),
+        (zipped({"a/data.pkl": b"", "b/data.pkl": b""}), "torch.save did not write"),
         (zipped({"m/data.pkl": b""}), "is damaged"),
         (zipped({"m/data.pkl": b"\x80\x02}."}, zipfile.ZIP_DEFLATED), "compressed"),
     ],
 )
-def test_other_files_are_told_apart(tmp_path, data, says):
+def test_files_that_are_no_checkpoints_are_refused_by_kind(tmp_path, data, says):
     source = tmp_path / "model.bin"
     source.write_bytes(data)
     assert says in refused(source)
 
 
-def test_a_compressed_checkpoint_is_refused_not_misread(tmp_path):
+def test_compressed_torch_archives_are_refused(tmp_path):
     save({"w": torch.zeros(10_000)}, tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt") as source:
         content = {record.filename: source.read(record) for record in source.infolist()}
@@ -454,13 +454,13 @@ def test_a_compressed_checkpoint_is_refused_not_misread(tmp_path):
     assert "zip -0" in refused(tmp_path / "y.pt")
 
 
-def test_a_checkpoint_under_the_name_of_another_kind(tmp_path):
+def test_checkpoints_under_the_suffix_of_another_kind_are_recognized(tmp_path):
     assert "rename it" in refused(save(SMALL, tmp_path / "x.safetensors"))
     save_file(SMALL, tmp_path / "x.bin")
     check(opened(tmp_path / "x.bin"), SMALL)
 
 
-def test_tensors_that_cannot_be_stored_are_named(tmp_path):
+def test_torch_tensors_that_cannot_be_stored_are_refused_by_name(tmp_path):
     conjugate = torch.view_as_complex(torch.ones(2, 2)).conj()
     for value, what in [
         (torch.ones(2, dtype=torch.complex64), "of dtype complex64"),
@@ -473,7 +473,7 @@ def test_tensors_that_cannot_be_stored_are_named(tmp_path):
         assert r"'it\n'" in message
 
 
-def test_a_small_file_cannot_ask_for_endless_work(tmp_path, monkeypatch):
+def test_torch_files_that_expand_without_end_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("qformat.converters.sources.state_dict._MOST_NODES", 20_000)
     assert "repeat" in refused(save({"w": torch.ones(1).expand(10**9, 10**6)}, tmp_path / "x.pt"))
     bomb: Any = "x" * 1000
@@ -492,7 +492,7 @@ def test_a_small_file_cannot_ask_for_endless_work(tmp_path, monkeypatch):
 
 
 @FORMATS
-def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, zipped):
+def test_torch_tensors_that_exceed_their_storage_are_refused(tmp_path, zipped):
     """The pickle says that a tensor of 8 elements has 2000, or begins after its end."""
     whole = save({"w": torch.arange(8, dtype=torch.int16)}, tmp_path / "x.pt", zipped=zipped).read_bytes()
     size = b"K\x08\x85"  # the shape (8,)
@@ -514,7 +514,7 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, zipped):
         refused(source)
 
 
-def test_without_torch_the_error_says_what_to_install(tmp_path):
+def test_without_torch_the_error_names_the_extra_to_install(tmp_path):
     source = save(SMALL, tmp_path / "x.pt")
     script = (
         "import sys; sys.modules['torch'] = None; from qformat.cli import cli;"
@@ -522,7 +522,7 @@ def test_without_torch_the_error_says_what_to_install(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == f"Error: {source}: torch is needed to read it; pip install 'qformat[torch]'\n"
+    assert done.stderr == f"Error: {source}: torch is needed to read it; pip install 'qformat-models[torch]'\n"
 
 
 # ---- directories
@@ -543,7 +543,7 @@ def sharded(directory: Path, count: int = 3, *, index: bool = True, stem: str = 
     return directory
 
 
-def test_shards_of_torch_are_read_as_those_of_safetensors_are(tmp_path):
+def test_torch_shards_convert_like_safetensors_shards(tmp_path):
     source = sharded(tmp_path / "bin")
     checkpoint = open_checkpoint(source)
     check(checkpoint, PARTS, 10)
@@ -557,7 +557,7 @@ def test_shards_of_torch_are_read_as_those_of_safetensors_are(tmp_path):
     assert len(roots) == 1
 
 
-def test_names_in_shards_stay_as_the_index_has_them(tmp_path):
+def test_names_in_torch_shards_are_those_of_the_index(tmp_path):
     source = tmp_path / "x"
     source.mkdir()
     save({"module.a": weights(3)}, source / "1.bin")
@@ -576,13 +576,13 @@ def test_names_in_shards_stay_as_the_index_has_them(tmp_path):
         ({"a.w": "config.json"}, "config.json: holds no weights"),
     ],
 )
-def test_an_index_that_does_not_fit_is_refused(tmp_path, weight_map, says):
+def test_an_index_that_does_not_fit_the_torch_shards_is_refused(tmp_path, weight_map, says):
     source = sharded(tmp_path / "x")
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert says in refused(source)
 
 
-def test_safetensors_are_preferred(tmp_path):
+def test_safetensors_are_preferred_to_torch_files(tmp_path):
     source = sharded(tmp_path / "x")
     save({"pickled": weights(3)}, source / "pytorch_model.bin")
     save_file({"safe": weights(3)}, source / "model.safetensors")
@@ -591,7 +591,7 @@ def test_safetensors_are_preferred(tmp_path):
     assert names(open_checkpoint(source)) == ["pickled"]
 
 
-def test_shards_without_an_index_are_joined_with_a_warning(tmp_path):
+def test_torch_shards_without_an_index_are_joined_with_a_warning(tmp_path):
     source = sharded(tmp_path / "x", index=False)
     checkpoint = open_checkpoint(source)
     check(checkpoint, PARTS)
@@ -624,7 +624,7 @@ def test_shards_without_an_index_are_joined_with_a_warning(tmp_path):
         (["pytorch_model.bin", "whatever.pt"], "pytorch_model.bin"),
     ],
 )
-def test_other_names_of_weights(tmp_path, files, expected):
+def test_weight_files_under_other_names_are_found(tmp_path, files, expected):
     for file in files:
         (save_file if file.endswith(".safetensors") else save)({file: weights(3)}, tmp_path / file)
     (tmp_path / "config.json").write_text("{}")
@@ -634,14 +634,14 @@ def test_other_names_of_weights(tmp_path, files, expected):
     assert checkpoint.warnings == []
 
 
-def test_directories_without_weights_or_with_too_many(tmp_path):
+def test_folders_without_weights_or_with_several_checkpoints_are_refused(tmp_path):
     assert "holds no weights" in refused(tmp_path)
     save(SMALL, tmp_path / "a.pt")
     save(SMALL, tmp_path / "b.ckpt")
     assert "a.pt, b.ckpt; give one of them" in refused(tmp_path)
 
 
-def test_a_directory_with_a_gguf_file(tmp_path):
+def test_gguf_files_are_recognized_in_folders_and_under_other_names(tmp_path):
     import gguf
 
     writer = gguf.GGUFWriter(tmp_path / "model.bin.gguf", "llama")
@@ -656,7 +656,7 @@ def test_a_directory_with_a_gguf_file(tmp_path):
     assert "--state-dict-key" in refused(tmp_path / "x.pt", "a")
 
 
-def test_weights_in_folders_are_named(tmp_path):
+def test_weights_in_subfolders_are_named_in_a_warning(tmp_path):
     save(SMALL, tmp_path / "pytorch_model.bin")
     (tmp_path / "2_Dense").mkdir()
     save(SMALL, tmp_path / "2_Dense" / "pytorch_model.bin")
@@ -689,25 +689,25 @@ GATE = LN_X | {"gate.weight": torch.ones(2, 2)}
         (LN_X | {"r_k": torch.ones(2, 2)}, "7"),
     ],
 )
-def test_the_version_of_rwkv_is_told_by_its_keys(tmp_path, more, version):
+def test_the_version_of_an_rwkv_model_is_recorded(tmp_path, more, version):
     source = save(rwkv(**more), tmp_path / "RWKV.pth")
     assert open_checkpoint(source).metadata == {"rwkv_version": version}
 
 
-def test_metadata_goes_into_the_file(tmp_path):
+def test_metadata_of_a_checkpoint_is_written_to_the_file(tmp_path):
     source = save(rwkv(), tmp_path / "RWKV.pth")
     convert(open_checkpoint(source), tmp_path / "x.qf", Recipe.parse(None))
     with qformat.safe_open(tmp_path / "x.qf") as f:
         assert f.metadata == {"rwkv_version": "4"}
 
 
-def test_other_models_are_not_taken_for_rwkv(tmp_path):
+def test_models_without_rwkv_keys_get_no_rwkv_version(tmp_path):
     tensors = rwkv()
     del tensors["blocks.0.ln0.weight"]
     assert open_checkpoint(save(tensors, tmp_path / "x.pth")).metadata == {}
 
 
-def test_a_legacy_file_that_claims_more_than_it_has(tmp_path):
+def test_legacy_torch_files_that_claim_too_many_elements_are_refused(tmp_path):
     whole = save({"w": torch.zeros(8)}, tmp_path / "x.pt", zipped=False).read_bytes()
     # the storage's size, in the pickle and before its bytes
     claimed = whole.replace(b"K\x08N", b"J\x00\x00\x00\x40N").replace(struct.pack("<Q", 8), struct.pack("<Q", 1 << 30))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 import mmap
 import struct
 import sys
-from types import ModuleType
 
 import constriction
 import numpy as np
@@ -17,22 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qformat.entropy import frequencies as fr
-from qformat.entropy.streams import CODED, CODED_BY_SYMBOLS, CONSTANT, RAW, StreamReader, StreamWriter, letter_count
+from qformat.entropy.streams import CODED, CODED_BY_DIGITS, CONSTANT, RAW, StreamReader, StreamWriter, symbol_count
+from tests.helpers.kernels import FAMILIES, modules
 
-NAMES = ("rans", "frequencies", "letters")
-JIT, PLAIN = (
-    {name: importlib.import_module(f"qformat.kernels.{kind}.{name}") for name in NAMES} for kind in ("numba", "numpy")
-)
-every_kind = pytest.mark.parametrize("kernels", [JIT, PLAIN], ids=["jit", "plain"])
+NUMBA, NUMPY = modules("rans", "frequencies", "symbols")
+every_family = pytest.mark.parametrize("kernels", [NUMBA, NUMPY], ids=FAMILIES)
 BASES = (256, 32, 16, 7, 5, 4, 3)
 GUARD = 64
-
-
-@pytest.fixture
-def streams(reference: ModuleType) -> ModuleType:
-    """The independent reader's part for streams."""
-    assert reference
-    return importlib.import_module("reference_streams")
 
 
 def packed(letters: np.ndarray, base: int = 256) -> bytes:
@@ -50,10 +39,10 @@ def drawn(shares: list[float], count: int, seed: int = 0) -> np.ndarray:
 
 
 def lettered(symbols: np.ndarray, base: int) -> np.ndarray:
-    each = fr.symbols_each(base)
+    each = fr.digits_per_symbol(base)
     filled = np.pad(symbols, (0, -symbols.size % each))
     letters = np.empty(filled.size // each, np.uint8)
-    JIT["letters"].join(filled, base, each, letters)
+    NUMBA["symbols"].join(filled, base, each, letters)
     return letters
 
 
@@ -62,8 +51,8 @@ def lettered(symbols: np.ndarray, base: int) -> np.ndarray:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 4095, 4096, 65535, 65536, 131071, 131072, 200_003])
 @pytest.mark.parametrize("base", [256, 16, 5, 3])
-def test_every_length_comes_back_in_both_readers(count, base, streams):
-    size = base ** fr.symbols_each(base)
+def test_streams_of_every_length_are_read_by_both_readers(count, base, streams):
+    size = base ** fr.digits_per_symbol(base)
     shares = np.exp(-np.arange(size) / (size / 9))
     letters = drawn((shares / shares.sum()).tolist(), count)
     stream = packed(letters, base)
@@ -76,14 +65,14 @@ def test_every_length_comes_back_in_both_readers(count, base, streams):
     assert count < 4000 or len(stream) < count
 
 
-def test_the_way_of_storing_is_the_shortest():
+def test_a_stream_is_stored_in_the_shortest_mode():
     assert packed(np.zeros(0, np.uint8)) == bytes(4)
     assert packed(np.full(1000, 7, np.uint8)) == struct.pack("<IBB", 2, CONSTANT, 7)
     noise = drawn([1 / 256] * 256, 10_000)
     assert packed(noise) == struct.pack("<IB", 10_001, RAW) + noise.tobytes()
     assert mode(packed(drawn([0.9, 0.1], 10_000))) == CODED
     independent = lettered(drawn([0.1, 0.8, 0.1], 100_000), 3)
-    assert mode(packed(independent, 3)) == CODED_BY_SYMBOLS
+    assert mode(packed(independent, 3)) == CODED_BY_DIGITS
     dependent = np.where(independent < 121, 0, 242).astype(np.uint8)  # each letter has five equal symbols
     assert mode(packed(dependent, 3)) == CODED
 
@@ -92,7 +81,7 @@ def test_the_way_of_storing_is_the_shortest():
     ("shares", "most"),
     [([1 / 3] * 3, 1.593), ([0.05, 0.9, 0.05], 0.573), ([0.02, 0.08, 0.8, 0.08, 0.02], 1.072), ([0.2] * 5, 2.334)],
 )
-def test_sizes_are_those_of_the_entropy(shares, most):
+def test_streams_of_symbols_take_at_most_half_a_percent_more_than_their_entropy(shares, most):
     symbols = drawn(shares, 1 << 19)
     letters = lettered(symbols, len(shares))
     bits = 8 * len(packed(letters, len(shares))) / symbols.size
@@ -106,7 +95,7 @@ def test_sizes_are_those_of_the_entropy(shares, most):
 
 
 @pytest.mark.parametrize("spread", [0.02, 1.0, 12.0])
-def test_sizes_of_letters_are_those_of_the_entropy(spread):
+def test_streams_of_bytes_take_at_most_half_a_percent_more_than_their_entropy(spread):
     shares = np.exp(-np.arange(256) / spread)
     shares /= shares.sum()
     letters = drawn(shares.tolist(), 600_000) if spread > 0.1 else drawn([0.99, 0.01], 600_000)
@@ -119,7 +108,7 @@ def test_sizes_of_letters_are_those_of_the_entropy(spread):
     assert size <= 1.005 * 4 * coder.get_compressed().size + 4 * 64
 
 
-def test_the_entropy_of_streams_is_kept():
+def test_a_stream_writer_adds_up_the_entropy_of_its_streams():
     writer = StreamWriter()
     writer.stream(np.repeat(np.arange(4, dtype=np.uint8), 100))
     writer.stream(np.full(50, 9, np.uint8))
@@ -127,7 +116,7 @@ def test_the_entropy_of_streams_is_kept():
     assert writer.entropy == pytest.approx(800)
 
 
-def test_a_chunk_is_filled_up_and_nothing_else_is_left():
+def test_a_chunk_is_padded_with_zeros_to_its_least_length():
     writer = StreamWriter()
     writer.stream(np.zeros(5, np.uint8))
     chunk = writer.chunk(20_000)
@@ -143,10 +132,10 @@ def test_a_chunk_is_filled_up_and_nothing_else_is_left():
 
 
 @given(st.data())
-def test_a_changed_stream_is_refused_or_gives_letters(data):
+def test_a_changed_stream_is_refused_or_decodes_to_valid_letters(data):
     base = data.draw(st.sampled_from(BASES))
     count = data.draw(st.sampled_from([1, 40, 3000, 5000]))
-    size = base ** fr.symbols_each(base)
+    size = base ** fr.digits_per_symbol(base)
     letters = np.random.default_rng(count).binomial(size - 1, 0.2, count).astype(np.uint8)
     stream = bytearray(packed(letters, base))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -170,8 +159,8 @@ def test_a_changed_stream_is_refused_or_gives_letters(data):
 
 
 @given(st.binary(max_size=300), st.sampled_from([1, 5, 100, 5000]), st.sampled_from(BASES), st.integers(8, 15))
-def test_any_bytes_are_refused_or_give_letters(content, count, base, precision):
-    for head in (b"", bytes([CODED, precision]), bytes([CODED_BY_SYMBOLS, precision])):
+def test_any_bytes_are_refused_as_a_stream_or_decode_to_letters(content, count, base, precision):
+    for head in (b"", bytes([CODED, precision]), bytes([CODED_BY_DIGITS, precision])):
         stream = struct.pack("<I", len(head + content)) + head + content
         try:
             found = StreamReader(stream).stream(count, base)
@@ -182,8 +171,8 @@ def test_any_bytes_are_refused_or_give_letters(content, count, base, precision):
 
 @pytest.mark.parametrize("base", [256, 16, 3])
 @pytest.mark.parametrize("count", [3, 200])
-def test_every_change_is_refused_or_read_alike(base, count, streams):
-    size = base ** fr.symbols_each(base)
+def test_both_readers_agree_on_every_change_of_a_stream(base, count, streams):
+    size = base ** fr.digits_per_symbol(base)
     letters = np.random.default_rng(count).binomial(size - 1, 0.02, count).astype(np.uint8)
     good = packed(letters, base)
     bad = [good[:at] + good[at + 1 :] for at in range(len(good))] + [good[:at] for at in range(len(good))]
@@ -203,7 +192,7 @@ def test_every_change_is_refused_or_read_alike(base, count, streams):
         assert results[0] == results[1], stream
 
 
-def test_refusals_name_the_rule():
+def test_refused_streams_name_the_broken_rule():
     good = packed(drawn([0.5, 0.25, 0.25], 5000))
     changed = bytearray(good)
     changed[-1] ^= 1
@@ -217,7 +206,7 @@ def test_refusals_name_the_rule():
         (struct.pack("<IBB", 2, RAW, 243), 1, 3, "a letter that there is not"),
         (struct.pack("<IBB", 2, CONSTANT, 243), 1, 3, "a letter that there is not"),
         (struct.pack("<IBB", 2, 4, 0), 1, 256, "unknown way, 4"),
-        (struct.pack("<IBB", 2, CODED_BY_SYMBOLS, 8), 1, 256, "unknown way, 3"),
+        (struct.pack("<IBB", 2, CODED_BY_DIGITS, 8), 1, 256, "unknown way, 3"),
         (struct.pack("<IBB", 2, CODED, 7), 1, 256, "precision 7"),
         (struct.pack("<IBBB", 3, CODED, 8, 0), 1, 256, "table of frequencies"),
     ]
@@ -230,7 +219,7 @@ def test_refusals_name_the_rule():
 
 
 @given(st.lists(st.integers(0, 5000), min_size=2, max_size=256), st.integers(8, 15))
-def test_frequencies_fit_their_sum(counts, precision):
+def test_normalized_frequencies_have_the_sum_of_their_precision(counts, precision):
     full = np.zeros(256, np.int64)
     full[: len(counts)] = counts
     if not full.any():
@@ -240,7 +229,7 @@ def test_frequencies_fit_their_sum(counts, precision):
     assert ((found > 0) == (full > 0)).all()
 
 
-def test_many_rare_letters_leave_room_for_the_largest():
+def test_normalized_frequencies_keep_one_for_each_rare_letter():
     counts = np.ones(256, np.int64)
     assert fr.normalized(counts, 8).tolist() == [1] * 256
     counts[3] = 10**9
@@ -249,21 +238,21 @@ def test_many_rare_letters_leave_room_for_the_largest():
 
 
 @pytest.mark.parametrize("base", [3, 4, 5, 7, 16])
-def test_frequencies_of_letters_are_products(base):
+def test_frequencies_of_letters_are_products_of_those_of_symbols(base):
     counts = np.zeros(256, np.int64)
     counts[:base] = np.arange(1, base + 1) ** 3
     symbols = fr.normalized(counts, 15)
     letters = fr.of_letters(symbols, base, 15)
     assert letters.sum() == 1 << 15
-    expected = np.ones(base ** fr.symbols_each(base))
-    for i in range(fr.symbols_each(base)):
+    expected = np.ones(base ** fr.digits_per_symbol(base))
+    for i in range(fr.digits_per_symbol(base)):
         expected *= symbols[np.arange(expected.size) // base**i % base] / (1 << 15)
     wrong = np.abs(letters[: expected.size] - expected * (1 << 15))
     assert np.delete(wrong, letters.argmax()).max() <= 1
-    assert fr.of_symbols(letters.astype(np.int64), base)[:base].sum() == fr.symbols_each(base) << 15
+    assert fr.of_symbols(letters.astype(np.int64), base)[:base].sum() == fr.digits_per_symbol(base) << 15
 
 
-def test_logarithms():
+def test_fixed_point_logarithms_are_at_most_eight_units_low():
     numbers = np.concatenate([np.arange(1, 70_000), 2 ** np.arange(53), 2 ** np.arange(1, 53) - 1])
     exact = np.array([math.log2(n) for n in numbers.tolist()])
     low = exact * 65536 - fr.log2(numbers)
@@ -273,26 +262,26 @@ def test_logarithms():
 
 
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=256), st.integers(8, 15))
-def test_tables_come_back(counts, precision):
+def test_frequency_tables_round_trip(counts, precision):
     full = np.zeros(256, np.int64)
     full[: len(counts)] = counts
     full[0] += 1
     stored = fr.normalized(full, precision)
     table = np.zeros(1024, np.uint8)
-    length = JIT["frequencies"].write_table(stored, len(counts), precision, table)
+    length = NUMBA["frequencies"].write_table(stored, len(counts), precision, table)
     again = np.zeros(1024, np.uint8)
-    assert PLAIN["frequencies"].write_table(stored, len(counts), precision, again) == length
+    assert NUMPY["frequencies"].write_table(stored, len(counts), precision, again) == length
     np.testing.assert_array_equal(table, again)
-    for kernels in (JIT, PLAIN):
+    for kernels in (NUMBA, NUMPY):
         found = np.zeros(256, np.uint32)
         assert kernels["frequencies"].read_table(table, len(counts), precision, found) == length
         np.testing.assert_array_equal(found, stored)
 
 
 @given(st.binary(max_size=200), st.integers(1, 256), st.integers(8, 15))
-def test_any_table_is_refused_or_valid_and_both_kinds_agree(content, entries, precision):
+def test_any_frequency_table_is_refused_or_valid_alike_in_numba_and_numpy(content, entries, precision):
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in (NUMBA, NUMPY):
         guarded = np.zeros(256 + GUARD, np.uint32)
         coded = np.frombuffer(content, np.uint8)
         length = kernels["frequencies"].read_table(coded, entries, precision, guarded[:256])
@@ -303,7 +292,7 @@ def test_any_table_is_refused_or_valid_and_both_kinds_agree(content, entries, pr
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(BASES), st.integers(8, 15))
-def test_both_kinds_agree_on_products(seed, base, precision):
+def test_letter_frequencies_are_the_same_in_numba_and_numpy(seed, base, precision):
     rng = np.random.default_rng(seed)
     symbols = rng.integers(0, 1 << precision, base).astype(np.uint32)
     if rng.random() < 0.7:
@@ -311,9 +300,9 @@ def test_both_kinds_agree_on_products(seed, base, precision):
         counts[:base] = rng.integers(0, 1 + 10 ** rng.integers(0, 5), base)
         counts[rng.integers(base)] += 1
         symbols = fr.normalized(counts, precision)[:base].copy()
-    each = fr.symbols_each(base)
+    each = fr.digits_per_symbol(base)
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in (NUMBA, NUMPY):
         guarded = np.zeros(base**each + GUARD, np.uint32)
         fits = kernels["frequencies"].letter_frequencies(symbols, base, each, precision, guarded[: base**each])
         assert not guarded[base**each :].any()
@@ -326,7 +315,7 @@ def test_both_kinds_agree_on_products(seed, base, precision):
 
 
 @given(st.data())
-def test_the_coder_takes_any_bytes_and_both_kinds_agree(data):
+def test_the_rans_decoder_takes_any_bytes_alike_in_numba_and_numpy(data):
     precision = data.draw(st.integers(8, 15))
     lanes = data.draw(st.sampled_from([4, 16, 32, 64]))
     seed = data.draw(st.integers(0, 2**32 - 1))
@@ -338,7 +327,7 @@ def test_the_coder_takes_any_bytes_and_both_kinds_agree(data):
     count = int(rng.integers(1, 3000))
     letters = rng.choice(np.flatnonzero(frequencies), count).astype(np.uint8)
     coded = []
-    for kernels in (JIT, PLAIN):
+    for kernels in (NUMBA, NUMPY):
         room = np.zeros(2 * count + 4 * lanes, np.uint8)
         coded.append(room[kernels["rans"].encode(letters, frequencies, precision, lanes, room) :].copy())
     np.testing.assert_array_equal(*coded)
@@ -351,7 +340,7 @@ def test_the_coder_takes_any_bytes_and_both_kinds_agree(data):
     elif change == "noise":
         found = rng.integers(0, 256, found.size).astype(np.uint8)
     results = []
-    for kernels in (JIT, PLAIN):
+    for kernels in (NUMBA, NUMPY):
         guarded = np.full(count + 2 * GUARD, 0xA5, np.uint8)
         refused = kernels["rans"].decode(found, frequencies, precision, lanes, guarded[GUARD:-GUARD])
         assert (guarded[:GUARD] == 0xA5).all()
@@ -362,8 +351,8 @@ def test_the_coder_takes_any_bytes_and_both_kinds_agree(data):
         assert results[0][1][GUARD:-GUARD] == letters.tolist()
 
 
-def test_without_avx512_the_letters_are_the_same():
-    rans = importlib.import_module("qformat.kernels.numba.rans")
+def test_the_rans_decoder_without_avx512_gives_the_same_letters():
+    rans = NUMBA["rans"]
     counts = np.bincount(drawn([0.3, 0.3, 0.4], 1000), minlength=256)
     frequencies = fr.normalized(counts, 12)
     letters = drawn([0.3, 0.3, 0.4], 150_000, seed=1)
@@ -380,26 +369,26 @@ def test_without_avx512_the_letters_are_the_same():
         np.testing.assert_array_equal(found[: int(stop)], letters[: int(stop)])
 
 
-@every_kind
+@every_family
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 100, 4097])
-def test_letters_give_their_symbols(base, count, kernels):
-    each = fr.symbols_each(base)
-    symbols = np.random.default_rng(count).integers(0, base, letter_count(count, base) * each).astype(np.uint8)
+def test_letters_join_and_split_into_their_symbols(base, count, kernels):
+    each = fr.digits_per_symbol(base)
+    symbols = np.random.default_rng(count).integers(0, base, symbol_count(count, base) * each).astype(np.uint8)
     letters = np.empty(symbols.size // each, np.uint8)
-    kernels["letters"].join(symbols, base, each, letters)
+    kernels["symbols"].join(symbols, base, each, letters)
     expected = symbols.reshape(-1, each).astype(np.int64) @ (base ** np.arange(each))
     np.testing.assert_array_equal(letters, expected)
-    table = fr.digits(base).reshape(-1)
-    for function, kind in ((kernels["letters"].split, np.uint8), (kernels["letters"].values, np.float32)):
+    table = fr.digit_table(base).reshape(-1)
+    for function, kind in ((kernels["symbols"].split, np.uint8), (kernels["symbols"].values, np.float32)):
         guarded = np.full(count + GUARD, 77, kind)
         function(letters, table.astype(kind), each, guarded[:count])
         np.testing.assert_array_equal(guarded[:count], symbols[:count])
         assert (guarded[count:] == 77).all()
 
 
-@every_kind
-def test_letters_are_counted(kernels):
+@every_family
+def test_the_histogram_kernel_counts_letters(kernels):
     letters = drawn([0.1, 0.2, 0.7], 10_001)
     counts = np.ones(256, np.int64)
     kernels["rans"].histogram(letters, counts)
@@ -426,7 +415,7 @@ class FencedRooms:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems protect memory in other ways")
-def test_compiled_kernels_stay_within_their_arrays():
+def test_compiled_stream_kernels_stay_within_their_arrays():
     rooms = FencedRooms(4)
     for seed in range(1500):
         rng = np.random.default_rng(seed)
@@ -439,22 +428,24 @@ def test_compiled_kernels_stay_within_their_arrays():
         shares = frequencies / frequencies.sum()
         letters = rng.choice(256, count, p=shares).astype(np.uint8)
         room, source, table = rooms.put(np.zeros(2 * count + 4 * lanes, np.uint8), letters, frequencies)
-        coded = room[JIT["rans"].encode(source, table, precision, lanes, room) :].copy()
+        coded = room[NUMBA["rans"].encode(source, table, precision, lanes, room) :].copy()
         if rng.random() < 0.7:
             coded[int(rng.integers(coded.size)) :] = rng.integers(256)
         coded = coded[: max(4 * lanes, coded.size - int(rng.integers(0, 40)))]
-        JIT["rans"].decode(*rooms.put(coded, frequencies), precision, lanes, rooms.put(coded, frequencies, letters)[2])
+        NUMBA["rans"].decode(
+            *rooms.put(coded, frequencies), precision, lanes, rooms.put(coded, frequencies, letters)[2]
+        )
         noise = rng.integers(0, 256, int(rng.integers(0, 60))).astype(np.uint8)
         noise[: rng.integers(0, noise.size + 1)] = 255
         entries = int(rng.integers(1, 257))
         content, found = rooms.put(noise, np.zeros(entries, np.uint32))
-        JIT["frequencies"].read_table(content, entries, precision, found)
+        NUMBA["frequencies"].read_table(content, entries, precision, found)
         base = int(rng.choice(BASES))
-        each = fr.symbols_each(base)
+        each = fr.digits_per_symbol(base)
         symbols = np.zeros(int(rng.integers(1, 300)), np.uint8)
-        some = rng.integers(0, 256, letter_count(symbols.size, base)).astype(np.uint8)
-        digits = fr.digits(base).reshape(-1)
+        some = rng.integers(0, 256, symbol_count(symbols.size, base)).astype(np.uint8)
+        digits = fr.digit_table(base).reshape(-1)
         few, numbers, out = rooms.put(some, digits, symbols)
-        JIT["letters"].split(few, numbers, each, out)
+        NUMBA["symbols"].split(few, numbers, each, out)
         few, floats, out = rooms.put(some, digits.astype(np.float32), symbols.astype(np.float32))
-        JIT["letters"].values(few, floats, each, out)
+        NUMBA["symbols"].values(few, floats, each, out)

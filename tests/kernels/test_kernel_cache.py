@@ -29,7 +29,7 @@ def run(cache: Path | None = None, script: str = SCRIPT, **environment: str) -> 
 
 
 @pytest.fixture(scope="module")
-def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     cache = tmp_path_factory.mktemp("cache")
     module, digest, stderr = run(cache)
     assert module == "qformat.kernels.numba.q4_0"
@@ -41,8 +41,8 @@ def files(cache: Path) -> list[Path]:
     return sorted(path for path in cache.rglob("*") if path.suffix in (".nbi", ".nbc"))
 
 
-def test_machine_code_is_kept_and_used_again(filled):
-    cache, digest = filled
+def test_machine_code_is_cached_and_reused(cached):
+    cache, digest = cached
     before = {path: path.stat().st_mtime_ns for path in files(cache)}
     assert before
     assert run(cache)[1] == digest
@@ -52,8 +52,8 @@ def test_machine_code_is_kept_and_used_again(filled):
 
 @pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
 @pytest.mark.parametrize("content", [b"", b"\x80\x04 garbage", "half"])
-def test_a_damaged_cache_is_made_anew(filled, suffix, content):
-    cache, digest = filled
+def test_a_damaged_kernel_cache_is_rebuilt(cached, suffix, content):
+    cache, digest = cached
     for path in files(cache):
         if path.suffix == suffix:
             whole = path.read_bytes()
@@ -63,13 +63,13 @@ def test_a_damaged_cache_is_made_anew(filled, suffix, content):
     assert all(path.stat().st_size > 20 for path in files(cache))
 
 
-def test_no_place_for_a_cache_is_no_error(filled, tmp_path):
+def test_kernels_work_without_a_place_for_their_cache(cached, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_bytes(b"")
-    assert run(blocked)[:2] == ("qformat.kernels.numba.q4_0", filled[1])
+    assert run(blocked)[:2] == ("qformat.kernels.numba.q4_0", cached[1])
 
 
-def test_a_cache_that_others_may_write_is_not_used(filled, tmp_path):
+def test_a_kernel_cache_writable_by_others_is_not_used(cached, tmp_path):
     run(tmp_path)
     (directory,) = tmp_path.glob("kernels-*")
     directory.chmod(0o777)
@@ -77,27 +77,27 @@ def test_a_cache_that_others_may_write_is_not_used(filled, tmp_path):
     for path in before:
         path.write_bytes(b"evil")
     _, digest, stderr = run(tmp_path)
-    assert digest == filled[1]
+    assert digest == cached[1]
     assert "not safe" in stderr
     assert all(path.read_bytes() == b"evil" for path in before)
 
 
-def test_a_processor_without_extensions_gives_the_same_bytes(filled, tmp_path):
-    assert run(tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")[1] == filled[1]
+def test_kernels_for_a_generic_processor_give_the_same_bytes(cached, tmp_path):
+    assert run(tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")[1] == cached[1]
 
 
-def test_numpy_gives_the_same_bytes(filled):
-    assert run(QFORMAT_KERNELS="numpy") == ("qformat.kernels.numpy.q4_0", filled[1], "")
+def test_numpy_kernels_give_the_same_bytes(cached):
+    assert run(QFORMAT_KERNELS="numpy") == ("qformat.kernels.numpy.q4_0", cached[1], "")
 
 
-def test_without_numba_numpy_takes_over_and_says_so(filled):
+def test_without_numba_the_numpy_kernels_are_used_with_a_warning(cached):
     script = "import sys; sys.modules['numba'] = None\n" + SCRIPT
     module, digest, stderr = run(script=script)
-    assert (module, digest) == ("qformat.kernels.numpy.q4_0", filled[1])
+    assert (module, digest) == ("qformat.kernels.numpy.q4_0", cached[1])
     assert "slower numpy kernels" in stderr
 
 
-def test_numba_can_be_demanded():
+def test_forcing_numba_fails_if_it_is_missing():
     script = "import sys; sys.modules['numba'] = None\n" + SCRIPT
     with pytest.raises(subprocess.CalledProcessError):
         run(script=script, QFORMAT_KERNELS="numba")

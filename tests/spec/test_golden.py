@@ -11,7 +11,7 @@ import pytest
 import qformat
 from qformat.container.layout import MAJOR, MINOR
 from qformat.container.verify import verify
-from tests.conftest import ROOT, load_script
+from tests.helpers.reference import ROOT, load_script
 
 GOLDEN = ROOT / "spec" / "golden"
 # Listed here, so that a file that is lost is missed.
@@ -31,19 +31,19 @@ def golden(request) -> tuple[Path, dict[str, np.ndarray]]:
         return folder / f"{name}.qf", dict(arrays)
 
 
-def test_the_list_above_is_complete():
+def test_every_golden_file_is_listed():
     assert sorted(FILES) == sorted((path.parent.name, path.stem) for path in GOLDEN.glob("*/*.qf"))
     assert (GOLDEN / f"{MAJOR}.{MINOR}").is_dir(), "this format version has no golden files"
 
 
-def test_no_golden_file_was_changed(golden):
+def test_golden_files_are_unchanged(golden):
     path, _ = golden
     sums = dict(reversed(line.split("  ")) for line in (path.parent / "SHA256SUMS").read_text().splitlines())
     for file in (path, path.with_suffix(".npz")):
         assert hashlib.sha256(file.read_bytes()).hexdigest() == sums[file.name]
 
 
-def test_both_readers_give_the_golden_values(golden, reference):
+def test_both_readers_return_the_golden_values(golden, reference):
     path, arrays = golden
     assert verify([str(path)])[0].ok
     independent = reference.read_path(path)
@@ -59,7 +59,7 @@ def test_both_readers_give_the_golden_values(golden, reference):
         assert f.metadata == independent.metadata
 
 
-def test_what_is_written_today_has_the_golden_bytes(golden, tmp_path):
+def test_this_version_writes_the_golden_bytes(golden, tmp_path):
     path, arrays = golden
     if path.parent.name != f"{MAJOR}.{MINOR}":
         pytest.skip("an older version")
@@ -75,7 +75,7 @@ def test_what_is_written_today_has_the_golden_bytes(golden, tmp_path):
         assert written.read_bytes() == (path.parent / written.name).read_bytes()
 
 
-def test_golden_files_are_not_overwritten(monkeypatch):
+def test_the_golden_script_does_not_overwrite_files(monkeypatch):
     make = load_script(GOLDEN / "make.py")
     monkeypatch.setattr("sys.argv", ["make.py", f"{MAJOR}.{MINOR}"])
     with pytest.raises(FileExistsError):

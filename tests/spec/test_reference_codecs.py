@@ -1,13 +1,14 @@
-"""Bytes made by hand from the text of spec/codecs.md, and what the independent reader has to make of them."""
+"""Bytes made by hand from the text of spec/codecs.md, decoded by the independent reader."""
 
 from __future__ import annotations
 
 from fractions import Fraction
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.helpers.reference import decode, reference
 
 ERROR = {"rmse": "0.000000000e+00", "max": "0.000000000e+00"}
 NLM, AFFINE = {"block": 64}, {"bits": 4, "group": 32, "sym": False, "scale": "bf16"}
@@ -60,15 +61,10 @@ VALUES = [0, 10, 20, 30, *[0] * 124, 11, 31, 2, 12, 22, 32, *[2] * 124, 13, 33]
 CASES["lut block"] = ("lut", (2, 130), LUT_BLOCKS, SEGMENTS, VALUES)
 
 
-def decode(reference: ModuleType, codec: str, shape: Any, params: Any, segments: Any, dtype: str = "f32") -> Any:
-    record = {"params": params, "error": ERROR}
-    return reference.decode(reference.Tensor("t", shape, dtype, codec, record, tuple(segments.items()), ""))
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_values(reference: ModuleType, case: str) -> None:
+def test_the_reference_decodes_blocks_made_by_hand(case: str) -> None:
     codec, shape, params, segments, expected = CASES[case]
-    values = decode(reference, codec, shape, params, segments)
+    values = decode(codec, shape, params, segments)
     assert values.dtype == np.float32
     assert values.tobytes() == np.array(expected, np.float32).tobytes()
     assert values.shape == shape
@@ -76,19 +72,19 @@ def test_values(reference: ModuleType, case: str) -> None:
     wrong += [segments | {name: segments[name][1:]} for name in segments]
     for bad in [*wrong, {"other": b""} | segments, dict(list(segments.items())[1:])]:
         with pytest.raises(reference.SpecError, match="segments"):
-            decode(reference, codec, shape, params, bad)
+            decode(codec, shape, params, bad)
     for none in ((0, 32), (3, 0)):
-        assert decode(reference, codec, none, params, dict.fromkeys(segments, b"")).shape == none
+        assert decode(codec, none, params, dict.fromkeys(segments, b"")).shape == none
         with pytest.raises(reference.SpecError, match="segments"):
-            decode(reference, codec, none, params, segments)
+            decode(codec, none, params, segments)
     with pytest.raises(reference.SpecError, match="dtype"):
-        decode(reference, codec, shape, params, segments, "i32")
+        decode(codec, shape, params, segments, "i32")
     tensor = reference.Tensor("t", shape, "f32", codec, {"params": params}, tuple(segments.items()), "")
     with pytest.raises(reference.SpecError, match="must have an error"):
         reference.decode(tensor)
 
 
-def test_not_finite(reference: ModuleType) -> None:
+def test_the_reference_refuses_infinite_and_nan_scales() -> None:
     for case, name, at, number in (
         ("q4_1", "blocks", 2, "007c"),
         ("q5_1", "blocks", 0, "00fe"),
@@ -100,10 +96,10 @@ def test_not_finite(reference: ModuleType) -> None:
         codec, shape, params, segments, _ = CASES[case]
         changed = segments[name][:at] + bytes.fromhex(number) + segments[name][at + 2 :]
         with pytest.raises(reference.SpecError, match="infinite or NaN"):
-            decode(reference, codec, shape, params, segments | {name: changed})
+            decode(codec, shape, params, segments | {name: changed})
 
 
-def test_nlm(reference: ModuleType) -> None:
+def test_the_reference_decodes_nlm_blocks_made_by_hand() -> None:
     import reference_codecs
 
     t = [[Fraction(level, 16384) for level in row] for row in reference_codecs.NLM_LEVELS]
@@ -111,11 +107,11 @@ def test_nlm(reference: ModuleType) -> None:
     first[1], first[32] = Fraction(-3, 2) + 2 * t[3][7], Fraction(-3, 2) + 2 * t[3][15]
     second[0], second[1], second[5] = (1 + t[1][q] / 2**19 for q in (11, 7, 3))
     expected = np.array([float(value) for value in first + second], np.float32)  # in binary64 they are exact
-    assert decode(reference, "nlm", (70,), NLM, {"blocks": NLM_BLOCKS}).tobytes() == expected.tobytes()
-    assert decode(reference, "nlm", (0, 70), NLM, {"blocks": b""}).shape == (0, 70)
+    assert decode("nlm", (70,), NLM, {"blocks": NLM_BLOCKS}).tobytes() == expected.tobytes()
+    assert decode("nlm", (0, 70), NLM, {"blocks": b""}).shape == (0, 70)
     for params, blocks in ((NLM, NLM_BLOCKS[:-1]), ({"block": 32}, NLM_BLOCKS), (NLM, b"\xff\x03" + NLM_BLOCKS[2:])):
         with pytest.raises(reference.SpecError):
-            decode(reference, "nlm", (70,), params, {"blocks": blocks})
+            decode("nlm", (70,), params, {"blocks": blocks})
 
 
 @pytest.mark.parametrize(
@@ -134,23 +130,20 @@ def test_nlm(reference: ModuleType) -> None:
             "lut",
             LUT,
             [
-                {"scope": "row"},
-                {"block": 256},
-                {"block": 0},
-                {"block": False},
-                {"size": 32},
-                {"scale": "block"},
-                {"bits": 3},
+                *({"scope": "row"}, {"block": 256}, {"block": 0}, {"block": False}, {"size": 32}),
+                *({"scale": "block"}, {"bits": 3}),
             ],
         ),
         ("lut", LUT_BLOCKS, [{"scale": "row"}, {"block": 0}, {"block": 512}, {"size": "4"}]),
     ],
 )
-def test_params(reference: ModuleType, codec: str, params: dict[str, Any], wrong: list[dict[str, Any]]) -> None:
+def test_the_reference_refuses_impossible_parameters(
+    codec: str, params: dict[str, Any], wrong: list[dict[str, Any]]
+) -> None:
     names = {"affine": ["scales", "zeros", "codes"], "lut": ["codebooks", *["scales"] * (params == LUT), "codes"]}
     segments = dict.fromkeys(names.get(codec, ["blocks"]), b"")  # of a tensor without elements
-    assert decode(reference, codec, (0,), params, segments).shape == (0,)
+    assert decode(codec, (0,), params, segments).shape == (0,)
     missing = [{key: value for key, value in params.items() if key != name} for name in params]
     for bad in [*(params | change for change in wrong), *missing]:
         with pytest.raises(reference.SpecError, match=r"params|is missing|is .* none of|is not a multiple"):
-            decode(reference, codec, (0,), bad, segments)
+            decode(codec, (0,), bad, segments)

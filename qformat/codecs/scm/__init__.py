@@ -1,5 +1,6 @@
-"""Significance coding in layers: see `qformat.codecs.scm.codec`."""
+"""Significance coding in layers: `codec` (what a file holds), `encoder` (what can be asked for), and their parts."""
 
 from qformat.codecs.scm.codec import Scm
+from qformat.codecs.scm.encoder import ScmEncoder
 
-__all__ = ["Scm"]
+__all__ = ["Scm", "ScmEncoder"]

@@ -1,7 +1,8 @@
-"""Where the cells of `scm` are.
+"""The grid of `scm`: the cells of magnitudes, and the values that they decode to.
 
-Cells of equal width are best at every rate (Gish and Pierce, 1968). Steps follow from a histogram by the upper 16 bits of float32
-patterns; all in integers or in operations that every machine rounds alike, because bytes depend on it.
+With entropy coding, cells of equal width are nearly best at every rate (Gish and Pierce, 1968), so that a grid is little more than
+a step. It is found from a histogram by the upper 16 bits of float32 patterns, in integers or in operations that every machine
+rounds alike, because the bytes of a file depend on it.
 """
 
 from __future__ import annotations
@@ -14,21 +15,17 @@ from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qformat.codecs.codebooks import Survey, running
 from qformat.entropy.frequencies import COST_BITS, logarithms
 from qformat.kernels import load
-
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import F32, F64, I64
 
 PHASES, PARTS, DEEPEST, CELLS, CLASSES = 2, 32, 8, 4, 3
 DEPTHS = DEEPEST + 1  # with depth 0
 POSITIONS = PHASES * PARTS * DEEPEST
 _OFFSET_DEPTHS = 4
-#: of depth 0: a magnitude of a base has to be below this
+#: magnitudes of depth 0 are below this
 LARGEST = 1 << 22
 _NARROW, _WIDE = 15, 255
 _FINEST, _COARSEST = -100, 126
@@ -36,14 +33,17 @@ _MANTISSA = 1 << 11  # steps have 12 significant bits; a file may have steps of 
 _GRID = struct.Struct("<2f32s")
 _MIDDLE = 128
 
-#: bytes of a chunk of a layer beside its streams: its length and its end
+#: bytes of a chunk of a layer besides its streams: its length and its end
 CHUNK = 6
-_STREAM, _MARKS = 30, 7  # bytes of a stream of magnitudes beside them, and of what marks a chunk and a section, about
+_STREAM, _MARKS = (
+    30,
+    7,
+)  # approximate bytes of a stream of magnitudes besides them, and of the marks of a chunk and its sections
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Steps of the two phases, and for each of them, depth and cell where in the cell values are, in 256ths."""
+    """The steps of both phases, and for each phase, depth and cell the place of the decoded value in its cell, in 256ths."""
 
     SIZE: ClassVar[int] = _GRID.size
 
@@ -52,21 +52,21 @@ class Grid:
 
     @classmethod
     def parse(cls, data: bytes) -> Grid:
-        """Return the grid of a segment.
+        """Return the grid stored in a segment.
 
         Raises
         ------
         ValueError
-            If it is none.
+            If it is not valid.
         """
         if len(data) != _GRID.size:
-            raise ValueError(f"{len(data)} bytes of a grid where {_GRID.size} are needed")
+            raise ValueError(f"a grid has {len(data)} bytes instead of {_GRID.size}")
         first, second, offsets = _GRID.unpack(data)
         patterns = struct.unpack("<2I", data[:8])
         if any(pattern & 0xFF for pattern in patterns) or not all(
             2.0**_FINEST <= step <= 2.0**_COARSEST for step in (first, second)
         ):
-            raise ValueError("a step is impossible")
+            raise ValueError("a grid has an invalid step")
         return cls((first, second), offsets)
 
     def pack(self) -> bytes:
@@ -75,7 +75,7 @@ class Grid:
 
     @cached_property
     def widths(self) -> F64:
-        """Widths of cells by phase and depth, exact, flat."""
+        """Widths of cells, exact, of shape (2 phases, 9 depths), flat."""
         return np.array([math.ldexp(step, -depth) for step in self.steps for depth in range(DEPTHS)])
 
     @cached_property
@@ -85,7 +85,7 @@ class Grid:
 
     @cached_property
     def places(self) -> F32:
-        """Offsets over 256 by phase, depth and cell, flat."""
+        """Offsets in cells, of shape (2 phases, 9 depths, 4 cells), flat."""
         table = np.full((PHASES, DEPTHS, CELLS), _MIDDLE, np.float32)
         stored = np.frombuffer(self.offsets, np.uint8).reshape(PHASES, _OFFSET_DEPTHS, CELLS)
         table[:, :_OFFSET_DEPTHS] = stored
@@ -97,7 +97,7 @@ class Grid:
 
 
 def step_of(index: int) -> float:
-    """Return one of the numbers with 12 significant bits, which are numbered through; number 0 is 1."""
+    """Return the step of an index: the numbers with 12 significant bits in ascending order, with 1 at index 0."""
     return math.ldexp(1 + index % _MANTISSA / _MANTISSA, index // _MANTISSA)
 
 
@@ -109,7 +109,7 @@ def _second(step: float) -> float:
 
 @lru_cache(64)
 def part_sizes(size: int) -> I64:
-    """Return how many elements of a chunk are in each phase and part."""
+    """Return how many of `size` elements are in each phase and part, of shape (2, 32), read-only."""
     blocks = -(-size // 32)
     counts = np.full(blocks, 32, np.int64)
     if blocks:
@@ -122,27 +122,27 @@ def part_sizes(size: int) -> I64:
 
 
 def planes(start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (number of a depth and phase, first part, part after the last) for the positions from `start` to before `end`."""
+    """Yield (plane, first part, part after the last) of positions from `start` to before `end`; a plane is a depth and a phase."""
     for plane in range(start // PARTS, -(-end // PARTS)):
         yield plane, max(0, start - plane * PARTS), min(PARTS, end - plane * PARTS)
 
 
 class Distribution:
-    """Magnitudes of a tensor, as far as a histogram tells.
+    """The distribution of a tensor's magnitudes, from a histogram.
 
     Attributes
     ----------
     zeros, count
-        How many weights are zero, and how many others there are.
+        The number of weights that are zero, and of the others.
     largest
-        A bound of the magnitudes.
+        An upper bound of the magnitudes.
     """
 
     def __init__(self, survey: Survey) -> None:
         half = survey.counts.size // 2
         counts = survey.counts[:half] + survey.counts[half:]
         sums = survey.sums[:half] - survey.sums[half:]
-        self.zeros, counts[0] = int(counts[0]), 0  # tiny ones beside
+        self.zeros, counts[0] = int(counts[0]), 0  # among them magnitudes below 2^-133
         self.count = int(counts.sum())
         used = np.flatnonzero(counts)
         low, high = ((used + step << 16).astype(np.uint32).view(np.float32).astype(np.float64) for step in (0, 1))
@@ -153,7 +153,7 @@ class Distribution:
         self.largest = float(self._high[-1]) if used.size else 0.0
 
     def cells(self, width: float, most: int) -> tuple[F64, F64]:
-        """Return how many magnitudes are in each cell, and their sum; at most so many cells, and what is beyond in the last.
+        """Return the number of magnitudes in each cell, and their sum: at most `most` cells, the last with all beyond.
 
         Within a bin magnitudes are taken to be spread evenly.
         """
@@ -168,13 +168,13 @@ class Distribution:
 
 
 def _bits(counts: F64) -> float:
-    """Return what ideal coding takes for symbols that occur so often."""
+    """Return the size of ideally coded symbols with these counts, in bits."""
     whole = np.maximum(counts, 0).astype(np.int64)
     return float(load("estimates").ideal(whole, logarithms())) / (1 << COST_BITS)
 
 
 def base_bits(distribution: Distribution, step: float) -> float:
-    """Return about what signs and magnitudes of depth 0 take, of all weights that are not zero."""
+    """Estimate the bits of signs and magnitudes of depth 0 of all weights that are not zero."""
     bits = float(distribution.count)
     for width in (step, _second(step)):
         counts, _ = distribution.cells(width, _WIDE + 1)
@@ -189,7 +189,7 @@ def base_bits(distribution: Distribution, step: float) -> float:
 
 
 def find_step(distribution: Distribution, bits: float) -> int:
-    """Return the number of the finest step for which signs and magnitudes take no more than some bits."""
+    """Return the index of the finest step for which signs and magnitudes take no more than `bits`, by estimate."""
     lowest = finest(distribution)
     highest = max(lowest, coarsest(distribution))
     while lowest < highest:
@@ -202,20 +202,20 @@ def find_step(distribution: Distribution, bits: float) -> int:
 
 
 def finest(distribution: Distribution) -> int:
-    """Return the number of the finest step with which all magnitudes can be told."""
+    """Return the index of the finest step for which all magnitudes are below `LARGEST`."""
     return max((_FINEST + 1) * _MANTISSA, _index_above(2 * distribution.largest / LARGEST))
 
 
 def coarsest(distribution: Distribution) -> int:
-    """Return the number of a step for which all magnitudes are in the first cell."""
+    """Return the index of a step for which all magnitudes are in the first cell."""
     return min(_COARSEST * _MANTISSA, _index_above(2 * distribution.largest))
 
 
 def base_room(distribution: Distribution, nbytes: int, chunks: int) -> float:
-    """Return the bits that are left for signs and magnitudes of depth 0, of some bytes for all of the first layer."""
+    """Estimate the bits for signs and magnitudes of depth 0 if the whole first layer has `nbytes`."""
     elements = distribution.count + distribution.zeros
-    letters = elements // max(1, chunks) // (2 * PHASES)
-    lanes = 4 if letters < 1 << 12 else 16 if letters < 1 << 16 else 64
+    symbols = elements // max(1, chunks) // (2 * PHASES)
+    lanes = 4 if symbols < 1 << 12 else 16 if symbols < 1 << 16 else 64
     bits = 8.0 * (nbytes - Grid.SIZE - chunks * (CHUNK + _MARKS + PHASES * (_STREAM + 2 * lanes)))
     if distribution.zeros * 64 >= elements:
         bits -= _bits(np.array([float(distribution.zeros), float(distribution.count)]))
@@ -223,24 +223,24 @@ def base_room(distribution: Distribution, nbytes: int, chunks: int) -> float:
 
 
 def _index_above(value: float) -> int:
-    """Return the number of a step that is not below a value, which may be 0."""
+    """Return the index of a step not below a value, which may be 0."""
     return math.frexp(value)[1] * _MANTISSA if value else _FINEST * _MANTISSA
 
 
 def make_grid(distribution: Distribution, index: int) -> Grid:
-    """Return the grid for a step: offsets are the means of cells, of all parts of a cell of depth 0 together."""
+    """Return the grid for a step: offsets are the means in cells, of all parts of a cell of depth 0 together."""
     steps = step_of(index), _second(step_of(index))
     offsets = []
     for step in steps:
         for depth in range(_OFFSET_DEPTHS):
             parts = 1 << depth
             counts, sums = distribution.cells(step / parts, 64 * parts)
-            if counts.size == 64 * parts:  # the last one holds all that is beyond
+            if counts.size == 64 * parts:  # the last one has all beyond
                 counts, sums = counts[:-1], sums[:-1]
             number = np.arange(counts.size)
             excess = sums / (step / parts) - number * counts
             kinds = np.minimum(number // parts, CELLS - 1)
-            # in order, one by one
+            # bincount adds in order, one by one, on every machine
             whole, part = np.bincount(kinds, counts, CELLS), np.bincount(kinds, excess, CELLS)
             mean = np.where(whole > 0, part, 0.5) / np.where(whole > 0, whole, 1.0)
             offsets.append(np.clip(np.rint(mean * 256), 0, 255).astype(np.uint8))

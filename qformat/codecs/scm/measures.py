@@ -1,4 +1,4 @@
-"""What `scm` measures before it decides: what sections would take, and the errors at each depth."""
+"""Measurements for the rate control of `scm`: the sizes of sections, and the errors at each depth."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qformat.codecs.scm.grid import CHUNK, CLASSES, DEPTHS, PARTS, PHASES, Grid, planes
 from qformat.entropy.frequencies import logarithms
 from qformat.kernels import load
-
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import F32, F64, I64, U32
 
 
-def bits_before(numbers: NDArray[np.uint32], size: int, deepest: int) -> I64:
-    """Return how often bits are 0 and 1: by plane and class of the magnitude before, in all parts before each one, and in all."""
+def bits_before(numbers: U32, size: int, deepest: int) -> I64:
+    """Return how many bits are 0 and 1, in all parts before each one and in all: shape (planes, 33, 3 classes, 2)."""
     shape = deepest * PHASES, PARTS, CLASSES, 2
     counts = np.zeros(math.prod(shape), np.int64)
     load("planes").count_bits(numbers, size, deepest, counts)
@@ -30,14 +26,14 @@ def bits_before(numbers: NDArray[np.uint32], size: int, deepest: int) -> I64:
 
 
 class SectionCosts:
-    """What layers take that hold some positions, to a few bytes.
+    """Estimated sizes of layers, to within a few bytes.
 
     Parameters
     ----------
     sizes
-        How many elements count in each chunk.
+        The number of stored elements of each chunk.
     before
-        What `bits_before` found in each chunk.
+        The result of `bits_before` for each chunk.
     """
 
     def __init__(self, sizes: Sequence[int], before: Sequence[I64]) -> None:
@@ -47,7 +43,7 @@ class SectionCosts:
         self._before = np.stack(before)
 
     def of(self, start: int, end: int) -> int:
-        """Return the bytes of a layer."""
+        """Return the bytes of a layer of the positions from `start` to before `end`."""
         return CHUNK * self._chunks + sum(self._section(*section) for section in planes(start, end))
 
     def _section(self, *section: int) -> int:
@@ -56,7 +52,7 @@ class SectionCosts:
         return self._known[section]
 
     def last_end(self, start: int, room: int, most: int) -> int:
-        """Return the last end for which a layer that begins at `start` takes no more than some bytes; `start` if none does."""
+        """Return the largest end, up to `most`, for which a layer from `start` has no more than `room` bytes; at least `start`."""
         low, high = start, max(start, most)
         # most bits take a bit, so the answer is near, or a little above
         guess = start + int(8 * max(0, room) * PHASES * PARTS // max(1, self._elements))
@@ -72,14 +68,14 @@ class SectionCosts:
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors of a tensor at each depth of each part.
+    """The errors of a tensor at each depth of each part.
 
     Attributes
     ----------
     count
         Number of weights.
     squares, sums, peaks
-        Arrays of shape (2, 32, 9): sums of squares and of absolute errors, and the largest ones.
+        Sums of squared and of absolute errors, and the largest absolute ones, of shape (2 phases, 32 parts, 9 depths).
     """
 
     count: int
@@ -88,8 +84,8 @@ class Errors:
     peaks: F32
 
     @classmethod
-    def of(cls, values: F32, numbers: NDArray[np.uint32], size: int, deepest: int, grid: Grid) -> Errors:
-        """Measure elements, filled up to whole blocks, from their magnitudes at a depth."""
+    def of(cls, values: F32, numbers: U32, size: int, deepest: int, grid: Grid) -> Errors:
+        """Measure `size` elements, padded to whole blocks, with magnitudes at depth `deepest`."""
         kernels = load("planes")
         shape = PHASES, PARTS, DEPTHS, kernels.LANES
         squares, sums, peaks = (np.zeros(math.prod(shape), dtype) for dtype in (np.float64, np.float64, np.uint32))
@@ -103,7 +99,7 @@ class Errors:
 
     @classmethod
     def total(cls, parts: Sequence[Errors]) -> Errors:
-        """Return those of all chunks; sums are exact, so that their order does not matter."""
+        """Return the errors of all chunks together; sums are exact, so that their order does not matter."""
         shape = PHASES, PARTS, DEPTHS
         every = [(part.squares.ravel().tolist(), part.sums.ravel().tolist()) for part in parts]
         squares, sums = (
@@ -120,7 +116,7 @@ class Errors:
         return tuple(values.reshape(PHASES * PARTS, DEPTHS).T.tolist() for values in every)
 
     def at(self, end: int) -> tuple[float, float, float]:
-        """Return root mean square, largest and mean absolute error after some positions."""
+        """Return root mean square, largest and mean absolute error after `end` positions."""
         depth, deeper = divmod(end, PHASES * PARTS)
         squares, sums, peaks = (
             (rows[depth + 1][:deeper] if deeper else []) + rows[depth][deeper:] for rows in self._by_depth
@@ -130,7 +126,7 @@ class Errors:
 
 
 def _folded(lanes: F64) -> F64:
-    """Return the sum of the last dimension: the upper half is added to the lower one until one is left."""
+    """Return the sum over the last dimension: the upper half is added to the lower one until one is left."""
     while lanes.shape[-1] > 1:
         half = lanes.shape[-1] // 2
         lanes = lanes[..., :half] + lanes[..., half:]

@@ -8,37 +8,23 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer
-from qformat.codecs.scm.grid import (
-    CLASSES,
-    LARGEST,
-    PARTS,
-    PHASES,
-    POSITIONS,
-    Grid,
-    part_sizes,
-    planes,
-)
-from qformat.entropy.frequencies import digits, logarithms, symbols_each
-from qformat.entropy.streams import StreamReader, StreamWriter, letter_count
+from qformat.codecs.layout import Buffer
+from qformat.codecs.scm.grid import CLASSES, LARGEST, PARTS, PHASES, POSITIONS, Grid, part_sizes, planes
+from qformat.entropy.frequencies import digit_table, digits_per_symbol, logarithms
+from qformat.entropy.streams import StreamReader, StreamWriter, symbol_count
 from qformat.kernels import load
+from qformat.kernels.arrays import F32, I64, U8, U32, Bools
 
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
-F32 = NDArray[np.float32]
-
-_SPARSE = 64  # a chunk is sparse if at least one of so many elements is zero
+_SPARSE = 64  # a chunk is sparse if at least 1 in 64 elements is zero
 _MARK_SPARSE, _MARK_WIDE = 1, 2
 _NARROW, _WIDE = 16, 256
-_SCATTERED = 4096  # a chunk is wide if more than one of so many elements is elsewhere else
+_SCATTERED = 4096  # a chunk is wide if more than 1 in 4096 elements would be elsewhere if it were narrow
 _END = struct.Struct("<H")
 
 
 def padded(values: F32) -> F32:
-    """Return one-dimensional values, filled up with zeros to whole blocks."""
+    """Return one-dimensional values, padded with zeros to whole blocks of 32."""
     if values.size % 32 == 0:
         return values
     whole = np.zeros(-(-values.size // 32) * 32, np.float32)
@@ -48,28 +34,28 @@ def padded(values: F32) -> F32:
 
 @dataclass
 class Magnitudes:
-    """The elements of a chunk that count, as magnitudes at some depth.
+    """The elements of a chunk that are stored (all, or all but zeros), as magnitudes at some depth.
 
     Attributes
     ----------
     size
-        How many there are.
+        The number of stored elements.
     used
-        For each element of the chunk whether it counts; None if all do.
+        For each element of the chunk, flat, whether it is stored; None if all are.
     values
-        The elements, filled up to whole blocks.
+        The stored elements, float32, padded to whole blocks.
     numbers
         Their magnitudes.
     """
 
     size: int
-    used: NDArray[np.bool_] | None
+    used: Bools | None
     values: F32
     numbers: U32
 
     @classmethod
     def of(cls, values: F32, grid: Grid, depth: int) -> Magnitudes:
-        """Return those of finite values."""
+        """Return the magnitudes of finite values, one-dimensional."""
         nonzero = values != 0
         count = int(np.count_nonzero(nonzero))
         used = nonzero if (values.size - count) * _SPARSE >= values.size else None
@@ -81,12 +67,12 @@ class Magnitudes:
 
 
 def write_base(writer: StreamWriter, magnitudes: Magnitudes) -> None:
-    """Write signs and magnitudes, which are those of depth 0; they have the sign as one bit more afterwards."""
+    """Write signs and magnitudes, which are those of depth 0. Afterwards the magnitudes have the sign as their lowest bit."""
     size, used = magnitudes.size, magnitudes.used
-    phases = [_symbols(magnitudes, phase, _NARROW - 1) for phase in range(PHASES)]
+    phases = [_limited(magnitudes, phase, _NARROW - 1) for phase in range(PHASES)]
     wide = sum(over for _, over in phases) * _SCATTERED > size
     if wide:
-        phases = [_symbols(magnitudes, phase, _WIDE - 1) for phase in range(PHASES)]
+        phases = [_limited(magnitudes, phase, _WIDE - 1) for phase in range(PHASES)]
     writer.add(bytes([_MARK_SPARSE * (used is not None) + _MARK_WIDE * wide]))
     if used is not None:
         writer.bits(np.packbits(used, bitorder="little"), used.size, size)
@@ -95,34 +81,34 @@ def write_base(writer: StreamWriter, magnitudes: Magnitudes) -> None:
     base = _WIDE if wide else _NARROW
     kernels, numbers = load("planes"), magnitudes.numbers
     kernels.append_signs(magnitudes.values, numbers)
-    for phase, (symbols, over) in enumerate(phases):
+    for phase, (digits, over) in enumerate(phases):
         count = int(part_sizes(size)[phase].sum())
         if not count:
             continue
-        writer.stream(_letters(symbols, count, base), base)
+        writer.stream(_joined(digits, count, base), base)
         if over:
             every = numbers.reshape(-1, 32)[phase::PHASES].reshape(-1)
-            writer.add((every[symbols == base - 1] >> 1).astype("<u4").tobytes())
+            writer.add((every[digits == base - 1] >> 1).astype("<u4").tobytes())
         where, counts = (phase, 0, PARTS), np.zeros((CLASSES, 2), np.int64)
         kernels.count_section(numbers, size, 0, *where, counts.reshape(-1))
         _write_section(writer, numbers, size, 0, where, counts)
 
 
-def _symbols(magnitudes: Magnitudes, phase: int, limit: int) -> tuple[U8, int]:
-    """Return the limited magnitudes of a phase, filled up with zeros to whole blocks, and how many of them are elsewhere."""
+def _limited(magnitudes: Magnitudes, phase: int, limit: int) -> tuple[U8, int]:
+    """Return the magnitudes of a phase, `limit` at most and padded to whole blocks, and how many of them reach it."""
     blocks = (magnitudes.values.size // 32 + 1 - phase) // PHASES
-    symbols = np.empty(32 * blocks, np.uint8)
-    over = load("planes").symbols(magnitudes.numbers, magnitudes.size, phase, limit, symbols)
-    return symbols, int(over)
+    digits = np.empty(32 * blocks, np.uint8)
+    over = load("planes").limited(magnitudes.numbers, magnitudes.size, phase, limit, digits)
+    return digits, int(over)
 
 
-def _letters(symbols: U8, count: int, base: int) -> U8:
-    """Return the letters of so many symbols, after which there are zeros."""
+def _joined(digits: U8, count: int, base: int) -> U8:
+    """Return the symbols of the first `count` digits, which zeros follow."""
     if base == _WIDE:
-        return symbols[:count]
-    letters, each = np.empty(letter_count(count, base), np.uint8), symbols_each(base)
-    load("symbols").join(symbols[: each * letters.size], base, each, letters)
-    return letters
+        return digits[:count]
+    symbols, each = np.empty(symbol_count(count, base), np.uint8), digits_per_symbol(base)
+    load("symbols").join(digits[: each * symbols.size], base, each, symbols)
+    return symbols
 
 
 def _sections(size: int, start: int, end: int) -> list[tuple[int, int, int, int, int]]:
@@ -138,7 +124,7 @@ def _sections(size: int, start: int, end: int) -> list[tuple[int, int, int, int,
 def write_sections(
     writer: StreamWriter, magnitudes: Magnitudes, deepest: int, start: int, end: int, before: I64
 ) -> None:
-    """Write the bits of some positions, of magnitudes at the deepest depth; `before` is what `bits_before` found."""
+    """Write the bits of positions from `start` to before `end`, of magnitudes at depth `deepest`, with the counts `before`."""
     for plane, first, stop in planes(start, end):
         counts = before[plane, stop] - before[plane, first]
         if counts.any():
@@ -149,9 +135,9 @@ def write_sections(
 def _write_section(
     writer: StreamWriter, numbers: U32, size: int, shift: int, where: tuple[int, int, int], found: I64
 ) -> None:
-    """Write one bit of some numbers, the one that is lowest once they are shifted; by classes if that is shorter, by estimate.
+    """Write bit `shift` of the magnitudes of a section, by classes if that is shorter by estimate.
 
-    `found` says for each class how many of its bits are 0 and 1.
+    `found` has shape (3, 2): how many bits of each class are 0 and 1.
     """
     kernels = load("planes")
     by_class, together = load("estimates").section(found, logarithms())
@@ -174,31 +160,29 @@ def _write_section(
 
 @dataclass
 class Decoder:
-    """The elements of a chunk while layers are read.
+    """The stored elements of a chunk while its layers are read.
 
-    Every method raises ``ValueError`` if the bytes are none that an encoder can have written.
+    Every method raises ``ValueError`` if no encoder can have written these bytes.
 
     Attributes
     ----------
-    size
-        How many elements count.
-    used
-        For each element of the chunk whether it counts; None if all do.
-    numbers, signs
+    size, used, numbers
         As in `Magnitudes`.
+    signs
+        A bit for each element, 1 if it is negative, packed.
     end
-        Positions that were read.
+        The number of positions read.
     """
 
     size: int
-    used: NDArray[np.bool_] | None
+    used: Bools | None
     numbers: U32
     signs: U8
     end: int = 0
 
     @classmethod
     def of(cls, chunks: Sequence[Buffer], elements: int) -> Decoder:
-        """Return the elements of a chunk from its layers."""
+        """Return the elements of a chunk of `elements` from its part of each layer read."""
         reader = StreamReader(chunks[0])
         end = _read_end(reader, 0)
         decoder = cls._base(reader, elements)
@@ -213,7 +197,7 @@ class Decoder:
     def refine(self, reader: StreamReader, end: int) -> None:
         """Read the bits up to a position."""
         for _, phase, first, stop, elements in _sections(self.size, self.end, end):
-            self.section(reader, (phase, first, stop), elements)
+            self._section(reader, (phase, first, stop), elements)
         self.end = end
 
     @classmethod
@@ -223,7 +207,7 @@ class Decoder:
             raise ValueError(f"a chunk is marked with {mark}")
         used, size = None, elements
         if mark & _MARK_SPARSE:
-            bits = np.unpackbits(reader.stream(letter_count(elements, 2), 2), bitorder="little")
+            bits = np.unpackbits(reader.stream(symbol_count(elements, 2), 2), bitorder="little")
             used = bits[:elements].view(bool)
             size = int(np.count_nonzero(used))
         numbers = np.empty(-(-size // 32) * 32, np.uint32)
@@ -234,12 +218,12 @@ class Decoder:
         for phase, count in enumerate(part_sizes(size).sum(axis=1).tolist()):
             if count:
                 _read_phase(reader, numbers, phase, count, base)
-                decoder.section(reader, (phase, 0, PARTS), count)
+                decoder._section(reader, (phase, 0, PARTS), count)
         load("planes").detach_signs(numbers, decoder.signs)
         return decoder
 
-    def section(self, reader: StreamReader, where: tuple[int, int, int], elements: int) -> None:
-        """Read a section: a bit more for some magnitudes."""
+    def _section(self, reader: StreamReader, where: tuple[int, int, int], elements: int) -> None:
+        """Read a section: one more bit of its magnitudes."""
         mark = reader.number(1)
         if mark > 1:
             raise ValueError(f"a section is marked with {mark}")
@@ -247,19 +231,19 @@ class Decoder:
             self._refine_classes(reader, where)
             return
         bits = np.zeros(4 * -(-elements // 32), np.uint8)
-        bits[: -(-elements // 8)] = reader.stream(letter_count(elements, 2), 2)
+        bits[: -(-elements // 8)] = reader.stream(symbol_count(elements, 2), 2)
         load("planes").refine(bits, self.size, *where, self.numbers)
 
     def _refine_classes(self, reader: StreamReader, where: tuple[int, int, int]) -> None:
         kernels, counts = load("planes"), np.zeros(CLASSES, np.int64)
         kernels.count_classes(self.numbers, self.size, 0, *where, counts)
-        streams = [reader.stream(letter_count(count, 2), 2) for count in counts.tolist()]
+        streams = [reader.stream(symbol_count(count, 2), 2) for count in counts.tolist()]
         lengths = np.array([stream.size for stream in streams])
         bits = np.concatenate([*streams, np.zeros(8, np.uint8)])  # kernels read 8 bytes at once
         kernels.refine_classes(bits, np.cumsum(lengths) - lengths, self.size, *where, self.numbers)
 
     def values(self, grid: Grid, out: F32) -> None:
-        """Give the values of a whole chunk, flat."""
+        """Write the values of the whole chunk to `out`, float32, flat."""
         whole = self.used is None and out.size == self.numbers.size
         decoded = out if whole else np.empty(self.numbers.size, np.float32)
         load("planes").values(self.numbers, self.signs, self.end, grid.single_widths, grid.places, decoded)
@@ -278,20 +262,20 @@ def _read_end(reader: StreamReader, start: int) -> int:
 
 
 def end_of(position: int) -> bytes:
-    """Return what a chunk of a layer begins with."""
+    """Return the head of a chunk of a layer that ends at a position."""
     return _END.pack(position)
 
 
 def _read_phase(reader: StreamReader, numbers: U32, phase: int, count: int, base: int) -> None:
-    each = symbols_each(base)
-    letters = reader.stream(letter_count(count, base), base)
-    symbols = np.zeros(-(-count // 32) * 32, np.uint8)
+    each = digits_per_symbol(base)
+    symbols = reader.stream(symbol_count(count, base), base)
+    digits = np.zeros(-(-count // 32) * 32, np.uint8)
     if each == 1:
-        symbols[:count] = letters
+        digits[:count] = symbols
     else:
-        _split_narrow(letters, symbols[:count])
-    over = np.flatnonzero(symbols[:count] == base - 1)
-    load("planes").spread(symbols, phase, numbers)
+        _split_narrow(symbols, digits[:count])
+    over = np.flatnonzero(digits[:count] == base - 1)
+    load("planes").spread(digits, phase, numbers)
     if over.size:
         elsewhere = np.frombuffer(reader.take(4 * over.size).tobytes(), "<u4")
         if elsewhere.max() >= LARGEST:
@@ -299,5 +283,5 @@ def _read_phase(reader: StreamReader, numbers: U32, phase: int, count: int, base
         numbers[over // 32 * (32 * PHASES) + phase * 32 + over % 32] = elsewhere
 
 
-def _split_narrow(letters: U8, symbols: U8) -> None:
-    load("symbols").split(letters, digits(_NARROW).reshape(-1), symbols_each(_NARROW), symbols)
+def _split_narrow(symbols: U8, digits: U8) -> None:
+    load("symbols").split(symbols, digit_table(_NARROW).reshape(-1), digits_per_symbol(_NARROW), digits)

@@ -1,20 +1,17 @@
-"""What is left of floats after bit planes, so that they come back bit for bit (spec/codecs.md, "`scm`", `rest`)."""
+"""The last layer of `scm`: the bits that planes leave open, which make floats exact (spec/codecs.md, "`scm`", `rest`)."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codecs.base import Buffer
+from qformat.codecs.layout import Buffer
 from qformat.codecs.scm.grid import Grid
 from qformat.codecs.scm.planes import Decoder, Magnitudes
 from qformat.dtypes import BF16, F32, DType, Elements
 from qformat.entropy.streams import StreamReader, StreamWriter
 from qformat.kernels import load
-
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import I64, U8, U32, Bools
 
 _CLASSES, _LENGTHS = 22, 32
 _KEPT = 6  # bits of upper parts
@@ -22,11 +19,11 @@ _BYTES = 3
 
 
 def _kind(dtype: DType) -> int:
-    """Return what kernels call a dtype."""
+    """Return the kernels' number for a dtype."""
     return 4 if dtype is F32 else 1 if dtype is BF16 else 2
 
 
-def _patterns(elements: Elements) -> tuple[U32, NDArray[np.bool_]]:
+def _patterns(elements: Elements) -> tuple[U32, Bools]:
     """Return the patterns of magnitudes, and whether each element is negative."""
     bits = elements.data.view(f"u{elements.dtype.size}")
     sign = 8 * elements.dtype.size - 1
@@ -35,30 +32,30 @@ def _patterns(elements: Elements) -> tuple[U32, NDArray[np.bool_]]:
 
 
 def precision_of(elements: Elements) -> int:
-    """Return how many bits of the mantissas there are up to the lowest one that is set in any element."""
+    """Return the bits of mantissa in use: those from the highest to the lowest one that is set in any element."""
     used = int(np.bitwise_or.reduce(elements.data.view(f"u{elements.dtype.size}"), axis=None))
     lowest = (used & -used).bit_length() - 1
     return max(0, elements.dtype.mantissa - lowest) if used else 0
 
 
 def _shifts(patterns: U32, dtype: DType) -> U8:
-    """Return for each row how many of the lowest bits are 0 in all of its patterns."""
+    """Return for each row how many of the lowest bits are 0 in all its patterns, at most all of the mantissa."""
     used = np.bitwise_or.reduce(patterns, axis=1)
     lowest = used & (~used + np.uint32(1))
     lengths = np.frexp(lowest.astype(np.float64))[1] - 1  # of a power of 2, or -1
     return np.where(used > 0, np.minimum(lengths, dtype.mantissa), 0).astype(np.uint8)
 
 
-def _by_element(shifts: U8, cols: int, used: NDArray[np.bool_] | None) -> U8:
-    """Return the shift of each element that counts; one number if they are all the same."""
+def _by_element(shifts: U8, cols: int, used: Bools | None) -> U8:
+    """Return the shift of each stored element; one number if all are the same."""
     if (shifts == shifts[0]).all():
         return shifts[:1]
     every = np.repeat(shifts, cols)
     return every if used is None else every[used]
 
 
-def write_rest(writer: StreamWriter, elements: Elements, magnitudes: Magnitudes, end: int, grid: Grid) -> None:
-    """Write what the bits up to a position leave of a matrix; the magnitudes are those after it."""
+def write_residual(writer: StreamWriter, elements: Elements, magnitudes: Magnitudes, end: int, grid: Grid) -> None:
+    """Write the bits of a matrix that are left open after `end` positions; the magnitudes are those after them."""
     patterns, negative = _patterns(elements)
     used = magnitudes.used
     shifts = _shifts(patterns, elements.dtype)
@@ -69,13 +66,13 @@ def write_rest(writer: StreamWriter, elements: Elements, magnitudes: Magnitudes,
         writer.bits(np.packbits(negative, bitorder="little"), negative.size, int(np.count_nonzero(negative)))
     if not flat.size:
         return
-    rest = load("residual")
+    kernels = load("residual")
     by_element = _by_element(shifts, patterns.shape[1], used)
     where = magnitudes.numbers, by_element, magnitudes.size, end, grid.widths, _kind(elements.dtype)
     upper, lower = np.empty(flat.size, np.uint8), np.empty((_BYTES, flat.size + 1), np.uint8)
     classes, counts = np.zeros(_CLASSES, np.int64), np.zeros(_BYTES, np.int64)
     middle = np.empty(flat.size * 7 // 8 + 9, np.uint8)
-    bits = rest.split(flat, *where, upper, classes, lower, counts, middle)
+    bits = kernels.split(flat, *where, upper, classes, lower, counts, middle)
     stops = np.cumsum(classes)
     for class_ in np.flatnonzero(classes).tolist():
         if class_:
@@ -87,18 +84,18 @@ def write_rest(writer: StreamWriter, elements: Elements, magnitudes: Magnitudes,
         writer.stream(middle[: -(-bits // 8)])
 
 
-def read_rest(chunk: Buffer, decoder: Decoder, grid: Grid, dtype: DType, out: NDArray[np.generic]) -> None:
-    """Give the patterns of a whole chunk, a matrix.
+def read_residual(chunk: Buffer, decoder: Decoder, grid: Grid, dtype: DType, out: NDArray[np.generic]) -> None:
+    """Write the elements of a whole chunk to `out`, a matrix of its dtype.
 
     Raises
     ------
     ValueError
-        If the bytes are none that an encoder can have written.
+        If no encoder can have written these bytes.
     """
     reader, used, size = StreamReader(chunk), decoder.used, decoder.size
     shifts = reader.stream(len(out))
     if shifts.max() > dtype.mantissa:
-        raise ValueError("more bits are left out of patterns than there are")
+        raise ValueError("more bits are left out of patterns than they have")
     zeros = np.zeros(0, bool)
     if used is not None:
         count = out.size - size
@@ -119,10 +116,10 @@ def read_rest(chunk: Buffer, decoder: Decoder, grid: Grid, dtype: DType, out: ND
 
 
 def _read_patterns(reader: StreamReader, decoder: Decoder, grid: Grid, dtype: DType, shifts: U8, patterns: U32) -> None:
-    rest, size = load("residual"), decoder.size
+    kernels, size = load("residual"), decoder.size
     where = decoder.numbers, shifts, size, decoder.end, grid.widths, _kind(dtype)
     classes, lengths = np.zeros(_CLASSES, np.int64), np.zeros(_LENGTHS, np.int64)
-    rest.count(*where, classes, lengths)
+    kernels.count(*where, classes, lengths)
     upper = [
         reader.stream(int(count)) if class_ else np.zeros(count, np.uint8)
         for class_, count in enumerate(classes)
@@ -138,7 +135,7 @@ def _read_patterns(reader: StreamReader, decoder: Decoder, grid: Grid, dtype: DT
     if middle.size > 8:
         middle[:-8] = reader.stream(middle.size - 8)
     found = np.empty(-(-size // 32) * 32, np.uint32)
-    rest.join(*where, _starts(classes), np.concatenate(upper), lower, middle, found)
+    kernels.join(*where, _starts(classes), np.concatenate(upper), lower, middle, found)
     patterns[:] = found[:size]
     infinity = ((1 << dtype.exponent) - 1) << dtype.mantissa
     if patterns.max() >= infinity:
@@ -152,7 +149,7 @@ def _starts(classes: I64) -> I64:
 
 
 def _low_bits() -> I64:
-    """Return how many bits are below the upper part, by the number of bits that are open."""
+    """Return how many bits are below the upper part, by the number of open bits."""
     return np.maximum(np.arange(_LENGTHS) - _KEPT, 0)
 
 

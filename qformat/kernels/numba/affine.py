@@ -1,6 +1,7 @@
-"""Integers with a scale for each group of columns, compiled. Twin of ``plain/affine.py``.
+"""Integers with a scale for each group of columns, compiled. Twin of ``numpy/affine.py``.
 
-Rows are filled up to whole runs of 32 elements. ``cols`` is their true length, ``group`` the columns of a group, a multiple of 32.
+Rows are padded to whole runs of 32 elements; ``cols`` is their true length, ``group`` the columns of a group, a multiple of 32. The
+arrays of scales (float32) and zeros (uint8) have a number for each group of each row, row by row.
 """
 
 from __future__ import annotations
@@ -10,23 +11,14 @@ import numpy as np
 from qformat.kernels.numba.blocks import LANES, add_squares, keep_largest, prefetch_block, reciprocal
 from qformat.kernels.numba.compiler import F32, U8, U32, inline, kernel
 from qformat.kernels.numba.packing import crop, pack_32, unpack_32
-from qformat.kernels.numba.simd import (
-    bits,
-    largest,
-    load,
-    maximum,
-    minimum,
-    store,
-    to_f32,
-    to_i32,
-    to_u32,
-    zeros_u32,
-)
+from qformat.kernels.numba.simd import maximum, minimum, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, to_f32, to_i32, to_u32
+from qformat.kernels.numba.simd_lanes import largest
+from qformat.kernels.numba.simd_memory import load, store
 
 ZERO = np.float32(0.0)
-ROUND = np.float32(
-    3 << 22
-)  # added and subtracted again, it rounds what is small against it to an integer, ties to even
+# added and subtracted again, it rounds what is small against it to an integer, ties to even
+ROUND = np.float32(3 << 22)
 
 
 @inline
@@ -39,20 +31,22 @@ def nearest(values, inverse, low, high):
 def encode(x, cols, group, scales, zeros, codes, lanes, width):
     """Write the nearest codes of ``width`` bits for given scales and zeros, and measure the error.
 
+    ``x`` are padded rows, ``codes`` has ``4 * width`` bytes for each run, ``lanes`` are those of `blocks.quantize_blocks`.
+
     Returns
     -------
     tuple of int
         Bits of the largest magnitude of ``x`` and of the largest error, as in `blocks.quantize_blocks`; number of groups, not all
-        zero, of which nothing is left. The lanes are filled as there.
+        zero, that decode to zeros.
     """
-    filled = (cols + 31) // 32 * 32
+    padded = (cols + 31) // 32 * 32
     total = load(lanes, 0, LANES)
     peaks = zeros_u32(32)
     worst = zeros_u32(32)
     zeroed = np.int64(0)
     number = 0
-    for row in range(x.size // filled):
-        for start in range(0, filled, group):
+    for row in range(x.size // padded):
+        for start in range(0, padded, group):
             scale = scales[number]
             inverse = reciprocal(scale)
             zero = np.int32(zeros[number])
@@ -60,8 +54,8 @@ def encode(x, cols, group, scales, zeros, codes, lanes, width):
             high = np.float32((1 << width) - 1 - zero)
             seen = zeros_u32(32)
             made = zeros_u32(32)
-            for col in range(start, min(start + group, filled), 32):
-                at = row * filled + col
+            for col in range(start, min(start + group, padded), 32):
+                at = row * padded + col
                 values = load(x, at, 32)
                 levels = nearest(values, inverse, low, high)
                 pack_32(to_u32(to_i32(levels) + zero), codes, at // 32, width)
@@ -82,23 +76,23 @@ def encode(x, cols, group, scales, zeros, codes, lanes, width):
 
 
 @kernel(f"void({F32}, {U8}, {U8}, float32[::1], int64, int64, int64)")
-def dequantize(scales, zeros, codes, x, filled, group, width):
-    """Decode rows of ``filled`` elements, a multiple of 32."""
+def dequantize(scales, zeros, codes, x, padded, group, width):
+    """Decode rows of ``padded`` elements, a multiple of 32."""
     number = 0
-    for row in range(x.size // filled):
-        for start in range(0, filled, group):
+    for row in range(x.size // padded):
+        for start in range(0, padded, group):
             scale = scales[number]
             zero = np.int32(zeros[number])
             number += 1
-            for col in range(start, min(start + group, filled), 32):
-                at = row * filled + col
+            for col in range(start, min(start + group, padded), 32):
+                at = row * padded + col
                 prefetch_block(x, at // 32)
                 store(x, at, to_f32(to_i32(unpack_32(codes, at // 32, width)) - zero) * scale)
 
 
 @kernel(f"void({F32}, {U8}, {U32}, {U8}, float32[:, ::1], int64)")
 def dequantize_mapped(scales, zeros, places, codes, x, width):
-    """Decode rows whose columns are in the groups that ``places`` tells; each row has its own numbers, all rows as many."""
+    """Decode rows of which column i is in group ``places[i]``, below scales.size // rows; ``x`` has the true shape, not padded."""
     rows, cols = x.shape
     groups = scales.size // rows
     runs = (cols + 31) // 32

@@ -1,8 +1,9 @@
-"""Scales and zeros of least squared error, compiled. Twin of ``plain/affine_search.py``.
+"""Scales and zeros of least squared error, compiled. Twin of ``numpy/affine_search.py``.
 
-A choice of scale and zero gives levels u (the codes less the zero), and these the scale of least squares, Σxu / Σuu, which lessens
-the squared error from Σxx by (Σxu)² / Σuu. So choices are ranked by that, and the best is improved in turns. At last the scale is
-rounded, and the error that is really left decides between it, its neighbour and the plain choice.
+A scale and a zero give levels u (the codes less the zero), and levels give a least-squares scale, Σxu / Σuu, which reduces the
+squared error from Σxx by (Σxu)² / Σuu. Neither step of such a turn can raise the error, but turns end in local optima: hence
+several starts, ranked by that gain, of which the best takes more turns. At last the scale is rounded to its stored dtype, and the
+measured error decides between it, its neighbour and the naive choice, from the smallest and the largest value alone.
 """
 
 from __future__ import annotations
@@ -17,36 +18,13 @@ from qformat.kernels.numba.blocks import reciprocal
 from qformat.kernels.numba.compiler import F32, inline, kernel
 from qformat.kernels.numba.halves import float_to_half, half_to_float
 from qformat.kernels.numba.packing import crop
-from qformat.kernels.numba.simd import (
-    bits,
-    count_up,
-    from_bits,
-    high_half,
-    lane,
-    load,
-    low_half,
-    maximum,
-    minimum,
-    select_less,
-    spread_f32,
-)
+from qformat.kernels.numba.simd import count_up, maximum, minimum, select_less, spread_f32
+from qformat.kernels.numba.simd_casts import bits, from_bits
+from qformat.kernels.numba.simd_lanes import high_half, lane, low_half, sum_halves
+from qformat.kernels.numba.simd_memory import load
 
 F16, BF16 = 0, 1  # anything else is float32
 ROUNDS = 3
-
-
-@inline
-def _fold(vector):
-    """Return the sum of 32 lanes: always the upper half onto the lower."""
-    vector = low_half(vector) + high_half(vector)
-    return _fold_8(low_half(vector) + high_half(vector))
-
-
-@inline
-def _fold_8(vector):
-    quarter = low_half(vector) + high_half(vector)
-    pair = low_half(quarter) + high_half(quarter)
-    return lane(pair, 0) + lane(pair, 1)
 
 
 @inline
@@ -65,7 +43,7 @@ def _sums(x, at, width, inverse, low, high):
         levels = crop(nearest(values, inverse, low, high), width - whole)
         xu = xu + values * levels
         uu = uu + levels * levels
-    return np.float64(_fold(xu)), np.float64(_fold(uu))
+    return np.float64(sum_halves(xu)), np.float64(sum_halves(uu))
 
 
 @inline
@@ -82,7 +60,7 @@ def _distance(x, at, width, scale, low, high):
         values = load(x, at + whole, 32)
         error = crop(values - nearest(values, inverse, low, high) * scale, width - whole)
         total = total + error * error
-    return _fold(total)
+    return sum_halves(total)
 
 
 @inline
@@ -134,11 +112,11 @@ def _other(scale, rounded, kind):
 
 
 @inline
-def _final(x, at, width, plain, plain_zero, scale, zero, top, kind):
-    """Return the best of the plain choice and the scale or its neighbour, rounded, with the error."""
-    chosen = _rounded(plain, kind)
-    chosen_zero = plain_zero
-    least = _distance(x, at, width, chosen, np.float32(-plain_zero), np.float32(top - plain_zero))
+def _final(x, at, width, naive, naive_zero, scale, zero, top, kind):
+    """Return the error, scale and zero of the best of the naive choice and the found scale or its neighbour, all rounded."""
+    chosen = _rounded(naive, kind)
+    chosen_zero = naive_zero
+    least = _distance(x, at, width, chosen, np.float32(-naive_zero), np.float32(top - naive_zero))
     low = np.float32(-zero)
     high = np.float32(top - zero)
     near = _rounded(scale, kind)
@@ -160,25 +138,25 @@ def symmetric(x, cols, group, width, kind, choices, scales):
     Parameters
     ----------
     x
-        Rows of ``cols`` elements, filled up with zeros to whole runs of 32.
+        float32: rows of ``cols`` elements, padded with zeros to whole runs of 32.
     cols, group, width
         As for `affine.encode`.
     kind
         The scales' dtype: `F16`, `BF16` or float32.
     choices
-        The levels that the value of largest magnitude is tried at, before it is rounded; may be negative.
+        The starts: levels, before rounding, to put the value of largest magnitude at; may be negative.
     scales
-        The result, rounded to the dtype; infinite if the plain choice is.
+        The result, rounded to the dtype; infinite if the naive choice is.
     """
-    filled = (cols + 31) // 32 * 32
+    padded = (cols + 31) // 32 * 32
     middle = np.int64(1 << (width - 1))
     top = np.int64((1 << width) - 1)
     low = np.float32(-middle)
     high = np.float32(middle - 1)
     number = 0
-    for row in range(x.size // filled):
+    for row in range(x.size // padded):
         for start in range(0, cols, group):
-            at = row * filled + start
+            at = row * padded + start
             count = min(group, cols - start)
             smallest, largest = _ends(x, at, count)
             extreme = smallest if -smallest > largest else largest
@@ -219,7 +197,7 @@ def _clamp(zero):
 
 @inline
 def _better_zero(x, at, count, inverse, centre, top, best, scale, zero):
-    """Try the zeros next to one; return the best score so far, and its scale and zero."""
+    """Try a zero and its neighbours; return the best gain so far, with its scale and zero."""
     for candidate in range(max(0, centre - 1), min(255, centre + 1) + 1):
         xu, uu = _sums(x, at, count, inverse, np.float32(-candidate), np.float32(top - candidate))
         if uu > 0.0 and xu * xu / uu > best:
@@ -231,28 +209,28 @@ def _better_zero(x, at, count, inverse, centre, top, best, scale, zero):
 
 @kernel(f"void({F32}, int64, int64, int64, int64, {F32}, float32[::1], uint8[::1])")
 def asymmetric(x, cols, group, width, kind, choices, scales, zeros):
-    """Choose scales and zeros; as `symmetric`, but ``choices`` are the numbers of steps that the range of values is tried with.
+    """Choose scales and zeros; as `symmetric`, but ``choices`` are numbers of steps to divide the range of values into.
 
-    Scales are negative for groups of positive values: the zero cannot be.
+    A group of positive values would need a negative zero, which cannot be stored; its scale is negative instead.
     """
-    filled = (cols + 31) // 32 * 32
+    padded = (cols + 31) // 32 * 32
     top = np.int64((1 << width) - 1)
     number = 0
-    for row in range(x.size // filled):
+    for row in range(x.size // padded):
         for start in range(0, cols, group):
-            at = row * filled + start
+            at = row * padded + start
             count = min(group, cols - start)
             smallest, largest = _ends(x, at, count)
             span = largest - smallest
             if not span > ZERO:
-                scales[number] = _rounded(largest + ZERO, kind)  # with codes of 1; + 0 makes a zero positive
+                scales[number] = _rounded(largest + ZERO, kind)  # all codes are 1; + 0 makes a negative zero positive
                 zeros[number] = 0
                 number += 1
                 continue
             turned = smallest > ZERO
-            plain = (-span if turned else span) / np.float32(top)
+            naive = (-span if turned else span) / np.float32(top)
             end = largest if turned else smallest
-            plain_zero = _clamp(-np.float64(end) / np.float64(plain)) if plain != ZERO else np.int64(0)
+            naive_zero = _clamp(-np.float64(end) / np.float64(naive)) if naive != ZERO else np.int64(0)
             centre = (np.float64(smallest) + np.float64(largest)) * 0.5
             best = 0.0
             scale = ZERO
@@ -266,7 +244,7 @@ def asymmetric(x, cols, group, width, kind, choices, scales, zeros):
                 best, scale, zero = _better_zero(x, at, count, reciprocal(scale), zero, top, best, scale, zero)
                 if not best > before:
                     break
-            _least_error, chosen, chosen_zero = _final(x, at, count, plain, plain_zero, scale, zero, top, kind)
+            _least_error, chosen, chosen_zero = _final(x, at, count, naive, naive_zero, scale, zero, top, kind)
             scales[number] = chosen
             zeros[number] = chosen_zero
             number += 1

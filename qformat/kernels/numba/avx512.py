@@ -1,26 +1,18 @@
-"""What processors with AVX-512 can do and portable vectors cannot say: look up 16 numbers at once, and hand out words in order."""
+"""AVX-512 instructions that portable vectors cannot express: 16 table lookups at once, and words dealt out to lanes in order."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
-from numba.core import config
 from numba.extending import intrinsic
 
-from qformat.kernels.numba.simd import Vector, call_llvm, pointer_to
+from qformat.kernels.numba.compiler import has_feature
+from qformat.kernels.numba.simd import Vector, call_llvm
+from qformat.kernels.numba.simd_memory import pointer_to
 
-
-def _available() -> bool:
-    """Return whether what numba compiles for has it: the machine's processor, unless its variables name another one."""
-    if config.CPU_FEATURES is not None:
-        return "+avx512f" in config.CPU_FEATURES
-    return config.CPU_NAME is None and bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
-
-
-AVAILABLE = _available()
+AVAILABLE = has_feature("avx512f")
 
 _VECTOR = Vector(types.uint32, 16)
 _INT = ir.IntType(32)
@@ -30,9 +22,9 @@ _MASK = ir.VectorType(ir.IntType(1), 16)
 
 @intrinsic
 def gather(typing: Any, table: Any, indices: Any) -> Any:  # noqa: ARG001
-    """Return the uint32 that begins at each index of a table of uint8 or uint32; no bounds check.
+    """Return the uint32 that begins at each index of a table of uint8 or uint32.
 
-    So of a table of bytes 4 bytes are read for each, which have to be there.
+    Of a table of bytes, 4 are read for each lane: it needs 3 bytes more than its largest index asks for.
     """
     scale = table.dtype.bitwidth // 8
 
@@ -48,12 +40,12 @@ def gather(typing: Any, table: Any, indices: Any) -> Any:  # noqa: ARG001
 
 @intrinsic
 def refill(typing: Any, states: Any, array: Any, index: Any) -> Any:  # noqa: ARG001
-    """Give each state below 2^16 a word, which are taken in order from the bytes at ``index``; 32 bytes have to be there.
+    """Append a word to each state below 2^16, taking words in order from the bytes at ``index``; 32 bytes are read from there.
 
     Returns
     -------
     tuple of (vector, uint64)
-        ``state * 2^16 + word`` where there was one to give, and the index after the words that were given.
+        ``state * 2^16 + word`` in those lanes, the others unchanged; and the index after the last word taken.
     """
     result = types.Tuple([_VECTOR, types.uint64])
 

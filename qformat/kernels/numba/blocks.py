@@ -1,36 +1,23 @@
-"""What the compiled kernels of block formats share."""
+"""Shared parts of the compiled kernels of block formats: blocks of 32 weights with binary16 scales and packed codes."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.numba.compiler import F32, inline, kernel
-from qformat.kernels.numba.simd import (
-    bits,
-    high_half,
-    join,
-    largest,
-    load,
-    load_as,
-    load_f32,
-    low_half,
-    maximum,
-    pack_bits,
-    prefetch,
-    store,
-    store_as,
-    to_f64,
-    to_u8,
-    to_u32,
-    unpack_bits,
-    zeros_u32,
-)
+from qformat.kernels.numba.compiler import F32, U16, inline, kernel
+from qformat.kernels.numba.halves import half_to_float
+from qformat.kernels.numba.simd import maximum, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, to_f32, to_f64
+from qformat.kernels.numba.simd_lanes import first_equal, high_half, largest, low_half
+from qformat.kernels.numba.simd_memory import float_at, load, load_f32, prefetch, store, store_as
 
 LANES = 16
-AHEAD = 1024  # elements
+PREFETCH_DISTANCE = 1024  # elements
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 INFINITY_BITS = 0x7F800000
+#: signatures of ``quantize(x, blocks, lanes)``, of float32 and of bfloat16 patterns
+QUANTIZE = tuple(f"UniTuple(int64, 4)({source}, uint8[::1], float64[::1])" for source in (F32, U16))
 
 
 @inline
@@ -47,16 +34,16 @@ def quantize_blocks(x, blocks, lanes, encode_block, chosen):
         float64, `LANES` elements: the squared errors of elements i and i + 16 of each block, added as float32, are added to lane i.
     encode_block
         Compiled function of (x, number of the block, its values as a vector, ``blocks``, ``chosen``), which fills in the bytes of
-        the block and returns (decoded values, whether a scale overflows, whether all that is stored vanishes). numba compiles this
-        loop anew for each.
+        the block and returns (decoded values, whether a scale overflows, whether all that is stored is zero). A `compiler.Step`:
+        numba compiles this loop anew for each.
     chosen
-        What a search chose for the blocks, for `encode_block`.
+        Passed on to `encode_block`: the scales, say, that a search has chosen.
 
     Returns
     -------
     tuple of int
         Bits of the largest magnitude of ``x`` (at least those of infinity if ``x`` is not finite) and of the largest error;
-        number of blocks whose scale overflows binary16; number of blocks, not all zero, whose scale vanishes in binary16.
+        number of blocks whose scale overflows binary16; number of blocks, not all zero, whose scale is zero in binary16.
     """
     overflowed = np.int64(0)
     zeroed = np.int64(0)
@@ -80,57 +67,23 @@ def quantize_blocks(x, blocks, lanes, encode_block, chosen):
 
 @inline
 def prefetch_block(x, block):
-    """Ask for the cache lines of a block that will be read or written soon; the hardware's own prefetcher stops at each page."""
-    prefetch(x, 32 * block + AHEAD)
-    prefetch(x, 32 * block + AHEAD + 16)
+    """Fetch the cache lines of a block that will be accessed soon; the hardware's own prefetcher stops at each page."""
+    prefetch(x, 32 * block + PREFETCH_DISTANCE)
+    prefetch(x, 32 * block + PREFETCH_DISTANCE + 16)
 
 
 @inline
-def store_codes(blocks, at, codes):
-    """Put 32 codes of 4 bits at byte ``at``: i in the lower half of byte i, i + 16 in the upper one."""
-    packed = to_u8(codes)
-    store(blocks, at, low_half(packed) | (high_half(packed) << 4))
+def extreme(x, block, values):
+    """Return the first weight of largest magnitude of a block, with its sign."""
+    magnitudes = bits(values) & 0x7FFFFFFF
+    return float_at(x, 32 * block + first_equal(magnitudes, largest(magnitudes)))
 
 
 @inline
-def load_codes(blocks, at):
-    """Return 32 codes of 4 bits as unsigned bytes."""
-    packed = load(blocks, at, 16)
-    return join(packed & 15, packed >> 4)
-
-
-@inline
-def store_codes_5(blocks, at, codes):
-    """Put 32 codes of 5 bits: their highest bits in 4 bytes, then the others as `store_codes` does."""
-    store_as(blocks, at, pack_bits(codes & 16))
-    store_codes(blocks, at + 4, codes & 15)
-
-
-@inline
-def load_codes_5(blocks, at):
-    """Return 32 codes of 5 bits as uint32."""
-    fifth = unpack_bits(load_as(blocks, at, np.uint32(0))) << 4
-    return to_u32(load_codes(blocks, at + 4)) | fifth
-
-
-@inline
-def count_codes(blocks, size, at, counts):
-    """Add to ``counts`` how often each code of 4 bits occurs; codes begin at byte ``at`` of each block of ``size`` bytes."""
-    for block in range(blocks.size // size):
-        for i in range(size * block + at, size * block + at + 16):
-            counts[blocks[i] & 15] += 1
-            counts[blocks[i] >> 4] += 1
-
-
-@inline
-def count_codes_5(blocks, size, at, counts):
-    """Do as `count_codes` for codes of 5 bits."""
-    for block in range(blocks.size // size):
-        fifth = load_as(blocks, size * block + at, np.uint32(0))
-        for i in range(16):
-            both = blocks[size * block + at + 4 + i]
-            counts[(both & 15) | ((fifth >> i) & 1) << 4] += 1
-            counts[(both >> 4) | ((fifth >> (i + 16)) & 1) << 4] += 1
+def store_scale(blocks, at, half, levels):
+    """Store the scale of a block; return what `quantize_blocks` expects of a block that decodes to scale * levels (int32)."""
+    store_as(blocks, at, half)
+    return to_f32(levels) * half_to_float(half), too_large(half), too_small(half)
 
 
 @inline
@@ -153,7 +106,7 @@ def reciprocal(scale):
 
 @inline
 def usable(inverse, mask):
-    """Return the mask for codes: none may be used where 1 / scale overflowed, as it does for subnormal scales."""
+    """Return ``mask`` for codes, or 0 where 1 / scale is infinite, as for subnormal scales, or a NaN: codes would be undefined."""
     return mask if (bits(inverse) & 0x7FFFFFFF) < INFINITY_BITS else 0
 
 

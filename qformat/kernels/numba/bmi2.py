@@ -1,30 +1,21 @@
-"""Gather bits that a mask chooses, and put them back: instructions of most x86 processors (BMI2), and loops for the others."""
+"""Extract the bits that a mask selects, and deposit them again: one instruction with BMI2, a loop on other processors."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import config
 from numba.extending import intrinsic
 
-from qformat.kernels.numba.compiler import inline
+from qformat.kernels.numba.compiler import has_feature, inline
 from qformat.kernels.numba.simd import call_llvm
 
 ONE = np.uint32(1)
 
 
-def _available() -> bool:
-    """Return whether what numba compiles for has them: the machine's processor, unless its variables name another one."""
-    if config.CPU_FEATURES is not None:
-        return "+bmi2" in config.CPU_FEATURES
-    return config.CPU_NAME is None and bool(llvmlite.binding.get_host_cpu_features().get("bmi2", False))
-
-
-AVAILABLE = _available()
+AVAILABLE = has_feature("bmi2")
 
 
 def _instruction(name: str) -> Any:
@@ -72,7 +63,7 @@ def _deposit(value, mask):
     return result
 
 
-#: gather the bits of a uint32 that a mask chooses, in order, at the lower end
+#: ``extract(value, mask)``: the bits of a uint32 that a mask selects, moved together at the lower end
 extract = _instruction("llvm.x86.bmi.pext.32") if AVAILABLE else _extract
-#: do the opposite: put the lowest bits where the mask has ones
+#: ``deposit(value, mask)``: the opposite, the lowest bits moved to where the mask has ones
 deposit = _instruction("llvm.x86.bmi.pdep.32") if AVAILABLE else _deposit

@@ -1,10 +1,11 @@
-"""The 5-bit codes of blocks one to a byte, and back, compiled. Twin of ``plain/codes_5.py``."""
+"""The 5-bit codes of blocks one to a byte, and back, compiled. Twin of ``numpy/codes_5.py``."""
 
 from __future__ import annotations
 
-from qformat.kernels.numba.blocks import load_codes_5, store_codes_5
+from qformat.kernels.numba.codes import load_codes_5, store_codes_5
 from qformat.kernels.numba.compiler import U8, kernel
-from qformat.kernels.numba.simd import load, store, to_u8, to_u32
+from qformat.kernels.numba.simd_casts import to_u8, to_u32
+from qformat.kernels.numba.simd_memory import load, store
 
 
 @kernel(f"void({U8}, int64, int64, uint8[::1])")

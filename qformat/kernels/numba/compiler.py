@@ -1,8 +1,15 @@
 """Compile kernels once per user and machine.
 
-numba's own cache has traps: it does not notice a change in another file (an intrinsic, say), it raises at import when nothing is
-writable, and a truncated cache file makes every run fail. So kernels are compiled for fixed signatures when their module is
-imported, into a directory of the user's own whose name contains a digest of everything that the machine code depends on.
+numba's own cache has four traps, and each decision here avoids one:
+
+* It looks at a kernel's own file only, so it would run old machine code after a change in a helper or an intrinsic. The directory
+  is therefore named after a digest of all sources and versions that machine code depends on.
+* It compiles at the first call, in whichever thread makes it, once for each combination of argument types. Kernels have fixed
+  signatures instead and are compiled when their module is imported, so that all waiting (and all failing) is in one place.
+* With nowhere to write it raises at import, and a truncated file makes every later run fail. Here a missing cache costs time, and a
+  damaged one is deleted and made again.
+* Its files are pickles: whoever may write them runs code as the user. Only a directory that belongs to the user and that nobody
+  else may write is trusted.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llvmlite
+import llvmlite.binding
 import numba
 from numba.core import config, types
 from numba.core.imputils import lower_constant
@@ -28,19 +35,18 @@ from numba.extending import models, register_model, typeof_impl
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_lock = threading.RLock()  # numba's setting is global, and kernels may be imported on several threads
+_lock = threading.RLock()  # numba's cache setting is global, and modules may be imported on several threads
 
-# Types of inputs, for signatures: read-only arrays are taken too.
+# Input arrays in signatures: one-dimensional, C-contiguous, read-only or not.
 _INPUTS = ("uint8", "uint16", "uint32", "float32", "float64")
 U8, U16, U32, F32, F64 = (f"Array({element}, 1, 'C', readonly=True)" for element in _INPUTS)
 
 
 @cache
 def cache_directory() -> Path | None:
-    """Return the directory for machine code, or None if there is none that is safe and writable.
+    """Return the directory for machine code, or None if none is safe and writable.
 
-    ``QFORMAT_CACHE_DIR`` overrides ``$XDG_CACHE_HOME/qformat`` and ``~/.cache/qformat``. The files in it are pickles, so it must
-    belong to the user and be writable by nobody else.
+    ``QFORMAT_CACHE_DIR`` overrides ``$XDG_CACHE_HOME/qformat`` and ``~/.cache/qformat``.
     """
     try:
         own = os.environ.get("QFORMAT_CACHE_DIR")
@@ -62,9 +68,10 @@ def cache_directory() -> Path | None:
 
 
 def _digest() -> str:
+    """Return a digest of the sources of all kernels, in this folder and elsewhere, and of the versions in use."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for file in [*sorted(here.glob("*.py")), here.parent / "tables.py"]:
+    for file in [*sorted(here.glob("*.py")), here.parent / "tables.py", here.parent / "numpy" / "frequencies.py"]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     versions = (numba.__version__, llvmlite.__version__, platform.python_version(), platform.machine())
     digest.update(repr(versions).encode())
@@ -85,47 +92,52 @@ def _numba_cache(directory: Path) -> Iterator[None]:
 def kernel(*signatures: str) -> Callable[[_Function], _Function]:
     """Compile a function for the given numba signatures, without the GIL and without fast-math.
 
-    Fast-math stays off because contraction and reassociation give other results on other processors.
+    Fast-math stays off because results must not depend on the processor: contraction to fused multiply-adds and reassociation round
+    differently where they apply, and assuming that there is no NaN makes one undefined behaviour.
     """
 
     def compile_(function: _Function) -> _Function:
         with _lock:
-            return compile_alone(function)
-
-    def compile_alone(function: _Function) -> _Function:
-        directory = cache_directory()
-        attempts = 2 if directory is not None else 0
-        for _ in range(attempts):
-            assert directory is not None
-            try:
-                with _numba_cache(directory):
-                    compiled: _Function = numba.njit(list(signatures), nogil=True, cache=True)(function)
-            except numba.core.errors.NumbaError:
-                raise  # the kernel itself is wrong
-            except Exception as error:  # noqa: BLE001  whatever a damaged cache raises
-                _log.info("kernel cache in %s is damaged and made anew: %r", directory, error)
-                shutil.rmtree(directory, ignore_errors=True)
-                with suppress(OSError):
-                    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            else:
-                return compiled
-        uncached: _Function = numba.njit(list(signatures), nogil=True)(function)
-        return uncached
+            directory = cache_directory()
+            for _ in range(2):
+                if directory is None:
+                    break
+                try:
+                    with _numba_cache(directory):
+                        compiled: _Function = numba.njit(list(signatures), nogil=True, cache=True)(function)
+                except numba.core.errors.NumbaError:
+                    raise  # the kernel itself is wrong
+                except Exception as error:  # noqa: BLE001  unpickling a damaged file may raise anything
+                    _log.info("kernel cache in %s is damaged and made anew: %r", directory, error)
+                    shutil.rmtree(directory, ignore_errors=True)
+                    with suppress(OSError):
+                        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                else:
+                    return compiled
+            uncached: _Function = numba.njit(list(signatures), nogil=True)(function)
+            return uncached
 
     return compile_
 
 
+def has_feature(name: str) -> bool:
+    """Return whether the processor that numba compiles for, the machine's unless its settings name another, has a feature."""
+    if config.CPU_FEATURES is not None:
+        return f"+{name}" in config.CPU_FEATURES
+    return config.CPU_NAME is None and bool(llvmlite.binding.get_host_cpu_features().get(name, False))
+
+
 def inline(function: _Function) -> _Function:
-    """Mark a helper that kernels call; it is compiled into them."""
+    """Mark a helper that kernels call; it is compiled into each of them, and LLVM decides on inlining."""
     helper: _Function = numba.njit(inline="never", nogil=True)(function)
     return helper
 
 
 class Step:
-    """A helper that one kernel hands to another helper, which calls it: ``step(function)``.
+    """A helper that a kernel passes to another helper, which calls it.
 
-    numba compiles the callee anew for each step. (It takes plain compiled functions as arguments, too, but puts their addresses
-    into the machine code, which then cannot be cached.)
+    Each step is a type of its own, so that numba compiles the called helper anew for each. (An ordinary compiled function may be an
+    argument too, but its address goes into the machine code, which then cannot be cached.)
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -133,7 +145,7 @@ class Step:
 
 
 class _StepType(types.Dispatcher):
-    """The type of one step; its values carry nothing."""
+    """The type of one step; its values carry no data."""
 
 
 @typeof_impl.register(Step)

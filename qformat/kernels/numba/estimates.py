@@ -1,7 +1,7 @@
-"""Estimates of what streams take, compiled. Twin of ``plain/estimates.py`` (spec/codecs.md, encoders of "`scm`").
+"""Estimates of the sizes of streams, compiled. Twin of ``numpy/estimates.py`` (spec/codecs.md, encoders of "`scm`").
 
-Logarithms are those of a table for numbers up to 2^15, in units of 2^-16 bits. Everything is integer arithmetic or one rounding per
-operation, because bytes depend on it.
+``logarithms`` is the table `entropy.frequencies.logarithms`, in units of 2^-16 bits. All arithmetic is on integers, or rounds once
+per operation: the bytes of files depend on choices made with it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from qformat.kernels.numba.compiler import F64, inline, kernel
 
 TABLE_BITS, COST_BITS = 15, 16
 CLASSES = 3
-# Bytes of streams of bits beside these: length and way, and a table if they are coded
+# bytes of a stream of bits besides the bits: its length, its mode, and if it is coded its table
 EMPTY, RAW, CONSTANT, CODED = 4, 5, 6, 12
-LOSS = 8  # coding takes more than is ideal by one part in 2^8
+LOSS = 8  # coding takes more than the ideal by one part in 2^8
 I64 = "Array(int64, 1, 'C', readonly=True)"
 
 
@@ -28,7 +28,7 @@ def _log2(number, logarithms):
 
 @inline
 def _stream(count, ones, logarithms):
-    """Return the bytes of a stream of bits of which so many are 1."""
+    """Return the bytes of a stream of ``count`` bits of which ``ones`` are 1."""
     if count == 0:
         return EMPTY
     zeros = count - ones
@@ -42,7 +42,7 @@ def _stream(count, ones, logarithms):
 
 @inline
 def _section(zero_one, logarithms):
-    """Return the bytes of a section's streams of bits: by classes, and together."""
+    """Return the bytes of a section's bits: as a stream for each class, and as one stream."""
     by_class, count, ones = 0, 0, 0
     for class_ in range(CLASSES):
         here = zero_one[class_, 0] + zero_one[class_, 1]
@@ -54,18 +54,18 @@ def _section(zero_one, logarithms):
 
 @kernel(f"UniTuple(int64, 2)(int64[:, ::1], {I64})")
 def section(counts, logarithms):
-    """Return about what the streams of a section take in bytes, by classes and together.
+    """Estimate the bytes of a section: with a stream for each class, and with one for all.
 
-    ``counts`` are those of bits that are 0 and 1, for each class.
+    ``counts`` has shape (3, 2): how many bits are 0 and 1 in each class.
     """
     return _section(counts, logarithms)
 
 
 @kernel(f"int64(int64[:, :, :, :, ::1], int64, int64, int64, {I64})")
 def section_of_chunks(before, plane, first, stop, logarithms):
-    """Return about what a section takes in all chunks together, in bytes.
+    """Estimate the bytes of a section in all chunks together.
 
-    ``before`` are, for each chunk, plane and part, the counts of `section` for all parts before.
+    ``before`` has shape (chunks, planes, 33, 3, 2): the counts of `section` in all parts before each one, and in all.
     """
     total = 0
     for chunk in range(len(before)):
@@ -78,7 +78,7 @@ def section_of_chunks(before, plane, first, stop, logarithms):
 
 @kernel(f"int64({I64}, {I64})")
 def ideal(counts, logarithms):
-    """Return what ideal coding takes for symbols that occur so often, in units of 2^-16 bits."""
+    """Return the size of ideally coded symbols with these counts, in units of 2^-16 bits."""
     total = _log2(max(1, counts.sum()), logarithms)
     cost = 0
     for count in counts:
@@ -88,10 +88,10 @@ def ideal(counts, logarithms):
 
 @kernel(f"void({F64}, {F64}, {I64}, {F64}, {F64}, {F64}, float64, float64[::1], float64[::1])")
 def below(low, high, counts, means, before, sums_before, width, found, found_sums):
-    """Give how many magnitudes are below the multiples of a width, and their sum.
+    """Compute how many magnitudes are below each multiple of ``width`` (0, 1, 2 ... times), and their sum.
 
-    Bins from ``low`` to ``high`` hold so many with so large ``means``; ``before`` and ``sums_before`` are the numbers and sums of
-    all bins before. Within a bin they are taken to be spread evenly.
+    Bins from ``low`` to ``high``, ascending, hold ``counts`` magnitudes of certain ``means``; ``before`` and ``sums_before`` are
+    the numbers and sums in all bins before. Within a bin magnitudes are taken to be spread evenly.
     """
     after = np.int64(0)  # number of bins that begin no later than a border
     for border in range(found.size):

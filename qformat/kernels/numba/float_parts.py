@@ -1,8 +1,8 @@
-"""Floats in parts (spec/codecs.md, "`lossless`"), compiled. Twin of ``plain/float_parts.py``.
+"""Floats in parts (spec/codecs.md, "`lossless`"), compiled. Twin of ``numpy/float_parts.py``.
 
 The upper 16 bits of a float32, or a bfloat16, are sign, exponent and 7 bits of mantissa. Exponent and two bits of mantissa, less a
-base, are its *head*, 255 if that does not fit; *low* has the lowest 4 bits, two to a letter; *high* has sign and bit 4, four to a
-letter.
+base, are its *head*, 255 if that does not fit; *low* has the lowest 4 bits, two to a symbol; *high* has sign and bit 4, four to a
+symbol. In ``join`` functions all arrays but the last are inputs, in ``split`` functions all but the first are results; sizes agree.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import numpy as np
 
 from qformat.kernels.numba.compiler import U8, U16, U32, kernel
 from qformat.kernels.numba.packing import pack_32, unpack_32
-from qformat.kernels.numba.simd import load, minimum, or_lanes, store, sum_lanes, to_u8, to_u16, to_u32, zeros_u32
+from qformat.kernels.numba.simd import minimum, zeros_u32
+from qformat.kernels.numba.simd_casts import to_u8, to_u16, to_u32
+from qformat.kernels.numba.simd_lanes import or_lanes, sum_lanes
+from qformat.kernels.numba.simd_memory import load, store
 
 ELSEWHERE = 255
 
 
 @kernel(f"int64({U16}, int64, uint8[::1], uint8[::1], uint8[::1])")
 def split_upper(upper, base, heads, low, high):
-    """Put the upper 16 bits in parts, for zeroed ``low`` and ``high``; return how many heads do not fit."""
+    """Split the upper 16 bits into parts, ``low`` and ``high`` being zeroed; return how many heads do not fit."""
     whole = upper.size // 32 * 32
     elsewhere = 0
     for i in range(0, whole, 32):
@@ -40,7 +43,7 @@ def split_upper(upper, base, heads, low, high):
 
 @kernel(f"void({U8}, {U8}, {U8}, int64, {U16}, uint16[::1])")
 def join_upper(heads, low, high, base, elsewhere, upper):
-    """Do the opposite; ``elsewhere`` has exponent and two bits of mantissa for each head of 255, below 1024."""
+    """Do the opposite; ``elsewhere`` has exponent and two bits of mantissa, below 1024, for each head of 255."""
     whole = upper.size // 32 * 32
     for i in range(0, whole, 32):
         value = (to_u32(load(heads, i, 32)) + base) & 1023
@@ -62,7 +65,7 @@ def join_upper(heads, low, high, base, elsewhere, upper):
 
 @kernel(f"void({U32}, uint16[::1], uint8[::1], uint8[::1])")
 def split_32(patterns, upper, second, first):
-    """Take patterns of 32 bits apart: the upper 16, bits 8 to 15, bits 0 to 7."""
+    """Split patterns of 32 bits: the upper 16, bits 8 to 15, bits 0 to 7."""
     whole = patterns.size // 32 * 32
     for i in range(0, whole, 32):
         bits = load(patterns, i, 32)
@@ -87,7 +90,7 @@ def join_32(upper, second, first, patterns):
 
 @kernel(f"void({U16}, uint8[::1], uint8[::1])")
 def split_16(patterns, second, first):
-    """Take patterns of 16 bits apart: the upper and the lower byte."""
+    """Split patterns of 16 bits: the upper and the lower byte."""
     whole = patterns.size // 32 * 32
     for i in range(0, whole, 32):
         bits = load(patterns, i, 32)
@@ -109,11 +112,11 @@ def join_16(second, first, patterns):
 
 @kernel(f"void({U16}, int64, int64, int64, int64[::1])")
 def row_sums(upper, cols, shift, mask, sums):
-    """Give for each row of ``cols`` elements the sum of ``(element >> shift) & mask``."""
+    """Sum ``(element >> shift) & mask``, below 2^10, over each row of ``cols`` elements, 2^22 at most."""
     for row in range(sums.size):
         start = row * cols
         whole = start + cols // 32 * 32
-        lanes = zeros_u32(32)  # up to 2^19 elements below 2^10 each
+        lanes = zeros_u32(32)
         for i in range(start, whole, 32):
             lanes = lanes + ((to_u32(load(upper, i, 32)) >> np.uint32(shift)) & np.uint32(mask))
         total = np.int64(sum_lanes(lanes))
@@ -124,7 +127,7 @@ def row_sums(upper, cols, shift, mask, sums):
 
 @kernel(f"void({U16}, int64, {U8}, int64, int64, int64[::1])")
 def count_rows(upper, cols, groups, shift, mask, counts):
-    """Count ``(element >> shift) & mask``, with 1024 counts for each group of rows; a row of ``cols`` elements has a group."""
+    """Count ``(element >> shift) & mask``, with 1024 counts for each group of rows; ``groups`` has the group of each row."""
     for row in range(groups.size):
         first = np.uint64(groups[row]) << np.uint64(10)
         for i in range(row * cols, (row + 1) * cols):
@@ -133,7 +136,7 @@ def count_rows(upper, cols, groups, shift, mask, counts):
 
 @kernel(f"void({U32}, int64, uint32[::1])")
 def row_bits(patterns, cols, used):
-    """Give for each row of ``cols`` elements the bits that are set in any."""
+    """Compute for each row of ``cols`` elements the bits set in any of them."""
     for row in range(used.size):
         start = row * cols
         whole = start + cols // 32 * 32

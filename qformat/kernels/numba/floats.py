@@ -1,4 +1,8 @@
-"""Conversions between float formats, and looks at them, compiled. Twin of ``plain/floats.py``."""
+"""Conversions between float formats, largest magnitudes and errors, compiled. Twin of ``numpy/floats.py``.
+
+Largest magnitudes are those of the bit patterns without the sign, which order floats as their values do and place infinities and
+NaNs above: integer maxima are exact, need no case for a NaN and do not depend on the order of comparisons.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,10 @@ import numpy as np
 
 from qformat.kernels.numba.compiler import F32, U16, kernel
 from qformat.kernels.numba.halves import float_to_half, floats_to_halves, half_to_float, halves_to_floats
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    greater_equal,
-    largest,
-    load,
-    maximum,
-    select_nonzero,
-    store,
-    to_f64,
-    to_u16,
-    to_u32,
-)
+from qformat.kernels.numba.simd import greater_equal, maximum, select_nonzero
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f64, to_u16, to_u32
+from qformat.kernels.numba.simd_lanes import largest
+from qformat.kernels.numba.simd_memory import load, store
 
 LANES = 32
 
@@ -62,7 +57,7 @@ def f32_to_bf16(source, target):
 
 @kernel(f"void({F32}, uint16[::1])")
 def f32_to_f16(source, target):
-    """Round to binary16, ties to even; too large becomes infinity."""
+    """Round to binary16, ties to even; values from 65520 on become infinite."""
     whole = source.size // 32 * 32
     for i in range(0, whole, 32):
         store(target, i, to_u16(floats_to_halves(load(source, i, 32))))
@@ -102,7 +97,7 @@ def peak_16(x):
 
 @kernel(f"uint32({F32}, {F32}, float64[::1])")
 def difference(x, y, lanes):
-    """Add the squares of ``x - y`` to ``lanes``, element i to lane i mod 32; return the bits of the largest ``|x - y|``."""
+    """Add the squares of ``x - y`` to 32 lanes, element i to lane i mod 32; return the bits of the largest ``|x - y|``."""
     whole = x.size // 32 * 32
     top = np.uint32(0)
     if whole:
@@ -124,6 +119,6 @@ def difference(x, y, lanes):
 
 @kernel(f"void({F32}, {F32}, int64[::1])")
 def error_histogram(x, y, counts):
-    """Count ``|x - y|`` in buckets by the upper 20 bits of the float32 pattern."""
+    """Count ``|x - y|`` in 2^19 buckets by the upper bits of the float32 pattern."""
     for i in range(x.size):
         counts[(bits(x[i] - y[i]) & np.uint32(0x7FFFFFFF)) >> 12] += 1

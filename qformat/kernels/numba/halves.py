@@ -1,7 +1,8 @@
-"""binary16 and bfloat16 in integer arithmetic, for other kernels to call.
+"""binary16 in integer arithmetic, for other kernels to call.
 
-LLVM's own ``half`` needs F16C or a run-time library and crashes without them; these few operations give the same bits everywhere.
-No step meets a subnormal float32 operand that matters, so a host process that flushes those to zero changes nothing.
+LLVM turns its own ``half`` into F16C instructions or, on processors without them, into calls of a run-time library that numba does
+not link, and the process crashes. These few operations give the same bits everywhere. No operand is a subnormal float32 that
+matters, so a host process that flushes subnormals to zero changes nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import numpy as np
 from numba import float32, uint16, uint32
 
 from qformat.kernels.numba.compiler import inline
-from qformat.kernels.numba.simd import bits, from_bits, greater_equal, select_nonzero, to_f32
+from qformat.kernels.numba.simd import greater_equal, select_nonzero
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32
+from qformat.kernels.numba.simd_memory import load_as
 
 HALF = np.float32(0.5)
 HALF_BITS = 0x3F000000
@@ -32,6 +35,12 @@ def half_to_float(half):
 
 
 @inline
+def half_at(array, at):
+    """Return the float32 that equals the binary16 at byte ``at`` of a uint8 array."""
+    return half_to_float(load_as(array, at, uint16(0)))
+
+
+@inline
 def float_to_half(x):
     """Return a float32 rounded to binary16 (nearest, ties to even) as uint16."""
     pattern = bits(x)
@@ -40,7 +49,7 @@ def float_to_half(x):
         value = uint32(0x7E00) if magnitude > 0x7F800000 else uint32(0x7C00)
     elif magnitude >= 0x38800000:  # 2^-14: normal; a carry out of 65504 gives infinity
         value = uint32((magnitude + 0xFFF + ((magnitude >> 13) & 1) - REBIAS) >> 13)
-    else:  # the addition rounds to a multiple of 2^-24
+    else:  # the addition of 0.5 rounds to a multiple of 2^-24, the distance of subnormal binary16 numbers
         value = uint32(bits(from_bits(uint32(magnitude)) + HALF) - HALF_BITS)
     return uint16(value | ((pattern >> 16) & 0x8000))
 

@@ -1,8 +1,8 @@
-"""Few levels, with a scale for each group of columns of a row or none; compiled. Twin of ``plain/levels.py``.
+"""Few levels, with a scale for each group of columns of a row or none; compiled. Twin of ``numpy/levels.py``.
 
 Arrays are whole rows of ``cols`` elements. A row has groups of ``group`` columns, of which the last may be shorter; arrays with a
-number for each group go row by row. Sums over a group are formed in float64: element i of the group is added to sum i mod 32, and
-of these the upper half to the lower one until one is left.
+number for each group are ordered row by row. Sums over a group are in float64: element i of the group is added to sum i mod 32, and
+of these the upper half to the lower one until one is left, so that all kernels and processors agree.
 """
 
 from __future__ import annotations
@@ -10,29 +10,17 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.numba.compiler import F32, U8, inline, kernel
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    largest,
-    load,
-    maximum,
-    select_less,
-    spread_f32,
-    store,
-    sum_halves,
-    take,
-    to_f64,
-    to_u8,
-    to_u32,
-    zeros_u32,
-)
+from qformat.kernels.numba.simd import maximum, select_less, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f64, to_u8, to_u32
+from qformat.kernels.numba.simd_lanes import largest, sum_halves
+from qformat.kernels.numba.simd_memory import load, store, take
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 @inline
 def _group(number, cols, group):
-    """Return where a group begins, where its last whole run of 32 elements ends, and where the group does."""
+    """Return where a group begins, where its last whole run of 32 elements ends, and where the group ends."""
     each = (cols + group - 1) // group
     row = number // each * cols
     start = row + number % each * group
@@ -47,23 +35,23 @@ def _fold(lanes):
 
 @kernel(f"void({F32}, int64, int64, float64[::1], uint32[::1])")
 def measure(x, cols, group, squares, magnitudes):
-    """Give the sum of squares of each group, and the bits of its magnitude if all that is not 0 has the same, else 0."""
+    """Compute the sum of squares of each group, and the bits of its magnitude if all but zeros have the same one, else 0."""
     lanes = np.empty(32)
     for number in range(squares.size):
         start, whole, stop = _group(number, cols, group)
         lanes[:] = 0.0
         total = load(lanes, 0, 32)
         most = zeros_u32(32)
-        rest = zeros_u32(32)  # the largest of 2^31 - 1 - magnitude, without zeros
+        complement = zeros_u32(32)  # the largest of 2^31 - 1 - magnitude, zeros apart: the smallest magnitude
         for at in range(start, whole, 32):
             values = load(x, at, 32)
             wide = to_f64(values)
             total = total + wide * wide
             magnitude = bits(values) & MAGNITUDE
             most = maximum(most, magnitude)
-            rest = maximum(rest, select_less(zeros_u32(32), magnitude, MAGNITUDE - magnitude, np.uint32(0)))
+            complement = maximum(complement, select_less(zeros_u32(32), magnitude, MAGNITUDE - magnitude, np.uint32(0)))
         store(lanes, 0, total)
-        top, low = largest(most), largest(rest)
+        top, low = largest(most), largest(complement)
         for at in range(whole, stop):
             lanes[at - whole] += np.float64(x[at]) * np.float64(x[at])
             one = np.uint32(bits(x[at]) & MAGNITUDE)
@@ -76,7 +64,7 @@ def measure(x, cols, group, squares, magnitudes):
 
 @kernel(f"void({F32}, int64, int64, {F32}, {F32}, float32[::1])")
 def unscale(x, cols, group, scales, least, y):
-    """Divide by the scale of the group; what is smaller than the least magnitude of its group becomes 0."""
+    """Divide by the scale of the group; values of a magnitude below ``least`` of their group become 0."""
     for number in range(scales.size):
         start, whole, stop = _group(number, cols, group)
         scale, limit = scales[number], bits(least[number])
@@ -90,7 +78,7 @@ def unscale(x, cols, group, scales, least, y):
 
 @kernel(f"void({F32}, {F32}, uint8[::1])")
 def classify(y, thresholds, codes):
-    """Give the number of thresholds strictly below each value."""
+    """Count the thresholds strictly below each value."""
     whole = y.size // 32 * 32
     for at in range(0, whole, 32):
         values = load(y, at, 32)
@@ -106,7 +94,7 @@ def classify(y, thresholds, codes):
 
 @kernel(f"void({F32}, {U8}, {F32}, int64, int64, float64[::1], float64[::1])")
 def products(x, codes, entries, cols, group, common, squares):
-    """Give for each group the sum of values times the entries of their codes, and of the squares of these entries."""
+    """Compute for each group the sum of values times the entries of their codes, and of the squares of these entries."""
     upper, lower = np.empty(32), np.empty(32)
     for number in range(common.size):
         start, whole, stop = _group(number, cols, group)

@@ -1,7 +1,7 @@
-"""Codes that name entries of codebooks, compiled. Twin of ``plain/lut.py``.
+"""Codes that select entries of codebooks, compiled. Twin of ``numpy/lut.py``.
 
-Rows are filled up to whole runs of 32 elements. Each block of ``block`` columns, a multiple of 32, has its own codebook of as many
-entries as codes of ``width`` bits can name; if ``block`` is 0 there is one codebook for all.
+Rows are padded to whole runs of 32 elements. Each block of ``block`` columns, a multiple of 32, has a codebook of its own, with
+2^width entries; if ``block`` is 0, one codebook serves all.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import numpy as np
 from qformat.kernels.numba.blocks import LANES, add_squares, keep_largest, prefetch_block
 from qformat.kernels.numba.compiler import F32, U8, kernel
 from qformat.kernels.numba.packing import crop, pack_32, unpack_32
-from qformat.kernels.numba.simd import bits, largest, load, select_less, spread_f32, store, take, zeros_u32
+from qformat.kernels.numba.simd import select_less, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_casts import bits
+from qformat.kernels.numba.simd_lanes import largest
+from qformat.kernels.numba.simd_memory import load, store, take
 
 
 @kernel(f"void({F32}, int64[::1], float64[::1])")
 def survey(x, counts, sums):
-    """Add to ``counts`` and ``sums``, for each pattern of the upper 16 bits of a float32, how many values have it and their sum.
+    """Add to ``counts`` and ``sums`` (65536 each), for each pattern of the upper 16 bits of a float32, its values and their sum.
 
-    What is not finite is left out.
+    Infinities and NaNs are skipped.
     """
     for i in range(x.size):
         upper = bits(x[i]) >> 16
@@ -28,11 +31,11 @@ def survey(x, counts, sums):
 
 
 @kernel(f"void({F32}, int64, float64[::1])")
-def row_squares(x, filled, lanes):
-    """Put the squares of each row of ``filled`` elements into 16 lanes of its own, in the order of `blocks.quantize_blocks`."""
-    for row in range(x.size // filled):
+def row_squares(x, padded, lanes):
+    """Add the squares of each row of ``padded`` elements to 16 lanes of its own, in the order of `blocks.quantize_blocks`."""
+    for row in range(x.size // padded):
         total = load(lanes, LANES * row, LANES)
-        for at in range(row * filled, (row + 1) * filled, 32):
+        for at in range(row * padded, (row + 1) * padded, 32):
             total = add_squares(total, load(x, at, 32))
         store(lanes, LANES * row, total)
 
@@ -44,18 +47,14 @@ def encode(x, cols, block, scales, thresholds, codebooks, codes, lanes, width):
     Parameters
     ----------
     x
-        Rows of ``cols`` elements, filled up with zeros.
-    cols, block
-        See above.
+        float32: rows of ``cols`` elements, padded with zeros.
     scales
-        For each row the number that its entries are multiplied with.
+        For each row the factor of its entries.
     thresholds
-        For each codebook: a code is the number of thresholds below the value, once that is divided by its row's scale.
+        2^width - 1 for each codebook: a code is the number of thresholds below the value divided by its row's scale.
     codebooks
-        The entries; ascending.
-    codes
-        The result.
-    lanes, width
+        The entries, ascending.
+    codes, lanes, width
         As for `affine.encode`.
 
     Returns
@@ -63,17 +62,17 @@ def encode(x, cols, block, scales, thresholds, codebooks, codes, lanes, width):
     tuple of int
         Bits of the largest magnitude of ``x`` and of the largest error.
     """
-    filled = (cols + 31) // 32 * 32
+    padded = (cols + 31) // 32 * 32
     size = 1 << width
     total = load(lanes, 0, LANES)
     peaks = zeros_u32(32)
     worst = zeros_u32(32)
     number = 0
-    for row in range(x.size // filled):
+    for row in range(x.size // padded):
         scale = spread_f32(scales[row], 32)
-        for start in range(0, filled, block or filled):
-            for col in range(start, min(start + (block or filled), filled), 32):
-                at = row * filled + col
+        for start in range(0, padded, block or padded):
+            for col in range(start, min(start + (block or padded), padded), 32):
+                at = row * padded + col
                 values = load(x, at, 32)
                 unscaled = values / scale
                 chosen = zeros_u32(32)
@@ -94,15 +93,15 @@ def encode(x, cols, block, scales, thresholds, codebooks, codes, lanes, width):
 
 
 @kernel(f"void({F32}, {F32}, {U8}, float32[::1], int64, int64, int64)")
-def dequantize(codebooks, scales, codes, x, filled, block, width):
-    """Decode rows of ``filled`` elements, a multiple of 32."""
+def dequantize(codebooks, scales, codes, x, padded, block, width):
+    """Decode rows of ``padded`` elements, a multiple of 32."""
     size = 1 << width
     number = 0
-    for row in range(x.size // filled):
+    for row in range(x.size // padded):
         scale = scales[row]
-        for start in range(0, filled, block or filled):
-            for col in range(start, min(start + (block or filled), filled), 32):
-                at = row * filled + col
+        for start in range(0, padded, block or padded):
+            for col in range(start, min(start + (block or padded), padded), 32):
+                at = row * padded + col
                 prefetch_block(x, at // 32)
                 store(x, at, take(codebooks, unpack_32(codes, at // 32, width) + number * size) * scale)
             if block:

@@ -1,8 +1,9 @@
-"""Codebooks of blocks, with the least squared error that is possible, compiled. Twin of ``plain/lut_search.py``.
+"""Codebooks of blocks, with the least squared error possible, compiled. Twin of ``numpy/lut_search.py``.
 
-The best codebook cuts the sorted values of a block into cells and takes their means. Dynamic programming finds the cells: the first
-j values in k cells lessen the error most if, for some i, the first i values do so in k - 1 cells, and the others are the last one.
-The best i never falls when j or k rises, so that few have to be tried.
+The best codebook cuts the sorted values of a block into cells and takes their means. Dynamic programming (Bruce, 1965) finds the
+cells: the first j values in k cells reduce the error most if, for some i, the first i values do so in k - 1 cells, and the others
+are the last one. The best i never falls when j or k rises (as Wu, 1991, exploits), so that few have to be tried. All sums are of
+values less their mean and over their largest distance from it, so that float32 suffices for the comparison.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.numba.compiler import F32, inline, kernel
-from qformat.kernels.numba.simd import load, maximum, minimum, select_less, spread_f32, store, to_u16, zeros_u32
+from qformat.kernels.numba.simd import maximum, minimum, select_less, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_casts import to_u16
+from qformat.kernels.numba.simd_memory import load, store
 
 BATCH = 16  # blocks that are sorted together, each in a lane of its own
 STEP = 16  # numbers j that are tried together
-IMPOSSIBLE = np.float32(-1.0)  # errors are lessened by 0 at least
+IMPOSSIBLE = np.float32(-1.0)  # a possible gain is at least 0
 ZERO = np.float32(0.0)
 
 
 @inline
 def _sort(columns, length):
-    """Sort 16 columns with Batcher's odd-even merging network; the length is a power of two."""
+    """Sort 16 columns with Batcher's odd-even merge network (1968), without branches; the length is a power of two."""
     run = 1
     while run < length:
         gap = run
@@ -38,7 +41,10 @@ def _sort(columns, length):
 
 @inline
 def _cells(values, count, size, shares, sums, before, after, choices, borders):
-    """Fill in ``borders``: cell k of sorted values begins at borders[k]."""
+    """Find the best cells: cell k of the sorted values begins at ``borders[k]``; the other arrays are scratch.
+
+    ``shares[STEP + n]`` is 1 / n. The numbers j of values are tried STEP at a time, in lanes, from the highest down.
+    """
     width = sums.size
     centre = 0.0
     for i in range(count):
@@ -72,9 +78,9 @@ def _cells(values, count, size, shares, sums, before, after, choices, borders):
             index = zeros_u32(STEP) + (k - 1)
             for i in range(lowest, highest + 1):
                 inside = here - sums[i]
-                lessened = inside * inside * load(shares, STEP + j - i, STEP) + before[i]
-                index = select_less(best, lessened, zeros_u32(STEP) + i, index)
-                best = select_less(best, lessened, lessened, best)
+                gain = inside * inside * load(shares, STEP + j - i, STEP) + before[i]
+                index = select_less(best, gain, zeros_u32(STEP) + i, index)
+                best = select_less(best, gain, gain, best)
             store(after, j, best)
             store(choices, (k - 1) * width + j, to_u16(index))
             highest = np.int64(choices[(k - 1) * width + j])
@@ -86,7 +92,7 @@ def _cells(values, count, size, shares, sums, before, after, choices, borders):
 
 @inline
 def _distinct(values, count, size, borders):
-    """Fill in borders between different values and return True, if there are no more than ``size``."""
+    """Set borders between different values; return False if there are more than ``size`` of them."""
     cells = 1
     borders[0] = 0
     for i in range(1, count):
@@ -104,12 +110,12 @@ def _distinct(values, count, size, borders):
 def codebooks(x, cols, block, size, books):
     """Choose ``size`` entries for each block, in ascending order.
 
-    A block of no more different values has these as its entries, the last repeated.
+    A block with no more different values than that has these as its entries, the last one repeated.
 
     Parameters
     ----------
     x
-        Rows of ``cols`` elements, filled up to whole runs of 32.
+        float32: rows of ``cols`` elements, padded to whole runs of 32.
     cols, block
         As for `lut.encode`; blocks of 128 or 256.
     size
@@ -117,11 +123,11 @@ def codebooks(x, cols, block, size, books):
     books
         The result.
     """
-    filled = (cols + 31) // 32 * 32
+    padded = (cols + 31) // 32 * 32
     in_row = (cols + block - 1) // block
-    blocks = x.size // filled * in_row
+    blocks = x.size // padded * in_row
     width = block + 1 + STEP
-    # 1 / n for each number of values; a NaN, which no comparison takes, where there would be none or fewer
+    # 1 / n for each number of values; NaN for n <= 0, which loses every comparison
     shares = np.full(2 * STEP + width, np.float32(np.nan), np.float32)
     for n in range(1, STEP + width):
         shares[STEP + n] = np.float32(1.0) / np.float32(n)
@@ -137,7 +143,7 @@ def codebooks(x, cols, block, size, books):
         for b in range(members):
             start = (batch + b) % in_row * block
             count = min(block, cols - start)
-            at = (batch + b) // in_row * filled + start
+            at = (batch + b) // in_row * padded + start
             for i in range(count):
                 columns[16 * i + b] = x[at + i] + ZERO  # so that no zero is negative
             for i in range(count, block):

@@ -1,13 +1,17 @@
-"""What the compiled kernels of the block formats with a minimum share."""
+"""Shared parts of the compiled kernels of block formats with a minimum: x = scale * code + minimum."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import uint32
 
-from qformat.kernels.numba.blocks import INFINITY_BITS, ZERO, reciprocal
+from qformat.kernels.numba.blocks import INFINITY_BITS, ZERO, reciprocal, too_large, too_small
 from qformat.kernels.numba.compiler import inline
-from qformat.kernels.numba.simd import bits, from_bits, largest, minimum, pack_bits, select_nonzero, to_i32
+from qformat.kernels.numba.halves import half_to_float
+from qformat.kernels.numba.simd import minimum, select_nonzero
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32, to_i32
+from qformat.kernels.numba.simd_lanes import largest, pack_bits
+from qformat.kernels.numba.simd_memory import store_as
 
 HALF = np.float32(0.5)
 ALL = 0xFFFFFFFF
@@ -35,7 +39,16 @@ def extremes(values):
 
 @inline
 def naive_codes(values, low, scale, top):
-    """Return codes 0 to ``top``, a float; all are 0 if the scale or its reciprocal is not a number to divide by."""
+    """Return the nearest codes from 0 to ``top``, a float; all are 0 if the scale or its reciprocal is 0, infinite or a NaN."""
     inverse = reciprocal(scale)
     codes = to_i32(minimum((values - low) * inverse + HALF, top))  # NaN becomes `top`
     return codes & (31 if np.int64(bits(inverse)) - 1 < INFINITY_BITS - 1 and inverse != ZERO else 0)
+
+
+@inline
+def store_line(blocks, at, scale, low, codes):
+    """Store the binary16 scale and minimum of a block; return what `blocks.quantize_blocks` expects of it."""
+    store_as(blocks, at, scale)
+    store_as(blocks, at + 2, low)
+    decoded = to_f32(codes) * half_to_float(scale) + half_to_float(low)
+    return decoded, too_large(scale) or too_large(low), too_small(scale) and too_small(low)

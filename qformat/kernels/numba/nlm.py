@@ -1,4 +1,4 @@
-"""Blocks with a choice of four mappings, compiled. Twin of ``plain/nlm.py``."""
+"""Blocks with a choice of four mappings, compiled. Twin of ``numpy/nlm.py``."""
 
 from __future__ import annotations
 
@@ -6,36 +6,22 @@ import numpy as np
 from numba import int64, uint8, uint16, uint32
 
 from qformat.kernels.numba.blocks import LANES, ONE, ZERO, add_squares, keep_largest, prefetch_block, too_large
+from qformat.kernels.numba.codes import count_codes
 from qformat.kernels.numba.compiler import F32, U8, U32, inline, kernel
 from qformat.kernels.numba.halves import half_to_float
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    high_half,
-    largest,
-    load,
-    load_as,
-    low_half,
-    or_lanes,
-    select_less,
-    select_nonzero,
-    spread_f32,
-    store,
-    store_as,
-    take,
-    to_u8,
-    to_u32,
-    zeros_u32,
-)
+from qformat.kernels.numba.simd import select_less, select_nonzero, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_u8, to_u32
+from qformat.kernels.numba.simd_lanes import high_half, largest, low_half, or_lanes
+from qformat.kernels.numba.simd_memory import load, load_as, store, store_as, take
 from qformat.kernels.tables import NLM_UPPER
 
-# All of these are exact: T / 16384; the upper levels, where the middle is 0 and the end 1; what lies halfway between them.
+# All are exact in float32: T / 16384; the upper levels on a scale with 0 in the middle and 1 at the end; the points halfway
+# between.
 STEPS = np.array([[16384 - t for t in upper[::-1]] + list(upper) for upper in NLM_UPPER], np.float32).ravel() / 16384
 LEVELS = np.array(NLM_UPPER, np.float32).ravel() / 8192 - 1
-MIDDLES = (LEVELS + np.append(LEVELS[1:], np.float32(1))) / 2  # the last of each eight has no use
-CODED = (LEVELS.view(np.uint32) | np.tile(np.arange(8, 16, dtype=np.uint32), 4)).view(
-    np.float32
-)  # the code in the lowest bits
+MIDDLES = (LEVELS + np.append(LEVELS[1:], np.float32(1))) / 2  # the last of each eight is unused
+# levels with their codes in the lowest bits of the mantissa, so that one selection finds both
+CODED = (LEVELS.view(np.uint32) | np.tile(np.arange(8, 16, dtype=np.uint32), 4)).view(np.float32)
 
 HALF = np.float32(0.5)
 TWO = np.float32(2.0)
@@ -56,7 +42,7 @@ def _nearest(position, mapping):
 
 @inline
 def _pack(blocks, at, run, runs, codes):
-    """Put the codes of one of a block's runs of 32 weights in place; its low halves come first."""
+    """Store the codes of one of a block's runs of 32 weights; the first half of a block fills the lower halves of its bytes."""
     packed = to_u8(codes)
     if runs == 1:
         store(blocks, at, low_half(packed) | (high_half(packed) << 4))
@@ -71,8 +57,9 @@ def _pack(blocks, at, run, runs, codes):
 def encode(x, headers, blocks, lanes, block):
     """Write blocks with headers of 24 bits that a search has chosen, and the nearest codes.
 
-    The error is measured and returned as by `blocks.quantize_blocks`: every 32 weights are one of its blocks. A block overflows
-    if its range or minimum is not finite, and vanishes if all its weights decode to zero and not all are zero.
+    ``x`` is float32, whole blocks of ``block`` (32, 64 or 128) weights; ``blocks`` has 3 + block // 2 bytes for each. The error is
+    measured and returned as by `blocks.quantize_blocks`, over runs of 32 weights. A block overflows if its range or minimum is not
+    finite, and is zeroed if all its weights decode to zero and not all are zero.
     """
     overflowed = np.int64(0)
     zeroed = np.int64(0)
@@ -129,11 +116,7 @@ def dequantize(blocks, x, block):
 @kernel(f"void({U8}, int64[::1], int64)")
 def code_histogram(blocks, counts, block):
     """Add to ``counts`` how often each of the 16 codes occurs."""
-    size = 3 + block // 2
-    for number in range(blocks.size // size):
-        for i in range(number * size + 3, (number + 1) * size):
-            counts[blocks[i] & 15] += 1
-            counts[blocks[i] >> 4] += 1
+    count_codes(blocks, 3 + block // 2, 3, counts)
 
 
 @kernel(f"void({U8}, int64[::1], int64)")

@@ -1,8 +1,13 @@
-"""Choose the headers of `nlm` blocks, compiled. Twin of ``plain/nlm_search.py``.
+"""Choose the headers of `nlm` blocks, compiled. Twin of ``numpy/nlm_search.py``.
 
-16 runs of 32 weights are looked at together, each in a lane of its own; the 2 or 4 runs of a longer block share what they find.
-A weight is seen as its position y in its block: -1 and 1 are the block's extremes (unless these lie very close together), and a
-block is described by a line ``a + b * level``.
+16 runs of 32 weights are treated at once, each in a lane of its own; the 2 or 4 runs of a longer block combine their sums. A weight
+is described by its position y in its block, with the extremes at -1 and 1 (unless these are very close together), and a header by a
+line ``a + b * level``.
+
+Headers are so coarse (5 bits of mantissa for the range, 6 for the minimum) that rounding them costs more than an imperfect line. So
+each mapping is tried with one line, two more are tried for the best mapping, and the winner is refitted by least squares; then the
+stored ranges on both sides of it, each with the minimum that suits it best, are compared by the error they lead to, which follows
+from the fit's sums without another pass over the weights.
 """
 
 from __future__ import annotations
@@ -13,32 +18,21 @@ from qformat.kernels.numba.blocks import ONE, ZERO
 from qformat.kernels.numba.compiler import F32, inline, kernel
 from qformat.kernels.numba.halves import REBIAS, halves_to_floats
 from qformat.kernels.numba.nlm import HALF, LEVELS, MIDDLES, SIGN, TWO
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    load,
-    or_lanes,
-    select_less,
-    select_nonzero,
-    spread_f32,
-    store,
-    swap_1,
-    swap_2,
-    to_u32,
-    transpose_blocks,
-    zeros_u32,
-)
 from qformat.kernels.numba.simd import maximum as larger
 from qformat.kernels.numba.simd import minimum as smaller
+from qformat.kernels.numba.simd import select_less, select_nonzero, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_u32
+from qformat.kernels.numba.simd_lanes import or_lanes, swap_1, swap_2
+from qformat.kernels.numba.simd_memory import load, store, transpose_blocks
 
 START = np.float32(0.98)  # b of the first lines
 SHIFT = np.float32(0.025)  # a of the second ones, in both directions
-FEWEST = np.float32(0.5)  # below this spread of the levels there is no line worth fitting
+FEWEST = np.float32(0.5)  # below this spread of the levels no line is fitted
 CLOSE = np.float32(0.25)  # extremes are close together if they differ by less than this part of the block's middle
 FINEST = np.float32(2.0**-14)  # where binary16 becomes subnormal
-LOST = np.float32(3e38)  # worse than any line
+LOST = np.float32(3e38)  # a loss worse than that of any line
 INFINITE = 992  # range: infinity
-HUGE = np.float32(2.0**17)  # half of a range that certainly overflows
+HUGE = np.float32(2.0**17)  # half of a range that overflows in any case
 FIRST = np.array([0.94, 0.97, 1.0, 1.03], np.float32)  # b of the first lines for the least maximum
 
 
@@ -109,10 +103,10 @@ def _inverse(b):
 
 @inline
 def _fit(y, total, mapping, a, b, block):
-    """Give weights their nearest levels on a line, and fit the best line for these levels.
+    """Find the nearest levels of all weights on a line, and fit the least-squares line for these levels.
 
-    ``total`` is the sum of y. Returns (mean of the levels, their summed squared deviation from it, b of the best line, how much
-    less its squared error is than that of the best constant).
+    ``total`` is the sum of y. Returns (mean of the levels, their summed squared deviation from it, b of the fitted line, by how
+    much its squared error is below that of the best constant).
     """
     tables = _tables(mapping)
     inverse = _inverse(b)
@@ -133,7 +127,7 @@ def _fit(y, total, mapping, a, b, block):
 
 @inline
 def _extremes(y, mapping, a, b, block):
-    """Return the largest and the least error (signed) of weights with their nearest levels on a line."""
+    """Return the largest and the smallest signed error of weights with their nearest levels on a line."""
     tables = _tables(mapping)
     inverse = _inverse(b)
     high, low = a * ZERO - LOST, a * ZERO + LOST
@@ -200,7 +194,7 @@ def _header(least, width, mapping):
 
 @inline
 def _rounded(width, a, base, half):
-    """Return (least, a, b) for a rounded range, and the minimum nearest to what a asks for then."""
+    """Return (least, a, b) for a stored range, with the stored minimum whose line is nearest to ``a``."""
     least = _minimum((base + a * half) - halves_to_floats(width << 5) * HALF)
     a, b = _line(least, width, base, half)
     return least, a, b
@@ -224,10 +218,10 @@ def _round_fit(fit, centre, mapping, base, half, block):
 
 @inline
 def _positions(y, block):
-    """Replace weights, one run in each lane, by their positions; return what describes the blocks.
+    """Replace weights, one run in each lane, by their positions; return six numbers for each lane.
 
-    These are the position 0 and the distance of 1 from it, as weights; the extremes; the sum of the positions; and 1 for blocks
-    whose extremes are close together, for which rounding the minimum may ruin a line.
+    These are the weight at position 0 and the distance to the one at 1; the extremes; the sum of the positions; and 1 for blocks
+    whose extremes are close together, so that rounding the minimum may move a line by more than its own steps.
     """
     high = load(y, 0, 16)
     low = high
@@ -251,7 +245,7 @@ def _positions(y, block):
 
 @inline
 def _anchored(y, place, header, loss, squares, block):
-    """Return the header for blocks whose extremes are close: a minimum below them, and the best of some ranges above them."""
+    """Improve the headers of blocks whose extremes are close: a minimum below both, with the best of some ranges."""
     base, half, low, high, total, close = place
     if or_lanes(close) == 0:
         return header
@@ -284,7 +278,7 @@ def _better(fit, new):
 
 @inline
 def _best_squares(y, place, block):
-    """Return the headers of least squared error: the best of some lines, which are fitted again and rounded."""
+    """Return the headers of least squared error: the best of some lines, fitted again and rounded."""
     base, half, _, _, total, _ = place
     centre = total * (ONE / np.float32(block))
     zero = spread_f32(ZERO, 16)
@@ -304,7 +298,7 @@ def _best_squares(y, place, block):
 
 @inline
 def _best_maximum(y, place, block):
-    """Return the headers of least maximum: the best of some lines with neighbouring ranges, moved so that errors balance."""
+    """Return the headers of least maximum error: of some lines and neighbouring ranges, moved so that both signs balance."""
     base, half, _, _, _, _ = place
     zero = spread_f32(ZERO, 16)
     loss, a, b, mapping = zero + LOST, zero, zero + ONE, zeros_u32(16)
@@ -334,15 +328,15 @@ def _best_maximum(y, place, block):
 
 @kernel(f"void({F32}, uint32[::1], int64, boolean)")
 def _search(x, headers, block, squares):
-    y, rest = np.empty(512, np.float32), np.zeros(512, np.float32)
+    y, tail = np.empty(512, np.float32), np.zeros(512, np.float32)
     found = np.empty(16, np.uint32)
     runs, parts = x.size // 32, block // 32
     for first in range(0, runs, 16):
         if runs - first >= 16:
             transpose_blocks(x, 32 * first, y)
         else:
-            rest[: x.size - 32 * first] = x[32 * first :]
-            transpose_blocks(rest, 0, y)
+            tail[: x.size - 32 * first] = x[32 * first :]
+            transpose_blocks(tail, 0, y)
         place = _positions(y, block)
         header = _best_squares(y, place, block) if squares else _best_maximum(y, place, block)
         store(found, 0, select_less(place[1], HUGE, header, INFINITE))

@@ -1,6 +1,6 @@
-"""Codes of 2, 3, 4 or 8 bits in a string of bits, and rows in runs of 32; compiled. Twin of ``plain/packing.py``.
+"""Codes of 2, 3, 4 or 8 bits in a string of bits, and rows in runs of 32; compiled. Twin of ``numpy/packing.py``.
 
-Kernels call `unpack_32` and `pack_32`; the number of bits is the same throughout a loop, so that choosing costs next to nothing.
+Kernels call `unpack_32` and `pack_32`; the width is the same throughout a loop, so that branching on it costs next to nothing.
 """
 
 from __future__ import annotations
@@ -8,20 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.numba.compiler import U8, inline, kernel
-from qformat.kernels.numba.simd import (
-    count_up,
-    even_lanes,
-    join,
-    lane,
-    load,
-    load_as,
-    odd_lanes,
-    select_less,
-    store,
-    store_as,
-    to_u8,
-    to_u32,
-)
+from qformat.kernels.numba.simd import count_up, select_less
+from qformat.kernels.numba.simd_casts import to_u8, to_u32
+from qformat.kernels.numba.simd_lanes import even_lanes, join, lane, odd_lanes
+from qformat.kernels.numba.simd_memory import load, load_as, store, store_as
 
 WORD = np.uint32(0)
 
@@ -92,7 +82,7 @@ def _pack_8(codes, packed, at):
 
 @inline
 def unpack_32(packed, number, width):
-    """Return 32 codes of ``width`` bits, the run of this number, as a vector of uint32."""
+    """Return 32 codes of ``width`` bits (2, 3, 4 or 8) from byte ``4 * width * number`` on, as a vector of uint32."""
     if width == 4:
         return _unpack_4(packed, 16 * number)
     if width == 3:
@@ -104,7 +94,7 @@ def unpack_32(packed, number, width):
 
 @inline
 def pack_32(codes, packed, number, width):
-    """Store 32 codes, which have no more than ``width`` bits."""
+    """Store 32 codes below 2^width (a vector of uint32) where `unpack_32` finds them."""
     if width == 4:
         _pack_4(codes, packed, 16 * number)
     elif width == 3:
@@ -117,14 +107,14 @@ def pack_32(codes, packed, number, width):
 
 @kernel(f"void({U8}, uint8[::1], int64)")
 def unpack(packed, codes, width):
-    """Write codes of ``width`` bits, a multiple of 32 of them, one to a byte."""
+    """Unpack codes of ``width`` bits, a multiple of 32 of them, into bytes."""
     for number in range(codes.size // 32):
         store(codes, 32 * number, to_u8(unpack_32(packed, number, width)))
 
 
 @kernel(f"void({U8}, uint8[::1], int64)")
 def pack(codes, packed, width):
-    """Do the opposite of `unpack`; codes have no more than ``width`` bits."""
+    """Do the opposite of `unpack`; codes are below 2^width."""
     for number in range(codes.size // 32):
         pack_32(to_u32(load(codes, 32 * number, 32)), packed, number, width)
 

@@ -1,7 +1,9 @@
-"""Bit planes of magnitudes (spec/codecs.md, "`scm`"), compiled. Twin of ``plain/planes.py``.
+"""Bit planes of magnitudes (spec/codecs.md, "`scm`"), compiled. Twin of ``numpy/planes.py``.
 
-Arrays of elements are filled up to whole blocks of 32; ``size`` is how many elements there are. Block b is in phase b mod 2 and in
-part b // 2 mod 32. A section is a range of parts of one phase: ``phase, first, stop``.
+Arrays of elements (values ``x``, magnitudes ``t`` in uint32) are padded to whole blocks of 32; ``size`` is the number without
+padding. Block b is in phase b mod 2 and in part b // 2 mod 32. A section is a range of parts of one phase: ``phase, first, stop``.
+Bits of elements are packed into words of 32, a block each, so that a plane is a mask of comparisons; the classes of a block are
+masks, too, and `bmi2.extract` and `bmi2.deposit` move all bits of a class at once.
 """
 
 from __future__ import annotations
@@ -10,34 +12,14 @@ import numpy as np
 
 from qformat.kernels.numba.bmi2 import count_ones, deposit, extract
 from qformat.kernels.numba.compiler import F32, F64, U8, U32, inline, kernel
-from qformat.kernels.numba.simd import (
-    bits,
-    count_up,
-    from_bits,
-    greater_equal,
-    high_half,
-    load,
-    load_as,
-    low_half,
-    maximum,
-    minimum,
-    pack_bits,
-    select_less,
-    spread_f32,
-    store,
-    store_as,
-    sum_lanes,
-    to_f32,
-    to_f64,
-    to_i32,
-    to_u8,
-    to_u32,
-    unpack_bits,
-)
+from qformat.kernels.numba.simd import count_up, greater_equal, maximum, minimum, select_less, spread_f32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32, to_f64, to_i32, to_u8, to_u32
+from qformat.kernels.numba.simd_lanes import high_half, low_half, pack_bits, sum_lanes, unpack_bits
+from qformat.kernels.numba.simd_memory import load, load_as, store, store_as
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
-CLASSES = 3  # of magnitudes, whose bits are coded by themselves
-CELLS = 4  # of depth 0, which have offsets of their own
+CLASSES = 3  # of magnitudes (0, 1, and more), whose next bits are coded apart
+CELLS = 4  # of depth 0, with offsets of their own
 DEEPEST = 8
 LANES = 16
 WORD, LONG = np.uint32(0), np.uint64(0)
@@ -45,13 +27,13 @@ WORD, LONG = np.uint32(0), np.uint64(0)
 
 @inline
 def _blocks(size, phase):
-    """Return how many blocks of a phase there are."""
+    """Return the number of blocks of a phase."""
     return ((size + 31) // 32 + 1 - phase) // 2
 
 
 @kernel(f"void({F32}, {F64}, uint32[::1])")
 def quantize(x, widths, t):
-    """Give the magnitude ``floor(|x| / width)``, with the width of the phase."""
+    """Compute the magnitudes ``floor(|x| / width)``, below 2^31, with the width of the phase."""
     for block in range(x.size // 32):
         value = to_f64(from_bits(bits(load(x, 32 * block, 32)) & MAGNITUDE))
         store(t, 32 * block, to_u32(to_i32(value / widths[block & 1])))
@@ -62,19 +44,19 @@ def _offset(cell, offsets, place):
     """Return the offsets of elements, by their cells of depth 0."""
     at = place * CELLS
     first, second, third = offsets[at], offsets[at + 1], offsets[at + 2]
-    rest = select_less(cell, np.uint32(3), spread_f32(third, 32), offsets[at + 3])
+    last = select_less(cell, np.uint32(3), spread_f32(third, 32), offsets[at + 3])
     return select_less(
-        cell, np.uint32(1), spread_f32(first, 32), select_less(cell, np.uint32(2), spread_f32(second, 32), rest)
+        cell, np.uint32(1), spread_f32(first, 32), select_less(cell, np.uint32(2), spread_f32(second, 32), last)
     )
 
 
 @kernel(f"void({F32}, {U32}, int64, int64, {F32}, {F32}, float32, float64[::1], float64[::1], uint32[::1])")
 def measure(x, t, size, deepest, widths, offsets, scale, squares, sums, peaks):
-    """Add up errors for each depth from 0 to ``deepest``, phase and part: in 16 lanes, of shape (2, 32, 9, 16), flat.
+    """Sum up errors for each phase, part and depth from 0 to ``deepest``: results of shape (2, 32, 9, 16 lanes), flat.
 
-    ``t`` are magnitudes at the deepest; ``widths`` has the shape (2, 9) and ``offsets`` (2, 9, 4). Errors are multiplied by
-    ``scale``, a power of 2. Of them and of their squares, the second half of a block is added to the first one in float32; the 16
-    sums are added to the lanes. ``peaks`` are the bits of the largest errors, not multiplied.
+    ``t`` are magnitudes at the deepest depth; ``widths`` has shape (2, 9) and ``offsets`` (2, 9, 4), flat. Errors are multiplied by
+    ``scale``, a power of 2. The second half of a block's errors, and of their squares, is added to the first one in float32; these
+    16 are added to the lanes. ``peaks`` are the bits of the largest errors, not multiplied.
     """
     for block in range(x.size // 32):
         at = 32 * block
@@ -87,7 +69,7 @@ def measure(x, t, size, deepest, widths, offsets, scale, squares, sums, peaks):
         for depth in range(deepest + 1):
             place = phase * (DEEPEST + 1) + depth
             parts = to_f32(magnitude >> np.uint32(deepest - depth))
-            # deeper cells have their values in the middle
+            # values are in the middle of deeper cells
             offset = _offset(cell_0, offsets, place) if depth < 4 else spread_f32(np.float32(0.5), 32)
             error = from_bits(bits(value - (parts + offset) * widths[place]) & MAGNITUDE)
             if there < 32:
@@ -102,8 +84,8 @@ def measure(x, t, size, deepest, widths, offsets, scale, squares, sums, peaks):
 
 
 @kernel(f"int64({U32}, int64, int64, int64, uint8[::1])")
-def symbols(t, size, phase, limit, chosen):
-    """Give the magnitudes of a phase, limited; return how many of them reach the limit."""
+def limited(t, size, phase, limit, chosen):
+    """Write the magnitudes of a phase as bytes, ``limit`` at most; return how many of them reach it."""
     over = np.int64(0)
     for number in range(_blocks(size, phase)):
         at = 32 * (2 * number + phase)
@@ -115,7 +97,7 @@ def symbols(t, size, phase, limit, chosen):
 
 @kernel(f"int64({U32}, int64, int64, int64, int64, int64, uint8[::1])")
 def plane(t, size, shift, phase, first, stop, packed):
-    """Give one bit of each magnitude of a section, 32 to a word; return how many words there are."""
+    """Pack bit ``shift`` of each magnitude of a section, 32 to a word; return the number of words."""
     words = 0
     for number in range(_blocks(size, phase)):
         if first <= (number & 31) < stop:
@@ -127,7 +109,7 @@ def plane(t, size, shift, phase, first, stop, packed):
 
 @inline
 def _class_masks(t, at, size, shift):
-    """Return for each class which of the 32 elements of a block are in it."""
+    """Return for each class the mask of the elements of a block in it; padding is in none."""
     value = load(t, at, 32) >> np.uint32(shift)
     there = np.uint32(0xFFFFFFFF)
     if size - at < 32:
@@ -139,7 +121,7 @@ def _class_masks(t, at, size, shift):
 
 @kernel(f"void({U32}, int64, int64, int64, int64, int64, int64[::1])")
 def count_classes(t, size, shift, phase, first, stop, counts):
-    """Count the elements of a section by their magnitudes, shifted; 2 and more are one class."""
+    """Count the elements of a section by the classes of their magnitudes, shifted."""
     for number in range(_blocks(size, phase)):
         if first <= (number & 31) < stop:
             zero, one, last = _class_masks(t, 32 * (2 * number + phase), size, shift)
@@ -150,7 +132,7 @@ def count_classes(t, size, shift, phase, first, stop, counts):
 
 @inline
 def _add_bits(t, at, size, shift, counts, cell):
-    """Count the bits of a block by class of the magnitude before, and by whether they are set."""
+    """Count the bits of a block at ``shift``, by class of the magnitude above them and by value."""
     zero, one, last = _class_masks(t, at, size, shift + 1)
     value = pack_bits((load(t, at, 32) >> np.uint32(shift)) & 1)
     first, second, third = count_ones(value & zero), count_ones(value & one), count_ones(value & last)
@@ -164,10 +146,7 @@ def _add_bits(t, at, size, shift, counts, cell):
 
 @kernel(f"void({U32}, int64, int64, int64[::1])")
 def count_bits(t, size, deepest, counts):
-    """Count bits by depth, phase and part, by class of the magnitude before, and by whether they are set.
-
-    ``counts`` has the shape (deepest, 2, 32, 3, 2), flat.
-    """
+    """Count bits by depth, phase, part, class of the magnitude above them and value: shape (deepest, 2, 32, 3, 2), flat."""
     for block in range((size + 31) // 32):
         for depth in range(1, deepest + 1):
             cell = (((depth - 1) * 2 + (block & 1)) * 32 + ((block >> 1) & 31)) * 2 * CLASSES
@@ -176,7 +155,7 @@ def count_bits(t, size, deepest, counts):
 
 @kernel(f"void({U32}, int64, int64, int64, int64, int64, int64[::1])")
 def count_section(t, size, shift, phase, first, stop, counts):
-    """Count the bits of a section by class of the magnitude before, and by whether they are set."""
+    """Count the bits of a section by class of the magnitude above them and by value: shape (3, 2), flat."""
     for number in range(_blocks(size, phase)):
         if first <= (number & 31) < stop:
             _add_bits(t, 32 * (2 * number + phase), size, shift, counts, 0)
@@ -184,7 +163,7 @@ def count_section(t, size, shift, phase, first, stop, counts):
 
 @inline
 def _append(packed, place, value, mask):
-    """Append the bits of a block that a mask chooses to a string of bits; return where it ends."""
+    """Append the bits of a block that a mask selects to a string of bits; return the new end."""
     byte = place >> np.uint64(3)
     word = load_as(packed, byte, LONG) | (np.uint64(extract(value, mask)) << (place & np.uint64(7)))
     store_as(packed, byte, word)
@@ -193,9 +172,9 @@ def _append(packed, place, value, mask):
 
 @kernel(f"void({U32}, int64, int64, int64, int64, int64, int64[::1], uint8[::1])")
 def split_classes(t, size, shift, phase, first, stop, starts, packed):
-    """Give one bit of each magnitude of a section, those of each class from its start on (in bytes).
+    """Pack bit ``shift`` of each magnitude of a section, those of each class from its start on (in bytes).
 
-    Bytes have to be 0, and between two classes, and at the end, there have to be 8 bytes more than are needed.
+    ``packed`` is zeroed and has 8 bytes more than needed after each class, as 8 are written at once.
     """
     a, b, c = np.uint64(8 * starts[0]), np.uint64(8 * starts[1]), np.uint64(8 * starts[2])
     for number in range(_blocks(size, phase)):
@@ -208,14 +187,14 @@ def split_classes(t, size, shift, phase, first, stop, starts, packed):
 
 @kernel(f"void({U8}, int64, uint32[::1])")
 def spread(chosen, phase, t):
-    """Put magnitudes of a phase, filled up to whole blocks, where they belong."""
+    """Write magnitudes of a phase, padded to whole blocks, to their blocks."""
     for number in range(chosen.size // 32):
         store(t, 32 * (2 * number + phase), to_u32(load(chosen, 32 * number, 32)))
 
 
 @kernel(f"void({U8}, int64, int64, int64, int64, uint32[::1])")
 def refine(packed, size, phase, first, stop, t):
-    """Append a bit to each magnitude of a section; there are whole words of bits."""
+    """Append a bit to each magnitude of a section, from whole words of 32."""
     words = 0
     for number in range(_blocks(size, phase)):
         if first <= (number & 31) < stop:
@@ -227,14 +206,14 @@ def refine(packed, size, phase, first, stop, t):
 
 @inline
 def _take(packed, place, mask):
-    """Return bits of a string where a mask has ones, and where the next ones are."""
+    """Return the next bits of a string, placed where a mask has ones, and the place after them."""
     word = load_as(packed, place >> np.uint64(3), LONG) >> (place & np.uint64(7))
     return deposit(np.uint32(word), mask), place + np.uint64(count_ones(mask))
 
 
 @kernel(f"void({U8}, int64[::1], int64, int64, int64, int64, uint32[::1])")
 def refine_classes(packed, starts, size, phase, first, stop, t):
-    """Do as `refine` with the bits of each class from its start on (in bytes); 8 bytes more than are needed have to be there."""
+    """Do as `refine` with the bits of each class from its start on (in bytes); 8 bytes more than needed have to follow."""
     a, b, c = np.uint64(8 * starts[0]), np.uint64(8 * starts[1]), np.uint64(8 * starts[2])
     for number in range(_blocks(size, phase)):
         if first <= (number & 31) < stop:
@@ -249,7 +228,7 @@ def refine_classes(packed, starts, size, phase, first, stop, t):
 
 @kernel(f"void({F32}, uint32[::1])")
 def append_signs(x, t):
-    """Append to the magnitude of each element its sign as one bit more, 1 if it is negative."""
+    """Append to the magnitude of each element its sign as the lowest bit, 1 if it is negative."""
     for block in range(t.size // 32):
         sign = bits(load(x, 32 * block, 32)) >> 31
         store(t, 32 * block, (load(t, 32 * block, 32) << 1) | sign)
@@ -266,21 +245,21 @@ def detach_signs(joined, packed):
 
 @kernel("void(uint32[::1], int64, int64)")
 def shallow(t, end, deepest):
-    """Take from magnitudes at the deepest depth to those after a number of positions, which may be one less."""
-    whole, rest = end // 64, end % 64
+    """Reduce magnitudes at the deepest depth to those after ``end`` positions."""
+    whole, further = end // 64, end % 64
     for block in range(t.size // 32):
-        depth = whole + (rest > (block & 1) * 32 + ((block >> 1) & 31))
+        depth = whole + (further > (block & 1) * 32 + ((block >> 1) & 31))
         store(t, 32 * block, load(t, 32 * block, 32) >> np.uint32(deepest - depth))
 
 
 @kernel(f"void({U32}, {U8}, int64, {F32}, {F32}, float32[::1])")
 def values(t, packed, end, widths, offsets, decoded):
-    """Give the values of magnitudes and signs after a number of positions."""
-    whole, rest = end // 64, end % 64
+    """Compute the values of magnitudes and signs after ``end`` positions."""
+    whole, further = end // 64, end % 64
     for block in range(decoded.size // 32):
         at = 32 * block
         phase = block & 1
-        depth = whole + (rest > phase * 32 + ((block >> 1) & 31))
+        depth = whole + (further > phase * 32 + ((block >> 1) & 31))
         magnitude = load(t, at, 32)
         place = phase * (DEEPEST + 1) + depth
         value = (to_f32(magnitude) + _offset(magnitude >> np.uint32(depth), offsets, place)) * widths[place]

@@ -1,4 +1,19 @@
-"""The best scales for Q4_0 blocks, by branch and bound; compiled. Twin of ``plain/q4_0_exact.py``."""
+"""The best scales for Q4_0 blocks, by branch and bound; compiled. Twin of ``numpy/q4_0_exact.py``.
+
+Every code pattern has a best binary16 scale in closed form (see ``q4_0_search.py``), and the best over all patterns is the best
+over all binary16 scales. As |d| shrinks from infinity, c = largest magnitude / |d| growing, the code of a weight of magnitude w
+goes from k - 1 to k where w / |d| passes k - 1/2: with both signs of d, a block has about 500 patterns. To list and sort them all
+takes nearly takes nearly all the time of a direct search. Instead:
+
+1. A and B are computed at a grid of values of c, for 16 blocks at once. The best of these patterns, with its scale rounded to
+   binary16, is the incumbent.
+2. Between two grid points, in a *cell*, A * A / B has an upper bound in closed form (`_may_hold`). Cells whose bound is below the
+   incumbent are dropped; of most blocks about two are left.
+3. What is left is halved and bounded again, block by block (`_walk`), until few changes remain, which are gone through one by one.
+
+Bounds are computed in float32 and compared with some slack, so that rounding drops no cell that may win. Incumbents are compared in
+float64, as good patterns differ by less than float32 resolves.
+"""
 
 from __future__ import annotations
 
@@ -19,60 +34,46 @@ from qformat.kernels.numba.q4_0_search import (
     value_of,
 )
 from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
     greater_equal,
-    largest,
-    load,
-    load_f32,
     maximum,
     minimum,
-    or_lanes,
-    pack_bits,
     select_less,
     select_nonzero,
     spread_f32,
-    store,
-    sum_halves,
-    sum_lanes,
-    to_f32,
-    to_f64,
-    to_i32,
-    trailing_zeros,
     zeros_u32,
 )
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32, to_f64, to_i32
+from qformat.kernels.numba.simd_lanes import largest, or_lanes, pack_bits, sum_halves, sum_lanes, trailing_zeros
+from qformat.kernels.numba.simd_memory import load, load_f32, store
 
-# The exact search brackets the scale by |d| = largest magnitude / c. Before the first c all codes are 0. After the last one the
-# least-squares scale is above |d| whatever the weights are, and from there on v only falls. With the first ones no code is 8, so
-# that the sign of d does not matter.
+# The values of c. Before the first one all codes are 0. After the last one the least-squares scale is above |d| whatever the
+# weights are, and from there on v only falls. With the shared ones no code is 8, so that the sign of d does not matter.
 SHARED = (0.500001, 1.3, 2, 2.7, 3.4, 4, 4.6, 5.2, 5.8, 6.3, 6.75, 7.1, 7.4)
 GRID = np.array([*SHARED, 7.75, 8, 8.25, 8.5, 8.85, 9.4, 11, 16, 32], np.float32)
 POINTS = GRID.size
 ONE_SIGN = len(SHARED)
-SLACK = np.float32(1 + 2.0**-17)  # more than what rounding does to the bounds
+SLACK = np.float32(1 + 2.0**-17)  # more than rounding takes from the bounds
 LESS = np.float32(1 - 2.0**-17)
-# where things stand in the scratch array of the exact search
+# places in the scratch array of float32
 WEIGHTS = 0  # of 16 blocks, over the largest
 SUMS = 512  # A and B of 16 blocks at each grid point; twice: from ONE_SIGN on again for d < 0
 REACHED = SUMS + 2 * POINTS * 32
 SIZES, BEFORE, AFTER = (REACHED + 16 + 32 * i for i in range(3))  # of one block
 STACK = AFTER + 32
 WORK = STACK + 6 * 16
-ACTIVE, RESULTS = 64, 80  # after masks of points and cells for both signs
-TO_INTEGER_64 = 1.5 * 2.0**52  # added and taken away again, it rounds to an integer
+ACTIVE, RESULTS = 64, 80  # in the scratch array of uint32, after masks of points and cells for both signs
+TO_INTEGER_64 = 1.5 * 2.0**52  # added and subtracted again, it rounds to an integer, ties to even
 SMALLEST_NORMAL = 2.0**-14
 HALF = np.float32(0.5)
-FEW = np.float32(
-    24
-)  # a cell in which B grows by this or less, and c by this factor or less, is walked through; and so is one
-WIDE = np.float32(1.1)
-NARROW = np.float32(1.01)  # in which c grows by this or less
+# a cell is gone through change by change if B grows by no more than FEW and c by no more than a factor of WIDE, or c by less than
+# NARROW
+FEW, WIDE, NARROW = np.float32(24), np.float32(1.1), np.float32(1.01)
 INFINITY_BITS = 0x7F800000
 
 
 @inline
 def _double_to_half(x):
-    """Return a positive float64 rounded to binary16 (ties to even) as an integer; what is too large becomes the largest."""
+    """Return a positive float64 rounded to binary16 (ties to even), the largest finite one at most, as an integer."""
     if x >= 65504.0:
         return np.int64(0x7BFF)
     if x < SMALLEST_NORMAL:
@@ -87,7 +88,7 @@ def _exact_16(x, start, t, scratch):
     first = extreme(t)
     top = from_bits(bits(first) & 0x7FFFFFFF)
     usual = greater_equal(bits(top), SMALLEST + 1) - greater_equal(bits(top), INFINITY_BITS)
-    if sum_lanes(usual) < 16:  # no number that is not finite may reach a code
+    if sum_lanes(usual) < 16:  # converting a NaN or an infinity to an integer code is undefined
         for i in range(32):
             store(t, 16 * i, from_bits(bits(load(t, 16 * i, 16)) * usual))
         top = from_bits(select_nonzero(usual, bits(top), bits(ONE)))
@@ -131,7 +132,7 @@ def _exact_16(x, start, t, scratch):
         best_a = select_less(most, v, a, best_a)
         best_b = select_less(most, v, b, best_b)
         most = maximum(v, most)
-    # what the codes between two grid points have to reach: v with a binary16 scale
+    # the incumbent: v with a binary16 scale. A pattern can only win if A * A / B, its v with the best real scale, reaches that.
     scale = halves_to_floats(floats_to_halves(best_a / best_b * top)) * inverse
     reached = value_of(best_a, best_b, scale)
     for sign in range(2):
@@ -161,11 +162,12 @@ def _reaches(work, point, reached):
 
 @inline
 def _may_hold(work, j, other, reached):
-    """Return 1 for the lanes where codes between two grid points, not at them, may give a v of at least ``reached``.
+    """Return 1 for the lanes where a pattern strictly between two grid points may give a v of at least ``reached``.
 
-    Where the codes change, at a scale s between two others, A and B grow by dA = s dB / 2. So A stays below two straight lines in
-    B, through either end, with the slopes s / 2 of the ends. A * A / B is convex along each, and largest next to an end or where
-    they meet.
+    Where a code goes from k - 1 to k, at the scale s = w / (k - 1/2), A grows by w and B by 2 k - 1: dA = s dB / 2. As s falls from
+    one end of the cell to the other, A as a function of B stays below two straight lines: through the first end with the slope of
+    its s / 2, and through the second end with its own. A * A / B is convex along a line, hence largest at the ends of its
+    reachable part: one change (dB of at least 1) from either grid point, and where the lines meet.
     """
     low = SUMS + 32 * (j + (other if j >= ONE_SIGN else 0))
     high = SUMS + 32 * (j + 1 + other)
@@ -183,7 +185,7 @@ def _may_hold(work, j, other, reached):
 
 @inline
 def _may_be_more(c0, a0, b0, c1, a1, b1, reached):
-    """Do as `_may_hold` for one block."""
+    """Do as `_may_hold` for one block, without divisions by B."""
     slope0, slope1 = HALF / c0, HALF / c1
     b = (a1 - a0 + b0 * slope0 - b1 * slope1) / (slope0 - slope1)
     a = a0 + (b - b0) * slope0
@@ -194,13 +196,16 @@ def _may_be_more(c0, a0, b0, c1, a1, b1, reached):
 
 @inline
 def _codes(w, c, limit):
-    """Return the codes, without signs, of a scale that is the largest magnitude / c."""
+    """Return the magnitudes of the codes for a scale of largest magnitude / c; ``limit`` is 7 or 8 by the signs."""
     return minimum(to_i32(w * c + HALF), limit)
 
 
 @inline
 def _walk(x, start, lane, ints, work, events):
-    """Return the best binary16 scale of a block among those whose codes are found at or between the given grid points."""
+    """Return the best binary16 scale of a block, of all patterns at the grid points and in the cells that its masks name.
+
+    A stack of parts of cells, six numbers each: c, A and B of both ends. Each improvement of the incumbent drops more of them.
+    """
     values = load_f32(x, start, 32)
     size = from_bits(bits(values) & 0x7FFFFFFF)
     top = from_bits(largest(bits(size)))
@@ -281,7 +286,7 @@ def _better(size, codes, sign, most, best):
 
 @inline
 def _keep_better(a, b, sign, most, best):
-    """Return the larger v, and its scale, of what was found before and the best scale for codes with the sums ``a`` and ``b``."""
+    """Return the larger of the incumbent's v and that of the best scale for codes with the sums ``a`` and ``b``, with its scale."""
     half = _double_to_half(a / b)
     d = np.float64(half_to_float(uint16(half)))
     v = 2 * d * a - d * d * b
@@ -292,7 +297,7 @@ def _keep_better(a, b, sign, most, best):
 
 @inline
 def _changes(before, after, work, events):
-    """List the changes from some codes to others in ``events``: the scale, dA and dB, from large scales to small ones."""
+    """List the changes from some codes to others in ``events``, rows of the scale, dA and dB, from large scales to small ones."""
     store(work, BEFORE, to_f32(before))
     store(work, AFTER, to_f32(after))
     mask = pack_bits(after - before)
@@ -320,8 +325,5 @@ def _changes(before, after, work, events):
 
 @kernel(f"void({F32}, uint16[::1])")
 def choose(x, scales):
-    """Do as `q4_0_table.choose`, but choose the binary16 scale with the least squared error there is.
-
-    Of several such scales it is the largest magnitude, and the positive one.
-    """
+    """Do as `q4_0_table.choose`, for the binary16 scale of least squared error; of equals the largest, and the positive one."""
     search(x, scales, _exact_16, (np.empty(WORK, np.float32), np.empty((3, 256)), np.zeros(96, np.uint32)))

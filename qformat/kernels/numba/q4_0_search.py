@@ -1,8 +1,8 @@
-"""What the searches for the scales of Q4_0 blocks share, compiled. Twin of ``plain/q4_0_search.py``.
+"""Shared parts of the searches for the scales of Q4_0 blocks, compiled. Twin of ``numpy/q4_0_search.py``.
 
-For codes k the error of a block is sum(x * x) - v with v = 2 d A - d d B, A = sum(x k), B = sum(k k): the best d is A / B, and
-among binary16 numbers the one nearest to it. What is left to find are the codes. Searches treat 16 blocks at once, one in each
-lane.
+For codes k (from -8 to 7) the squared error of a block is sum(x * x) - v with v = 2 d A - d d B, A = sum(x k), B = sum(k k). That
+is a parabola in d: the best d is A / B, where v = A * A / B, and the best binary16 one is the nearest to it. What is left to find
+are the codes. Searches treat 16 blocks at once, one in each lane: ``t`` holds element i of the block in lane b at [16 * i + b].
 """
 
 from __future__ import annotations
@@ -11,22 +11,11 @@ import numpy as np
 
 from qformat.kernels.numba.compiler import inline
 from qformat.kernels.numba.halves import floats_to_halves, halves_to_floats
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    greater_equal,
-    load,
-    maximum,
-    minimum,
-    select_less,
-    select_nonzero,
-    store,
-    to_u16,
-    transpose_blocks,
-    zeros_u32,
-)
+from qformat.kernels.numba.simd import greater_equal, maximum, minimum, select_less, select_nonzero, zeros_u32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_u16
+from qformat.kernels.numba.simd_memory import load, store, transpose_blocks
 
-SMALLEST = 0x33000000  # 2^-25: no code can give blocks of weights up to this a scale above 0
+SMALLEST = 0x33000000  # 2^-25: for weights up to this, half the smallest binary16, every scale rounds to 0
 HALF_INFINITY = 0x7C00
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
@@ -53,7 +42,7 @@ def value_of(a, b, d):
 
 @inline
 def odd_ones(t, first):
-    """Return for each lane 0 if all its weights are zeros or of one magnitude, and 0 if these have one sign, too."""
+    """Return two numbers for each lane: 0 if its weights that are not zero have one magnitude, and 0 if they have one sign, too."""
     top = bits(first) & 0x7FFFFFFF
     sizes = zeros_u32(16)
     signs = zeros_u32(16)
@@ -67,27 +56,30 @@ def odd_ones(t, first):
 
 @inline
 def for_one_magnitude(first, signs):
-    """Return the scales of which some multiple up to 8 comes nearest to the magnitude; of equals the largest."""
+    """Return the scales, as binary16, of which a multiple up to 8 comes nearest to a lane's only magnitude; the largest of equals.
+
+    Such blocks (ternary weights, say) may be exact, with a multiple that no least-squares step finds.
+    """
     size = from_bits(bits(first) & 0x7FFFFFFF)
-    negative = (bits(first) >> 16 & 0x8000) ^ 0x8000  # -8 has to stand for the magnitude with its sign
+    negative = (bits(first) >> 16 & 0x8000) ^ 0x8000  # the code -8 has to give the magnitude its sign
     best = floats_to_halves(size)
-    rest = from_bits(bits(size - halves_to_floats(best)) & 0x7FFFFFFF)
+    least = from_bits(bits(size - halves_to_floats(best)) & 0x7FFFFFFF)
     for k in range(2, 9):
         nearest = floats_to_halves(size / np.float32(k))
-        for step in range(3):  # the quotient was rounded before: a neighbour may be nearer
+        for step in range(3):  # the quotient was rounded before, so that a neighbour may be nearer
             half = maximum(nearest + 2 - step, 1) - 1
-            left = from_bits(bits(size - halves_to_floats(half) * np.float32(k)) & 0x7FFFFFFF)
+            error = from_bits(bits(size - halves_to_floats(half) * np.float32(k)) & 0x7FFFFFFF)
             if k == 8:
                 half = half | negative
-                left = select_nonzero(signs, size, left)
-            best = select_less(left, rest, half, best)
-            rest = minimum(left, rest)
+                error = select_nonzero(signs, size, error)
+            best = select_less(error, least, half, best)
+            least = minimum(error, least)
     return best
 
 
 @inline
 def finish(first, best):
-    """Return the scales as uint16; blocks that are too large or too small for any get infinity or zero."""
+    """Return the scales as uint16: infinity for blocks that are too large for binary16, zero for those that are too small."""
     naive = floats_to_halves(first * np.float32(-0.125)) & 0x7FFF
     top = bits(first) & 0x7FFFFFFF
     best = select_nonzero(greater_equal(naive, HALF_INFINITY), naive, best)
@@ -96,7 +88,7 @@ def finish(first, best):
 
 @inline
 def search(x, scales, search_16, scratch):
-    """Let `search_16` choose the scales of 16 blocks at a time."""
+    """Choose the scales of all blocks, 16 at a time, by a `Step` ``search_16(x, start, t, scratch)``."""
     t = np.empty(512, np.float32)
     tail = np.zeros(512, np.float32)
     few = np.empty(16, np.uint16)

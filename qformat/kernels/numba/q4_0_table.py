@@ -1,4 +1,4 @@
-"""Good scales for Q4_0 blocks: the best of a few, refined by least squares; compiled. Twin of ``plain/q4_0_table.py``."""
+"""Good scales for Q4_0 blocks: the best of a few, refined by least squares; compiled. Twin of ``numpy/q4_0_table.py``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ import numpy as np
 from qformat.kernels.numba.compiler import F32, Step, kernel
 from qformat.kernels.numba.halves import floats_to_halves, halves_to_floats
 from qformat.kernels.numba.q4_0_search import ONE, ZERO, extreme, finish, for_one_magnitude, odd_ones, search, value_of
-from qformat.kernels.numba.simd import (
-    load,
-    maximum,
-    minimum,
-    or_lanes,
-    select_less,
-    select_nonzero,
-    spread_f32,
-    zeros_u32,
-)
+from qformat.kernels.numba.simd import maximum, minimum, select_less, select_nonzero, spread_f32, zeros_u32
+from qformat.kernels.numba.simd_lanes import or_lanes
+from qformat.kernels.numba.simd_memory import load
 from qformat.kernels.tables import DIVISORS
 
-TO_INTEGER = np.float32(1.5 * 2**23)  # added and taken away again, it rounds to an integer
+TO_INTEGER = np.float32(1.5 * 2**23)  # added and subtracted again, it rounds to an integer, ties to even
 
 
 @Step

@@ -1,31 +1,20 @@
-"""Q4_1 blocks, compiled. Twin of ``plain/q4_1.py``."""
+"""Q4_1 blocks, compiled: 20 bytes, a binary16 scale, a binary16 minimum and 32 codes of 4 bits; x = scale * code + minimum.
+
+Twin of ``numpy/q4_1.py``.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.numba.blocks import (
-    count_codes,
-    load_codes,
-    prefetch_block,
-    quantize_blocks,
-    reciprocal,
-    store_codes,
-    too_large,
-    too_small,
-)
+from qformat.kernels.numba.blocks import QUANTIZE, prefetch_block, quantize_blocks, reciprocal
+from qformat.kernels.numba.codes import count_codes, load_codes, store_codes
 from qformat.kernels.numba.compiler import F32, U8, U16, Step, inline, kernel
-from qformat.kernels.numba.halves import float_to_half, half_to_float
-from qformat.kernels.numba.minima import HALF, extremes, naive_codes
-from qformat.kernels.numba.simd import (
-    load_as,
-    maximum,
-    minimum,
-    store,
-    store_as,
-    to_f32,
-    to_i32,
-)
+from qformat.kernels.numba.halves import float_to_half, half_at, half_to_float
+from qformat.kernels.numba.minima import HALF, extremes, naive_codes, store_line
+from qformat.kernels.numba.simd import maximum, minimum
+from qformat.kernels.numba.simd_casts import to_f32, to_i32
+from qformat.kernels.numba.simd_memory import store
 
 TOP = np.float32(15.0)
 
@@ -39,17 +28,11 @@ def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
 
 @inline
 def _pack(block, scale, low, codes, blocks):
-    store_as(blocks, 20 * block, scale)
-    store_as(blocks, 20 * block + 2, low)
     store_codes(blocks, 20 * block + 4, codes)
-    decoded = to_f32(codes) * half_to_float(scale) + half_to_float(low)
-    return decoded, too_large(scale) or too_large(low), too_small(scale) and too_small(low)
+    return store_line(blocks, 20 * block, scale, low, codes)
 
 
-@kernel(
-    f"UniTuple(int64, 4)({F32}, uint8[::1], float64[::1])",
-    f"UniTuple(int64, 4)({U16}, uint8[::1], float64[::1])",
-)
+@kernel(*QUANTIZE)
 def quantize(x, blocks, lanes):
     """Quantize with the naive scale and minimum; see `blocks.quantize_blocks`."""
     return quantize_blocks(x, blocks, lanes, _encode_block, None)
@@ -75,10 +58,8 @@ def dequantize(blocks, x):
     """Decode blocks of 20 bytes to 32 float32 each."""
     for block in range(x.size // 32):
         prefetch_block(x, block)
-        scale = half_to_float(load_as(blocks, 20 * block, np.uint16(0)))
-        low = half_to_float(load_as(blocks, 20 * block + 2, np.uint16(0)))
-        codes = load_codes(blocks, 20 * block + 4)
-        store(x, 32 * block, to_f32(to_i32(codes)) * scale + low)
+        codes = to_f32(to_i32(load_codes(blocks, 20 * block + 4)))
+        store(x, 32 * block, codes * half_at(blocks, 20 * block) + half_at(blocks, 20 * block + 2))
 
 
 @kernel(f"void({U8}, int64[::1])")

@@ -1,4 +1,4 @@
-"""Search ``als`` for Q4_1 blocks, compiled. Twin of ``plain/q4_1_als.py``."""
+"""Search ``als`` for Q4_1 blocks, compiled. Twin of ``numpy/q4_1_als.py``."""
 
 from __future__ import annotations
 

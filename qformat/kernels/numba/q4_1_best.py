@@ -1,4 +1,4 @@
-"""Search ``best`` for Q4_1 blocks, compiled. Twin of ``plain/q4_1_best.py``."""
+"""Search ``best`` for Q4_1 blocks, compiled. Twin of ``numpy/q4_1_best.py``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Searches for the scales and minima of Q4_1 blocks, compiled. Twin of ``plain/q4_1_search.py``.
+"""Searches for the scales and minima of Q4_1 blocks, compiled. Twin of ``numpy/q4_1_search.py``.
 
 16 blocks are treated at once, each in a lane of its own. A trial takes a line ``code = slope * y + offset`` for the weights y,
 rounds to codes, and gets from three sums the least-squares line for these codes and how much of the variance it explains; that line
-is the next to try. So codes and lines improve in turns.
+is the next to try. Neither step can raise the error, but the turns soon end in a local optimum, one of thousands for two unknowns:
+what counts are the starts (``tables.py``), and one or two turns from each. Only the best line is then rounded to binary16, with its
+error measured, as rounding may matter more than the line where binary16 is coarse for a block.
 """
 
 from __future__ import annotations
@@ -11,38 +13,24 @@ import numpy as np
 
 from qformat.kernels.numba.compiler import inline
 from qformat.kernels.numba.halves import floats_to_halves, halves_to_floats
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    greater_equal,
-    load,
-    maximum,
-    minimum,
-    or_lanes,
-    select_less,
-    select_nonzero,
-    spread_f32,
-    store,
-    to_f32,
-    to_i32,
-    to_u16,
-    to_u32,
-    transpose_blocks,
-)
+from qformat.kernels.numba.simd import greater_equal, maximum, minimum, select_less, select_nonzero, spread_f32
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32, to_i32, to_u16, to_u32
+from qformat.kernels.numba.simd_lanes import or_lanes
+from qformat.kernels.numba.simd_memory import load, store, transpose_blocks
 from qformat.kernels.tables import FEW, FEW_LEVELS, MORE, MORE_LEVELS
 
 ZERO, HALF, ONE, TOP = (np.float32(value) for value in (0, 0.5, 1, 15))
-ROUND = np.float32(2.0**23)  # adding and subtracting it rounds to an integer
+ROUND = np.float32(2.0**23)  # added and subtracted again, it rounds to an integer, ties to even
 PART = np.float32(1 / 32)
-TINY = np.float32(2.0**-100)  # a range below vanishes in binary16
-FAR = np.float32(64)  # scales that a minimum may be away from 0 before binary16 is coarse for it
-FINE = np.float32(2.0**-16)  # a scale below is one for which binary16 is coarse
+TINY = np.float32(2.0**-100)  # a range below it is 0 in binary16
+FAR = np.float32(64)  # binary16 is coarse for a minimum further than this many scales from 0
+FINE = np.float32(2.0**-16)  # and for a scale below this
 INFINITY = np.float32(np.inf)
 
 
 @inline
 def _sums(y, slope, offset):
-    """Return the sums of code, code squared and code times y, for codes ``slope * y + offset`` rounded and limited to 0 to 15."""
+    """Return the sums of code, code squared and code times y, for codes ``slope * y + offset`` rounded and clamped to 0 to 15."""
     count = spread_f32(ZERO, 16)
     squares, products = count, count
     for i in range(32):
@@ -56,7 +44,11 @@ def _sums(y, slope, offset):
 
 @inline
 def _trial(y, slope, offset, best):
-    """Return the better of ``best`` and the least-squares line for the codes of a line: (covariance, variance, mean code)."""
+    """Return slope and offset of the least-squares line for the codes of a line, and the better of it and ``best``.
+
+    Lines are (covariance with y, variance of the codes, mean code). The explained variance, covariance² / variance, is compared
+    crosswise, without divisions. y has the mean 0.
+    """
     count, squares, products = _sums(y, slope, offset)
     mean = count * PART
     variance = squares - count * mean
@@ -87,7 +79,7 @@ def _error(x, scale, low):
 
 @inline
 def _better(x, scale, low, best):
-    """Return the better of ``best``, (error, binary16 scale, binary16 minimum), and a scale and a minimum that are rounded here."""
+    """Return the better of ``best``, (error, binary16 scale, binary16 minimum), and a scale and a minimum, which it rounds."""
     scale, low = floats_to_halves(scale), floats_to_halves(low)
     error = _error(x, halves_to_floats(scale), halves_to_floats(low))
     old, old_scale, old_low = best
@@ -108,7 +100,7 @@ def _step(half, by):
 
 @inline
 def _fixed(x, low, high, levels):
-    """Return a good scale for a minimum: the best of least-squares scales from several starts, and that once more refined."""
+    """Return a good scale for a given minimum: the best of least-squares scales from several starts, refined once more."""
     best_products = spread_f32(ZERO, 16)
     best_squares = best_products + ONE
     for k in range(levels.size + 1):
@@ -142,7 +134,7 @@ def _extremes(x):
 
 @inline
 def _naive(x, low, step):
-    """Return the naive choice as `_better` does; an overflow is not mended, so its error is less than any."""
+    """Return the naive choice as `_better` does; if it overflows, with an error of -1, so that it is kept and reported."""
     zeros = spread_f32(ZERO, 16)
     best = _better(x, step, low, (zeros + INFINITY, bits(zeros), bits(zeros)))
     scale, least = floats_to_halves(step), floats_to_halves(low)
@@ -168,7 +160,7 @@ def _normalize(x, y, low, extent):
 
 @inline
 def _tries(y, middle, starts, turns, line):
-    """Return the best line that is found from some starts, or ``line``; the last trial starts from it."""
+    """Return the best line found from some starts, or ``line``, after one more turn from it."""
     for k in range(starts.shape[0]):
         slope = spread_f32(starts[k, 0], 16)
         offset = middle * slope + starts[k, 1]
@@ -180,7 +172,7 @@ def _tries(y, middle, starts, turns, line):
 
 @inline
 def _settle(x, line, centre, step, high, levels, best):
-    """Round the scale and the minimum of a line; where binary16 is coarse for them, try its neighbours, too."""
+    """Return the better of ``best`` and a line's scale and minimum, rounded; where binary16 is coarse, of their neighbours, too."""
     zeros = spread_f32(ZERO, 16)
     scale = step * (line[0] / line[1])
     rounded = halves_to_floats(floats_to_halves(scale))
@@ -230,11 +222,11 @@ def search(x, scales, minima, thorough):
         scale, least = _choose(work, scratch, thorough)
         store(scales, block, to_u16(scale))
         store(minima, block, to_u16(least))
-    rest = x.size // 32 - whole
-    if rest:
-        last[: 32 * rest] = x[32 * whole : 32 * (whole + rest)]
+    remaining = x.size // 32 - whole
+    if remaining:
+        last[: 32 * remaining] = x[32 * whole : 32 * (whole + remaining)]
         transpose_blocks(last, 0, work)
         scale, least = _choose(work, scratch, thorough)
         store(chosen[0], 0, to_u16(scale))
         store(chosen[1], 0, to_u16(least))
-        scales[whole:], minima[whole:] = chosen[0, :rest], chosen[1, :rest]
+        scales[whole:], minima[whole:] = chosen[0, :remaining], chosen[1, :remaining]

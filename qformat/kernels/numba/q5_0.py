@@ -1,54 +1,38 @@
-"""Q5_0 blocks, compiled. Twin of ``plain/q5_0.py``."""
+"""Q5_0 blocks, compiled: 22 bytes, a binary16 scale and 32 codes of 5 bits; x = scale * (code - 16). Twin of ``numpy/q5_0.py``."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from qformat.kernels.numba.blocks import (
-    count_codes_5,
-    load_codes_5,
+    QUANTIZE,
+    extreme,
     prefetch_block,
     quantize_blocks,
     reciprocal,
-    store_codes_5,
-    too_large,
-    too_small,
+    store_scale,
     usable,
 )
-from qformat.kernels.numba.compiler import F32, U8, U16, Step, kernel
-from qformat.kernels.numba.halves import float_to_half, half_to_float
-from qformat.kernels.numba.simd import (
-    bits,
-    first_equal,
-    float_at,
-    largest,
-    load_as,
-    minimum,
-    store,
-    store_as,
-    to_f32,
-    to_i32,
-)
+from qformat.kernels.numba.codes import count_codes_5, load_codes_5, store_codes_5
+from qformat.kernels.numba.compiler import U8, Step, kernel
+from qformat.kernels.numba.halves import float_to_half, half_at
+from qformat.kernels.numba.simd import minimum
+from qformat.kernels.numba.simd_casts import to_f32, to_i32
+from qformat.kernels.numba.simd_memory import store
 
 SIXTEENTH = np.float32(-0.0625)
 
 
 @Step
 def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
-    magnitudes = bits(values) & 0x7FFFFFFF
-    scale = float_at(x, 32 * block + first_equal(magnitudes, largest(magnitudes))) * SIXTEENTH
+    scale = extreme(x, block, values) * SIXTEENTH
     inverse = reciprocal(scale)
-    half = float_to_half(scale)
     codes = minimum(to_i32(values * inverse + 16.5), 31) & usable(inverse, 31)
-    store_as(blocks, 22 * block, half)
     store_codes_5(blocks, 22 * block + 2, codes)
-    return to_f32(codes - 16) * half_to_float(half), too_large(half), too_small(half)
+    return store_scale(blocks, 22 * block, float_to_half(scale), codes - 16)
 
 
-@kernel(
-    f"UniTuple(int64, 4)({F32}, uint8[::1], float64[::1])",
-    f"UniTuple(int64, 4)({U16}, uint8[::1], float64[::1])",
-)
+@kernel(*QUANTIZE)
 def quantize(x, blocks, lanes):
     """Quantize with the naive scale; see `blocks.quantize_blocks`."""
     return quantize_blocks(x, blocks, lanes, _encode_block, None)
@@ -59,9 +43,8 @@ def dequantize(blocks, x):
     """Decode blocks of 22 bytes to 32 float32 each."""
     for block in range(x.size // 32):
         prefetch_block(x, block)
-        scale = half_to_float(load_as(blocks, 22 * block, np.uint16(0)))
-        codes = load_codes_5(blocks, 22 * block + 2)
-        store(x, 32 * block, to_f32(to_i32(codes) - 16) * scale)
+        codes = to_i32(load_codes_5(blocks, 22 * block + 2)) - 16
+        store(x, 32 * block, to_f32(codes) * half_at(blocks, 22 * block))
 
 
 @kernel(f"void({U8}, int64[::1])")

@@ -1,28 +1,19 @@
-"""Q5_1 blocks, compiled. Twin of ``plain/q5_1.py``."""
+"""Q5_1 blocks, compiled: 24 bytes, a binary16 scale, a binary16 minimum and 32 codes of 5 bits; x = scale * code + minimum.
+
+Twin of ``numpy/q5_1.py``.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.numba.blocks import (
-    count_codes_5,
-    load_codes_5,
-    prefetch_block,
-    quantize_blocks,
-    store_codes_5,
-    too_large,
-    too_small,
-)
-from qformat.kernels.numba.compiler import F32, U8, U16, Step, kernel
-from qformat.kernels.numba.halves import float_to_half, half_to_float
-from qformat.kernels.numba.minima import extremes, naive_codes
-from qformat.kernels.numba.simd import (
-    load_as,
-    store,
-    store_as,
-    to_f32,
-    to_i32,
-)
+from qformat.kernels.numba.blocks import QUANTIZE, prefetch_block, quantize_blocks
+from qformat.kernels.numba.codes import count_codes_5, load_codes_5, store_codes_5
+from qformat.kernels.numba.compiler import U8, Step, kernel
+from qformat.kernels.numba.halves import float_to_half, half_at
+from qformat.kernels.numba.minima import extremes, naive_codes, store_line
+from qformat.kernels.numba.simd_casts import to_f32, to_i32
+from qformat.kernels.numba.simd_memory import store
 
 TOP = np.float32(31.0)
 
@@ -30,20 +21,13 @@ TOP = np.float32(31.0)
 @Step
 def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
     low, high = extremes(values)
-    wide = (high - low) / TOP
-    codes = naive_codes(values, low, wide, TOP)
-    scale, least = float_to_half(wide), float_to_half(low)
-    store_as(blocks, 24 * block, scale)
-    store_as(blocks, 24 * block + 2, least)
+    scale = (high - low) / TOP
+    codes = naive_codes(values, low, scale, TOP)
     store_codes_5(blocks, 24 * block + 4, codes)
-    decoded = to_f32(codes) * half_to_float(scale) + half_to_float(least)
-    return decoded, too_large(scale) or too_large(least), too_small(scale) and too_small(least)
+    return store_line(blocks, 24 * block, float_to_half(scale), float_to_half(low), codes)
 
 
-@kernel(
-    f"UniTuple(int64, 4)({F32}, uint8[::1], float64[::1])",
-    f"UniTuple(int64, 4)({U16}, uint8[::1], float64[::1])",
-)
+@kernel(*QUANTIZE)
 def quantize(x, blocks, lanes):
     """Quantize with the naive scale and minimum; see `blocks.quantize_blocks`."""
     return quantize_blocks(x, blocks, lanes, _encode_block, None)
@@ -54,10 +38,8 @@ def dequantize(blocks, x):
     """Decode blocks of 24 bytes to 32 float32 each."""
     for block in range(x.size // 32):
         prefetch_block(x, block)
-        scale = half_to_float(load_as(blocks, 24 * block, np.uint16(0)))
-        low = half_to_float(load_as(blocks, 24 * block + 2, np.uint16(0)))
-        codes = load_codes_5(blocks, 24 * block + 4)
-        store(x, 32 * block, to_f32(to_i32(codes)) * scale + low)
+        codes = to_f32(to_i32(load_codes_5(blocks, 24 * block + 4)))
+        store(x, 32 * block, codes * half_at(blocks, 24 * block) + half_at(blocks, 24 * block + 2))
 
 
 @kernel(f"void({U8}, int64[::1])")

@@ -1,25 +1,16 @@
-"""Q8_0 blocks, compiled. Twin of ``plain/q8_0.py``."""
+"""Q8_0 blocks, compiled: 34 bytes, a binary16 scale and 32 codes of int8; x = scale * code. Twin of ``numpy/q8_0.py``."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.numba.blocks import prefetch_block, quantize_blocks, reciprocal, too_large, too_small, usable
-from qformat.kernels.numba.compiler import F32, U8, U16, Step, kernel
-from qformat.kernels.numba.halves import float_to_half, half_to_float
-from qformat.kernels.numba.simd import (
-    bits,
-    from_bits,
-    largest,
-    load,
-    load_as,
-    select_nonzero,
-    store,
-    store_as,
-    to_f32,
-    to_i32,
-    to_u8,
-)
+from qformat.kernels.numba.blocks import QUANTIZE, prefetch_block, quantize_blocks, reciprocal, store_scale, usable
+from qformat.kernels.numba.compiler import U8, Step, kernel
+from qformat.kernels.numba.halves import float_to_half, half_at
+from qformat.kernels.numba.simd import select_nonzero
+from qformat.kernels.numba.simd_casts import bits, from_bits, to_f32, to_i32, to_u8
+from qformat.kernels.numba.simd_lanes import largest
+from qformat.kernels.numba.simd_memory import load, store
 
 LEVELS = np.float32(127.0)
 
@@ -28,22 +19,17 @@ LEVELS = np.float32(127.0)
 def _encode_block(x, block, values, blocks, chosen):  # noqa: ARG001
     scale = from_bits(largest(bits(values) & 0x7FFFFFFF)) / LEVELS
     inverse = reciprocal(scale)
-    half = float_to_half(scale)
     scaled = values * inverse
     size = from_bits(bits(scaled) & 0x7FFFFFFF)
     whole = to_i32(size)
-    rest = size - to_f32(whole)
-    rounded = whole + to_i32(rest + rest)  # halves go away from zero
+    fraction = size - to_f32(whole)
+    rounded = whole + to_i32(fraction + fraction)  # halves go away from zero
     codes = select_nonzero(bits(scaled) >> 31, 0 - rounded, rounded) & usable(inverse, -1)
-    store_as(blocks, 34 * block, half)
     store(blocks, 34 * block + 2, to_u8(codes))
-    return to_f32(codes) * half_to_float(half), too_large(half), too_small(half)
+    return store_scale(blocks, 34 * block, float_to_half(scale), codes)
 
 
-@kernel(
-    f"UniTuple(int64, 4)({F32}, uint8[::1], float64[::1])",
-    f"UniTuple(int64, 4)({U16}, uint8[::1], float64[::1])",
-)
+@kernel(*QUANTIZE)
 def quantize(x, blocks, lanes):
     """Quantize with the naive scale; see `blocks.quantize_blocks`."""
     return quantize_blocks(x, blocks, lanes, _encode_block, None)
@@ -54,6 +40,5 @@ def dequantize(blocks, x):
     """Decode blocks of 34 bytes to 32 float32 each."""
     for block in range(x.size // 32):
         prefetch_block(x, block)
-        scale = half_to_float(load_as(blocks, 34 * block, np.uint16(0)))
         codes = (to_i32(load(blocks, 34 * block + 2, 32)) << 24) >> 24  # the sign extended
-        store(x, 32 * block, to_f32(codes) * scale)
+        store(x, 32 * block, to_f32(codes) * half_at(blocks, 34 * block))

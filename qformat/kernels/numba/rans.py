@@ -1,4 +1,14 @@
-"""Interleaved range asymmetric numeral systems, compiled. Twin of ``plain/rans.py`` (spec/codecs.md, "Streams")."""
+"""Interleaved rANS (Duda, 2013; Giesen, 2014), compiled. Twin of ``numpy/rans.py`` (spec/codecs.md, "Streams").
+
+A coder is a state x from 2^16 to 2^32 - 1. Symbol i belongs to lane i mod ``lanes``, a state of its own, and all lanes share one
+string of 16-bit words: each step depends on the one before in its lane only, so that the processor overlaps the others. Decoding
+waits for table lookups most; 64 lanes, four vectors of 16, keep enough of them under way (and cost 2 bytes each, see
+``streams._lanes``).
+
+With words of 16 bits and a precision L of at most 15, a step moves one word at most: an encoder's state is below f 2^(32 - L) after
+it gave one away, and 2^16 is less than that for every frequency f. So the encoder writes at most 2 bytes for a symbol, and a
+decoder that has 2 bytes left for each lane can take a whole round without looking at the end again.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +16,8 @@ import numpy as np
 
 from qformat.kernels.numba import avx512
 from qformat.kernels.numba.compiler import U8, U32, inline, kernel
-from qformat.kernels.numba.simd import load, load_as, store, store_as, to_u8
+from qformat.kernels.numba.simd_casts import to_u8
+from qformat.kernels.numba.simd_memory import load, load_as, store, store_as
 
 WORD = np.uint16(0)
 STATE = np.uint32(0)
@@ -15,61 +26,64 @@ ZERO, ONE, TWO = np.uint64(0), np.uint64(1), np.uint64(2)
 
 
 @kernel(f"void({U8}, int64[::1])")
-def histogram(letters, counts):
-    """Add how often each letter occurs to 256 counts."""
-    # Four tables, as equal neighbours would else wait for each other's store
+def histogram(symbols, counts):
+    """Add how often each symbol occurs to 256 counts."""
+    # four tables, or equal neighbours would wait for each other's store
     parts = np.zeros((4, 256), np.int64)
-    whole = letters.size // 4 * 4
+    whole = symbols.size // 4 * 4
     for i in range(0, whole, 4):
-        parts[0, letters[i]] += 1
-        parts[1, letters[i + 1]] += 1
-        parts[2, letters[i + 2]] += 1
-        parts[3, letters[i + 3]] += 1
-    for i in range(whole, letters.size):
-        parts[0, letters[i]] += 1
-    for letter in range(256):
-        counts[letter] += parts[0, letter] + parts[1, letter] + parts[2, letter] + parts[3, letter]
+        parts[0, symbols[i]] += 1
+        parts[1, symbols[i + 1]] += 1
+        parts[2, symbols[i + 2]] += 1
+        parts[3, symbols[i + 3]] += 1
+    for i in range(whole, symbols.size):
+        parts[0, symbols[i]] += 1
+    for symbol in range(256):
+        counts[symbol] += parts[0, symbol] + parts[1, symbol] + parts[2, symbol] + parts[3, symbol]
 
 
 @kernel(f"int64({U8}, {U32}, int64, int64, uint8[::1])")
-def encode(letters, frequencies, precision, lanes, coded):
+def encode(symbols, frequencies, precision, lanes, coded):
     """Write states and words to the end of ``coded``; return where they begin.
 
-    There are 2 bytes for each letter and 4 for each lane. Letters that occur need a frequency above 0; the sum is 2^precision.
+    ``coded`` has 2 bytes for each symbol and 4 for each lane. Symbols that occur have a frequency above 0; the sum is 2^precision.
     """
     size = np.int64(1) << precision
     shift = np.uint64(32 + precision)
     reciprocals = np.zeros(256, np.uint64)
     limits = np.zeros(256, np.uint32)
     starts = np.zeros(256, np.uint32)
-    rests = np.zeros(256, np.uint32)
+    complements = np.zeros(256, np.uint32)
     start = 0
-    for letter in range(256):
-        frequency = np.int64(frequencies[letter])
-        starts[letter] = start
+    for symbol in range(256):
+        frequency = np.int64(frequencies[symbol])
+        starts[symbol] = start
         start += frequency
         if frequency:
-            rests[letter] = size - frequency
-            limits[letter] = (frequency << (32 - precision)) - 1
-            # With 2^(32 + precision) / frequency rounded up, x * reciprocal >> (32 + precision) is x // frequency for all states x
-            # that occur here, which are below frequency * 2^(32 - precision), and the product is below 2^64.
-            reciprocals[letter] = ((ONE << shift) + np.uint64(frequency - 1)) // np.uint64(frequency)
+            complements[symbol] = size - frequency
+            limits[symbol] = (frequency << (32 - precision)) - 1
+            # A division takes longer than all the rest. With 2^(32 + precision) / frequency rounded up, x * reciprocal >>
+            # (32 + precision) is x // frequency for all states x that occur here, which are below frequency * 2^(32 - precision),
+            # and the product is below 2^64.
+            reciprocals[symbol] = ((ONE << shift) + np.uint64(frequency - 1)) // np.uint64(frequency)
     states = np.full(lanes, 1 << 16, np.uint32)
     at = np.uint64(coded.size)
-    end = np.uint64(letters.size)
+    end = np.uint64(symbols.size)
     width = np.uint64(lanes)
     while end > ZERO:
         begin = (end - ONE) // width * width
         for back in range(end - begin):
             lane = end - begin - ONE - back
-            letter = letters[begin + lane]
+            symbol = symbols[begin + lane]
             x = states[lane]
             store_as(coded, at - TWO, np.uint16(x))
-            full = np.uint32(x > limits[letter])  # without a branch, which could not be predicted
+            # without a branch, which could not be predicted: the word is written in any case, and kept or overwritten
+            full = np.uint32(x > limits[symbol])
             at -= np.uint64(full << np.uint32(1))
             x = np.uint32(x >> (full << np.uint32(4)))
-            quotient = (np.uint64(x) * reciprocals[letter]) >> shift
-            states[lane] = np.uint32(x + np.uint32(quotient) * rests[letter] + starts[letter])
+            # x // f * 2^L + x % f + start, as x + x // f * (2^L - f) + start
+            quotient = (np.uint64(x) * reciprocals[symbol]) >> shift
+            states[lane] = np.uint32(x + np.uint32(quotient) * complements[symbol] + starts[symbol])
         end = begin
     at -= np.uint64(4 * lanes)
     for lane in range(lanes):
@@ -78,20 +92,20 @@ def encode(letters, frequencies, precision, lanes, coded):
 
 
 @inline
-def _rounds(coded, at, letters, i, states, slots, entries, precision):
-    """Decode whole rounds of one letter for each lane, as long as there are words for one; return where it ended."""
+def _rounds(coded, at, symbols, i, states, slots, entries, precision):
+    """Decode whole rounds of one symbol for each lane, while each lane could take a word; return the places in both arrays."""
     mask, shift = np.uint32((1 << precision) - 1), np.uint32(precision)
     width = np.uint64(states.size)
-    last, safe = np.int64(letters.size) - states.size, np.int64(coded.size) - 2 * states.size
+    last, safe = np.int64(symbols.size) - states.size, np.int64(coded.size) - 2 * states.size
     while np.int64(i) <= last and np.int64(at) <= safe:
         for lane in range(width):
             x = states[lane]
             y = x & mask
-            letter = slots[y]
-            letters[i + lane] = letter
-            entry = entries[letter]
+            symbol = slots[y]
+            symbols[i + lane] = symbol
+            entry = entries[symbol]
             x = np.uint32((entry & LOW) * (x >> shift) + y - (entry >> SIXTEEN))
-            # without a branch, which could not be predicted
+            # without a branch, which could not be predicted: a word is read in any case, and masked
             short = np.uint32(x < np.uint32(1 << 16))
             word = np.uint32(load_as(coded, at, WORD)) & (np.uint32(0) - short)
             states[lane] = np.uint32((x << (short << np.uint32(4))) | word)
@@ -102,24 +116,24 @@ def _rounds(coded, at, letters, i, states, slots, entries, precision):
 
 @inline
 def _step(states, entry, mask, shift):
-    """Return states after a letter, before words are taken."""
+    """Return the states after a symbol, before they take words."""
     return (entry & LOW) * (states >> shift) + (states & mask) - (entry >> SIXTEEN)
 
 
 @inline
-def _rounds_avx512(coded, at, letters, i, states, slots, entries, precision):
-    """Do as `_rounds`, with 16 lanes in a vector: so many lookups under way at once that they hide how long one takes."""
+def _rounds_avx512(coded, at, symbols, i, states, slots, entries, precision):
+    """Do as `_rounds`, with 16 lanes in a vector. Each `avx512.refill` reads 32 bytes, which `_rounds`' bound covers, too."""
     mask, shift = np.uint32((1 << precision) - 1), np.uint32(precision)
-    last, safe = np.int64(letters.size) - states.size, np.int64(coded.size) - 2 * states.size
+    last, safe = np.int64(symbols.size) - states.size, np.int64(coded.size) - 2 * states.size
     if states.size == 64:
         a, b, c, d = load(states, 0, 16), load(states, 16, 16), load(states, 32, 16), load(states, 48, 16)
         while np.int64(i) <= last and np.int64(at) <= safe:
             first, second = avx512.gather(slots, a & mask) & 255, avx512.gather(slots, b & mask) & 255
             third, fourth = avx512.gather(slots, c & mask) & 255, avx512.gather(slots, d & mask) & 255
-            store(letters, i, to_u8(first))
-            store(letters, i + SIXTEEN, to_u8(second))
-            store(letters, i + SIXTEEN + SIXTEEN, to_u8(third))
-            store(letters, i + SIXTEEN + SIXTEEN + SIXTEEN, to_u8(fourth))
+            store(symbols, i, to_u8(first))
+            store(symbols, i + SIXTEEN, to_u8(second))
+            store(symbols, i + SIXTEEN + SIXTEEN, to_u8(third))
+            store(symbols, i + SIXTEEN + SIXTEEN + SIXTEEN, to_u8(fourth))
             a = _step(a, avx512.gather(entries, first), mask, shift)
             b = _step(b, avx512.gather(entries, second), mask, shift)
             c = _step(c, avx512.gather(entries, third), mask, shift)
@@ -137,8 +151,8 @@ def _rounds_avx512(coded, at, letters, i, states, slots, entries, precision):
         a, b = load(states, 0, 16), load(states, 16, 16)
         while np.int64(i) <= last and np.int64(at) <= safe:
             first, second = avx512.gather(slots, a & mask) & 255, avx512.gather(slots, b & mask) & 255
-            store(letters, i, to_u8(first))
-            store(letters, i + SIXTEEN, to_u8(second))
+            store(symbols, i, to_u8(first))
+            store(symbols, i + SIXTEEN, to_u8(second))
             a = _step(a, avx512.gather(entries, first), mask, shift)
             b = _step(b, avx512.gather(entries, second), mask, shift)
             a, at = avx512.refill(a, coded, at)
@@ -146,41 +160,43 @@ def _rounds_avx512(coded, at, letters, i, states, slots, entries, precision):
             i += np.uint64(32)
         store(states, 0, a)
         store(states, 16, b)
-    return _rounds(coded, at, letters, i, states, slots, entries, precision)
+    return _rounds(coded, at, symbols, i, states, slots, entries, precision)
 
 
 _whole_rounds = _rounds_avx512 if avx512.AVAILABLE else _rounds
 
 
 @kernel(f"int64({U8}, {U32}, int64, int64, uint8[::1])")
-def decode(coded, frequencies, precision, lanes, letters):
-    """Read states and words, and fill ``letters``; return 0, or 1 if the bytes are none that an encoder can have written.
+def decode(coded, frequencies, precision, lanes, symbols):
+    """Read states and words, and fill ``symbols``; return 0, or 1 if no encoder can have written these bytes.
 
-    There have to be the bytes of the states. The frequencies have the sum 2^precision.
+    ``coded`` may hold anything, but at least the 4 bytes of each state. The frequencies have the sum 2^precision.
     """
-    slots = np.empty((1 << precision) + 3, np.uint8)  # 4 bytes may be read at once
-    entries = np.empty(256, np.uint32)  # the frequency, and the sum of those before it in the upper half
+    # One byte for each of the 2^L slots and 4 for each symbol stay in the first cache, where a table of all that a slot needs would
+    # be too large. (3 bytes more, as gathers read 4 at once.)
+    slots = np.empty((1 << precision) + 3, np.uint8)
+    entries = np.empty(256, np.uint32)  # the frequency, and in the upper half the sum of those before it
     start = np.int64(0)
-    for letter in range(256):
-        frequency = np.int64(frequencies[letter])
-        entries[letter] = (start << 16) | frequency
+    for symbol in range(256):
+        frequency = np.int64(frequencies[symbol])
+        entries[symbol] = (start << 16) | frequency
         for slot in range(start, start + frequency):
-            slots[slot] = letter
+            slots[slot] = symbol
         start += frequency
     states = np.empty(lanes, np.uint32)
     for lane in range(lanes):
         states[lane] = load_as(coded, 4 * lane, STATE)
-    # Unsigned, for numba looks at the sign of every other index
-    at, i = _whole_rounds(coded, np.uint64(4 * lanes), letters, ZERO, states, slots, entries, precision)
+    # places are unsigned: numba would test the sign of other indices, to count negative ones from the end
+    at, i = _whole_rounds(coded, np.uint64(4 * lanes), symbols, ZERO, states, slots, entries, precision)
     width, size = np.uint64(lanes), np.uint64(coded.size)
     mask, shift = np.uint32((1 << precision) - 1), np.uint32(precision)
-    while i < np.uint64(letters.size):
+    while i < np.uint64(symbols.size):  # the last symbols, with a check for each word
         lane = i % width
         x = states[lane]
         y = x & mask
-        letter = slots[y]
-        letters[i] = letter
-        entry = entries[letter]
+        symbol = slots[y]
+        symbols[i] = symbol
+        entry = entries[symbol]
         x = np.uint32((entry & LOW) * (x >> shift) + y - (entry >> SIXTEEN))
         if x < np.uint32(1 << 16):
             if at + TWO > size:

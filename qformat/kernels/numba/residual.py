@@ -1,9 +1,13 @@
-"""What bit planes leave of a float's pattern (spec/codecs.md, "`scm`", `rest`), compiled. Twin of ``plain/rest.py``.
+"""The bits of floats that planes leave open (spec/codecs.md, "`scm`", `rest`), compiled. Twin of ``numpy/residual.py``.
 
-``t`` are magnitudes, ``end`` tells the depth of each block as in ``planes.py``. ``kind`` is the number of bytes of the dtype, 4 for
-float32, 2 for binary16, and 1 for bfloat16. ``shifts`` are how many of the lowest bits are left out of each element, or one number
-for all of them. Elements are in a class by the number of patterns that their cells have: itself below 16, else 16 + 3 g + (bits of
-the number, up to 7) - 5.
+``t`` are magnitudes padded to whole blocks, ``size`` their number without padding, ``end`` the position that they are at, as in
+``planes.py``, and ``widths`` (float64) has shape (2, 9), flat. ``kind`` is 4 for float32, 2 for binary16 and 1 for bfloat16.
+``shifts`` (uint8) are the lowest bits left out of each element, or one number for all.
+
+A magnitude leaves a cell of patterns, from the floor of magnitude * width to before that of the next one. What is coded is the
+pattern's upper part less that of the cell's first pattern, 64 at most; the bits below are nearly uniform and go into whole bytes
+and a string of bits. The upper parts are sorted by class, each a stream with frequencies of its own: the number of patterns of the
+cell below 16, else 16 + 3 phase + (bits of that number, up to 7) - 5.
 """
 
 from __future__ import annotations
@@ -11,21 +15,25 @@ from __future__ import annotations
 import numpy as np
 
 from qformat.kernels.numba.compiler import F64, U8, U32, inline, kernel
-from qformat.kernels.numba.simd import bits, largest, load, load_as, maximum, store_as, zeros_u32
+from qformat.kernels.numba.simd import maximum, zeros_u32
+from qformat.kernels.numba.simd_casts import bits
+from qformat.kernels.numba.simd_lanes import largest
+from qformat.kernels.numba.simd_memory import load, load_as, store_as
 
-KEPT = 6  # bits of the upper part
+KEPT = 6  # bits of an upper part
 CLASSES = 22
-FEW = np.uint32(16)  # patterns, of which each number is a class
+FEW = np.uint32(16)  # below this, each number of patterns is a class
 LARGEST = np.uint32(0x7F7FFFFF)
 NONE = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
-SMALL = 1 << 13  # magnitudes whose cells are looked up
+# magnitudes below this have their cells looked up: nearly all are small, and a cell takes two roundings
+SMALL = 1 << 13
 ONE, SIX, SEVEN, BYTE = np.uint32(1), np.uint32(6), np.uint32(7), np.uint32(255)
 
 
 @inline
 def _floor(value, kind):
-    """Return the pattern of the largest finite float that is not above a float64, which is not negative."""
+    """Return the pattern of the largest finite float not above a float64, which is not negative."""
     single = np.float32(value)
     pattern = bits(single)
     if np.float64(single) > value:
@@ -49,10 +57,10 @@ def _cell(magnitude, width, kind):
 
 @inline
 def _shifted(cell, shift, row):
-    """Return the first pattern of a cell, without the lowest bits; above it its class and the bits of the number of the others."""
+    """Return the first pattern of a cell, shifted; in bits 32 to 39 its class, and above how many bits it leaves open."""
     first, following = np.uint32(cell & NONE) >> shift, np.uint32(cell >> HALF) >> shift
     spread = np.uint32(following - first)
-    # the exponent of a float64 tells how many bits a number has
+    # the number of bits from the exponent of a float64
     length = np.uint32((bits(np.float64(spread)) >> np.uint64(52)) - np.uint64(1022)) if spread else np.uint32(0)
     class_ = spread
     if spread >= FEW:
@@ -62,9 +70,9 @@ def _shifted(cell, shift, row):
 
 @inline
 def _small_cells(t, shifts, end, widths, kind):
-    """Return the cell of each small magnitude, as `_shifted` gives it if all elements have the same shift.
+    """Return the cells of small magnitudes, already `_shifted` if all elements have the same shift.
 
-    There is a row for each phase at each of its two depths.
+    A row for each phase at each of its two depths.
     """
     peaks = zeros_u32(32)
     for block in range(t.size // 32):
@@ -80,14 +88,14 @@ def _small_cells(t, shifts, end, widths, kind):
 
 @inline
 def _row(block, end):
-    """Return the row of `_cells` for a block."""
+    """Return the row of `_small_cells` for a block."""
     phase = block & 1
     return np.uint64(2 * phase + (end % 64 > phase * 32 + ((block >> 1) & 31)))
 
 
 @inline
 def _look_up(t, block, shifts, table, end, widths, kind, cells):
-    """Give the cells of a block as `_shifted` does."""
+    """Compute the cells of a block, as `_shifted` returns them."""
     row, at, shared = _row(block, end), 32 * block, shifts.size == 1
     if shared and np.int64(largest(load(t, at, 32))) < table.shape[1]:
         for i in range(32):
@@ -114,7 +122,7 @@ def _length(cell):
 
 @kernel(f"void({U32}, {U8}, int64, int64, {F64}, int64, int64[::1], int64[::1])")
 def count(t, shifts, size, end, widths, kind, classes, lengths):
-    """Count elements by class, and by the number of bits that their cell leaves open, up to 31."""
+    """Count elements by class (22), and by the number of bits that their cell leaves open (up to 31)."""
     table, cells = _small_cells(t, shifts, end, widths, kind), np.empty(32, np.uint64)
     for block in range((size + 31) // 32):
         _look_up(t, block, shifts, table, end, widths, kind, cells)
@@ -125,8 +133,8 @@ def count(t, shifts, size, end, widths, kind, classes, lengths):
 
 @inline
 def _sort(parts, kinds, upper, classes):
-    """Put parts in the order of classes, and count these."""
-    # two halves take turns, as equal neighbours would else wait for each other's store
+    """Sort parts by class, keeping their order within one, and count the classes."""
+    # two halves take turns, or equal neighbours would wait for each other's store
     half = kinds.size // 2
     places = np.zeros((2, CLASSES), np.uint64)
     for i in range(half):
@@ -154,22 +162,22 @@ def _sort(parts, kinds, upper, classes):
     f"int64({U32}, {U32}, {U8}, int64, int64, {F64}, int64, uint8[::1], int64[::1], uint8[:, ::1], int64[::1], uint8[::1])"
 )
 def split(patterns, t, shifts, size, end, widths, kind, upper, classes, lower, counts, middle):
-    """Cut the patterns of magnitudes, without their lowest bits, in parts; return how many bits there are between.
+    """Cut the patterns of magnitudes, shifted, into parts; return the number of bits between upper parts and whole bytes.
 
     Parameters
     ----------
     upper, classes
-        The upper parts, those of class 0 first, in the order of elements; and how many there are of each class.
+        The upper parts by class, in the order of elements; the size of each class.
     lower, counts
-        Three arrays of whole bytes, with room for one more than there are elements, and how many there are in each.
+        Whole bytes, bits 0 to 7, 8 to 15, 16 to 23, of shape (3, size + 1), as one byte too many may be written; their numbers.
     middle
-        The string of the bits between; there are 8 bytes more than for 7 bits of each element.
+        The string of the bits between, up to 7 of each element, with 8 bytes more, as 8 are written at once.
     """
     table, cells = _small_cells(t, shifts, end, widths, kind), np.empty(32, np.uint64)
     parts, kinds = np.empty(size, np.uint8), np.empty(size, np.uint8)
     a, b, c = np.uint64(0), np.uint64(0), np.uint64(0)  # where arrays of whole bytes end
     shared = shifts.size == 1
-    # bits between that do not make a byte yet, and where they go
+    # bits that do not make a whole byte yet, their number, and where they go
     word, fill, at = np.uint64(0), np.uint64(0), np.uint64(0)
     for block in range((size + 31) // 32):
         _look_up(t, block, shifts, table, end, widths, kind, cells)
@@ -179,7 +187,7 @@ def split(patterns, t, shifts, size, end, widths, kind, upper, classes, lower, c
             low = np.uint32(max(_length(cell), SIX) - SIX)
             parts[i] = np.uint8((pattern >> low) - (np.uint32(cell & NONE) >> low))
             kinds[i] = np.uint8(_class(cell))
-            if kind == 4 or low > SEVEN:  # of others few; without branches, which could not be predicted
+            if kind == 4 or low > SEVEN:  # rare in other dtypes; inside without branches, which could not be predicted
                 lower[0, a] = np.uint8(pattern & BYTE)
                 lower[1, b] = np.uint8((pattern >> np.uint32(8)) & BYTE)
                 lower[2, c] = np.uint8((pattern >> np.uint32(16)) & BYTE)
@@ -187,8 +195,8 @@ def split(patterns, t, shifts, size, end, widths, kind, upper, classes, lower, c
                 b += np.uint64(low >= np.uint32(16))
                 c += np.uint64(low >= np.uint32(24))
             between = low & SEVEN
-            rest = np.uint32(pattern >> np.uint32(low - between)) & np.uint32((ONE << between) - ONE)
-            word |= np.uint64(rest) << fill
+            bits_between = np.uint32(pattern >> np.uint32(low - between)) & np.uint32((ONE << between) - ONE)
+            word |= np.uint64(bits_between) << fill
             store_as(middle, at, word)
             fill += np.uint64(between)
             at += fill >> np.uint64(3)
@@ -203,9 +211,9 @@ def split(patterns, t, shifts, size, end, widths, kind, upper, classes, lower, c
     f"void({U32}, {U8}, int64, int64, {F64}, int64, int64[::1], {U8}, Array(uint8, 2, 'C', readonly=True), {U8}, uint32[::1])"
 )
 def join(t, shifts, size, end, widths, kind, starts, upper, lower, middle, patterns):
-    """Put the patterns of magnitudes together from what `split` made of them.
+    """Put patterns together again from the results of `split`; ``starts`` are the places of each class in ``upper``.
 
-    There have to be 8 bytes more in ``middle`` than are needed, and one more in each array of ``lower``.
+    ``middle`` has 8 bytes and each row of ``lower`` one more than needed. (How many are needed follows from `count`.)
     """
     table, cells, shared = _small_cells(t, shifts, end, widths, kind), np.empty(32, np.uint64), shifts.size == 1
     place, ends = np.uint64(0), np.zeros(3, np.uint64)
@@ -226,9 +234,9 @@ def join(t, shifts, size, end, widths, kind, starts, upper, lower, middle, patte
                     ends[byte] += np.uint64(more[byte])
             between = low & SEVEN
             word = np.uint32(load_as(middle, place >> np.uint64(3), ONE) >> np.uint32(place & np.uint64(7)))
-            rest = word & np.uint32((ONE << between) - ONE)
-            pattern |= np.uint32(rest << np.uint32(low - between))
+            bits_between = word & np.uint32((ONE << between) - ONE)
+            pattern |= np.uint32(bits_between << np.uint32(low - between))
             place += np.uint64(between)
-            # damaged parts may make more than 32 bits, which are no number either
+            # damaged parts may make more than 32 bits: then a pattern that callers refuse as not finite
             whole = ((high << np.uint64(low)) | np.uint64(pattern)) << np.uint64(shift)
             patterns[i] = np.uint32(min(whole, NONE))

@@ -1,1 +1,1 @@
-"""Kernels in plain numpy: the fallback without numba, and the oracle that the compiled ones are tested against."""
+"""Kernels in numpy: the fallback without numba, and the oracle that the compiled ones are tested against."""

@@ -1,4 +1,4 @@
-"""Integers with a scale for each group of columns, in numpy. Twin of ``jit/affine.py``, which documents the functions."""
+"""Integers with a scale for each group of columns, in numpy. Twin of ``numba/affine.py``, which documents the functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.numpy.blocks import F32, U8, add_error
+from qformat.kernels.arrays import F32, F64, U8, U32
+from qformat.kernels.numpy.blocks import add_error, reciprocal
 from qformat.kernels.numpy.floats import peak_f32
 from qformat.kernels.numpy.packing import groups_of_runs, pack, unpack, valid_in_runs
 
@@ -23,21 +24,15 @@ def nearest(values: F32, inverse: F32, low: F32, high: F32) -> F32:
     return rounded
 
 
-def reciprocal(scale: F32) -> F32:
-    """Return 1 / scale, or 0 for a scale of 0."""
-    inverse: F32 = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-    return inverse
-
-
 @np.errstate(all="ignore")
 def encode(
-    x: F32, cols: int, group: int, scales: F32, zeros: U8, codes: U8, lanes: NDArray[np.float64], width: int
+    x: F32, cols: int, group: int, scales: F32, zeros: U8, codes: U8, lanes: F64, width: int
 ) -> tuple[int, int, int]:
     """Write the nearest codes for given scales and zeros, and measure the error."""
-    filled = -(-cols // 32) * 32
+    padded = -(-cols // 32) * 32
     runs = x.reshape(-1, 32)
-    numbers = groups_of_runs(filled, group, x.size // filled)
-    valid = valid_in_runs(filled, cols, x.size // filled)
+    numbers = groups_of_runs(padded, group, x.size // padded)
+    valid = valid_in_runs(padded, cols, x.size // padded)
     seen, made = (np.zeros(scales.size, bool) for _ in range(2))
     largest = 0
     for start in range(0, len(runs), _RUNS):
@@ -59,9 +54,9 @@ def encode(
 
 
 @np.errstate(all="ignore")
-def dequantize(scales: F32, zeros: U8, codes: U8, x: F32, filled: int, group: int, width: int) -> None:
-    """Decode rows of `filled` elements, a multiple of 32."""
-    numbers = groups_of_runs(filled, group, x.size // filled)
+def dequantize(scales: F32, zeros: U8, codes: U8, x: F32, padded: int, group: int, width: int) -> None:
+    """Decode rows of `padded` elements, a multiple of 32."""
+    numbers = groups_of_runs(padded, group, x.size // padded)
     levels: NDArray[Any] = np.empty(x.size, np.uint8)
     unpack(codes, levels, width)
     zero = zeros[numbers][:, None].astype(np.float32)
@@ -69,8 +64,8 @@ def dequantize(scales: F32, zeros: U8, codes: U8, x: F32, filled: int, group: in
 
 
 @np.errstate(all="ignore")
-def dequantize_mapped(scales: F32, zeros: U8, places: NDArray[np.uint32], codes: U8, x: F32, width: int) -> None:
-    """Decode rows whose columns are in the groups that `places` tells."""
+def dequantize_mapped(scales: F32, zeros: U8, places: U32, codes: U8, x: F32, width: int) -> None:
+    """Decode rows of which column i is in group ``places[i]``."""
     rows, cols = x.shape
     levels = np.empty(rows * -(-cols // 32) * 32, np.uint8)
     unpack(codes, levels, width)

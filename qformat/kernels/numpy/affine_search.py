@@ -1,4 +1,4 @@
-"""Scales and zeros of least squared error, in numpy. Twin of ``jit/affine_search.py``, which documents the functions."""
+"""Scales and zeros of least squared error, in numpy. Twin of ``numba/affine_search.py``, which documents the functions."""
 
 from __future__ import annotations
 
@@ -7,36 +7,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.numpy.affine import nearest, reciprocal
-from qformat.kernels.numpy.blocks import F32, U8
+from qformat.kernels.arrays import F32, F64, I64, U8
+from qformat.kernels.numpy.affine import nearest
+from qformat.kernels.numpy.blocks import fold, reciprocal
 
 F16, BF16 = 0, 1
 ROUNDS = 3
 
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
-
-
-def _fold(lanes: F32) -> F32:
-    """Return the sum of 32 lanes: always the upper half onto the lower."""
-    while lanes.shape[1] > 1:
-        half = lanes.shape[1] // 2
-        lanes = lanes[:, :half] + lanes[:, half:]
-    folded: F32 = lanes[:, 0]
-    return folded
-
 
 class _Groups:
-    """All groups of some rows, filled up to the same number of runs."""
+    """All groups of some rows, padded to the same number of runs."""
 
     def __init__(self, x: F32, cols: int, group: int) -> None:
-        filled = -(-cols // 32) * 32
-        width = min(group, filled)
+        padded = -(-cols // 32) * 32
+        width = min(group, padded)
         starts = np.arange(0, cols, group)
-        rows = x.reshape(-1, filled)
-        padded = np.pad(rows, ((0, 0), (0, starts.size * width - filled)))
+        rows = x.reshape(-1, padded)
+        whole = np.pad(rows, ((0, 0), (0, starts.size * width - padded)))
         counts = np.tile(np.minimum(group, cols - starts), len(rows))
-        self.values = padded.reshape(-1, width // 32, 32)
+        self.values = whole.reshape(-1, width // 32, 32)
         self.valid = (np.arange(width) < counts[:, None]).reshape(self.values.shape)
 
     def ends(self) -> tuple[F32, F32]:
@@ -53,7 +42,7 @@ class _Groups:
             levels = np.where(self.valid[:, i], levels, np.float32(0))
             xu += values * levels
             uu += levels * levels
-        return _fold(xu).astype(np.float64), _fold(uu).astype(np.float64)
+        return fold(xu).astype(np.float64), fold(uu).astype(np.float64)
 
     def distance(self, scale: F32, low: F32, high: F32) -> F32:
         """Return the squared errors."""
@@ -64,12 +53,12 @@ class _Groups:
             error = values - nearest(values, inverse[:, None], low[:, None], high[:, None]) * scale[:, None]
             error = np.where(self.valid[:, i], error, np.float32(0))
             total += error * error
-        return _fold(total)
+        return fold(total)
 
-    def final(self, plain: F32, plain_zero: I64, scale: F32, zero: I64, top: int, kind: int) -> tuple[F32, F32, I64]:
-        """Return the best of the plain choice and the scale or its neighbour, rounded, with the error."""
-        chosen, chosen_zero = _rounded(plain, kind), plain_zero
-        least = self.distance(chosen, _f32(-plain_zero), _f32(top - plain_zero))
+    def final(self, naive: F32, naive_zero: I64, scale: F32, zero: I64, top: int, kind: int) -> tuple[F32, F32, I64]:
+        """Return the error, scale and zero of the best of the naive choice and the found scale or its neighbour."""
+        chosen, chosen_zero = _rounded(naive, kind), naive_zero
+        least = self.distance(chosen, _f32(-naive_zero), _f32(top - naive_zero))
         near = _rounded(scale, kind)
         for candidate in (near, _other(scale, near, kind)):
             error = self.distance(candidate, _f32(-zero), _f32(top - zero))
@@ -108,7 +97,7 @@ def _other(scale: F32, rounded: F32, kind: int) -> F32:
 
 
 def _score(xu: F64, uu: F64) -> tuple[F64, F32]:
-    """Return by how much the error is lessened, and the scale that does it; 0 if all levels are."""
+    """Return by how much the error is reduced, and the scale that does it; 0 if all levels are 0."""
     usable = uu > 0
     safe = np.where(usable, uu, 1.0)
     return np.where(usable, xu * xu / safe, 0.0), _f32(xu / safe)
@@ -149,9 +138,9 @@ def asymmetric(x: F32, cols: int, group: int, width: int, kind: int, choices: F3
     span = largest - smallest
     top = (1 << width) - 1
     turned = smallest > 0
-    plain = _f32(np.where(turned, -span, span) / np.float32(top))
+    naive = _f32(np.where(turned, -span, span) / np.float32(top))
     end = np.where(turned, largest, smallest).astype(np.float64)
-    plain_zero = np.where(plain != 0, _clamp(-end / plain), 0)
+    naive_zero = np.where(naive != 0, _clamp(-end / naive), 0)
     centre = (smallest.astype(np.float64) + largest.astype(np.float64)) * 0.5
     best: F64 = np.zeros(span.size)
     scale: F32 = np.zeros(span.size, np.float32)
@@ -167,7 +156,7 @@ def asymmetric(x: F32, cols: int, group: int, width: int, kind: int, choices: F3
             better = (score > best) & (candidate >= 0) & (candidate <= 255)
             best, scale = np.where(better, score, best), np.where(better, fitted, scale)
             zero = np.where(better, candidate, zero)
-    _, chosen, chosen_zero = groups.final(plain, plain_zero, scale, zero, top, kind)
+    _, chosen, chosen_zero = groups.final(naive, naive_zero, scale, zero, top, kind)
     flat = ~(span > 0)
     scales[:] = np.where(flat, _rounded(largest + np.float32(0), kind), chosen)
     zeros[:] = np.where(flat, 0, chosen_zero)

@@ -1,23 +1,21 @@
-"""What the numpy kernels of block formats share."""
+"""Shared parts of the numpy kernels of block formats. Twin of ``numba/blocks.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.kernels.arrays import F16, F32, F64, U8, U16, Bools
 from qformat.kernels.numpy.floats import add_rows, peak_f32
 
-U8 = NDArray[np.uint8]
-U16 = NDArray[np.uint16]
-F32 = NDArray[np.float32]
-
-Bools = NDArray[np.bool_]
-#: takes blocks of 32 values and what a search chose for each, and fills in their bytes; returns the decoded values, where a scale
-#: overflows and where all that is stored vanishes
-Encode = Callable[..., tuple[F32, Bools, Bools]]
+_Float = TypeVar("_Float", np.float32, np.float64)
+#: of some blocks: the decoded values, where a scale overflows binary16, and where all that is stored is zero
+Encoded = tuple[F32, Bools, Bools]
+#: takes blocks of 32 values and, for each, what a search has chosen; fills in their bytes
+Encode = Callable[..., Encoded]
 
 LANES = 16
 _CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
@@ -25,7 +23,7 @@ _CHUNK = 1 << 15  # elements at a time, so that temporary arrays stay in cache
 
 @np.errstate(all="ignore")
 def quantize(
-    encode: Encode, x: F32 | U16, blocks: U8, block_bytes: int, lanes: NDArray[np.float64], *chosen: NDArray[Any]
+    encode: Encode, x: F32 | U16, blocks: U8, block_bytes: int, lanes: F64, *chosen: NDArray[Any]
 ) -> tuple[int, int, int, int]:
     """Encode blocks of 32 and measure the error; the arguments and results are those of a compiled ``quantize``."""
     packed = blocks.reshape(-1, block_bytes)
@@ -47,21 +45,35 @@ def quantize(
 
 
 @np.errstate(all="ignore")
-def measure(x: F32, decoded: F32, lanes: NDArray[np.float64]) -> int:
+def measure(x: F32, decoded: F32, lanes: F64) -> int:
     """Add the squared errors of whole blocks to ``lanes``; return the bits of the largest error."""
     return add_error(x - decoded, lanes)
 
 
-def add_error(error: F32, lanes: NDArray[np.float64]) -> int:
+def add_error(error: F32, lanes: F64) -> int:
     """Add the squares of errors, taken 32 by 32, to ``lanes``; return the bits of the largest."""
     squares = (error * error).reshape(-1, 32)
     add_rows((squares[:, :16] + squares[:, 16:]).astype(np.float64), lanes)
     return peak_f32(error.reshape(-1))
 
 
-def reciprocal(values: F32, scale: F32) -> tuple[F32, NDArray[np.bool_]]:
-    """Return 1 / scale (0 for 0), and where codes may be used: where that and the values are finite."""
-    inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+def fold(lanes: NDArray[_Float]) -> NDArray[_Float]:
+    """Return the sums of rows of lanes, a power of two: the upper half is added to the lower one until one is left."""
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def reciprocal(scale: F32) -> F32:
+    """Return 1 / scale, or 0 for a scale of 0."""
+    inverse: F32 = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    return inverse
+
+
+def usable_reciprocal(values: F32, scale: F32) -> tuple[F32, Bools]:
+    """Return 1 / scale (0 for 0), and where codes may be used: where that and all values of the block are finite."""
+    inverse = reciprocal(scale)
     return inverse, np.isfinite(inverse) & np.isfinite(values).all(axis=1, keepdims=True)
 
 
@@ -71,6 +83,12 @@ def first_largest(values: F32) -> F32:
     return np.take_along_axis(values, first, axis=1)
 
 
-def scales(packed: U8) -> F32:
+def store_scale(packed: U8, half: F16, levels: NDArray[Any]) -> Encoded:
+    """Store the scales of blocks that decode to scale * levels."""
+    packed[:, :2] = half.view(np.uint8)
+    return levels.astype(np.float32) * half.astype(np.float32), ~np.isfinite(half), half == 0
+
+
+def scales_of(packed: U8) -> F32:
     """Return the scales that the blocks begin with."""
     return np.ascontiguousarray(packed[:, :2]).view(np.float16).astype(np.float32)

@@ -1,12 +1,10 @@
-"""Estimates of what streams take, in numpy. Twin of ``jit/estimates.py``, which documents it."""
+"""Estimates of the sizes of streams, in numpy. Twin of ``numba/estimates.py``, which documents it."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from qformat.kernels.arrays import F64, I64
 
 TABLE_BITS, COST_BITS = 15, 16
 EMPTY, RAW, CONSTANT, CODED = 4, 5, 6, 12
@@ -20,7 +18,7 @@ def _log2(numbers: I64, logarithms: I64) -> I64:
 
 
 def _streams(counts: I64, ones: I64, logarithms: I64) -> I64:
-    """Return the bytes of streams of bits of which so many are 1."""
+    """Return the bytes of streams of ``counts`` bits of which ``ones`` are 1."""
     zeros = counts - ones
     every = np.stack([counts, ones, zeros])
     all_logarithms, one_logarithms, zero_logarithms = every * _log2(every, logarithms)
@@ -33,27 +31,27 @@ def _streams(counts: I64, ones: I64, logarithms: I64) -> I64:
 
 
 def _sections(counts: I64, logarithms: I64) -> tuple[I64, I64]:
-    """Return the bytes of the streams of sections: by classes, and together."""
+    """Return the bytes of sections: with a stream for each class, and with one for all."""
     every = np.concatenate([counts, counts.sum(axis=-2, keepdims=True)], axis=-2)  # all classes as one more
     streams = _streams(every.sum(axis=-1), every[..., 1], logarithms)
     return streams[..., :-1].sum(axis=-1), streams[..., -1]
 
 
 def section(counts: I64, logarithms: I64) -> tuple[int, int]:
-    """Return about what the streams of a section take in bytes, by classes and together."""
+    """Estimate the bytes of a section: with a stream for each class, and with one for all."""
     by_class, together = _sections(counts, logarithms)
     return int(by_class), int(together)
 
 
 def section_of_chunks(before: I64, plane: int, first: int, stop: int, logarithms: I64) -> int:
-    """Return about what a section takes in all chunks together, in bytes."""
+    """Estimate the bytes of a section in all chunks together."""
     counts = before[:, plane, stop] - before[:, plane, first]
     taken = 1 + np.minimum(*_sections(counts, logarithms))
     return int(taken[counts.any(axis=(1, 2))].sum())
 
 
 def ideal(counts: I64, logarithms: I64) -> int:
-    """Return what ideal coding takes for symbols that occur so often, in units of 2^-16 bits."""
+    """Return the size of ideally coded symbols with these counts, in units of 2^-16 bits."""
     total = _log2(np.maximum(1, counts.sum(keepdims=True)), logarithms)
     return int((counts * (total - _log2(counts, logarithms))).sum())
 
@@ -69,7 +67,7 @@ def below(
     found: F64,
     found_sums: F64,
 ) -> None:
-    """Give how many magnitudes are below the multiples of a width, and their sum."""
+    """Compute how many magnitudes are below each multiple of ``width``, and their sum."""
     borders = np.arange(found.size, dtype=np.float64) * width
     number = np.searchsorted(low, borders, side="right") - 1
     inside = np.maximum(number, 0)

@@ -1,14 +1,12 @@
-"""Conversions between float formats, and looks at them, in numpy. Twin of ``jit/floats.py``, which documents the functions."""
+"""Conversions between float formats, largest magnitudes and errors, in numpy. Twin of ``numba/floats.py``, which documents it."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+
+from qformat.kernels.arrays import F32, F64, I64, U16
 
 LANES = 32
-
-F32 = NDArray[np.float32]
-U16 = NDArray[np.uint16]
 
 
 @np.errstate(all="ignore")
@@ -33,7 +31,7 @@ def f32_to_bf16(source: F32, target: U16) -> None:
 
 @np.errstate(all="ignore")
 def f32_to_f16(source: F32, target: U16) -> None:
-    """Round to binary16, ties to even; too large becomes infinity."""
+    """Round to binary16, ties to even; values from 65520 on become infinite."""
     halves = source.astype(np.float16).view(np.uint16)
     target[:] = np.where(np.isnan(source), (halves & 0x8000) | 0x7E00, halves)
 
@@ -51,14 +49,14 @@ def peak_16(x: U16) -> int:
 
 
 @np.errstate(all="ignore")
-def difference(x: F32, y: F32, lanes: NDArray[np.float64]) -> int:
+def difference(x: F32, y: F32, lanes: F64) -> int:
     """Add the squares of ``x - y`` to ``lanes``; return the bits of the largest ``|x - y|``."""
     error = x - y
     add_squares(error, lanes)
     return peak_f32(error)
 
 
-def add_squares(error: F32, lanes: NDArray[np.float64]) -> None:
+def add_squares(error: F32, lanes: F64) -> None:
     """Add squares to the lanes, element i to lane i mod 32, as the compiled kernels do."""
     squares = error.astype(np.float64) ** 2
     whole = squares.size // LANES * LANES
@@ -66,13 +64,13 @@ def add_squares(error: F32, lanes: NDArray[np.float64]) -> None:
     lanes[: squares.size - whole] += squares[whole:]
 
 
-def add_rows(rows: NDArray[np.float64], lanes: NDArray[np.float64]) -> None:
+def add_rows(rows: F64, lanes: F64) -> None:
     """Add rows to the lanes, one after the other."""
     lanes[:] = np.add.reduce(np.vstack([lanes[None], rows]), axis=0)
 
 
 @np.errstate(all="ignore")
-def error_histogram(x: F32, y: F32, counts: NDArray[np.int64]) -> None:
-    """Count ``|x - y|`` in buckets by the upper 20 bits of the float32 pattern."""
+def error_histogram(x: F32, y: F32, counts: I64) -> None:
+    """Count ``|x - y|`` in 2^19 buckets by the upper bits of the float32 pattern."""
     buckets = ((x - y).view(np.uint32) & 0x7FFFFFFF) >> 12
     counts += np.bincount(buckets, minlength=counts.size)

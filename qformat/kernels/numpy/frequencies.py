@@ -1,4 +1,4 @@
-"""Tables of frequencies (spec/codecs.md, "Streams"); ``jit/frequencies.py`` compiles the same code."""
+"""Tables of frequencies (spec/codecs.md, "Streams"); ``numba/frequencies.py`` compiles the same code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def write_table(frequencies: Any, entries: int, precision: int, table: Any) -> int:
-    """Write a table to an array of zero bytes, long enough; return how many bytes it takes."""
+    """Write a table of ``entries`` frequencies to zeroed bytes, 4 for each entry; return the bytes used."""
     position, before, total = 0, 0, 0
     for entry in range(entries):
         frequency = int(frequencies[entry])
@@ -29,7 +29,7 @@ def write_table(frequencies: Any, entries: int, precision: int, table: Any) -> i
 
 
 def read_table(coded: Any, entries: int, precision: int, frequencies: Any) -> int:
-    """Read a table from the first bytes of an array into zeros; return how many bytes it takes, or -1 if it is not valid."""
+    """Read a table from the first bytes of an array into zeros; return the bytes used, or -1 if it is not valid."""
     position, length, total = 0, 0, 0
     size = 8 * len(coded)
     for entry in range(entries):
@@ -51,32 +51,36 @@ def read_table(coded: Any, entries: int, precision: int, frequencies: Any) -> in
             break
     if total != 1 << precision:
         return -1
-    while position % 8:  # what fills up the last byte
+    while position % 8:  # the padding of the last byte
         if coded[position // 8] >> position % 8 & 1:
             return -1
         position += 1
     return position // 8
 
 
-def letter_frequencies(symbols: Any, base: int, each: int, precision: int, letters: Any) -> bool:
-    """Put the frequencies of letters of ``each`` independent symbols into zeros; return whether they add up to 2^precision."""
+def symbol_frequencies(digits: Any, base: int, each: int, precision: int, symbols: Any) -> bool:
+    """Fill zeros with the frequencies of symbols made of independent digits; return whether they add up to 2^precision.
+
+    ``digits`` are the frequencies of the ``base`` digits, of which a symbol has ``each``. Products are rounded down as the spec
+    says.
+    """
     total, largest, most = 0, 0, -1
-    for letter in range(base**each):
-        product, rest, never = 1 << 30, letter, False
+    for symbol in range(base**each):
+        product, remaining, never = 1 << 30, symbol, False
         for _ in range(each):
-            frequency = int(symbols[rest % base])
+            frequency = int(digits[remaining % base])
             product = product * frequency >> precision
             never |= frequency == 0
-            rest //= base
+            remaining //= base
         product >>= 30 - precision
         if product == 0 and not never:
             product = 1
-        letters[letter] = product
+        symbols[symbol] = product
         total += product
         if product > most:
-            largest, most = letter, product
+            largest, most = symbol, product
     most += (1 << precision) - total
     if most < 1:
         return False
-    letters[largest] = most
+    symbols[largest] = most
     return True

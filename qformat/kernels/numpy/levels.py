@@ -1,4 +1,4 @@
-"""Few levels, with a scale for each group of columns of a row or none; in numpy. Twin of ``jit/levels.py``, which documents it."""
+"""Few levels, with a scale for each group of columns of a row or none; in numpy. Twin of the documented ``numba/levels.py``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
+from qformat.kernels.arrays import F32, F64, U8, U32
+from qformat.kernels.numpy.blocks import fold
 
 
 def _groups(x: NDArray[Any], cols: int, group: int) -> Iterator[tuple[slice, NDArray[Any]]]:
@@ -27,15 +26,12 @@ def _sums(terms: F64) -> F64:
     total = np.zeros((len(terms), 32))
     for i in range(lanes.shape[1]):
         total = total + lanes[:, i]
-    while total.shape[1] > 1:
-        half = total.shape[1] // 2
-        total = total[:, :half] + total[:, half:]
-    return total[:, 0]
+    return fold(total)
 
 
 @np.errstate(all="ignore")
-def measure(x: F32, cols: int, group: int, squares: F64, magnitudes: NDArray[np.uint32]) -> None:
-    """Give the sum of squares of each group, and the bits of its magnitude if all that is not 0 has the same, else 0."""
+def measure(x: F32, cols: int, group: int, squares: F64, magnitudes: U32) -> None:
+    """Compute the sum of squares of each group, and the bits of its magnitude if all but zeros have the same one, else 0."""
     for here, values in _groups(x, cols, group):
         squares[here] = _sums(np.square(values.astype(np.float64)))
         patterns = np.ascontiguousarray(values).view(np.uint32) & 0x7FFFFFFF
@@ -46,7 +42,7 @@ def measure(x: F32, cols: int, group: int, squares: F64, magnitudes: NDArray[np.
 
 @np.errstate(all="ignore")
 def unscale(x: F32, cols: int, group: int, scales: F32, least: F32, y: F32) -> None:
-    """Divide by the scale of the group; what is smaller than the least magnitude of its group becomes 0."""
+    """Divide by the scale of the group; values of a magnitude below ``least`` of their group become 0."""
     limits = least.view(np.uint32)
     outs = _groups(y, cols, group)
     for (here, values), (_, out) in zip(_groups(x, cols, group), outs, strict=True):
@@ -55,7 +51,7 @@ def unscale(x: F32, cols: int, group: int, scales: F32, least: F32, y: F32) -> N
 
 
 def classify(y: F32, thresholds: F32, codes: U8) -> None:
-    """Give the number of thresholds strictly below each value."""
+    """Count the thresholds strictly below each value."""
     codes[:] = 0
     for threshold in thresholds:
         codes += threshold < y
@@ -63,7 +59,7 @@ def classify(y: F32, thresholds: F32, codes: U8) -> None:
 
 @np.errstate(all="ignore")
 def products(x: F32, codes: U8, entries: F32, cols: int, group: int, common: F64, squares: F64) -> None:
-    """Give for each group the sum of values times the entries of their codes, and of the squares of these entries."""
+    """Compute for each group the sum of values times the entries of their codes, and of the squares of these entries."""
     chosen = _groups(entries.astype(np.float64)[codes], cols, group)
     for (here, values), (_, entry) in zip(_groups(x, cols, group), chosen, strict=True):
         common[here] = _sums(values.astype(np.float64) * entry)

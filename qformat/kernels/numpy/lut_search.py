@@ -1,28 +1,25 @@
-"""Codebooks of blocks, in numpy. Twin of ``jit/lut_search.py``, which documents the functions."""
+"""Codebooks of blocks, in numpy. Twin of ``numba/lut_search.py``, which documents the functions."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qformat.kernels.numpy.blocks import F32
+from qformat.kernels.arrays import F32, I64
 
 STEP = 16
 IMPOSSIBLE = np.float32(-1.0)
 _BLOCKS = 1 << 8  # at a time, so that temporary arrays stay small
 
-I64 = NDArray[np.int64]
-
 
 @np.errstate(all="ignore")
 def codebooks(x: F32, cols: int, block: int, size: int, books: F32) -> None:
     """Choose `size` entries for each block, in ascending order."""
-    filled = -(-cols // 32) * 32
-    rows = x.reshape(-1, filled)[:, :cols]
+    padded = -(-cols // 32) * 32
+    rows = x.reshape(-1, padded)[:, :cols]
     in_row = -(-cols // block)
-    padded = np.full((len(rows), in_row * block), np.inf, np.float32)
-    padded[:, :cols] = rows + np.float32(0)
-    values = np.sort(padded.reshape(-1, block), axis=1)
+    whole = np.full((len(rows), in_row * block), np.inf, np.float32)
+    whole[:, :cols] = rows + np.float32(0)
+    values = np.sort(whole.reshape(-1, block), axis=1)
     counts = np.tile(np.minimum(block, cols - np.arange(0, cols, block)), len(rows))
     entries = books.reshape(-1, size)
     for count in np.unique(counts):
@@ -48,8 +45,8 @@ def _entries(values: F32, size: int) -> F32:
     sums = np.bincount(places, values.ravel().astype(np.float64), minlength=blocks * size)
     sizes = np.bincount(places, minlength=blocks * size)
     means = (sums / np.maximum(sizes, 1)).astype(np.float32).reshape(blocks, size)
-    filled = np.maximum.accumulate(np.where(sizes.reshape(blocks, size) > 0, np.arange(size), 0), axis=1)
-    entries: F32 = np.take_along_axis(means, filled, axis=1)
+    last_used = np.maximum.accumulate(np.where(sizes.reshape(blocks, size) > 0, np.arange(size), 0), axis=1)
+    entries: F32 = np.take_along_axis(means, last_used, axis=1)
     return entries
 
 
@@ -92,10 +89,10 @@ def _step(sums: F32, before: F32, j: int, lowest: I64, highest: I64, otherwise: 
     length = np.arange(j, j + STEP) - candidates[:, None]
     shares = np.where(length > 0, np.float32(1) / np.maximum(length, 1).astype(np.float32), np.float32(np.nan))
     inside = sums[:, None, j : j + STEP] - sums[:, candidates, None]
-    lessened = inside * inside * shares + before[:, candidates, None]
+    gain = inside * inside * shares + before[:, candidates, None]
     tried = (candidates >= lowest[:, None]) & (candidates <= highest[:, None])
-    lessened = np.where(tried[:, :, None] & (lessened > IMPOSSIBLE), lessened, np.float32(-np.inf))
-    first = lessened.argmax(axis=1)
-    best = np.take_along_axis(lessened, first[:, None], axis=1)[:, 0]
+    gain = np.where(tried[:, :, None] & (gain > IMPOSSIBLE), gain, np.float32(-np.inf))
+    first = gain.argmax(axis=1)
+    best = np.take_along_axis(gain, first[:, None], axis=1)[:, 0]
     possible = best > IMPOSSIBLE
     return np.where(possible, best, IMPOSSIBLE), np.where(possible, candidates[first], otherwise)

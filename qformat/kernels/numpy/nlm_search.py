@@ -1,6 +1,6 @@
-"""Choose the headers of `nlm` blocks, in numpy. Twin of ``jit/nlm_search.py``, which says how.
+"""Choose the headers of `nlm` blocks, in numpy. Twin of ``numba/nlm_search.py``, which documents it.
 
-Arrays of weights have the shape (32, blocks, runs of 32 in a block); what describes blocks has the shape (blocks, 1).
+Arrays of weights have the shape (32, blocks, runs of 32 in a block), arrays with a number for each block (blocks, 1).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.kernels.numpy.blocks import F32
-from qformat.kernels.numpy.nlm import LEVELS, MIDDLES, U32
+from qformat.kernels.arrays import F32, U32, Bools
+from qformat.kernels.numpy.nlm import LEVELS, outer
 
 START = np.float32(0.98)
 SHIFT = np.float32(0.025)
@@ -43,7 +43,7 @@ class _Place(NamedTuple):
     low: F32
     high: F32
     total: F32
-    close: NDArray[np.bool_]
+    close: Bools
 
 
 def _add(values: F32) -> F32:
@@ -66,11 +66,7 @@ def _greatest(weights: F32) -> F32:
 
 
 def _level(position: F32, mapping: U32) -> F32:
-    size = np.abs(position)
-    count = np.zeros(size.shape, np.intp)
-    for middle in MIDDLES.T:
-        count += ~(size < middle[mapping])
-    return np.copysign(LEVELS[mapping, count], position)
+    return np.copysign(LEVELS[mapping, outer(position, mapping)], position)
 
 
 def _inverse(b: F32) -> F32:

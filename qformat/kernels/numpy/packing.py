@@ -1,17 +1,16 @@
-"""Codes of 2, 3, 4 or 8 bits in a string of bits, and rows in runs of 32, in numpy. Twin of the documented ``jit/packing.py``."""
+"""Codes of 2, 3, 4 or 8 bits in a string of bits, and rows in runs of 32, in numpy. Twin of the documented ``numba/packing.py``."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
+from qformat.kernels.arrays import I64, U8
 
 _CHUNK = 1 << 15  # codes at a time, so that temporary arrays stay in cache
 
 
 def unpack(packed: U8, codes: U8, width: int) -> None:
-    """Write codes of `width` bits, a multiple of 32 of them, one to a byte."""
+    """Unpack codes of `width` bits, a multiple of 32 of them, into bytes."""
     if width == 4:
         codes[0::2] = packed & 15
         codes[1::2] = packed >> 4
@@ -34,13 +33,13 @@ def pack(codes: U8, packed: U8, width: int) -> None:
         packed[start * width // 8 : (start + _CHUNK) * width // 8] = np.packbits(digits.reshape(-1), bitorder="little")
 
 
-def groups_of_runs(filled: int, group: int, rows: int) -> NDArray[np.int64]:
-    """Return the number of the group that each run of 32 elements belongs to."""
-    in_row = np.arange(0, filled, 32) // group
-    count = -(-filled // group)
+def groups_of_runs(padded: int, group: int, rows: int) -> I64:
+    """Return the number of the group of each run of 32 elements, for rows of `padded` elements."""
+    in_row = np.arange(0, padded, 32) // group
+    count = -(-padded // group)
     return (np.arange(rows)[:, None] * count + in_row).ravel()
 
 
-def valid_in_runs(filled: int, cols: int, rows: int) -> NDArray[np.int64]:
-    """Return how many elements of each run of 32 are not there to fill up a row."""
-    return np.tile(np.minimum(cols - np.arange(0, filled, 32), 32), rows)
+def valid_in_runs(padded: int, cols: int, rows: int) -> I64:
+    """Return how many elements of each run of 32 are no padding."""
+    return np.tile(np.minimum(cols - np.arange(0, padded, 32), 32), rows)

@@ -1,15 +1,10 @@
-"""Bit planes of magnitudes in numpy. Twin of ``jit/planes.py``, which documents it."""
+"""Bit planes of magnitudes in numpy. Twin of ``numba/planes.py``, which documents it."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
+from qformat.kernels.arrays import F32, F64, I64, U8, U32, Bools
 
 CLASSES = 3
 CELLS = 4
@@ -24,13 +19,13 @@ def _section(size: int, phase: int, first: int, stop: int) -> I64:
     return blocks[(first <= unit) & (unit < stop)]
 
 
-def _there(size: int, blocks: I64) -> NDArray[np.bool_]:
-    """Return which elements of blocks there are."""
+def _there(size: int, blocks: I64) -> Bools:
+    """Return which elements of blocks are no padding."""
     return blocks[:, None] * 32 + np.arange(32) < size
 
 
 def quantize(x: F32, widths: F64, t: U32) -> None:
-    """Give the magnitude ``floor(|x| / width)``, with the width of the phase."""
+    """Compute the magnitudes ``floor(|x| / width)``, with the width of the phase."""
     blocks = np.abs(x).astype(np.float64).reshape(-1, 32)
     t.reshape(-1, 32)[:] = blocks / widths[np.arange(len(blocks)) % 2][:, None]
 
@@ -52,7 +47,7 @@ def measure(
     sums: F64,
     peaks: U32,
 ) -> None:
-    """Add up errors for each depth from 0 to ``deepest``, phase and part: in 16 lanes, of shape (2, 32, 9, 16), flat."""
+    """Sum up errors for each phase, part and depth from 0 to ``deepest``."""
     values, magnitudes = np.abs(x).reshape(-1, 32), t.reshape(-1, 32)
     number = np.arange(len(values))
     phase, kinds = number % 2, np.minimum(magnitudes >> np.uint32(deepest), CELLS - 1)
@@ -70,8 +65,8 @@ def measure(
         np.add.at(sums.reshape(-1, LANES), cell + depth, np.add(*_halves(errors)))
 
 
-def symbols(t: U32, size: int, phase: int, limit: int, chosen: U8) -> int:
-    """Give the magnitudes of a phase, limited; return how many of them reach the limit."""
+def limited(t: U32, size: int, phase: int, limit: int, chosen: U8) -> int:
+    """Write the magnitudes of a phase as bytes, ``limit`` at most; return how many of them reach it."""
     blocks = _section(size, phase, 0, 32)
     values = np.minimum(t.reshape(-1, 32)[blocks], limit).reshape(-1)
     chosen[: values.size] = values
@@ -79,7 +74,7 @@ def symbols(t: U32, size: int, phase: int, limit: int, chosen: U8) -> int:
 
 
 def plane(t: U32, size: int, shift: int, phase: int, first: int, stop: int, packed: U8) -> int:
-    """Give one bit of each magnitude of a section, 32 to a word; return how many words there are."""
+    """Pack bit ``shift`` of each magnitude of a section, 32 to a word; return the number of words."""
     blocks = _section(size, phase, first, stop)
     bits = t.reshape(-1, 32)[blocks] >> np.uint32(shift) & 1
     packed[: 4 * blocks.size] = np.packbits(bits.astype(bool), bitorder="little")
@@ -94,13 +89,13 @@ def _elements(size: int, phase: int, first: int, stop: int) -> I64:
 
 
 def count_classes(t: U32, size: int, shift: int, phase: int, first: int, stop: int, counts: I64) -> None:
-    """Count the elements of a section by their magnitudes, shifted; 2 and more are one class."""
+    """Count the elements of a section by the classes of their magnitudes, shifted."""
     values = t[_elements(size, phase, first, stop)] >> np.uint32(shift)
     counts += np.bincount(np.minimum(values, CLASSES - 1), minlength=CLASSES)
 
 
 def count_bits(t: U32, size: int, deepest: int, counts: I64) -> None:
-    """Count bits by depth, phase and part, by class of the magnitude before, and by whether they are set."""
+    """Count bits by depth, phase and part, by class of the magnitude above them and by value."""
     block = np.arange(size) // 32
     for depth in range(1, deepest + 1):
         values = t[:size] >> np.uint32(deepest - depth)
@@ -110,14 +105,14 @@ def count_bits(t: U32, size: int, deepest: int, counts: I64) -> None:
 
 
 def count_section(t: U32, size: int, shift: int, phase: int, first: int, stop: int, counts: I64) -> None:
-    """Count the bits of a section by class of the magnitude before, and by whether they are set."""
+    """Count the bits of a section by class of the magnitude above them and by value."""
     values = t[_elements(size, phase, first, stop)] >> np.uint32(shift)
     kinds = np.minimum(values >> np.uint32(1), CLASSES - 1).astype(np.int64)
     counts += np.bincount(2 * kinds + (values & 1), minlength=2 * CLASSES)
 
 
 def split_classes(t: U32, size: int, shift: int, phase: int, first: int, stop: int, starts: I64, packed: U8) -> None:
-    """Give one bit of each magnitude of a section, those of each class from its start on (in bytes)."""
+    """Pack bit ``shift`` of each magnitude of a section, those of each class from its start on (in bytes)."""
     values = t[_elements(size, phase, first, stop)] >> np.uint32(shift)
     kinds = np.minimum(values >> np.uint32(1), CLASSES - 1)
     for kind in range(CLASSES):
@@ -126,12 +121,12 @@ def split_classes(t: U32, size: int, shift: int, phase: int, first: int, stop: i
 
 
 def spread(chosen: U8, phase: int, t: U32) -> None:
-    """Put magnitudes of a phase, filled up to whole blocks, where they belong."""
+    """Write magnitudes of a phase, padded to whole blocks, to their blocks."""
     t.reshape(-1, 32)[phase::2] = chosen.reshape(-1, 32)
 
 
 def refine(packed: U8, size: int, phase: int, first: int, stop: int, t: U32) -> None:
-    """Append a bit to each magnitude of a section; there are whole words of bits."""
+    """Append a bit to each magnitude of a section, from whole words of 32."""
     blocks = _section(size, phase, first, stop)
     bits = np.unpackbits(packed, bitorder="little", count=32 * blocks.size).reshape(-1, 32)
     rows = t.reshape(-1, 32)
@@ -150,7 +145,7 @@ def refine_classes(packed: U8, starts: I64, size: int, phase: int, first: int, s
 
 
 def append_signs(x: F32, t: U32) -> None:
-    """Append to the magnitude of each element its sign as one bit more, 1 if it is negative."""
+    """Append to the magnitude of each element its sign as the lowest bit, 1 if it is negative."""
     t[:] = t << np.uint32(1) | np.signbit(x)
 
 
@@ -166,14 +161,14 @@ def _depths(blocks: int, end: int) -> I64:
 
 
 def shallow(t: U32, end: int, deepest: int) -> None:
-    """Take from magnitudes at the deepest depth to those after a number of positions, which may be one less."""
+    """Reduce magnitudes at the deepest depth to those after ``end`` positions."""
     rows = t.reshape(-1, 32)
     rows >>= (deepest - _depths(len(rows), end)).astype(np.uint32)[:, None]
 
 
 @np.errstate(over="ignore")
 def values(t: U32, packed: U8, end: int, widths: F32, offsets: F32, decoded: F32) -> None:
-    """Give the values of magnitudes and signs after a number of positions."""
+    """Compute the values of magnitudes and signs after ``end`` positions."""
     rows = t.reshape(-1, 32)
     depth = _depths(len(rows), end)
     place = np.arange(len(rows)) % 2 * (DEEPEST + 1) + depth

@@ -1,55 +1,50 @@
-"""Q4_0 blocks in numpy. Twin of ``jit/q4_0.py``, which documents the functions."""
+"""Q4_0 blocks in numpy. Twin of ``numba/q4_0.py``, which documents the functions."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qformat.kernels.arrays import F16, F32, F64, I64, U8, U16
 from qformat.kernels.numpy import blocks as shared
-from qformat.kernels.numpy.blocks import F32, U8, U16, Bools, first_largest, reciprocal, scales
+from qformat.kernels.numpy.blocks import Encoded, first_largest, scales_of, store_scale, usable_reciprocal
+from qformat.kernels.numpy.codes import count_codes, load_codes, store_codes
 
 
-def quantize(x: F32 | U16, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
+def quantize(x: F32 | U16, blocks: U8, lanes: F64) -> tuple[int, int, int, int]:
     """Quantize blocks of 32 with the naive scale, and measure the error."""
     return shared.quantize(_encode, x, blocks, 18, lanes)
 
 
-def encode(x: F32, scales: U16, blocks: U8, lanes: NDArray[np.float64]) -> tuple[int, int, int, int]:
+def encode(x: F32, scales: U16, blocks: U8, lanes: F64) -> tuple[int, int, int, int]:
     """Do as `quantize` with chosen scales and the nearest codes."""
     return shared.quantize(_encode_nearest, x, blocks, 18, lanes, scales)
 
 
-def _encode(values: F32, packed: U8) -> tuple[F32, Bools, Bools]:
+def _encode(values: F32, packed: U8) -> Encoded:
     scale = first_largest(values) * np.float32(-0.125)
-    inverse, usable = reciprocal(values, scale)
-    shifted = np.where(usable, values * inverse + np.float32(8.5), np.float32(0))
-    return _pack(scale.astype(np.float16), np.minimum(shifted.astype(np.int32), 15), packed)
+    return _pack(values, scale, scale.astype(np.float16), packed)
 
 
-def _encode_nearest(values: F32, packed: U8, scales: U16) -> tuple[F32, Bools, Bools]:
+def _encode_nearest(values: F32, packed: U8, scales: U16) -> Encoded:
     half = scales.view(np.float16)[:, None]
-    inverse, usable = reciprocal(values, half.astype(np.float32))
+    return _pack(values, half.astype(np.float32), half, packed)
+
+
+def _pack(values: F32, scale: F32, half: F16, packed: U8) -> Encoded:
+    inverse, usable = usable_reciprocal(values, scale)
     shifted = np.where(usable, values * inverse + np.float32(8.5), np.float32(0))
-    return _pack(half, np.clip(shifted.astype(np.int32), 0, 15), packed)
-
-
-def _pack(half: NDArray[np.float16], codes: NDArray[np.int32], packed: U8) -> tuple[F32, Bools, Bools]:
-    packed[:, :2] = half.view(np.uint8)
-    packed[:, 2:] = codes[:, :16] | (codes[:, 16:] << 4)
-    return (codes - 8).astype(np.float32) * half.astype(np.float32), ~np.isfinite(half), half == 0
+    codes = np.clip(shifted.astype(np.int32), 0, 15)
+    store_codes(packed[:, 2:], codes)
+    return store_scale(packed, half, codes - 8)
 
 
 @np.errstate(all="ignore")
 def dequantize(blocks: U8, x: F32) -> None:
     """Decode blocks of 18 bytes to 32 float32 each."""
     packed = blocks.reshape(-1, 18)
-    codes = packed[:, 2:]
-    values = x.reshape(-1, 32)
-    values[:, :16] = ((codes & 15).astype(np.float32) - 8) * scales(packed)
-    values[:, 16:] = ((codes >> 4).astype(np.float32) - 8) * scales(packed)
+    x.reshape(-1, 32)[:] = (load_codes(packed[:, 2:]).astype(np.float32) - 8) * scales_of(packed)
 
 
-def code_histogram(blocks: U8, counts: NDArray[np.int64]) -> None:
+def code_histogram(blocks: U8, counts: I64) -> None:
     """Add to ``counts`` how often each of the 16 codes occurs."""
-    codes = blocks.reshape(-1, 18)[:, 2:]
-    counts += np.bincount((codes & 15).ravel(), minlength=16) + np.bincount((codes >> 4).ravel(), minlength=16)
+    count_codes(load_codes(blocks.reshape(-1, 18)[:, 2:]), counts)

@@ -1,20 +1,20 @@
-"""The best scales for Q4_0 blocks, in numpy. Twin of ``jit/q4_0_exact.py``.
+"""The best scales for Q4_0 blocks, in numpy. Twin of ``numba/q4_0_exact.py``.
 
-This is another search with the same results: it tries the codes of every scale, which is some hundred times slower.
+A different search with the same results: it sorts all changes of codes and tries every pattern, which is some hundred times slower.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.numpy.blocks import F32, U16
-from qformat.kernels.numpy.q4_0_search import U32, search
+from qformat.kernels.arrays import F32, U16, U32
+from qformat.kernels.numpy.q4_0_search import search
 
 _CODES = np.arange(1, 9)
 
 
 def choose(x: F32, scales: U16) -> None:
-    """Choose for each block the binary16 scale with the least squared error there is."""
+    """Choose for each block the binary16 scale of least squared error."""
     search(x, scales, _exact, 1 << 9)
 
 

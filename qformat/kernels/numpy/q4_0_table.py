@@ -1,11 +1,11 @@
-"""Good scales for Q4_0 blocks, in numpy. Twin of ``jit/q4_0_table.py``, with the same operations in the same order."""
+"""Good scales for Q4_0 blocks, in numpy. Twin of ``numba/q4_0_table.py``, with the same operations in the same order."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from qformat.kernels.numpy.blocks import F32, U16
-from qformat.kernels.numpy.q4_0_search import U32, from_half_bits, half_bits, search
+from qformat.kernels.arrays import F32, U16, U32
+from qformat.kernels.numpy.q4_0_search import from_half_bits, half_bits, search
 from qformat.kernels.tables import DIVISORS
 
 _TO_INTEGER = np.float32(1.5 * 2**23)

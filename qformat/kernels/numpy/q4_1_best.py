@@ -1,8 +1,8 @@
-"""Search ``best`` for Q4_1 blocks, in numpy. Twin of ``jit/q4_1_best.py``."""
+"""Search ``best`` for Q4_1 blocks, in numpy. Twin of ``numba/q4_1_best.py``."""
 
 from __future__ import annotations
 
-from qformat.kernels.numpy.blocks import F32, U16
+from qformat.kernels.arrays import F32, U16
 from qformat.kernels.numpy.q4_1_search import search
 
 

@@ -1,4 +1,4 @@
-"""Searches for the scales and minima of Q4_1 blocks in numpy. Twin of ``jit/q4_1_search.py``, which documents the functions.
+"""Searches for the scales and minima of Q4_1 blocks in numpy. Twin of ``numba/q4_1_search.py``, which documents the functions.
 
 Blocks are columns here.
 """
@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qformat.kernels.numpy.blocks import F32, U16, Bools
+from qformat.kernels.arrays import F32, U16, Bools
+from qformat.kernels.numpy.blocks import reciprocal
 from qformat.kernels.tables import FEW, FEW_LEVELS, MORE, MORE_LEVELS
 
 ZERO, HALF, ONE, TOP = (np.float32(value) for value in (0, 0.5, 1, 15))
@@ -67,7 +68,7 @@ def _trial(y: F32, slope: F32, offset: F32, best: Line) -> tuple[F32, F32, Line]
 
 
 def _error(x: F32, scale: F32, low: F32) -> F32:
-    inverse = np.where(scale == 0, ZERO, ONE / scale)
+    inverse = reciprocal(scale)
     codes = np.floor(_limited((x - low) * inverse + HALF))
     error = x - (codes * scale + low)
     return _total(error * error)

@@ -1,31 +1,29 @@
-"""Interleaved range asymmetric numeral systems in numpy: all lanes take a step together. Twin of ``jit/rans.py``."""
+"""Interleaved rANS in numpy: all lanes take a step together. Twin of ``numba/rans.py``, which documents it."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
+from qformat.kernels.arrays import I64, U8, U16, U32
 
 
-def histogram(letters: U8, counts: NDArray[np.int64]) -> None:
-    """Add how often each letter occurs to 256 counts."""
-    counts += np.bincount(letters, minlength=256)
+def histogram(symbols: U8, counts: I64) -> None:
+    """Add how often each symbol occurs to 256 counts."""
+    counts += np.bincount(symbols, minlength=256)
 
 
-def encode(letters: U8, frequencies: U32, precision: int, lanes: int, coded: U8) -> int:
+def encode(symbols: U8, frequencies: U32, precision: int, lanes: int, coded: U8) -> int:
     """Write states and words to the end of ``coded``; return where they begin.
 
-    There are 2 bytes for each letter and 4 for each lane. Letters that occur need a frequency above 0; the sum is 2^precision.
+    ``coded`` has 2 bytes for each symbol and 4 for each lane. Symbols that occur have a frequency above 0; the sum is 2^precision.
     """
     wide = frequencies.astype(np.uint64)
     starts = np.cumsum(wide) - wide
     limits = wide << np.uint64(32 - precision)
     states = np.full(lanes, 1 << 16, np.uint64)
-    words: list[NDArray[np.uint16]] = []
-    for begin in range((letters.size - 1) // lanes * lanes, -1, -lanes):
-        row = letters[begin : begin + lanes]
+    words: list[U16] = []
+    for begin in range((symbols.size - 1) // lanes * lanes, -1, -lanes):
+        row = symbols[begin : begin + lanes]
         x = states[: row.size]
         full = x >= limits[row]
         words.append(x[full].astype(np.uint16))
@@ -36,11 +34,8 @@ def encode(letters: U8, frequencies: U32, precision: int, lanes: int, coded: U8)
     return coded.size - tail.size
 
 
-def decode(coded: U8, frequencies: U32, precision: int, lanes: int, letters: U8) -> int:
-    """Read states and words, and fill ``letters``; return 0, or 1 if the bytes are none that an encoder can have written.
-
-    There have to be the bytes of the states. The frequencies have the sum 2^precision.
-    """
+def decode(coded: U8, frequencies: U32, precision: int, lanes: int, symbols: U8) -> int:
+    """Read states and words, and fill ``symbols``; return 0, or 1 if no encoder can have written these bytes."""
     if coded.size % 2:
         return 1
     wide = frequencies.astype(np.uint64)
@@ -49,8 +44,8 @@ def decode(coded: U8, frequencies: U32, precision: int, lanes: int, letters: U8)
     states = coded[: 4 * lanes].view("<u4").astype(np.uint64)
     words = coded[4 * lanes :].view("<u2")
     at = 0
-    for begin in range(0, letters.size, lanes):
-        row = letters[begin : begin + lanes]
+    for begin in range(0, symbols.size, lanes):
+        row = symbols[begin : begin + lanes]
         x = states[: row.size]
         y = x & np.uint64((1 << precision) - 1)
         row[:] = slots[y]

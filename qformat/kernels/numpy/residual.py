@@ -1,14 +1,10 @@
-"""What bit planes leave of a float's pattern, in numpy. Twin of ``jit/rest.py``, which documents it."""
+"""The bits of floats that planes leave open, in numpy. Twin of ``numba/residual.py``, which documents it."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-U32 = NDArray[np.uint32]
-I64 = NDArray[np.int64]
-F64 = NDArray[np.float64]
+from qformat.kernels.arrays import F64, I64, U8, U32
 
 KEPT = 6
 CLASSES = 22
@@ -18,7 +14,7 @@ LARGEST = 0x7F7FFFFF
 
 @np.errstate(over="ignore")
 def _floor(values: F64, kind: int) -> I64:
-    """Return the patterns of the largest finite floats that are not above some float64 numbers, which are not negative."""
+    """Return the patterns of the largest finite floats not above float64 numbers, which are not negative."""
     singles = values.astype(np.float32)
     patterns = singles.view(np.uint32).astype(np.int64) - (singles.astype(np.float64) > values)
     patterns = np.minimum(patterns, LARGEST)
@@ -31,7 +27,7 @@ def _floor(values: F64, kind: int) -> I64:
 
 
 def _cells(t: U32, shifts: U8, size: int, end: int, widths: F64, kind: int) -> tuple[I64, I64, I64]:
-    """Return of each element the first pattern of its cell, how many bits that leaves open, and its class."""
+    """Return for each element the first pattern of its cell, how many bits that leaves open, and its class."""
     block = np.arange(size) // 32
     phase = block % 2
     width = widths[phase * 9 + end // 64 + (end % 64 > phase * 32 + block // 2 % 32)]
@@ -43,14 +39,14 @@ def _cells(t: U32, shifts: U8, size: int, end: int, widths: F64, kind: int) -> t
 
 
 def count(t: U32, shifts: U8, size: int, end: int, widths: F64, kind: int, classes: I64, lengths: I64) -> None:
-    """Count elements by class, and by the number of bits that their cell leaves open, up to 31."""
+    """Count elements by class, and by the number of bits that their cell leaves open."""
     _, length, class_ = _cells(t, shifts, size, end, widths, kind)
     classes += np.bincount(class_, minlength=CLASSES)
     lengths += np.bincount(length, minlength=32)
 
 
 def _order(class_: I64, starts: I64) -> I64:
-    """Return where the upper part of each element stands."""
+    """Return the place of each element's upper part."""
     counts = np.bincount(class_, minlength=CLASSES)
     order = np.argsort(class_, kind="stable")
     places = np.empty(order.size, np.int64)
@@ -59,7 +55,7 @@ def _order(class_: I64, starts: I64) -> I64:
 
 
 def _bits_between(low: I64) -> tuple[I64, I64]:
-    """Return the element and the number of its bit for each bit of the string between."""
+    """Return for each bit of the string between its element and its number in that."""
     between = low % 8
     element = np.repeat(np.arange(low.size), between)
     number = np.arange(element.size) - np.repeat(np.cumsum(between) - between, between)
@@ -76,11 +72,11 @@ def split(
     kind: int,
     upper: U8,
     classes: I64,
-    lower: NDArray[np.uint8],
+    lower: U8,
     counts: I64,
     middle: U8,
 ) -> int:
-    """Cut the patterns of magnitudes, without their lowest bits, in parts; return how many bits there are between."""
+    """Cut the patterns of magnitudes, shifted, into parts; return the number of bits between upper parts and whole bytes."""
     first, length, class_ = _cells(t, shifts, size, end, widths, kind)
     pattern = patterns[:size].astype(np.int64) >> shifts
     low = np.maximum(length - KEPT, 0)
@@ -105,11 +101,11 @@ def join(
     kind: int,
     starts: I64,
     upper: U8,
-    lower: NDArray[np.uint8],
+    lower: U8,
     middle: U8,
     patterns: U32,
 ) -> None:
-    """Put the patterns of magnitudes together from what `split` made of them."""
+    """Put patterns together again from the results of `split`."""
     first, length, class_ = _cells(t, shifts, size, end, widths, kind)
     low = np.maximum(length - KEPT, 0)
     found = (first >> low) + upper[_order(class_, starts)] << low

@@ -1,0 +1,34 @@
+"""Checkpoints in safetensors files, written byte by byte."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+_SAFETENSORS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "f64": "F64", "f8_e4m3": "F8_E4M3", "f8_e5m2": "F8_E5M2"}
+
+
+def safetensors_bytes(tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) -> bytes:
+    """Return a .safetensors file of (dtype, shape, bytes)."""
+    entries, body = {}, b""
+    for name, (dtype, shape, data) in tensors.items():
+        offsets = [len(body), len(body) + len(data)]
+        entries[name] = {"dtype": _SAFETENSORS.get(dtype, dtype), "shape": list(shape), "data_offsets": offsets}
+        body += data
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    return struct.pack("<Q", len(head)) + head + body
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    dtypes = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
+    entries = {name: (dtypes[a.dtype.name], a.shape, a.tobytes()) for name, a in arrays.items()}
+    path.write_bytes(safetensors_bytes(entries))
+
+
+def weights(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
