@@ -61,10 +61,7 @@ def mark_finished(folder: Path | None, name: str, fingerprint: str, root: str | 
 def find_finished(path: Path, fingerprint: str, options: WriteOptions) -> dict[str, FileResult]:
     """Return the complete file of an earlier run to be resumed, by name, after a check of all its bytes; empty if there is none.
 
-    Raises
-    ------
-    TargetError
-        If it is damaged, and must not be made again.
+    Raise `TargetError` if it is damaged and must not be replaced.
     """
     try:
         marked, _, root = os.getxattr(path, _ATTRIBUTE).decode("ascii", "replace").partition(" ")

@@ -94,27 +94,10 @@ def write_file(
     folder: Path | None,
     options: WriteOptions,
 ) -> FileResult:
-    """Write a file into a folder, or find its length.
+    """Write a file into the folder of a workspace, or find its length if that is None.
 
-    Parameters
-    ----------
-    contents
-        The contents.
-    plans
-        The plans of the whole conversion, sorted by name.
-    written
-        The files that were written before, by name.
-    folder
-        The folder of the workspace; None for a dry run.
-    options
-        How to convert.
-
-    Raises
-    ------
-    FormatError
-        If a part is damaged.
-    SourceError, TargetError
-        As `qformat.pipeline.encode.write_tensors` does.
+    `plans` are those of the whole conversion, `written` the files that were written before, by name. Raises as
+    `qformat.pipeline.encode.write_tensors` does, and `FormatError` if a part is damaged.
     """
     plans = plans[contents.start : contents.stop]
     drafts = [draft for plan in plans if (draft := plan.draft)] if folder is None else []

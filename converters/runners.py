@@ -93,13 +93,7 @@ class DaskRunner:
     def write(
         self, files: Sequence[FileContents], plans: Sequence[Plan], folder: Path | None, options: WriteOptions
     ) -> dict[str, FileResult]:
-        """Write files; those of workers that are lost are written again by others.
-
-        Raises
-        ------
-        SourceError
-            If the cluster cannot be reached or a task loses all its workers; and whatever tasks raise.
-        """
+        """Write files; those of workers that are lost are written again by others. `SourceError` if the cluster fails."""
         assert folder is not None
         own = replace(options, jobs=1, progress=None)
         tasks = [file for file in files if not (file.parts or file.shards)]

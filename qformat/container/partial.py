@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -101,13 +102,7 @@ class PartialFile:
         self._unsynced = 0
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
-        """Write all of `data` at `offset`.
-
-        Raises
-        ------
-        TargetError
-            If the disk is full or the write fails otherwise.
-        """
+        """Write all of `data` at `offset`; raise `TargetError` if the disk is full or the write fails otherwise."""
         view = memoryview(data)
         try:
             while view:
@@ -144,13 +139,7 @@ class PartialFile:
         return digest.hexdigest()
 
     def cut(self, size: int) -> None:
-        """Truncate the file.
-
-        Raises
-        ------
-        TargetError
-            If that fails.
-        """
+        """Truncate the file; raise `TargetError` if that fails."""
         try:
             os.ftruncate(self._fd, size)
         except OSError as error:
@@ -188,11 +177,6 @@ class Journal:
     ----------
     records
         The assets and tensors that an earlier run with the same fingerprint has finished, as far as the journal can be read.
-
-    Raises
-    ------
-    TargetError
-        If it cannot be opened.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -204,7 +188,7 @@ class Journal:
             self._fd = os.open(self._path, _FLAGS | os.O_APPEND, 0o666)
             lines = self._path.read_bytes().splitlines(keepends=True)
         except OSError as error:
-            raise self._failed(error) from None
+            raise TargetError(f"{self._path}: cannot be opened: {error.strerror}") from None
         if lines and _parse(lines[0]) == {"fingerprint": fingerprint}:
             self._ends = [len(lines[0])]
             for record, line in _records(lines[1:]):
@@ -212,40 +196,23 @@ class Journal:
                 self._ends.append(self._ends[-1] + len(line))
 
     def go_on(self, count: int) -> None:
-        """Forget all but the first records, and note others after them.
-
-        Raises
-        ------
-        TargetError
-            If it cannot be written.
-        """
-        try:
+        """Keep the first records and drop the others; new ones follow. Raise `TargetError` if the journal cannot be written."""
+        with suppress(OSError):  # else the records stay, which are checked before they are believed
             os.ftruncate(self._fd, self._ends[count])
-            if not self._ends[0]:
-                self._write({"fingerprint": self._fingerprint})
-        except OSError as error:
-            raise self._failed(error) from None
+        if not self._ends[0]:
+            self._write({"fingerprint": self._fingerprint})
 
     def add(self, record: Record) -> None:
-        """Note that all bytes of an asset or a tensor were written.
-
-        Raises
-        ------
-        TargetError
-            If it cannot be written.
-        """
+        """Record that all bytes of an asset or a tensor were written; raise `TargetError` if the journal cannot be written."""
         key = "asset" if isinstance(record, AssetRecord) else "tensor"
-        try:
-            self._write({key: record.to_json()})
-        except OSError as error:
-            raise self._failed(error) from None
+        self._write({key: record.to_json()})
 
     def _write(self, line: dict[str, Any]) -> None:
         text = json.dumps(line).encode()
-        os.write(self._fd, _digest(text) + b" " + text + b"\n")
-
-    def _failed(self, error: OSError) -> TargetError:
-        return TargetError(f"{self._path}: cannot be written: {error.strerror}")
+        try:
+            os.write(self._fd, _digest(text) + b" " + text + b"\n")
+        except OSError as error:
+            raise TargetError(f"{self._path}: cannot be written: {error.strerror}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -269,14 +236,10 @@ def _digest(text: bytes) -> bytes:
 
 def _records(lines: list[bytes]) -> Iterator[tuple[Record, bytes]]:
     """Yield the records of lines up to the first that is damaged."""
+    parsers = {"tensor": parse_tensor, "asset": parse_asset}
     for line in lines:
-        value = _parse(line)
         try:
-            if isinstance(value, dict) and "tensor" in value:
-                yield parse_tensor(value["tensor"]), line
-            elif isinstance(value, dict) and "asset" in value:
-                yield parse_asset(value["asset"]), line
-            else:
-                return
-        except FormatError:
+            ((key, value),) = _parse(line).items()
+            yield parsers[key](value), line
+        except (FormatError, AttributeError, KeyError, ValueError):
             return

@@ -208,17 +208,8 @@ class Workspace:
     def commit(self, *, fingerprint: str = "", remove: Sequence[str] = ()) -> None:
         """Put everything in place, and remove the folder. All files must be complete and synced.
 
-        Parameters
-        ----------
-        fingerprint
-            Identifies everything that decides the output, see `claim`.
-        remove
-            Names of files beside the target to remove in the end: shards of a head that was replaced.
-
-        Raises
-        ------
-        TargetError
-            If that fails. Nothing has changed at the final names then.
+        `fingerprint` identifies everything that decides the output, see `claim`; `remove` are names of files beside the target to
+        remove in the end, shards of a replaced head. If `TargetError` is raised, nothing has changed at the final names.
         """
         *shards, head = self._names
         standing = [name for name in (head, *shards) if os.path.lexists(self._final(name))]
@@ -238,7 +229,7 @@ class Workspace:
             try:
                 self._carry_out(commit)
             except OSError as error:
-                if error.errno not in _UNSUPPORTED or not commit["replace"]:
+                if error.errno not in _UNSUPPORTED or not (commit["replace"] and self._replaceable):
                     raise
                 # Where directories cannot be exchanged none stands there for a moment; after a kill there the next run places it.
                 self._carry_out(commit | {"aside": [head], "place": [head], "replace": []})

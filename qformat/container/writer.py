@@ -26,6 +26,7 @@ Bytes = bytes | bytearray | memoryview
 
 # The level decides the bytes, so it is part of the format (spec/container.md, section 7).
 _ZSTD_LEVEL = 9
+_NO_DIGEST = "0" * 64
 
 
 def compress_asset(data: bytes) -> tuple[str, bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("kill_commits.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "kill_commits.py"
 
 
 SLOW = pytest.mark.slow

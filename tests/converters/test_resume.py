@@ -21,9 +21,9 @@ from qformat.container.reader import ContainerReader
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.errors import SourceError, TargetError
-from qformat.pipeline import encode
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, SourceTensor
+from tests.helpers.stopping import Stopped, stop_after
 
 ASSETS = ("config.json", "tokenizer.json")
 
@@ -48,22 +48,6 @@ def leftovers(output: Path) -> list[str]:
     return sorted(path.name for path in output.parent.iterdir() if path.name.startswith(output.name))
 
 
-class Stopped(BaseException):
-    """Ends a run from inside, as little prepared for as a signal."""
-
-
-def stop_after(number: int) -> Any:
-    """Return a callback for progress that ends a conversion after so many chunks."""
-    left = [number]
-
-    def progress(amount: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Stopped
-
-    return progress
-
-
 def interrupted(source: Path, output: Path, number: int, kind: str = "q4_0", **options: Any) -> None:
     with pytest.raises(Stopped):
         run(source, output, kind, resume=True, jobs=1, progress=stop_after(number), **options)
@@ -78,8 +62,10 @@ def test_it_goes_on(source, tmp_path, monkeypatch, kind, number):
     interrupted(source, output, number, kind)
     with monkeypatch.context() as context:
         read: list[str] = []
-        real = encode.Plan.read
-        context.setattr(encode.Plan, "read", lambda plan, chunk: read.append(plan.source.name) or real(plan, chunk))
+        real = SourceTensor.read_chunk
+        context.setattr(
+            SourceTensor, "read_chunk", lambda tensor, chunk: read.append(tensor.name) or real(tensor, chunk)
+        )
         result = run(source, output, kind, resume=True)
     assert output.read_bytes() == whole.read_bytes()
     assert leftovers(output) == ["m.qf"]

@@ -25,7 +25,7 @@ from qformat.errors import FormatError, SourceError, TargetError
 from qformat.pipeline.recipe import Recipe
 from qformat.quality import Quality
 from qformat.readers.torch import load_file
-from tests.converters.test_resume import Stopped, stop_after
+from tests.helpers.stopping import Stopped, stop_after
 
 SIZE = 64 * 96 * 18 // 32  # bytes of a tensor as q4_0
 
