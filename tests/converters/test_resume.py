@@ -212,7 +212,7 @@ def test_a_run_that_fails_can_be_mended(source, tmp_path):
     output, whole = tmp_path / "m.qf", tmp_path / "whole.qf"
     run(source, whole)
 
-    class Broken:
+    class Broken(SourceTensor):
         def __init__(self, tensor: Any) -> None:
             self.name, self.dtype, self.shape = tensor.name, tensor.dtype, tensor.shape
 
