@@ -103,6 +103,7 @@ def convert(
     recipe: Recipe,
     options: WriteOptions | None = None,
     *,
+    metadata: Mapping[str, str] | None = None,
     runner: Runner | None = None,
     **changes: Any,
 ) -> Conversion:
@@ -118,6 +119,8 @@ def convert(
         The type of each tensor.
     options
         How to convert.
+    metadata
+        Strings to store; None takes those of the checkpoint.
     runner
         Where to do the work; None is threads of this process. The bytes do not depend on it.
     changes
@@ -134,6 +137,7 @@ def convert(
     """
     start = time.perf_counter()
     options = replace(options or WriteOptions(), **changes)
+    checkpoint = checkpoint if metadata is None else replace(checkpoint, metadata=metadata)
     if runner is None or options.dry_run:
         runner = ThreadRunner()
     with _workspace(output, options) as workspace:

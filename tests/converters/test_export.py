@@ -45,8 +45,7 @@ def q(path: Path, tensors: dict[str, Any], types: Any = None, *, assets: Any = N
         for name, array in tensors.items()
     ]
     readers = {name: data.__bytes__ for name, data in (assets or {}).items()}
-    metadata = kwargs.pop("metadata", {})
-    convert(Checkpoint(sources, readers, metadata=metadata), path, recipe, overwrite=True, **kwargs)
+    convert(Checkpoint(sources, readers), path, recipe, overwrite=True, **kwargs)
     return path
 
 

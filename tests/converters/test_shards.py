@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +192,8 @@ def test_a_file_that_was_cut_otherwise_is_not_what_was_asked_for(source, tmp_pat
 
 
 def test_a_head_that_fails_leaves_nothing(source, tmp_path):
-    checkpoint = replace(open_checkpoint(source), metadata={"a": "\ud800"})
     with pytest.raises(SourceError, match="metadata must be strings"):
-        convert(checkpoint, tmp_path / "m.qf", Recipe.parse("q4_0"), shard_size=4 * SIZE)
+        run(source, tmp_path / "m.qf", metadata={"a": "\ud800"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
