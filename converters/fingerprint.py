@@ -71,7 +71,7 @@ def find_finished(path: Path, fingerprint: str, options: WriteOptions) -> dict[s
         return {}
     damaged = [report.path for report in verify([str(path)]) if not report.ok]
     if damaged and not options.overwrite:
-        raise TargetError(f"{path}: exists already, but {damaged[0]} is damaged; use --force to make it again")
+        raise TargetError(f"{damaged[0]}: exists already, but is damaged; use --force to make it again")
     if damaged:
         return {}
     with ContainerReader(path) as container:

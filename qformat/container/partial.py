@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -236,7 +236,7 @@ def _digest(text: bytes) -> bytes:
 
 def _records(lines: list[bytes]) -> Iterator[tuple[Record, bytes]]:
     """Yield the records of lines up to the first that is damaged."""
-    parsers = {"tensor": parse_tensor, "asset": parse_asset}
+    parsers: dict[str, Callable[[Any], Record]] = {"tensor": parse_tensor, "asset": parse_asset}
     for line in lines:
         try:
             ((key, value),) = _parse(line).items()

@@ -150,9 +150,7 @@ class Workspace:
             if not resume:
                 self._clear(keep=[self._lock])
         except BaseException:
-            if [*self.folder.iterdir()] == [self._lock]:
-                self._remove()
-            self._release()
+            self._end(keep=True)
             raise
 
     def _take(self) -> int:
@@ -168,21 +166,21 @@ class Workspace:
                 if os.path.samestat(os.fstat(fd), self._lock.lstat()):
                     if os.fstat(fd).st_size == 0:
                         os.pwrite(fd, _MARKER, 0)
-                    return fd
-                os.close(fd)
+                    fd, lock = -1, fd
+                    return lock
+            except TargetError:
+                raise
             except FileNotFoundError:  # another process has just removed the folder
-                if fd >= 0:
-                    os.close(fd)
+                continue
             except OSError as error:
-                if fd >= 0:
-                    os.close(fd)
-                if isinstance(error, TargetError):
-                    raise
                 with suppress(OSError):
                     if self._lock.stat().st_size == 0:
                         self._lock.unlink()
                         self.folder.rmdir()
                 raise writing_failed(self.folder if fd < 0 else self._label, error, kept=False) from None
+            finally:
+                if fd >= 0:
+                    os.close(fd)
 
     def _check_ours(self) -> None:
         """Raise `TargetError` unless the folder is a workspace of this user. A run killed at once leaves it empty, or the lock."""
@@ -263,7 +261,7 @@ class Workspace:
             with suppress(OSError):
                 self._final(name).unlink()
         # 6. What was put aside or exchanged. The commit file goes last but for the lock, so that this can be repeated, too.
-        self._remove()
+        self._end(keep=False)
 
     def _recover(self) -> None:
         """Complete the commit of a run that was killed in its midst, or forget one of which no move was done."""
@@ -354,10 +352,12 @@ class Workspace:
                     break
             with suppress(OSError):  # without it the folder would not be known as a workspace
                 self._lock.write_bytes(_MARKER)
-        self._release()
 
-    def _release(self) -> None:
+    def _end(self, *, keep: bool) -> None:
+        """Remove the folder and unlock it; keep one that holds something for a later run."""
         if self._fd is not None:
+            if not keep or [*self.folder.iterdir()] == [self._lock]:
+                self._remove()
             os.close(self._fd)
             self._fd = None
 
@@ -367,12 +367,8 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._fd is None:
-            return
-        if (kind and self._resume) or self._commit.exists():  # moves that could not be undone are left to the next run
-            self._release()
-        else:
-            self._remove()
+        # Moves that could not be undone are left to the next run
+        self._end(keep=(kind is not None and self._resume) or self._commit.exists())
 
 
 def _sync_directory(path: Path) -> None:
