@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qformat.container.index import check_asset_name
 from qformat.converters.convert import convert
+from qformat.converters.output import WriteOptions
 from qformat.converters.prune import Pruning
 from qformat.dtypes import Elements, from_array
 from qformat.errors import FormatError, SourceError
@@ -100,15 +101,8 @@ def save_file(
         except FormatError as error:
             raise SourceError(error.cause) from None
     readers = {name: partial(bytes, memoryview(data)) for name, data in (assets or {}).items()}
-    result = convert(
-        pruning.apply(Checkpoint(sources, readers)),
-        Path(path),
-        recipe,
-        metadata=metadata,
-        overwrite=overwrite,
-        allow_nonfinite=allow_nonfinite,
-        allow_zeroed=allow_zeroed,
-        jobs=jobs,
-    )
+    checkpoint = pruning.apply(Checkpoint(sources, readers, metadata=metadata or {}))
+    options = WriteOptions(overwrite=overwrite, jobs=jobs, allow_nonfinite=allow_nonfinite, allow_zeroed=allow_zeroed)
+    result = convert(checkpoint, Path(path), recipe, options)
     assert result.root is not None  # it was no dry run
     return result.root

@@ -1,8 +1,7 @@
-"""A checkpoint into a container file: the main job."""
+"""A checkpoint into a container file, or into a head file with shards."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,36 +10,32 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from qformat.container.directory import new_parts
 from qformat.container.reader import ContainerReader
-from qformat.container.target import check_target, mark_at, move, sync_directory
-from qformat.converters.fingerprint import request_of
-from qformat.converters.output import Extras, WriteOptions, Written, find_written, join_files, write_file
-from qformat.converters.runners import Cluster, Part
+from qformat.container.workspace import NullWorkspace, Workspace
+from qformat.converters.fingerprint import find_finished, fingerprint_of, mark_finished
+from qformat.converters.output import FileContents, WriteOptions
+from qformat.converters.runners import Runner, ThreadRunner
 from qformat.converters.split import shard_paths, split, stored_bytes
 from qformat.errors import FormatError, TargetError
 from qformat.files import is_remote
-from qformat.pipeline.encode import Plan, Progress, make_plans
+from qformat.pipeline.encode import Plan, make_plans
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
-from qformat.records import ShardRecord, TensorRecord
-
-_NO_ROOT = "0" * 64
-_PART = 512 << 20  # bytes of the files that a cluster writes and that are joined then
+from qformat.records import TensorRecord
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion made, or will make.
+    """The result of a conversion, or of its dry run.
 
     Attributes
     ----------
     output
         The file.
     plans
-        What became of each tensor.
+        The codec chosen for each tensor.
     records
-        What the file says of each tensor, in the same order; after a dry run without errors, unless all values were read.
+        The record of each tensor in the file, in the same order; after a dry run without errors, unless all values were read.
     assets
         Length of each file that was taken along, by its name.
     nbytes
@@ -50,23 +45,23 @@ class Conversion:
     seconds
         Time that it took.
     resumed
-        How many tensors an earlier run had finished.
+        Number of tensors that an earlier run had finished.
     shards
         The files that hold the tensors, if it is not `output`.
-    left
-        Shards of a head that was replaced, which no longer belong to anything.
+    orphaned_shards
+        Files that were named by a head that was replaced, and are not removed because they are not the shards that it described.
     """
 
     output: Path
-    plans: list[Plan]
-    records: list[TensorRecord]
-    assets: dict[str, int]
+    plans: Sequence[Plan]
+    records: Sequence[TensorRecord]
+    assets: Mapping[str, int]
     nbytes: int
     root: str | None
-    seconds: float
+    seconds: float = 0.0
     resumed: int = 0
     shards: Sequence[Path] = ()
-    left: Sequence[Path] = ()
+    orphaned_shards: Sequence[Path] = ()
 
     @property
     def params(self) -> int:
@@ -98,7 +93,7 @@ class Conversion:
             "seconds": self.seconds,
             "resumed_tensors": self.resumed,
             "shards": [str(path) for path in self.shards],
-            "left_shards": [str(path) for path in self.left],
+            "left_shards": [str(path) for path in self.orphaned_shards],
         }
 
 
@@ -106,43 +101,30 @@ def convert(
     checkpoint: Checkpoint,
     output: Path,
     recipe: Recipe,
+    options: WriteOptions | None = None,
     *,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    resume: bool = False,
-    shard_size: int | None = None,
-    cluster: Cluster | None = None,
-    jobs: int | None = None,
-    allow_nonfinite: bool = False,
-    allow_zeroed: bool = False,
     metadata: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    runner: Runner | None = None,
+    **changes: Any,
 ) -> Conversion:
     """Store a checkpoint as a container file.
 
     Parameters
     ----------
     checkpoint
-        What `qformat.converters.sources.detect.open_checkpoint` found.
+        The checkpoint, see `qformat.converters.sources.detect.open_checkpoint`.
     output
         The file to write.
     recipe
-        Which type for which tensor.
-    overwrite
-        Replace a file at `output`.
+        The type of each tensor.
+    options
+        How to convert.
     metadata
-        Strings to store along; None takes those of the checkpoint.
-    dry_run
-        Write nothing; predict the length of the file, exactly. If it depends on values, this takes as long as writing.
-    resume
-        Go on where an earlier run that was asked for the same was when it was killed; one that ends in an exception leaves what it
-        has done. A file that was finished is left as it is.
-    shard_size
-        If the tensors take more bytes than this, they go into several files beside `output`, which is their head then.
-    cluster
-        Where to do the work; None is here. The bytes do not depend on it.
-    jobs, allow_nonfinite, allow_zeroed, progress
-        As in `qformat.pipeline.encode.write_tensors`.
+        Strings to store; None takes those of the checkpoint.
+    runner
+        Where to do the work; None is threads of this process. The bytes do not depend on it.
+    changes
+        Fields of `options` as keywords: ``convert(checkpoint, output, recipe, overwrite=True)``.
 
     Raises
     ------
@@ -151,36 +133,27 @@ def convert(
     TypeSpecError
         If an override of the recipe matches nothing.
     TargetError
-        If the file cannot be written; nothing is left at `output` then.
+        If the file cannot be written; `output` is unchanged then.
     """
     start = time.perf_counter()
-    metadata = checkpoint.metadata if metadata is None else metadata
-    options = WriteOptions(overwrite, dry_run, resume, jobs, allow_nonfinite, allow_zeroed, progress)
-    check_target(output, overwrite=overwrite or dry_run or resume)
-    plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=allow_nonfinite)
-    groups = [plans] if shard_size is None else list(split(plans, stored_bytes, shard_size))
-    paths = [] if len(groups) == 1 else shard_paths(output, len(groups))
-    cuts = [len(group) for group in groups] if paths else []
-    request = request_of(checkpoint, plans, metadata, cuts, allow_nonfinite=allow_nonfinite, allow_zeroed=allow_zeroed)
-    extras = Extras(request, checkpoint.assets, metadata)
-    for path in (output, *paths):
-        asked = request if path == output else _request_of_part(request, path)
-        ours = resume and bool(asked) and mark_at(path)[0] == asked
-        check_target(path, overwrite=overwrite or dry_run or ours)
-        _check_not_source(checkpoint, path)
-    left = _shards_at(output) if overwrite else []
-    finished = find_written(output, request, options)
-    if finished:
-        written = [finished]
-    elif paths and dry_run:
-        parts = [write_file(path, group, Extras(""), options) for path, group in zip(paths, groups, strict=True)]
-        written = [*parts, write_file(output, [], replace(extras, shards=_shards(paths, parts)), options)]
-    elif paths:
-        written = _write_shards(output, paths, groups, extras, options, cluster)
-    elif cluster and not dry_run:
-        written = [_write_joined(output, plans, extras, options, cluster)]
-    else:
-        written = [write_file(output, plans, extras, options)]
+    options = replace(options or WriteOptions(), **changes)
+    checkpoint = checkpoint if metadata is None else replace(checkpoint, metadata=metadata)
+    if runner is None or options.dry_run:
+        runner = ThreadRunner()
+    with _workspace(output, options) as workspace:
+        plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=options.allow_nonfinite)
+        files = cut(checkpoint, plans, output, options, part_size=runner.part_size)
+        fingerprint, shards = files[-1].fingerprint, [output.with_name(name) for name in files[-1].shards]
+        _check_not_source(checkpoint, [*shards, output])
+        old = _shards_at(output) if options.overwrite else {}
+        results = find_finished(output, fingerprint, options)
+        if not results:
+            workspace.claim([path.name for path in (*shards, output)], fingerprint)
+            results = runner.write(files, plans, workspace.folder, options)
+            mark_finished(workspace.folder, output.name, fingerprint, results[output.name].root)
+            replaced = [path.name for path, is_shard in old.items() if is_shard and path not in shards]
+            workspace.commit(fingerprint=fingerprint, remove=replaced)
+    written = [results[path.name] for path in (*shards, output) if path.name in results]
     return Conversion(
         output,
         plans,
@@ -190,115 +163,63 @@ def convert(
         written[-1].root,
         time.perf_counter() - start,
         sum(file.resumed for file in written),
-        paths,
-        [path for path in left if path not in paths and path.exists()],
+        shards,
+        [path for path in old if path not in shards and path.exists()],
     )
 
 
-def _shards_at(output: Path) -> list[Path]:
-    """Return the shards of a head that is about to be replaced."""
-    try:
-        with ContainerReader(output, alone=True) as head:
-            return [output.parent / shard.name for shard in head.index.shards]
-    except (FormatError, OSError):
-        return []
+def _workspace(output: Path, options: WriteOptions) -> Workspace | NullWorkspace:
+    if options.dry_run:
+        return NullWorkspace(output)
+    return Workspace(output, overwrite=options.overwrite, resume=options.resume)
 
 
-def _request_of_part(request: str, path: Path) -> str:
-    """Return what identifies a shard, or a part of a file, by all that is asked for and its name."""
-    return request and f"{request}/{path.name}"
-
-
-def _shards(paths: Sequence[Path], parts: Sequence[Written]) -> list[ShardRecord]:
-    return [ShardRecord(path.name, part.nbytes, part.root or _NO_ROOT) for path, part in zip(paths, parts, strict=True)]
-
-
-def _write_shards(
-    output: Path,
-    paths: Sequence[Path],
-    groups: Sequence[list[Plan]],
-    extras: Extras,
-    options: WriteOptions,
-    cluster: Cluster | None,
-) -> list[Written]:
-    """Write shards and their head, and put them in their places when all are complete."""
-    with new_parts(output, resume=options.resume) as folder:
-        places = {folder / path.name: path for path in paths}
-        if options.resume:  # of a run that was killed while it put them in their places
-            for part, path in places.items():
-                if not part.exists() and mark_at(path)[0] == _request_of_part(extras.request, path):
-                    move(path, part, overwrite=False)
-        parts = _write_parts([*places], groups, extras.request, options, cluster)
-        head = folder / output.name
-        own = replace(options, overwrite=True, resume=False)
-        written = write_file(head, [], replace(extras, shards=_shards(paths, parts)), own)
-        _put_in_place(places | {head: output}, options)
-    return [*parts, written]
-
-
-def _put_in_place(places: Mapping[Path, Path], options: WriteOptions) -> None:
-    """Move complete files; if one cannot be, those that were not there before are removed, unless another run shall go on."""
-    new = []
-    try:
-        for part, path in places.items():
-            there = os.path.lexists(path)
-            try:
-                move(part, path, overwrite=options.overwrite)
-            except FileExistsError:
-                raise TargetError(f"{path}: a file has appeared there meanwhile; nothing was replaced") from None
-            except OSError as error:
-                raise TargetError(f"{path}: writing failed: {error.strerror}") from None
-            if not there:
-                new.append(path)
-    except BaseException:
-        for path in [] if options.resume else new:
-            with suppress(OSError):
-                path.unlink()
-        raise
-    sync_directory(path.parent)
-
-
-def _write_parts(
-    paths: Sequence[Path],
-    groups: Sequence[list[Plan]],
-    request: str,
-    options: WriteOptions,
-    cluster: Cluster | None,
-) -> list[Written]:
-    """Write one file for each group of plans, in a folder of our own."""
-    requests = [_request_of_part(request, path) for path in paths]
-    own = replace(options, overwrite=True)
-    if cluster:
-        # A job may be done twice if the worker that had done it is lost
-        own = replace(own, resume=True, jobs=1, progress=None)
-        stops = list(accumulate(len(group) for group in groups))
-        parts = [
-            Part(cluster.request, request, stop - len(group), stop, path, digest, _weights(group), own)
-            for path, group, stop, digest in zip(paths, groups, stops, requests, strict=True)
-        ]
-        return cluster.write(parts, options.progress)
+def cut(
+    checkpoint: Checkpoint, plans: Sequence[Plan], output: Path, options: WriteOptions, *, part_size: int | None
+) -> list[FileContents]:
+    """Return the files to write: the shards and their head, or parts and the file that joins them, or a single file."""
+    groups = [plans] if options.shard_size is None else list(split(plans, stored_bytes, options.shard_size))
+    cuts = [len(group) for group in groups] if len(groups) > 1 else []
+    fingerprint = fingerprint_of(checkpoint, plans, cuts, options)
+    whole = FileContents(output, fingerprint, assets=checkpoint.assets, metadata=checkpoint.metadata)
+    if cuts:
+        paths = shard_paths(output, len(groups))
+        whole = replace(whole, shards=[path.name for path in paths])
+    elif part_size:
+        groups = list(split(plans, stored_bytes, part_size))
+        paths = [output.with_name(f"{output.name}.{number}") for number in range(len(groups))]
+        whole = replace(whole, parts=[path.name for path in paths])
+    else:
+        return [replace(whole, stop=len(plans))]
+    stops = list(accumulate(len(group) for group in groups))
     return [
-        write_file(path, group, Extras(digest), own)
-        for path, group, digest in zip(paths, groups, requests, strict=True)
+        *(
+            FileContents(path, fingerprint and f"{fingerprint}/{path.name}", stop - len(group), stop)
+            for path, group, stop in zip(paths, groups, stops, strict=True)
+        ),
+        whole,
     ]
 
 
-def _write_joined(output: Path, plans: list[Plan], extras: Extras, options: WriteOptions, cluster: Cluster) -> Written:
-    """Let a cluster write parts of a file, and join them."""
-    groups = list(split(plans, stored_bytes, _PART))
-    with new_parts(output, resume=options.resume) as folder:
-        paths = [folder / f"{number:05}.qf" for number in range(len(groups))]
-        parts = _write_parts(paths, groups, extras.request, options, cluster)
-        joined = join_files(output, paths, extras, replace(options, progress=None))
-    return replace(joined, resumed=sum(part.resumed for part in parts))
+def _shards_at(output: Path) -> dict[Path, bool]:
+    """Return the files that a head names which is about to be replaced, and whether they are the shards that it describes."""
+    found = {}
+    try:
+        with ContainerReader(output, alone=True) as head:
+            for shard in head.index.shards:
+                path = output.with_name(shard.name)
+                found[path] = False
+                with suppress(FormatError, OSError), ContainerReader(path, alone=True) as container:
+                    container.check_is(shard)
+                    found[path] = True
+    except (FormatError, OSError):
+        pass
+    return found
 
 
-def _weights(plans: Sequence[Plan]) -> int:
-    return sum(plan.matrix.elements for plan in plans)
-
-
-def _check_not_source(checkpoint: Checkpoint, output: Path) -> None:
-    """Refuse to replace what is being converted, whatever `overwrite` says."""
-    for path in checkpoint.files:
-        if output.exists() and not is_remote(path) and path.exists() and output.samefile(path):
+def _check_not_source(checkpoint: Checkpoint, outputs: Sequence[Path]) -> None:
+    """Refuse to replace a file of the source, whatever `overwrite` says."""
+    sources = [path for path in checkpoint.files if not is_remote(path) and path.exists()]
+    for output in outputs:
+        if output.exists() and any(output.samefile(path) for path in sources):
             raise TargetError(f"{output}: is a file of the checkpoint that is to be converted; give another name")

@@ -1,39 +1,34 @@
-"""Whether what a run left is what another one is asked for (see `qformat.container.journal`)."""
+"""The fingerprint of a conversion: a digest of everything that decides its bytes, by which ``--resume`` knows its own files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import qformat
 from qformat.container.layout import MAJOR, MINOR
 from qformat.container.reader import ContainerReader
-from qformat.container.target import mark_at, tidy
-from qformat.errors import FormatError
+from qformat.container.verify import verify
+from qformat.converters.output import FileResult, WriteOptions
+from qformat.errors import TargetError
 from qformat.files import identity
 from qformat.pipeline.encode import Plan
 from qformat.pipeline.source import Checkpoint
 
+_ATTRIBUTE = "user.qformat.finished"
 
-def request_of(
-    checkpoint: Checkpoint,
-    plans: Sequence[Plan],
-    metadata: Mapping[str, str],
-    cuts: Sequence[int] = (),
-    *,
-    allow_nonfinite: bool = False,
-    allow_zeroed: bool = False,
-) -> str:
-    """Return a digest of what decides the bytes of a file, with the sizes and times of the source's files for their contents.
 
-    It is empty if there are no files. `cuts` is how many tensors each shard has, if there are some; what is allowed decides whether
-    there is a file at all.
+def fingerprint_of(checkpoint: Checkpoint, plans: Sequence[Plan], cuts: Sequence[int], options: WriteOptions) -> str:
+    """Return the fingerprint, in which sizes and times of the source's files stand for their contents; empty without files.
+
+    `cuts` holds the number of tensors of each shard. The options that allow something decide whether there is a file at all.
     """
     if not checkpoint.files:
         return ""
-    files = [identity(path) for path in checkpoint.files]
     tensors = [
         (p.source.name, p.source.shape, p.source.dtype.name, type(p.encoder).__name__, str(p.encoder)) for p in plans
     ]
@@ -41,29 +36,49 @@ def request_of(
         qformat.__version__,
         MAJOR,
         MINOR,
-        files,
+        [identity(path) for path in checkpoint.files],
         sorted(checkpoint.assets),
         checkpoint.variant,
-        dict(metadata),
+        dict(checkpoint.metadata),
         tensors,
         list(cuts),
-        allow_nonfinite,
-        allow_zeroed,
+        options.allow_nonfinite,
+        options.allow_zeroed,
     ]
     return hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()
 
 
-def open_finished(output: Path, request: str) -> ContainerReader | None:
-    """Open the complete file that an earlier run has made of the same request, with its shards; None if there is none."""
-    marked, root = mark_at(output)
-    if not request or marked != request:
-        return None
+def mark_finished(folder: Path | None, name: str, fingerprint: str, root: str | None) -> None:
+    """Record the fingerprint of a complete file in an extended attribute, where the file system has them.
+
+    The root is there because writing another file over this one, as cp does, leaves the attribute.
+    """
+    if folder and fingerprint:
+        with suppress(OSError, AttributeError):  # macOS has no setxattr
+            os.setxattr(folder / name, _ATTRIBUTE, f"{fingerprint} {root}".encode())
+
+
+def find_finished(path: Path, fingerprint: str, options: WriteOptions) -> dict[str, FileResult]:
+    """Return the complete file of an earlier run to be resumed, by name, after a check of all its bytes; empty if there is none.
+
+    Raise `TargetError` if it is damaged and must not be replaced.
+    """
     try:
-        container = ContainerReader(output)
-    except (FormatError, OSError):
-        return None
-    if container.root != root:  # another file was written over it
-        container.close()
-        return None
-    tidy(output)
-    return container
+        marked, _, root = os.getxattr(path, _ATTRIBUTE).decode("ascii", "replace").partition(" ")
+    except (OSError, AttributeError):
+        return {}
+    if options.dry_run or not options.resume or not fingerprint or marked != fingerprint:
+        return {}
+    damaged = [report.path for report in verify([str(path)]) if not report.ok]
+    if damaged and not options.overwrite:
+        raise TargetError(f"{damaged[0]}: exists already, but is damaged; use --force to make it again")
+    if damaged:
+        return {}
+    with ContainerReader(path) as container:
+        if container.root != root:
+            return {}
+        if options.progress:
+            options.progress(sum(record.elements for record in container.tensors))
+        sizes = {asset.name: asset.size for asset in container.index.assets}
+        count = len(container.tensors)
+        return {path.name: FileResult(container.tensors, sizes, container.total_size, container.root, count)}

@@ -1,27 +1,45 @@
-"""One file of a conversion: the whole result, a shard of it, the head of shards, or the result joined of parts."""
+"""One file of a conversion: the whole result, a shard, the head of shards, or a part that is joined with others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qformat.container.partial import Journal, NullTarget, PartialFile
 from qformat.container.reader import ContainerReader
-from qformat.container.writer import ContainerWriter, predict_size
-from qformat.converters.fingerprint import open_finished
+from qformat.container.writer import ContainerWriter
 from qformat.errors import FormatError
 from qformat.pipeline.encode import Plan, Progress, write_tensors
 from qformat.records import ShardRecord, TensorRecord
 
+_NO_ROOT = "0" * 64
+
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How to write; as in `qformat.converters.convert.convert`."""
+    """How to convert.
+
+    Attributes
+    ----------
+    overwrite
+        Replace a file that stands at the output.
+    resume
+        Continue a run with the same fingerprint that was killed, and keep the finished tensors if this one raises. A finished file
+        is left as it is.
+    dry_run
+        Write nothing; predict the length of the files, exactly. If it depends on values, this takes as long as writing.
+    shard_size
+        If the tensors take more bytes than this, they go into several files beside the output, which is their head then.
+    jobs, allow_nonfinite, allow_zeroed, progress
+        As in `qformat.pipeline.encode.write_tensors`.
+    """
 
     overwrite: bool = False
-    dry_run: bool = False
     resume: bool = False
+    dry_run: bool = False
+    shard_size: int | None = None
     jobs: int | None = None
     allow_nonfinite: bool = False
     allow_zeroed: bool = False
@@ -29,104 +47,101 @@ class WriteOptions:
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What a file holds beside tensors, and what identifies all that decides its bytes."""
+class FileContents:
+    """The contents of a file.
 
-    request: str
+    Attributes
+    ----------
+    path
+        The final path.
+    fingerprint
+        Identifies everything that decides the bytes; empty if that is unknown.
+    start, stop
+        The range of plans to encode into it.
+    parts
+        Names of files written before, whose tensors are copied into it instead.
+    shards
+        Names of files written before, of which it is the head.
+    assets, metadata
+        As in `qformat.pipeline.source.Checkpoint`.
+    """
+
+    path: Path
+    fingerprint: str = ""
+    start: int = 0
+    stop: int = 0
+    parts: Sequence[str] = ()
+    shards: Sequence[str] = ()
     assets: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
-    shards: Sequence[ShardRecord] = ()
 
 
 @dataclass(frozen=True)
-class Written:
-    """What became of a file; as in `qformat.converters.convert.Conversion`."""
+class FileResult:
+    """A file that was written; `root` is None in a dry run, `resumed` the number of tensors that an earlier run had written."""
 
-    records: list[TensorRecord]
-    assets: dict[str, int]
+    records: Sequence[TensorRecord]
+    assets: Mapping[str, int]
     nbytes: int
     root: str | None
-    resumed: int
+    resumed: int = 0
 
 
-def write_file(output: Path, plans: Sequence[Plan], extras: Extras, options: WriteOptions) -> Written:
-    """Encode tensors, sorted by name, into a file; or find out how long it would be."""
-    records = [draft for plan in plans if (draft := plan.draft)] if options.dry_run else []
-    if options.dry_run and len(records) == len(plans):
-        contents = [(name, read()) for name, read in sorted(extras.assets.items())]
-        size = predict_size(contents, records, extras.metadata, extras.shards)
-        sizes = {name: len(data) for name, data in contents}
-        return Written([replace(record, error=None) for record in records], sizes, size, None, 0)
-    finished = find_written(output, extras.request, options)
-    if finished:
-        return finished
-    with _begun(output, extras, options) as (writer, resumed):
-        write_tensors(
-            writer,
-            plans,
-            jobs=options.jobs,
-            progress=options.progress,
-            allow_nonfinite=options.allow_nonfinite,
-            allow_zeroed=options.allow_zeroed,
-        )
-    return _done(writer, None if options.dry_run else writer.root, resumed)
+def write_file(
+    contents: FileContents,
+    plans: Sequence[Plan],
+    written: Mapping[str, FileResult],
+    folder: Path | None,
+    options: WriteOptions,
+) -> FileResult:
+    """Write a file into the folder of a workspace, or find its length if that is None.
 
-
-def join_files(output: Path, parts: Sequence[Path], extras: Extras, options: WriteOptions) -> Written:
-    """Copy the tensors of several files, which follow each other by name, into one.
-
-    Raises
-    ------
-    FormatError
-        If a part is damaged.
+    `plans` are those of the whole conversion, `written` the files that were written before, by name. Raises as
+    `qformat.pipeline.encode.write_tensors` does, and `FormatError` if a part is damaged.
     """
-    finished = find_written(output, extras.request, options)
-    if finished:
-        return finished
-    with _begun(output, extras, options) as (writer, resumed):
-        done = len(writer.records)
-        for path in parts:
-            with ContainerReader(path) as part:
-                for record in part.tensors[done:]:
-                    try:
-                        writer.copy(record, part.segments(record.segments))
-                    except FormatError as error:
-                        raise FormatError(error.cause, path=path) from None
-                done = max(0, done - len(part.tensors))
-    return _done(writer, writer.root, resumed)
-
-
-def find_written(output: Path, request: str, options: WriteOptions) -> Written | None:
-    """Return what an earlier run has finished, if this one is to go on with it."""
-    container = open_finished(output, request) if options.resume and not options.dry_run else None
-    if not container:
-        return None
-    with container:
-        tensors = container.tensors
-        sizes = {asset.name: asset.size for asset in container.index.assets}
-        if options.progress:
-            options.progress(sum(record.elements for record in tensors))
-        return Written(tensors, sizes, container.total_size, container.root, len(tensors))
-
-
-@contextmanager
-def _begun(output: Path, extras: Extras, options: WriteOptions) -> Iterator[tuple[ContainerWriter, int]]:
-    """Begin a file, and yield its writer after the assets, and how many tensors it has already."""
-    with ContainerWriter(
-        None if options.dry_run else output,
-        overwrite=options.overwrite,
-        metadata=extras.metadata,
-        request=extras.request,
-        resume=options.resume,
-    ) as writer:
-        writer.shards = [*extras.shards]
-        done = {asset.name for asset in writer.assets}
-        for name, read in sorted(extras.assets.items()):
-            if name not in done:
-                writer.asset(name, read())
-        yield writer, len(writer.records)
-
-
-def _done(writer: ContainerWriter, root: str | None, resumed: int) -> Written:
+    plans = plans[contents.start : contents.stop]
+    drafts = [draft for plan in plans if (draft := plan.draft)] if folder is None else []
+    predicted = folder is None and len(drafts) == len(plans)
+    path = folder / contents.path.name if folder else None
+    with (
+        PartialFile(path, contents.path, kept=options.resume) if path else NullTarget() as file,
+        Journal(path, contents.fingerprint) if path and contents.fingerprint else nullcontext() as journal,
+        ContainerWriter(file, metadata=contents.metadata, journal=journal) as writer,
+    ):
+        resumed = len(writer.records)
+        writer.shards = [
+            ShardRecord(name, written[name].nbytes, written[name].root or _NO_ROOT) for name in contents.shards
+        ]
+        for name in sorted(contents.assets)[len(writer.assets) :]:
+            writer.asset(name, contents.assets[name]())
+        if contents.parts and folder:
+            _join(writer, [folder / name for name in contents.parts])
+            resumed = sum(written[name].resumed for name in contents.parts)
+        elif predicted:
+            for draft in drafts:
+                writer.reserve(draft)
+        else:
+            write_tensors(
+                writer,
+                plans,
+                jobs=options.jobs,
+                progress=options.progress,
+                allow_nonfinite=options.allow_nonfinite,
+                allow_zeroed=options.allow_zeroed,
+            )
     sizes = {asset.name: asset.size for asset in writer.assets}
-    return Written(writer.records, sizes, writer.file_size, root, resumed)
+    records = [replace(record, error=None) for record in writer.records] if predicted else writer.records
+    return FileResult(records, sizes, writer.file_size, writer.root if folder else None, resumed)
+
+
+def _join(writer: ContainerWriter, parts: Sequence[Path]) -> None:
+    """Copy the tensors of several files, which follow each other by name, but those that the writer has already."""
+    done = len(writer.records)
+    for path in parts:
+        with ContainerReader(path) as part:
+            for record in part.tensors[done:]:
+                try:
+                    writer.copy(record, part.segments(record.segments))
+                except FormatError as error:
+                    raise FormatError(error.cause, path=path) from None
+            done = max(0, done - len(part.tensors))

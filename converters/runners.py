@@ -1,19 +1,19 @@
-"""Parts of a conversion on a Dask cluster: each worker opens the checkpoint and writes some of its tensors to a file.
+"""Runners write the files of a conversion: here on threads, or on the workers of a Dask cluster.
 
-All of them have to see the files of the checkpoint and of the result under the same paths.
+Workers open the checkpoint themselves. They have to see its files and those of the result under the same paths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import qformat
-from qformat.converters.output import Extras, WriteOptions, Written, write_file
+from qformat.converters.output import FileContents, FileResult, WriteOptions, write_file
 from qformat.converters.request import Request
 from qformat.errors import QFormatError, SourceError, install_hint
 from qformat.parallel import default_jobs
@@ -22,77 +22,101 @@ from qformat.pipeline.encode import Plan
 _RETRIES = 3
 
 
+class Runner(Protocol):
+    """Writes files."""
+
+    @property
+    def part_size(self) -> int | None:
+        """Bytes of tensors in each of the parts of a file, which are written apart and then joined; None to write it at once."""
+
+    def write(
+        self, files: Sequence[FileContents], plans: Sequence[Plan], folder: Path | None, options: WriteOptions
+    ) -> dict[str, FileResult]:
+        """Write files into the folder of a workspace, or find their length if that is None; return the results by name."""
+
+
 @dataclass(frozen=True)
-class Part:
-    """A job: the tensors from `start` to before `stop`, in the order of their names, into one file.
+class ThreadRunner:
+    """Writes files one after the other, each on several threads."""
 
-    Attributes
-    ----------
-    source
-        Identifies the checkpoint as it is now, and all that is asked for.
-    path
-        The file.
-    digest
-        Identifies what decides its bytes, so that a worker goes on with what a lost one has left.
-    elements
-        Number of weights.
-    version
-        Of the package that asks: another one may write other bytes.
-    """
+    part_size: None = None
 
-    request: Request
-    source: str
-    start: int
-    stop: int
-    path: Path
-    digest: str
-    elements: int
-    options: WriteOptions
-    version: str = qformat.__version__
+    def write(
+        self, files: Sequence[FileContents], plans: Sequence[Plan], folder: Path | None, options: WriteOptions
+    ) -> dict[str, FileResult]:
+        """Write files in order."""
+        written: dict[str, FileResult] = {}
+        for contents in files:
+            written[contents.path.name] = write_file(contents, plans, written, folder, options)
+        return written
 
 
-@lru_cache(2)  # jobs of the same conversion come to the same workers; a source that has changed is another one
-def _plans(request: Request, source: str) -> list[Plan]:
-    del source
+# The tasks of one conversion come to the same workers; a source that has changed has another fingerprint.
+@lru_cache(2)
+def _plans(request: Request, fingerprint: str) -> list[Plan]:
+    del fingerprint
     return request.plans()
 
 
-def write_part(part: Part) -> Written:
-    """Do a job; anywhere, any number of times."""
-    if part.version != qformat.__version__:
-        raise SourceError(
-            f"a worker has qformat {qformat.__version__} and not {part.version}; install the same everywhere"
-        )
-    plans = _plans(part.request, part.source)[part.start : part.stop]
-    return write_file(part.path, plans, Extras(part.digest), part.options)
+def write_on_worker(
+    contents: FileContents, request: Request, folder: Path, options: WriteOptions, version: str
+) -> FileResult:
+    """Write a file of tensors only, on any machine and any number of times.
+
+    All arguments are plain values. `version` is that of the package that calls: another one may write other bytes.
+    """
+    if version != qformat.__version__:
+        raise SourceError(f"a worker has qformat {qformat.__version__} and not {version}; install the same everywhere")
+    plans = _plans(request, contents.fingerprint.partition("/")[0])
+    return write_file(contents, plans, {}, folder, options)
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Where to do jobs.
+class DaskRunner:
+    """Writes shards, or parts of a file, on the workers of a Dask cluster; and joins parts, or writes the head, here.
 
     Attributes
     ----------
     request
-        What is converted.
+        Opens the checkpoint that is converted.
     address
         Of the scheduler; None starts a cluster on this machine.
     workers
-        How many processes that one has; None is one for each processor.
+        Number of processes of that one; None is one for each processor.
     """
 
     request: Request
     address: str | None = None
     workers: int | None = None
+    part_size: int = 512 << 20
 
-    def write(self, parts: Sequence[Part], progress: Callable[[int], None] | None) -> list[Written]:
-        """Do jobs; those of workers that are lost are done again by others.
+    def write(
+        self, files: Sequence[FileContents], plans: Sequence[Plan], folder: Path | None, options: WriteOptions
+    ) -> dict[str, FileResult]:
+        """Write files; those of workers that are lost are written again by others. `SourceError` if the cluster fails."""
+        assert folder is not None
+        own = replace(options, jobs=1, progress=None)
+        tasks = [file for file in files if not (file.parts or file.shards)]
+        written: dict[str, FileResult] = {}
+        with self._client() as client:
+            from distributed import as_completed
 
-        Raises
-        ------
-        SourceError
-            If the cluster cannot be reached or a job loses all its workers; and whatever jobs raise.
-        """
+            arguments = {"request": self.request, "folder": folder, "options": own, "version": qformat.__version__}
+            futures = client.map(write_on_worker, tasks, **arguments, pure=False, retries=_RETRIES)
+            contents = {future.key: task for future, task in zip(futures, tasks, strict=True)}
+            for future in as_completed(futures):
+                file = contents[future.key]
+                written[file.path.name] = future.result()
+                if options.progress:
+                    options.progress(sum(plan.matrix.elements for plan in plans[file.start : file.stop]))
+        for file in files:
+            if file not in tasks:
+                written[file.path.name] = write_file(file, plans, written, folder, replace(options, progress=None))
+        return written
+
+    @contextmanager
+    def _client(self) -> Iterator[Any]:
+        """Yield a client of the cluster; its errors become ours."""
         try:
             from distributed import Client, KilledWorker, LocalCluster
         except ImportError:
@@ -112,32 +136,17 @@ class Cluster:
                 where = self.address or "this machine"
                 raise SourceError(f"the cluster at {where} cannot be reached: {_line(error)}") from None
             try:
-                return _done(client, parts, progress)
+                yield client
             except KilledWorker as error:
                 raise SourceError(
                     f"workers died at the same part again and again, out of memory perhaps: {_line(error)}"
                 ) from None
             except (QFormatError, MemoryError):
                 raise
-            except Exception as error:  # noqa: BLE001  what jobs raise, and what befalls the scheduler
+            except Exception as error:  # noqa: BLE001  what tasks raise, and errors of the scheduler
                 raise SourceError(f"the work on the cluster failed: {_line(error)}") from None
 
 
-def _done(client: Any, parts: Sequence[Part], progress: Callable[[int], None] | None) -> list[Written]:
-    """Do jobs, and return what they do in order."""
-    from distributed import as_completed
-
-    futures = client.map(write_part, parts, pure=False, retries=_RETRIES)
-    numbers = {future.key: number for number, future in enumerate(futures)}
-    written: dict[int, Written] = {}
-    for future in as_completed(futures):
-        number = numbers[future.key]
-        written[number] = future.result()
-        if progress:
-            progress(parts[number].elements)
-    return [written[number] for number in range(len(parts))]
-
-
 def _line(error: Exception) -> str:
-    """Return what an error says, in one line."""
+    """Return the message of an error in one line."""
     return " ".join(str(error).split()) or type(error).__name__

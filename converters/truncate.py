@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qformat.container.partial import PartialFile
 from qformat.container.reader import ContainerReader
-from qformat.container.target import check_target
+from qformat.container.workspace import Workspace
 from qformat.container.writer import ContainerWriter
 from qformat.converters.sources.container import check_layers, check_not_source
 from qformat.quality import Quality
@@ -15,7 +16,7 @@ from qformat.readers.decoder import Decoders
 
 @dataclass(frozen=True)
 class Truncation:
-    """What became of a file.
+    """The result of truncating a file.
 
     Attributes
     ----------
@@ -58,17 +59,23 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
     TargetError
         If the file cannot be written; nothing is left at `output` then.
     """
-    check_target(output, overwrite=overwrite)
     with ContainerReader(source) as container:
         check_not_source(container, output)
         check_layers(container, quality)
         index = container.index
-        decoders = [*Decoders(container, quality)]
-        with ContainerWriter(output, overwrite=overwrite, metadata=index.metadata) as writer:
-            for asset in index.assets:
-                writer.asset(asset.name, container.asset(asset.name))
-            for decoder in decoders:
-                writer.copy(decoder.record, decoder.segments)
+        fingerprint = f"truncate {container.root} {quality}"
+        with Workspace(output, overwrite=overwrite) as workspace:
+            workspace.claim([output.name], fingerprint)
+            decoders = [*Decoders(container, quality)]
+            with (
+                PartialFile(workspace.folder / output.name, output) as file,
+                ContainerWriter(file, metadata=index.metadata) as writer,
+            ):
+                for asset in index.assets:
+                    writer.asset(asset.name, container.asset(asset.name))
+                for decoder in decoders:
+                    writer.copy(decoder.record, decoder.segments)
+            workspace.commit(fingerprint=fingerprint)
         weights = sum(record.elements for record in writer.records)
         stored = sum(record.nbytes for record in writer.records)
         bpw = 8 * stored / weights if weights else 0.0

@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from qformat.codecs.base import ChunkEncoder
 from qformat.codecs.registry import parse_type
 from qformat.container.reader import ContainerReader
+from qformat.container.workspace import Workspace
 from qformat.converters.exports.gguf import export_gguf
-from qformat.converters.exports.hf import export_hf
+from qformat.converters.exports.hf import export_hf, is_replaceable
 from qformat.converters.exports.outputs import DEFAULT_SHARD, Export, Job
 from qformat.converters.exports.safetensors import export_safetensors
 from qformat.converters.sources.container import ContainerTensor, check_layers, check_not_source
@@ -88,8 +90,14 @@ def export(
         check_not_source(container, output)
         check_layers(container, asked)
         tensors = {decoder.record.name: ContainerTensor(decoder) for decoder in Decoders(container, asked)}
-        job = Job(container, tensors, chosen, overwrite, jobs or default_jobs(), progress, shard_size)
-        done = _WRITERS[to](job, output)
+        names = [asset.name for asset in container.index.assets]
+        replaceable = partial(is_replaceable, names) if to == "hf" else None
+        fingerprint = f"export {container.root} {to} {chosen} {asked} {shard_size}"
+        with Workspace(output, overwrite=overwrite, replaceable=replaceable) as workspace:
+            workspace.claim([output.name], fingerprint)
+            job = Job(container, tensors, workspace.folder, chosen, jobs or default_jobs(), progress, shard_size)
+            done = _WRITERS[to](job, output)
+            workspace.commit(fingerprint=fingerprint)
     return replace(done, seconds=time.perf_counter() - start)
 
 

@@ -13,9 +13,9 @@ from qformat.codecs.base import Codec
 from qformat.codecs.blocks import plain
 from qformat.codecs.ggml import Ggml
 from qformat.codecs.raw import Raw, raw
-from qformat.container.target import Target, check_target
+from qformat.container.partial import PartialFile
 from qformat.converters.exports.hf_to_gguf import Model
-from qformat.converters.exports.outputs import Constant, Export, Job, Output, Placed, new_file
+from qformat.converters.exports.outputs import Constant, Export, Job, Output, Placed
 from qformat.converters.exports.rotated import RotatedOutput, check_heads
 from qformat.converters.sources.container import ContainerTensor
 from qformat.converters.sources.gguf import REST
@@ -46,7 +46,6 @@ _QUANTIZATION_VERSION = 2
 
 def export_gguf(job: Job, output: Path) -> Export:
     """Write a GGUF file. Tensors of types that GGUF has are copied; the others become what `Job.dtype` says, float16 by default."""
-    check_target(output, overwrite=job.overwrite)
     path = job.container.path
     if any(asset.name == REST for asset in job.container.index.assets):
         return _again(job, output, f"{path}: asset {REST!r}")
@@ -64,12 +63,12 @@ def _again(job: Job, output: Path, label: str) -> Export:
     types = [TYPE_NUMBERS[type_name(tensor.codec)] for tensor in outputs]
     if types != [TYPE_NUMBERS[tensor.type.name] for tensor in header.tensors]:
         return Export(output, {output.name: _write(job, output, retyped(header, types), outputs)}, outputs)
-    with new_file(output, overwrite=job.overwrite) as target:
-        _write_tensors(job, target, header, outputs)
+    with PartialFile(job.folder / output.name, output) as file:
+        _write_tensors(job, file, header, outputs)
         at = len(rest)
-        for start, stop in reversed([*header.gaps(size)]):  # the header last
+        for start, stop in reversed([*header.gaps(size)]):
             at -= stop - start
-            target.write(rest[at : at + stop - start], start)
+            file.write(rest[at : at + stop - start], start)
     return Export(output, {output.name: size}, outputs)
 
 
@@ -77,16 +76,16 @@ def _write(job: Job, output: Path, header: Header, outputs: Sequence[Placed]) ->
     """Write a file with zeros between the tensors and after the last, and return its length."""
     end = max((tensor.stop for tensor in header.tensors), default=header.data_start)
     size = align(end, header.alignment)
-    with new_file(output, overwrite=job.overwrite) as target:
-        _write_tensors(job, target, header, outputs)
+    with PartialFile(job.folder / output.name, output) as file:
+        _write_tensors(job, file, header, outputs)
         if size > max(end, len(header.data)):
-            target.write(b"\0", size - 1)  # what is not written in between is zero
-        target.write(header.data, 0)
+            file.write(b"\0", size - 1)  # what is not written in between is zero
+        file.write(header.data, 0)
     return size
 
 
-def _write_tensors(job: Job, target: Target, header: Header, outputs: Sequence[Placed]) -> None:
-    job.write(target, [(output, info.offset) for output, info in zip(outputs, header.tensors, strict=True)])
+def _write_tensors(job: Job, file: PartialFile, header: Header, outputs: Sequence[Placed]) -> None:
+    job.write(file, [(output, info.offset) for output, info in zip(outputs, header.tensors, strict=True)])
 
 
 def _anew(job: Job, label: str) -> tuple[Header, list[Placed]]:

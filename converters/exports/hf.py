@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qformat.container.directory import MARK, new_directory
+from qformat.container.partial import PartialFile
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
 from qformat.converters.exports.safetensors import write_safetensors
 from qformat.converters.sources.gguf import REST
@@ -35,13 +34,16 @@ def export_hf(job: Job, output: Path) -> Export:
         assets[INDEX] = _index(names, shards)
     else:
         names = [SINGLE]
+    (job.folder / output.name).mkdir()
     files = {}
-    with new_directory(output, _replaceable(assets), overwrite=job.overwrite) as directory:
-        for name, data in assets.items():
-            _write(directory / name, data)
-            files[name] = len(data)
-        for name, shard in zip(names, shards, strict=True):
-            files[name] = write_safetensors(job, directory / name, shard, {})
+    for name, data in assets.items():
+        path = job.folder / output.name / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with PartialFile(path, output / name) as file:
+            file.write(data, 0)
+        files[name] = len(data)
+    for name, shard in zip(names, shards, strict=True):
+        files[name] = write_safetensors(job, f"{output.name}/{name}", shard, {}, output / name)
     return Export(output, files, outputs, warnings)
 
 
@@ -59,7 +61,7 @@ def _assets(job: Job) -> tuple[dict[str, bytes], list[str]]:
         f"{name} is left out, since the weights are plain numbers now" for name in names if name in _QUANTIZATIONS
     ]
     for name in names:
-        if name.endswith(".safetensors") or name in (INDEX, MARK):
+        if name.endswith(".safetensors") or name == INDEX:
             raise SourceError(f"{path}: asset {name!r} has the name of a file of weights; use --to safetensors")
     if _CONFIG not in assets:
         return assets, [
@@ -92,14 +94,7 @@ def _index(names: Sequence[str], shards: Sequence[Sequence[Output]]) -> bytes:
     return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _replaceable(assets: Mapping[str, bytes]) -> Callable[[str], bool]:
-    """Return what tells whether a file is one that an export writes."""
-    return lambda name: name in assets or name in (SINGLE, INDEX) or bool(_SHARD.fullmatch(name))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def is_replaceable(assets: Sequence[str], name: str) -> bool:
+    """Return whether a file of a directory is one that an export with these assets writes, so that it may be replaced."""
+    ours = name in assets and name not in _QUANTIZATIONS
+    return ours or name in (SINGLE, INDEX) or bool(_SHARD.fullmatch(name))

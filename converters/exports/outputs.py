@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,8 @@ from qformat.codecs.base import ChunkEncoder, Codec
 from qformat.codecs.blocks import plain
 from qformat.codecs.layout import Buffer, Chunk
 from qformat.codecs.raw import Raw, raw
-from qformat.container.layout import MAGIC
+from qformat.container.partial import PartialFile
 from qformat.container.reader import ContainerReader
-from qformat.container.target import Target
 from qformat.converters.sources.container import ContainerTensor
 from qformat.dtypes import DTYPES, F32, Elements
 from qformat.errors import SourceError
@@ -211,21 +209,23 @@ class Job:
         The open file.
     tensors
         Its tensors, by name.
+    folder
+        Of the workspace: where to write the output under its name.
     dtype
-        What was asked for as the type of tensors that are not copied, or None.
-    overwrite, jobs, progress, shard_size
+        The type of tensors that are not copied, or None.
+    jobs, progress, shard_size
         As in `qformat.converters.exports.export.export`.
     """
 
     container: ContainerReader
     tensors: Mapping[str, ContainerTensor]
+    folder: Path
     dtype: Codec | None = None
-    overwrite: bool = False
     jobs: int = 1
     progress: Progress | None = None
     shard_size: int = DEFAULT_SHARD
 
-    def write(self, target: Target, placed: Sequence[tuple[Placed, int]]) -> None:
+    def write(self, file: PartialFile, placed: Sequence[tuple[Placed, int]]) -> None:
         """Write tensors at offsets, encoding them on threads; no more than some chunks are in memory."""
         tasks = [(output, offset) for output, offset in placed if output.nbytes]
         with ThreadPoolExecutor(self.jobs, thread_name_prefix="qformat-export") as pool:
@@ -235,7 +235,7 @@ class Job:
                     offset = start
                     for chunk in output.chunks():
                         part = next(encoded).result()
-                        target.write(part, offset)
+                        file.write(part, offset)
                         offset += len(part)
                         if self.progress:
                             self.progress(chunk.rows * chunk.cols)
@@ -248,19 +248,6 @@ def _tasks(placed: Sequence[tuple[Placed, int]]) -> Iterator[Callable[[], Buffer
     for output, _ in placed:
         for chunk in output.chunks():
             yield partial(output.encoded, chunk)
-
-
-@contextmanager
-def new_file(path: Path, *, overwrite: bool) -> Iterator[Target]:
-    """Yield a target that takes its place if nothing fails; its first bytes are to be written last."""
-    target = Target(path, overwrite=overwrite)
-    try:
-        target.write(MAGIC, 0)  # what the rest of a run that was killed is known by
-        yield target
-        target.commit()
-    except BaseException:
-        target.discard()
-        raise
 
 
 def as_floats(tensor: ContainerTensor, dtype: Codec | None) -> Output:

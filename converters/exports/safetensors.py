@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qformat.container.target import check_target
-from qformat.converters.exports.outputs import Export, Job, Output, as_floats, new_file
+from qformat.container.partial import PartialFile
+from qformat.converters.exports.outputs import Export, Job, Output, as_floats
 from qformat.converters.sources.safetensors import DTYPE_NAMES, MAX_HEADER
 from qformat.errors import SourceError
 
@@ -17,17 +17,16 @@ _ALIGNMENT = 8
 
 def export_safetensors(job: Job, output: Path) -> Export:
     """Write a file that holds every tensor as elements, with the container's metadata."""
-    check_target(output, overwrite=job.overwrite)
     outputs = [as_floats(tensor, job.dtype) for tensor in job.tensors.values()]
-    size = write_safetensors(job, output, outputs, job.container.index.metadata)
+    size = write_safetensors(job, output.name, outputs, job.container.index.metadata, output)
     assets = [asset.name for asset in job.container.index.assets]
     more = f" and {len(assets) - 1} more" if len(assets) > 1 else ""
     warnings = [f"{assets[0]}{more} of the file is left out: a .safetensors file holds tensors only"] if assets else []
     return Export(output, {output.name: size}, outputs, warnings)
 
 
-def write_safetensors(job: Job, path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> int:
-    """Write tensors into one file, and return its length.
+def write_safetensors(job: Job, name: str, outputs: Sequence[Output], metadata: Mapping[str, str], label: Path) -> int:
+    """Write tensors into one file of the workspace, and return its length; `label` is its final path, for messages.
 
     They stand in the order in which the library writes them, large elements first, so that all are aligned.
     """
@@ -37,7 +36,7 @@ def write_safetensors(job: Job, path: Path, outputs: Sequence[Output], metadata:
     for output in sorted(outputs, key=lambda output: (-output.element_size, output.name)):
         if output.name in header:
             raise SourceError(
-                f"{path}: tensor {output.name!r} cannot be in a .safetensors file, where it means metadata"
+                f"{label}: tensor {output.name!r} cannot be in a .safetensors file, where it means metadata"
             )
         header[output.name] = {
             "dtype": _NAMES[output.codec.id],
@@ -49,9 +48,9 @@ def write_safetensors(job: Job, path: Path, outputs: Sequence[Output], metadata:
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > MAX_HEADER:
-        raise SourceError(f"{path}: its header would have {len(text)} bytes, more than {MAX_HEADER}; use --to hf")
+        raise SourceError(f"{label}: its header would be {len(text)} bytes, more than {MAX_HEADER}; use --to hf")
     start = 8 + len(text)
-    with new_file(path, overwrite=job.overwrite) as target:
-        job.write(target, [(output, start + place) for output, place in places])
-        target.write(len(text).to_bytes(8, "little") + text, 0)
+    with PartialFile(job.folder / name, label) as file:
+        job.write(file, [(output, start + place) for output, place in places])
+        file.write(len(text).to_bytes(8, "little") + text, 0)
     return start + at

@@ -149,9 +149,10 @@ def command(
     no level at zero and decode pruned weights to small values.
     """
     from qformat.converters.convert import convert
+    from qformat.converters.output import WriteOptions
     from qformat.converters.prune import Pruned
     from qformat.converters.request import Request
-    from qformat.converters.runners import Cluster
+    from qformat.converters.runners import DaskRunner, ThreadRunner
     from qformat.files import is_remote
 
     if scheduler and engine != "dask":
@@ -170,20 +171,9 @@ def command(
         warn(warning)
     total = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors)
     with progress_bar(f"converting {src.name}", 0 if dry_run else total) as advance:
-        result = convert(
-            checkpoint,
-            dst,
-            recipe,
-            overwrite=force,
-            dry_run=dry_run,
-            resume=resume,
-            shard_size=shard_size,
-            cluster=Cluster(request, scheduler, jobs) if engine == "dask" else None,
-            jobs=jobs,
-            allow_nonfinite=allow_nonfinite,
-            allow_zeroed=allow_zeroed,
-            progress=advance,
-        )
+        how = WriteOptions(force, resume, dry_run, shard_size, jobs, allow_nonfinite, allow_zeroed, advance)
+        runner = DaskRunner(request, scheduler, jobs) if engine == "dask" else ThreadRunner()
+        result = convert(checkpoint, dst, recipe, how, runner=runner)
     for plan in result.plans:
         if plan.note:
             warn(plan.note)
@@ -192,8 +182,11 @@ def command(
     unknown = any(tensor.zeros is None for tensor in pruned.values())
     zeros = None if unknown else sum(tensor.zeros or 0 for tensor in pruned.values())
     _warn_of_nothing_left(pruned.values())
-    if result.left:
-        warn(f"{len(result.left)} shards of the replaced file remain, {result.left[0]} and so on; remove them")
+    if result.orphaned_shards:
+        warn(
+            f"{plural(len(result.orphaned_shards), 'file')} that the replaced {dst} named are not its shards, and stay: "
+            f"{result.orphaned_shards[0]} and so on"
+        )
     if as_json:
         echo_json(result.to_json() | {"dry_run": dry_run, "pruned_tensors": len(pruned), "pruned_weights": zeros})
         return

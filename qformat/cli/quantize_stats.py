@@ -180,4 +180,6 @@ def _write_json(file: str, results: list[ErrorStats], sums: list[ErrorStats]) ->
     if file == "-":
         echo_json(value)
     else:
-        Path(file).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        from qformat.container.workspace import write_bytes
+
+        write_bytes(Path(file), (json.dumps(value, indent=1) + "\n").encode())

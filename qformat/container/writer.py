@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -19,9 +17,8 @@ from qformat.container.index import (
     check_shape,
     check_tensor_name,
 )
-from qformat.container.journal import Journal
-from qformat.container.layout import HEADER_SIZE, TRAILER_SIZE, Header, Trailer, align
-from qformat.container.target import Nowhere, Target
+from qformat.container.layout import TRAILER_SIZE, Header, Trailer, align
+from qformat.container.partial import Journal, NullTarget, PartialFile, Record
 from qformat.errors import FormatError, SourceError
 from qformat.records import AssetRecord, MeasuredError, Segment, ShardRecord, TensorRecord
 
@@ -40,41 +37,6 @@ def compress_asset(data: bytes) -> tuple[str, bytes]:
     return ("zstd", packed) if len(packed) < len(data) else ("raw", data)
 
 
-def predict_size(
-    assets: Iterable[tuple[str, bytes]],
-    records: Sequence[TensorRecord],
-    metadata: Mapping[str, str] | None = None,
-    shards: Sequence[ShardRecord] = (),
-) -> int:
-    """Return how many bytes a file will have, exactly, before anything is encoded.
-
-    Parameters
-    ----------
-    assets
-        Names and contents of the files to take along, sorted by name.
-    records
-        The tensors, with the lengths of their segments. The errors that will be measured only have to be there or not, for they
-        are all written in the same number of digits.
-    metadata
-        The strings.
-    shards
-        The files that hold the tensors, if it is their head.
-    """
-    position = HEADER_SIZE
-    asset_records = []
-    for name, data in assets:
-        encoding, stored = compress_asset(data)
-        segment = Segment(name, position, len(stored), _NO_DIGEST)
-        asset_records.append(AssetRecord(encoding, segment, len(data), _NO_DIGEST))
-        position = align(segment.stop)
-    placed = []
-    for record in records:
-        record, position = _place(record, position)  # noqa: PLW2901
-        placed.append(record)
-    index = Index(_NO_DIGEST, tuple(placed), tuple(asset_records), metadata or {}, tuple(shards))
-    return position + len(index.encode()) + TRAILER_SIZE
-
-
 def _place(record: TensorRecord, position: int) -> tuple[TensorRecord, int]:
     """Return a record with its segments at `position`, and the position after them."""
     segments = []
@@ -90,7 +52,9 @@ class TensorWriter:
     Made by `ContainerWriter.tensor`.
     """
 
-    def __init__(self, target: Target | Nowhere, record: TensorRecord, position: int, unknown: Collection[int]) -> None:
+    def __init__(
+        self, target: PartialFile | NullTarget, record: TensorRecord, position: int, unknown: Collection[int]
+    ) -> None:
         self.record, _ = _place(record, position)
         self._target = target
         self._unknown = unknown
@@ -139,24 +103,18 @@ class TensorWriter:
 
 
 class ContainerWriter:
-    """A container file being written.
+    """Writes a container file; a context manager, which adds index and trailer when the block ends without an exception.
 
-    Used as a context manager: the file appears at its path when the block ends well, and nothing does if it ends in an exception.
-    Assets and tensors have to come sorted by name, assets first. With a `request`, a journal is kept, so that after a run that was
-    killed another one can go on where it was; that one begins with `assets` and `records` that need not be written again.
+    Assets and tensors have to come sorted by name, assets first.
 
     Parameters
     ----------
-    path
-        Where the file shall stand; None writes nothing, to know how long it would be.
-    overwrite
-        Whether a file that stands there may be replaced.
+    target
+        The open file, or a stand-in of which only the size counts.
     metadata
         Strings for the user.
-    request
-        Identifies everything that decides the bytes of the file; empty if that is not known.
-    resume
-        Go on where an earlier run with the same request was, and leave what is done if this one ends in an exception.
+    journal
+        The journal of the file: the assets and tensors in it whose bytes are intact need not be written again.
 
     Attributes
     ----------
@@ -169,32 +127,26 @@ class ContainerWriter:
 
     Raises
     ------
+    SourceError
+        If the metadata cannot be stored.
     TargetError
-        If the file cannot be written or must not be.
+        If the file cannot be written.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None,
+        target: PartialFile | NullTarget,
         *,
-        overwrite: bool = False,
         metadata: Mapping[str, str] | None = None,
-        request: str = "",
-        resume: bool = False,
+        journal: Journal | None = None,
     ) -> None:
         self._metadata = dict(metadata or {})
         texts: list[object] = [text for pair in self._metadata.items() for text in pair]
         for item in texts:
             if not isinstance(item, str) or item != item.encode("utf-8", "replace").decode():
                 raise SourceError(f"metadata must be strings of valid Unicode, not {item!r}")
-        self._target: Nowhere | Target = Nowhere()
-        self._journal: Journal | None = None
-        self._request = request
-        self._resume = resume and path is not None and bool(request)
-        if path is not None:
-            self._target = Target(Path(path), overwrite=overwrite, resume=self._resume)
-            if request:
-                self._journal = Journal(self._target.journal_path, request)
+        self._target = target
+        self._journal = journal
         self._header = Header().pack()
         self._position = len(self._header)
         self.assets: list[AssetRecord] = []
@@ -202,36 +154,31 @@ class ContainerWriter:
         self.shards: list[ShardRecord] = []
         self.root = ""
         self.file_size = 0
-        try:
-            if self._resume and self._journal:
-                self._take_over(self._journal)
-            self._target.write(self._header, 0)  # first, so that a partial file can be told from any other
-            if self._journal:
-                self._journal.begin([*self.assets, *self.records])
-        except BaseException:
-            self._end()
-            raise
+        if isinstance(target, PartialFile):
+            self._take_over(target, journal.records if journal else [])
+        if journal:
+            journal.go_on(len(self.assets) + len(self.records))
+        target.write(self._header, 0)
 
-    def _take_over(self, journal: Journal) -> None:
-        """Take what an earlier run has finished, as far as its bytes are there."""
-        assert isinstance(self._target, Target)
+    def _take_over(self, target: PartialFile, records: Sequence[Record]) -> None:
+        """Keep the assets and tensors of an earlier run, up to the first whose bytes are not intact, and nothing after them."""
         size = len(self._header)
-        for record in journal.records():
+        for record in records:
             segments = (record.segment,) if isinstance(record, AssetRecord) else record.segments
             position = self._position
             for segment in segments:
-                if segment.offset != position or self._target.digest(segment.offset, segment.length) != segment.sha256:
-                    self._target.cut(size)
+                if segment.offset != position or target.digest(segment.offset, segment.length) != segment.sha256:
+                    target.cut(size)
                     return
                 position = align(segment.stop)
-            for segment in segments:  # of what is in between there is no digest
-                self._target.write(bytes(align(segment.stop) - segment.stop), segment.stop)
+            for segment in segments:  # no digest covers the padding
+                target.write(bytes(align(segment.stop) - segment.stop), segment.stop)
             size, self._position = segments[-1].stop, position
             if isinstance(record, AssetRecord):
                 self.assets.append(record)
             else:
                 self.records.append(record)
-        self._target.cut(size)
+        target.cut(size)
 
     def asset(self, name: str, data: bytes) -> None:
         """Add a file that belongs to the model.
@@ -280,6 +227,14 @@ class ContainerWriter:
         if self._journal:
             self._journal.add(record)
 
+    def reserve(self, record: TensorRecord) -> None:
+        """Add a tensor without its bytes, to predict the length of the file.
+
+        Its segments have their lengths. The digits of digests and errors do not depend on their values.
+        """
+        placed, self._position = _place(record, self._position)
+        self.records.append(placed)
+
     def copy(self, record: TensorRecord, segments: Sequence[Bytes]) -> None:
         """Add a tensor of another file as it is.
 
@@ -299,7 +254,8 @@ class ContainerWriter:
         tensor.write(segments)
         self.finish(tensor.finish(record.error))
 
-    def _commit(self) -> None:
+    def _finish_file(self) -> None:
+        """Write index and trailer."""
         check_folders(asset.name for asset in self.assets)
         index = Index(
             hashlib.sha256(self._header).hexdigest(),
@@ -309,15 +265,10 @@ class ContainerWriter:
             tuple(self.shards),
         ).encode()
         if len(index) > MAX_INDEX_BYTES:
-            raise SourceError(f"the index would have {len(index)} bytes, more than an index may have")
+            raise SourceError(f"the index would be {len(index)} bytes, more than an index may have")
         digest = hashlib.sha256(index)
         trailer = Trailer(self._position, len(index), digest.digest())
         self._target.write(index + trailer.pack(), self._position)
-        if self._request:
-            self._target.mark(self._request, digest.hexdigest())
-        self._target.commit()
-        if self._journal:
-            self._journal.remove()
         self.root = digest.hexdigest()
         self.file_size = self._position + len(index) + TRAILER_SIZE
 
@@ -327,21 +278,5 @@ class ContainerWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._end()
-            return
-        try:
-            self._commit()
-        except BaseException:
-            self._end()
-            raise
-
-    def _end(self) -> None:
-        """Leave nothing of a run that failed; or all of it, to go on with."""
-        if self._resume and self._journal:
-            self._journal.close()
-            self._target.keep()
-            return
-        if self._journal:
-            self._journal.remove()
-        self._target.discard()
+        if kind is None:
+            self._finish_file()

@@ -594,50 +594,38 @@ def test_targets_that_cannot_be(name: str, says: str, source: Path, tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", ["directory", "link", "broken link", "pipe"])
-def test_what_stands_where_the_partial_file_would(kind: str, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["directory", "file", "link", "broken link", "pipe"])
+def test_what_stands_where_the_workspace_would(kind: str, source: Path, tmp_path: Path) -> None:
     partial = tmp_path / "m.qf.partial"
     other = tmp_path / "other"
     if kind == "directory":
         partial.mkdir()
+        (partial / "m.qf").write_bytes(b"precious")
+    elif kind == "file":
+        partial.write_bytes(MAGIC)
     elif kind == "pipe":
         os.mkfifo(partial)
     else:
         partial.symlink_to(other)
         if kind == "link":
-            other.write_bytes(b"precious")
-    message = one_line(run_cli("convert", source, tmp_path / "m.qf"))
-    assert str(partial) in message
-    assert not (tmp_path / "m.qf").exists()
-    assert os.path.lexists(partial)
-    assert other.exists() == (kind == "link")
-    if kind == "link":
-        assert other.read_bytes() == b"precious"
+            other.mkdir()
+            (other / "m.qf").write_bytes(b"precious")
+    before = sorted(tmp_path.rglob("*"))
+    assert f"{partial}: is in the way" in one_line(run_cli("convert", source, tmp_path / "m.qf", "--resume"))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all(path.read_bytes() == b"precious" for path in tmp_path.rglob("m.qf"))
 
 
-def test_a_partial_file_of_a_killed_run_is_taken_over(source: Path, tmp_path: Path) -> None:
+def test_a_workspace_of_a_killed_run_is_taken_over(source: Path, tmp_path: Path) -> None:
     target, partial = tmp_path / "m.qf", tmp_path / "m.qf.partial"
-    for rest in (b"", MAGIC, MAGIC + bytes(100_000)):
-        partial.write_bytes(rest)
-        partial.chmod(0o600)
+    for rest in ({}, {"m.qf.lock": b""}, {"m.qf.lock": b"qformat workspace\n", "m.qf": b"x", "m.qf.draft": b"x"}):
+        partial.mkdir(0o700)
+        for name, data in rest.items():
+            (partial / name).write_bytes(data)
         assert run_cli("convert", source, target, "--force").code == 0
         valid(target)
         assert not partial.exists()
         assert target.stat().st_mode & 0o777 == 0o666 & ~umask()
-
-
-def test_a_partial_file_of_anything_else_is_kept(source: Path, tmp_path: Path) -> None:
-    target, partial, other = tmp_path / "m.qf", tmp_path / "m.qf.partial", tmp_path / "other"
-    partial.write_bytes(b"a user's own file")
-    assert "is in the way" in one_line(run_cli("convert", source, target))
-    assert partial.read_bytes() == b"a user's own file"
-    partial.unlink()
-    other.write_bytes(MAGIC)
-    partial.hardlink_to(other)
-    assert "is in the way" in one_line(run_cli("convert", source, target))
-    assert other.read_bytes() == MAGIC
-    nothing_but_partial = [path.name for path in tmp_path.iterdir() if path.name.startswith("m.qf")]
-    assert nothing_but_partial == ["m.qf.partial"]
 
 
 def umask() -> int:
@@ -741,7 +729,7 @@ def default_signals() -> None:
 def begun(source: Path, target: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start a conversion and stop it when it has begun to write; it goes on with SIGCONT."""
     process = cli_start("convert", source, target, "-j1", *options, preexec_fn=default_signals)
-    partial = Path(f"{target}.partial")
+    partial = Path(f"{target}.partial", target.name)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):

@@ -257,26 +257,6 @@ def test_the_rest_of_a_killed_run_is_taken_over(tmp_path, to):
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.qf", "out"]
 
 
-def test_a_directory_is_there_whatever_happens(tmp_path, monkeypatch):
-    path, out = q(tmp_path / "a.qf", {"w": W}, assets={"config.json": b"{}"}), tmp_path / "out"
-    export(path, out, "hf")
-    real = Path.rename
-
-    def rename(self: Path, target: Any) -> Any:
-        if self.name == "out.partial":
-            raise KeyboardInterrupt
-        return real(self, target)
-
-    with monkeypatch.context() as context:
-        context.setattr(Path, "rename", rename)
-        with pytest.raises(KeyboardInterrupt):
-            export(path, out, "hf", overwrite=True)
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.qf", "out"]
-    (tmp_path / "out.replaced").mkdir()
-    with pytest.raises(TargetError, match=r"out\.replaced: is in the way"):
-        export(path, out, "hf", overwrite=True)
-
-
 def test_what_is_in_the_way_stays(tmp_path):
     path = q(tmp_path / "a.qf", {"w": W})
     partial = tmp_path / "out.partial"
@@ -488,7 +468,7 @@ def test_directories_that_would_be_useless_are_told(tmp_path):
     gguf_source(tmp_path / "m.gguf")
     with pytest.raises(SourceError, match="was made from a GGUF file"):
         export(store(tmp_path / "m.gguf"), tmp_path / "gguf", "hf")
-    for name in ("model.safetensors", ".qformat-partial"):
+    for name in ("model.safetensors", "model.safetensors.index.json"):
         with pytest.raises(SourceError, match="has the name of a file of weights"):
             export(q(tmp_path / "a.qf", {"w": W}, assets={name: b""}), tmp_path / "x", "hf")
     assert not (tmp_path / "gguf").exists()

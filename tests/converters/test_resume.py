@@ -21,9 +21,9 @@ from qformat.container.reader import ContainerReader
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.errors import SourceError, TargetError
-from qformat.pipeline import encode
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, SourceTensor
+from tests.helpers.stopping import Stopped, stop_after
 
 ASSETS = ("config.json", "tokenizer.json")
 
@@ -48,33 +48,10 @@ def leftovers(output: Path) -> list[str]:
     return sorted(path.name for path in output.parent.iterdir() if path.name.startswith(output.name))
 
 
-class Stopped(BaseException):
-    """Ends a run from inside, as little prepared for as a signal."""
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Let a conversion end after so many chunks."""
-    left = [number]
-
-    def stopping(real: Any) -> Any:
-        def chunk(*args: Any) -> Any:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Stopped
-            return real(*args)
-
-        return chunk
-
-    for name in ("encode_chunk", "_encoded"):  # of layered tensors
-        monkeypatch.setattr(encode, name, stopping(getattr(encode, name)))
-
-
-def interrupted(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: str = "q4_0") -> None:
-    with monkeypatch.context() as context:
-        stop_at(context, number)
-        with pytest.raises(Stopped):
-            run(source, output, kind, resume=True, jobs=1)
-    assert leftovers(output) == [f"{output.name}.partial", f"{output.name}.partial.journal"]
+def interrupted(source: Path, output: Path, number: int, kind: str = "q4_0", **options: Any) -> None:
+    with pytest.raises(Stopped):
+        run(source, output, kind, resume=True, jobs=1, progress=stop_after(number), **options)
+    assert leftovers(output) == [f"{output.name}.partial"]
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "lossless", "scm:bpw=3"])
@@ -82,11 +59,13 @@ def interrupted(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, num
 def test_it_goes_on(source, tmp_path, monkeypatch, kind, number):
     whole, output = tmp_path / "whole.qf", tmp_path / "m.qf"
     run(source, whole, kind)
-    interrupted(source, output, monkeypatch, number, kind)
+    interrupted(source, output, number, kind)
     with monkeypatch.context() as context:
         read: list[str] = []
-        real = encode.Plan.read
-        context.setattr(encode.Plan, "read", lambda plan, chunk: read.append(plan.source.name) or real(plan, chunk))
+        real = SourceTensor.read_chunk
+        context.setattr(
+            SourceTensor, "read_chunk", lambda tensor, chunk: read.append(tensor.name) or real(tensor, chunk)
+        )
         result = run(source, output, kind, resume=True)
     assert output.read_bytes() == whole.read_bytes()
     assert leftovers(output) == ["m.qf"]
@@ -95,9 +74,9 @@ def test_it_goes_on(source, tmp_path, monkeypatch, kind, number):
     assert result.resumed >= number - 1 if kind == "q4_0" else True
 
 
-def test_progress_counts_what_was_done(source, tmp_path, monkeypatch):
+def test_progress_counts_what_was_done(source, tmp_path):
     output, seen = tmp_path / "m.qf", []
-    interrupted(source, output, monkeypatch, 6)
+    interrupted(source, output, 6)
     run(source, output, resume=True, progress=seen.append)
     assert sum(seen) == 12 * 64 * 96
     assert seen[0] >= 5 * 64 * 96
@@ -114,11 +93,16 @@ def test_a_finished_file_is_left_alone(source, tmp_path):
     assert (again.resumed, again.nbytes, again.assets) == (12, first.nbytes, first.assets)
     with pytest.raises(TargetError, match="exists already"):
         run(source, output, "q8_0", resume=True)
+    assert leftovers(output) == ["m.qf"]
     with pytest.raises(TargetError, match="exists already"):
         run(source, output)
-    output.write_bytes(output.read_bytes()[:-1])
-    with pytest.raises(TargetError, match="exists already"):
-        run(source, output, resume=True)
+    data = output.read_bytes()
+    for damaged in (data[:-1], data[:3000] + bytes([data[3000] ^ 1]) + data[3001:]):
+        output.write_bytes(damaged)
+        with pytest.raises(TargetError, match=r"exists already, but is damaged; use --force"):
+            run(source, output, resume=True)
+    assert run(source, output, resume=True, overwrite=True).resumed == 0
+    assert output.read_bytes() == data
 
 
 def change_type(source: Path) -> str:
@@ -137,9 +121,9 @@ def change_assets(source: Path) -> str:
 
 
 @pytest.mark.parametrize("change", [change_type, change_source, change_assets])
-def test_something_else_begins_anew(source, tmp_path, monkeypatch, change):
+def test_something_else_begins_anew(source, tmp_path, change):
     output = tmp_path / "m.qf"
-    interrupted(source, output, monkeypatch, 8)
+    interrupted(source, output, 8)
     kind = change(source)
     result = run(source, output, kind, resume=True)
     assert result.resumed == 0
@@ -179,26 +163,25 @@ def test_what_was_only_allowed_then_is_refused(tmp_path):
         run(source, output, resume=True)
 
 
-def test_without_resume_it_begins_anew_and_leaves_nothing(source, tmp_path, monkeypatch):
+def test_without_resume_it_begins_anew_and_leaves_nothing(source, tmp_path):
     output = tmp_path / "m.qf"
-    interrupted(source, output, monkeypatch, 8)
+    interrupted(source, output, 8)
     assert run(source, output).resumed == 0
     assert leftovers(output) == ["m.qf"]
     output.unlink()
-    stop_at(monkeypatch, 3)
     with pytest.raises(Stopped):
-        run(source, output)
+        run(source, output, progress=stop_after(3))
     assert leftovers(output) == []
 
 
 @pytest.mark.parametrize(
     "what", ["byte", "short", "padding", "journal digit", "journal cut", "journal garbage", "journal gone"]
 )
-def test_what_is_damaged_is_made_again(source, tmp_path, monkeypatch, what):
+def test_what_is_damaged_is_made_again(source, tmp_path, what):
     output, whole = tmp_path / "m.qf", tmp_path / "whole.qf"
     run(source, whole)
-    interrupted(source, output, monkeypatch, 10)
-    partial, journal = Path(f"{output}.partial"), Path(f"{output}.partial.journal")
+    interrupted(source, output, 10)
+    partial, journal = (Path(f"{output}.partial") / name for name in ("m.qf", "m.qf.journal"))
     data, lines = bytearray(partial.read_bytes()), journal.read_bytes()
     if what == "byte":
         data[len(data) // 2] ^= 1
@@ -230,7 +213,7 @@ def test_a_run_that_fails_can_be_mended(source, tmp_path):
     output, whole = tmp_path / "m.qf", tmp_path / "whole.qf"
     run(source, whole)
 
-    class Broken:
+    class Broken(SourceTensor):
         def __init__(self, tensor: Any) -> None:
             self.name, self.dtype, self.shape = tensor.name, tensor.dtype, tensor.shape
 
@@ -247,20 +230,8 @@ def test_a_run_that_fails_can_be_mended(source, tmp_path):
             resume=True,
             jobs=1,
         )
-    assert len(leftovers(output)) == 2
     assert run(source, output, resume=True).resumed >= 5
     assert output.read_bytes() == whole.read_bytes()
-
-
-@pytest.mark.usefixtures("marks")
-def test_killed_between_two_names_of_the_complete_file(source, tmp_path):
-    output = tmp_path / "m.qf"
-    run(source, output, resume=True)
-    partial = Path(f"{output}.partial")
-    partial.hardlink_to(output)
-    Path(f"{output}.partial.journal").write_bytes(b"{}\n")
-    assert run(source, output, resume=True).resumed == 12
-    assert leftovers(output) == ["m.qf"]
 
 
 def _killed(command: list[str], seconds: float, begun: Path | None) -> bool:

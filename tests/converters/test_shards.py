@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,15 @@ from qformat import safe_open
 from qformat.cli import cli as command
 from qformat.container.reader import ContainerReader
 from qformat.container.verify import verify
-from qformat.converters import convert as converting
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.split import parse_size
 from qformat.converters.truncate import truncate
 from qformat.errors import FormatError, SourceError, TargetError
-from qformat.pipeline import encode
 from qformat.pipeline.recipe import Recipe
 from qformat.quality import Quality
 from qformat.readers.torch import load_file
+from tests.helpers.stopping import Stopped, stop_after
 
 SIZE = 64 * 96 * 18 // 32  # bytes of a tensor as q4_0
 
@@ -145,40 +142,21 @@ def test_an_open_file_has_nothing_beside_it(source, tmp_path):
         safe_open(file)
 
 
-def test_a_failed_run_leaves_nothing(source, tmp_path, monkeypatch):
-    real, left = encode.encode_chunk, [7]
-
-    def chunk(*args: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(encode, "encode_chunk", chunk)
-    with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "m.qf", jobs=1)
-    assert files(tmp_path) == []
+def test_a_failed_run_leaves_nothing(source, tmp_path):
+    with pytest.raises(Stopped):
+        run(source, tmp_path / "m.qf", jobs=1, progress=stop_after(7))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 @pytest.mark.usefixtures("marks")
-def test_it_goes_on_in_the_middle_of_a_shard(source, tmp_path, monkeypatch):
+def test_it_goes_on_in_the_middle_of_a_shard(source, tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
     run(source, whole / "m.qf")
-    real, left = encode.encode_chunk, [7]
-
-    def chunk(*args: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with monkeypatch.context() as context:
-        context.setattr(encode, "encode_chunk", chunk)
-        with pytest.raises(KeyboardInterrupt):
-            run(source, tmp_path / "m.qf", jobs=1, resume=True)
+    with pytest.raises(Stopped):
+        run(source, tmp_path / "m.qf", jobs=1, resume=True, progress=stop_after(7))
     assert files(tmp_path) == []
-    first = (tmp_path / "m.qf.parts" / "m-00001-of-00003.qf").stat().st_ino
+    first = (tmp_path / "m.qf.partial" / "m-00001-of-00003.qf").stat().st_ino
     assert run(source, tmp_path / "m.qf", resume=True).resumed >= 6
     assert (tmp_path / "m-00001-of-00003.qf").stat().st_ino == first
     assert files(tmp_path) == files(whole)
@@ -187,50 +165,7 @@ def test_it_goes_on_in_the_middle_of_a_shard(source, tmp_path, monkeypatch):
     assert run(source, tmp_path / "m.qf", resume=True).resumed == 10
 
 
-class Stopped(BaseException):
-    """Ends a run from inside, as little prepared for as a signal."""
-
-
-def stop_at(context: pytest.MonkeyPatch, number: int) -> None:
-    """Let a conversion end after so many chunks."""
-    real, left = encode.encode_chunk, [number]
-
-    def chunk(*args: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Stopped
-        return real(*args)
-
-    context.setattr(encode, "encode_chunk", chunk)
-
-
-@pytest.mark.usefixtures("marks")
-@pytest.mark.parametrize("moved", [0, 1, 3])
-def test_it_goes_on_when_it_was_killed_while_files_got_their_names(source, tmp_path, monkeypatch, moved):
-    whole, output = tmp_path / "whole", tmp_path / "m.qf"
-    whole.mkdir()
-    run(source, whole / "m.qf")
-    real, left = converting.move, [moved]
-
-    def move(*args: Any, **options: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Stopped
-        real(*args, **options)
-
-    with monkeypatch.context() as context:
-        context.setattr(converting, "move", move)
-        with pytest.raises(Stopped):
-            run(source, output, resume=True)
-    assert len(files(tmp_path)) == moved
-    assert run(source, output, resume=True).resumed == 10
-    assert files(tmp_path) == files(whole)
-    for name in files(whole):
-        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
-    assert not (tmp_path / "m.qf.parts").exists()
-
-
-def test_other_cuts_of_the_same_number_begin_anew(tmp_path, monkeypatch):
+def test_other_cuts_of_the_same_number_begin_anew(tmp_path):
     folder, whole, output = tmp_path / "model", tmp_path / "whole", tmp_path / "m.qf"
     folder.mkdir()
     whole.mkdir()
@@ -239,10 +174,8 @@ def test_other_cuts_of_the_same_number_begin_anew(tmp_path, monkeypatch):
     tensors = {f"layer.{i}.weight": rng.normal(size=(n, 96)).astype(np.float32) for i, n in enumerate(rows)}
     save_safetensors(tensors, folder / "model.safetensors")
     run(folder, whole / "m.qf", size=4 * SIZE)  # 2, 2, 2 tensors
-    with monkeypatch.context() as context:
-        stop_at(context, 4)
-        with pytest.raises(Stopped):
-            run(folder, output, size=3 * SIZE, jobs=1, resume=True)  # 2, 1, 3
+    with pytest.raises(Stopped):
+        run(folder, output, size=3 * SIZE, jobs=1, resume=True, progress=stop_after(4))  # 2, 1, 3
     run(folder, output, size=4 * SIZE, resume=True)
     assert files(tmp_path) == files(whole)
     for name in files(whole):
@@ -264,42 +197,29 @@ def test_a_head_that_fails_leaves_nothing(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_a_failed_run_leaves_the_shards_that_were_there(source, tmp_path, monkeypatch):
+def test_a_failed_run_leaves_the_shards_that_were_there(source, tmp_path):
     output = tmp_path / "m.qf"
     run(source, output)
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
-    with monkeypatch.context() as context:
-        stop_at(context, 7)
-        with pytest.raises(Stopped):
-            run(source, output, "q4_0:search=exact", overwrite=True, jobs=1)
+    with pytest.raises(Stopped):
+        run(source, output, "q4_0:search=exact", overwrite=True, jobs=1, progress=stop_after(7))
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
-    assert not (tmp_path / "m.qf.parts").exists()
+    assert not (tmp_path / "m.qf.partial").exists()
 
 
-def test_a_second_writer_is_turned_away_and_the_first_one_is_not_disturbed(source, tmp_path, monkeypatch):
+def test_a_second_writer_is_turned_away_and_the_first_one_is_not_disturbed(source, tmp_path):
     output = tmp_path / "m.qf"
-    real, begun, go_on = encode.encode_chunk, threading.Event(), threading.Event()
 
-    def chunk(*args: Any) -> Any:
-        begun.set()
-        assert go_on.wait(60)
-        return real(*args)
+    def second(amount: int) -> None:
+        with pytest.raises(TargetError, match="another process is writing it"):
+            run(source, output)
 
-    monkeypatch.setattr(encode, "encode_chunk", chunk)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(run, source, output)
-        try:
-            assert begun.wait(60)
-            with pytest.raises(TargetError, match="another process is writing it"):
-                run(source, output)
-        finally:
-            go_on.set()
-        first.result()
+    run(source, output, progress=second)
     assert all(report.ok for report in verify([str(output)]))
 
 
 def test_a_folder_of_something_else_is_kept(source, tmp_path):
-    folder = tmp_path / "m.qf.parts"
+    folder = tmp_path / "m.qf.partial"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
     for resume in (False, True):
@@ -344,11 +264,15 @@ def test_shards_that_are_there_are_not_replaced(source, tmp_path):
     assert all(report.ok for report in verify([str(tmp_path / "m.qf")]))
 
 
-def test_shards_that_belong_to_nothing_any_more_are_told(source, tmp_path):
+def test_shards_of_a_replaced_head_are_removed(source, tmp_path):
     run(source, tmp_path / "m.qf")
+    other = tmp_path / "m-00002-of-00003.qf"
+    other.write_bytes(b"mine")  # is not the shard any more
     result = run(source, tmp_path / "m.qf", size=6 * SIZE, overwrite=True)
-    assert [path.name for path in result.left] == [f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
-    assert run(source, tmp_path / "m.qf", size=6 * SIZE, overwrite=True).left == []
+    assert result.orphaned_shards == [other]
+    assert files(tmp_path) == ["m-00001-of-00002.qf", "m-00002-of-00002.qf", other.name, "m.qf"]
+    assert run(source, tmp_path / "m.qf", size=None, overwrite=True).orphaned_shards == []
+    assert files(tmp_path) == [other.name, "m.qf"]
 
 
 def test_on_the_command_line(source, tmp_path):
