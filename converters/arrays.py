@@ -54,16 +54,13 @@ def save_file(
     path
         The file to write.
     types
-        A type string (``"q4_0"``) for floating arrays of two or more dimensions; or a mapping from shell patterns to type
-        strings, of which the last match wins; None stores everything as it is.
+        A type string such as ``"q4_0"`` for floating arrays of two or more dimensions, or a mapping from shell patterns to type
+        strings, of which the last match wins; None stores every array as it is.
     prune
-        The share of weights, the smallest ones, that become zero first: for floating arrays of two or more dimensions but
-        embeddings and output heads (`qformat.converters.prune.NOT_PRUNED`); or a mapping from shell patterns to shares, of which
-        the last match wins. Errors in the file are then those against the pruned weights.
-    metadata
-        Strings to store along.
-    assets
-        Files to store along, by relative name.
+        Share of the weights, the smallest ones, to set to zero first: in floating arrays of two or more dimensions other than
+        embeddings and output heads (`qformat.converters.prune.NOT_PRUNED`); or a mapping from patterns to shares.
+    metadata, assets
+        Strings by key, and contents of files by relative name, to store along.
     overwrite
         Replace a file at `path`.
     allow_nonfinite
@@ -89,20 +86,26 @@ def save_file(
     """
     recipe = Recipe.parse(types) if isinstance(types, str) or types is None else Recipe.parse(None, types)
     pruning = Pruning.parse(0.0, prune) if isinstance(prune, Mapping) else Pruning.parse(prune)
+    checkpoint = pruning.apply(_checkpoint(tensors, assets or {}, metadata or {}))
+    options = WriteOptions(overwrite=overwrite, jobs=jobs, allow_nonfinite=allow_nonfinite, allow_zeroed=allow_zeroed)
+    result = convert(checkpoint, Path(path), recipe, options)
+    assert result.root is not None  # it was no dry run
+    return result.root
+
+
+def _checkpoint(
+    tensors: Mapping[str, NDArray[Any]], assets: Mapping[str, bytes], metadata: Mapping[str, str]
+) -> Checkpoint:
     sources = []
     for name, array in tensors.items():
         try:
             sources.append(ArrayTensor(name, from_array(array)))
         except (TypeError, AttributeError) as error:
             raise SourceError(f"tensor {name!r}: {error}") from None
-    for name in assets or {}:
+    for name in assets:
         try:
             check_asset_name(name)
         except FormatError as error:
             raise SourceError(error.cause) from None
-    readers = {name: partial(bytes, memoryview(data)) for name, data in (assets or {}).items()}
-    checkpoint = pruning.apply(Checkpoint(sources, readers, metadata=metadata or {}))
-    options = WriteOptions(overwrite=overwrite, jobs=jobs, allow_nonfinite=allow_nonfinite, allow_zeroed=allow_zeroed)
-    result = convert(checkpoint, Path(path), recipe, options)
-    assert result.root is not None  # it was no dry run
-    return result.root
+    readers = {name: partial(bytes, memoryview(data)) for name, data in assets.items()}
+    return Checkpoint(sources, readers, metadata=metadata)

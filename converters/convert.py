@@ -13,7 +13,7 @@ from typing import Any
 from qformat.container.reader import ContainerReader
 from qformat.container.workspace import NullWorkspace, Workspace
 from qformat.converters.fingerprint import find_finished, fingerprint_of, mark_finished
-from qformat.converters.output import FileContents, WriteOptions
+from qformat.converters.output import FileContents, FileResult, WriteOptions
 from qformat.converters.runners import Runner, ThreadRunner
 from qformat.converters.split import shard_paths, split, stored_bytes
 from qformat.errors import FormatError, TargetError
@@ -62,6 +62,11 @@ class Conversion:
     resumed: int = 0
     shards: Sequence[Path] = ()
     orphaned_shards: Sequence[Path] = ()
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing was written."""
+        return self.root is None
 
     @property
     def params(self) -> int:
@@ -153,19 +158,23 @@ def convert(
             mark_finished(workspace.folder, output.name, fingerprint, results[output.name].root)
             replaced = [path.name for path, is_shard in old.items() if is_shard and path not in shards]
             workspace.commit(fingerprint=fingerprint, remove=replaced)
+    orphaned = [path for path in old if path not in shards and path.exists()]
+    return _conversion(output, plans, results, shards, orphaned, time.perf_counter() - start)
+
+
+def _conversion(
+    output: Path,
+    plans: Sequence[Plan],
+    results: Mapping[str, FileResult],
+    shards: Sequence[Path],
+    orphaned: Sequence[Path],
+    seconds: float,
+) -> Conversion:
     written = [results[path.name] for path in (*shards, output) if path.name in results]
-    return Conversion(
-        output,
-        plans,
-        [record for file in written for record in file.records],
-        written[-1].assets,
-        sum(file.nbytes for file in written),
-        written[-1].root,
-        time.perf_counter() - start,
-        sum(file.resumed for file in written),
-        shards,
-        [path for path in old if path not in shards and path.exists()],
-    )
+    records = [record for file in written for record in file.records]
+    nbytes, resumed = sum(file.nbytes for file in written), sum(file.resumed for file in written)
+    head = written[-1]
+    return Conversion(output, plans, records, head.assets, nbytes, head.root, seconds, resumed, shards, orphaned)
 
 
 def _workspace(output: Path, options: WriteOptions) -> Workspace | NullWorkspace:

@@ -61,13 +61,7 @@ class Decoders:
         return TensorDecoder(self, record, self._quality)
 
     def segments(self, home: ContainerReader, record: TensorRecord) -> list[memoryview]:
-        """Return the bytes of a tensor's segments.
-
-        Raises
-        ------
-        FormatError
-            If one is damaged.
-        """
+        """Return the bytes of a tensor's segments; raise `FormatError` if one is damaged."""
         segments = home.segments(record.segments)
         if self._verify:
             with self._lock:
@@ -109,13 +103,7 @@ class TensorDecoder:
 
     @cached_property
     def segments(self) -> list[memoryview]:
-        """The bytes of the segments that are read, compared with their digests.
-
-        Raises
-        ------
-        FormatError
-            If one is damaged.
-        """
+        """The bytes of the segments that are read, compared with their digests; raise `FormatError` if one is damaged."""
         return self._decoders.segments(self._home, self.record)
 
     @property
@@ -206,13 +194,7 @@ class TensorDecoder:
             decode(parts, out)
 
     def parts(self, chunk: Chunk) -> list[memoryview]:
-        """Return the bytes of a chunk for each part of the codec's layout.
-
-        Raises
-        ------
-        FormatError
-            If they are damaged.
-        """
+        """Return the bytes of a chunk for each part of the codec's layout; raise `FormatError` if they are damaged."""
         readers = self._readers
         with self._naming_damage():
             return [read(chunk) for read in readers]

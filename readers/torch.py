@@ -115,18 +115,17 @@ def load_model(
     Returns
     -------
     (list of str, list of str)
-        Names that the file lacks (but not those tied to a tensor that it holds), and names that the model has not (but not
-        buffers that the model computes by itself and leaves out of its state); both sorted.
+        Missing names, without those tied to a tensor that the file holds; and unexpected names, without buffers that the model
+        computes by itself and leaves out of its state. Both are sorted.
 
     Raises
     ------
     SourceError
-        If model and file do not fit: with `strict`, or if a shape differs, or only one of two tensors is floating. The model is
-        unchanged then.
+        If model and file do not fit: with `strict`, or if a shape differs, or only one of two tensors is floating.
     QualityError
-        If the quality is malformed, or a tensor's layers do not reach it. The model is unchanged then.
+        If the quality is malformed, or a tensor's layers do not reach it. In both cases the model is unchanged.
     FormatError
-        If the file is damaged; some tensors of the model may have been replaced then.
+        If the file is damaged; some tensors of the model may have been replaced.
     """
     _check_dtype(dtype)
     chosen = Quality.parse(quality)
@@ -134,17 +133,11 @@ def load_model(
     with ContainerReader(path) as container:
         records = {record.name: record for record in container.tensors}
         own = _tensors(model)
-        missing, unexpected = _compare(own, records)
-        computed = {name for name, _ in model.named_buffers()} - set(own)
-        unexpected = [name for name in unexpected if name not in computed]
+        missing, unexpected = _compare(model, own, records)
         if strict and (missing or unexpected):
-            complaints = [
-                _list(what, names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names
-            ]
-            raise SourceError(f"{container.path}: does not fit the model: {'; '.join(complaints)}")
+            raise _misfit(container, missing, unexpected)
         shared = sorted(set(own) & set(records))
-        for name in shared:
-            chosen.of(records[name])  # raises before anything is changed
+        _ = [chosen.of(records[name]) for name in shared]  # raises before anything is changed
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
             own = _tensors(model)
@@ -162,7 +155,10 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
-def _compare(own: dict[str, torch.Tensor], records: dict[str, TensorRecord]) -> tuple[list[str], list[str]]:
+def _compare(
+    model: torch.nn.Module, own: dict[str, torch.Tensor], records: dict[str, TensorRecord]
+) -> tuple[list[str], list[str]]:
+    """Return the missing and the unexpected names; raise `SourceError` for a tensor that does not fit."""
     for name in sorted(set(own) & set(records)):
         if own[name].is_meta:
             raise SourceError(f"model tensor {name!r} is on the meta device; call model.to_empty(device=...) first")
@@ -174,7 +170,8 @@ def _compare(own: dict[str, torch.Tensor], records: dict[str, TensorRecord]) -> 
             raise SourceError(f"tensor {name!r}: the model has {own[name].dtype}, the file {records[name].dtype}")
     loaded = {_place(own[name]) for name in set(own) & set(records) if own[name].numel()}
     missing = sorted(name for name in set(own) - set(records) if _place(own[name]) not in loaded)
-    return missing, sorted(set(records) - set(own))
+    computed = {name for name, _ in model.named_buffers()}  # and left out of its state
+    return missing, sorted(set(records) - set(own) - computed)
 
 
 def _is_floating(record: TensorRecord) -> bool:
@@ -184,6 +181,11 @@ def _is_floating(record: TensorRecord) -> bool:
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:
     """Return what is equal for two tensors exactly if they are tied: the same memory, seen in the same way."""
     return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _misfit(container: ContainerReader, missing: list[str], unexpected: list[str]) -> SourceError:
+    lists = [_list(what, names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+    return SourceError(f"{container.path}: does not fit the model: {'; '.join(lists)}")
 
 
 def _list(what: str, names: list[str]) -> str:

@@ -59,27 +59,23 @@ def export(
     to
         The format: ``gguf``, ``safetensors``, or ``hf`` for a Hugging Face directory.
     dtype
-        The type of tensors that are quantized and that the format cannot hold as they are: ``f32``, ``f16`` or ``bf16``, and for
-        ``gguf`` a block type such as ``q8_0``, too. None is the dtype that each tensor once had, and for ``gguf`` ``f16``.
+        Type of quantized tensors that the format cannot hold as they are: ``f32``, ``f16``, ``bf16``; for ``gguf`` also a block
+        type such as ``q8_0``. None is the dtype that each tensor had in its source, for ``gguf`` ``f16``.
     quality
         How much to read of layered tensors.
     shard_size
         Most bytes of tensors in one file of an ``hf`` directory; a larger tensor has a file for itself.
     overwrite
         Replace what stands at `output`; a directory only if it holds nothing but what would be written.
-    jobs
-        Threads; None is one for each processor. The result does not depend on it.
-    progress
-        Told of the elements that were just written.
+    jobs, progress
+        Threads (None is one for each processor), and a callback that receives the number of elements just written.
 
     Raises
     ------
     FormatError, SourceError
         If the source is damaged, or does not hold what the format needs.
-    QualityError
-        If layers do not reach the quality.
-    TypeSpecError
-        If the format has no such type.
+    QualityError, TypeSpecError
+        If layers do not reach the quality, or the format has no such type.
     TargetError
         If the output cannot be written; nothing is left there then.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import glob
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -109,26 +109,7 @@ if TYPE_CHECKING:
 @click.option("-v", "--verbose", is_flag=True, help="Print a line for each tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @jobs_option
-def command(
-    src: Path,
-    dst: Path,
-    type_: str | None,
-    overrides: tuple[str, ...],
-    options: SourceOptions,
-    prune: float,
-    prune_overrides: tuple[str, ...],
-    shard_size: int | None,
-    engine: str,
-    scheduler: str | None,
-    allow_nonfinite: bool,
-    allow_zeroed: bool,
-    resume: bool,
-    force: bool,
-    dry_run: bool,
-    verbose: bool,
-    as_json: bool,
-    jobs: int | None,
-) -> None:
+def command(src: Path, dst: Path, *, verbose: bool, as_json: bool, **settings: Any) -> None:
     """Convert the checkpoint SRC to the file DST.
 
     SRC is a Hugging Face directory (safetensors or pytorch_model.bin, sharded or not), a Meta directory (params.json and
@@ -148,39 +129,13 @@ def command(
     prunes them all the same. Errors are then measured against the pruned weights. q4_1, q5_1, nlm and some codebooks of lut have
     no level at zero and decode pruned weights to small values.
     """
-    from qformat.converters.convert import convert
-    from qformat.converters.output import WriteOptions
     from qformat.converters.prune import Pruned
-    from qformat.converters.request import Request
-    from qformat.converters.runners import DaskRunner, ThreadRunner
-    from qformat.files import is_remote
 
-    if scheduler and engine != "dask":
-        raise click.UsageError("--scheduler is for --engine dask")
-    request = Request(
-        str(src if is_remote(src) else src.absolute()),
-        options,
-        type_,
-        overrides,
-        prune,
-        prune_overrides,
-        allow_nonfinite=allow_nonfinite,
-    )
-    checkpoint, recipe = request.open()
-    for warning in checkpoint.warnings:
-        warn(warning)
-    total = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors)
-    with progress_bar(f"converting {src.name}", 0 if dry_run else total) as advance:
-        how = WriteOptions(force, resume, dry_run, shard_size, jobs, allow_nonfinite, allow_zeroed, advance)
-        runner = DaskRunner(request, scheduler, jobs) if engine == "dask" else ThreadRunner()
-        result = convert(checkpoint, dst, recipe, how, runner=runner)
+    result = _convert(src, dst, **settings)
+    pruned = {plan.source.name: plan.source for plan in result.plans if isinstance(plan.source, Pruned)}
     for plan in result.plans:
         if plan.note:
             warn(plan.note)
-    pruned = {plan.source.name: plan.source for plan in result.plans if isinstance(plan.source, Pruned)}
-    # unknown in a dry run, and for tensors that an earlier run finished
-    unknown = any(tensor.zeros is None for tensor in pruned.values())
-    zeros = None if unknown else sum(tensor.zeros or 0 for tensor in pruned.values())
     _warn_of_nothing_left(pruned.values())
     if result.orphaned_shards:
         warn(
@@ -188,11 +143,62 @@ def command(
             f"{result.orphaned_shards[0]} and so on"
         )
     if as_json:
-        echo_json(result.to_json() | {"dry_run": dry_run, "pruned_tensors": len(pruned), "pruned_weights": zeros})
+        more = {"dry_run": result.is_dry_run, "pruned_tensors": len(pruned), "pruned_weights": _zeros(pruned.values())}
+        echo_json(result.to_json() | more)
         return
     if verbose:
         _echo_tensors(result, pruned)
     _warn_of_growth(result)
+    _echo_summary(result, pruned.values())
+
+
+def _convert(
+    src: Path,
+    dst: Path,
+    type_: str | None,
+    overrides: tuple[str, ...],
+    options: SourceOptions,
+    prune: float,
+    prune_overrides: tuple[str, ...],
+    shard_size: int | None,
+    engine: str,
+    scheduler: str | None,
+    allow_nonfinite: bool,
+    allow_zeroed: bool,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    jobs: int | None,
+) -> Conversion:
+    from qformat.converters.convert import convert
+    from qformat.converters.output import WriteOptions
+    from qformat.converters.request import Request
+    from qformat.converters.runners import DaskRunner, ThreadRunner
+    from qformat.files import is_remote
+
+    if scheduler and engine != "dask":
+        raise click.UsageError("--scheduler is for --engine dask")
+    source = str(src if is_remote(src) else src.absolute())
+    request = Request(source, options, type_, overrides, prune, prune_overrides, allow_nonfinite)
+    checkpoint, recipe = request.open()
+    for warning in checkpoint.warnings:
+        warn(warning)
+    total = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors)
+    with progress_bar(f"converting {src.name}", 0 if dry_run else total) as advance:
+        how = WriteOptions(force, resume, dry_run, shard_size, jobs, allow_nonfinite, allow_zeroed, advance)
+        runner = DaskRunner(request, scheduler, jobs) if engine == "dask" else ThreadRunner()
+        return convert(checkpoint, dst, recipe, how, runner=runner)
+
+
+def _zeros(pruned: Collection[Pruned]) -> int | None:
+    """Return the number of zeros; None in a dry run, and if an earlier run finished a tensor: then they are unknown."""
+    if any(tensor.zeros is None for tensor in pruned):
+        return None
+    return sum(tensor.zeros or 0 for tensor in pruned)
+
+
+def _echo_summary(result: Conversion, pruned: Collection[Pruned]) -> None:
+    dst, dry_run = result.output, result.is_dry_run
     click.echo(f"{dst} {'would be' if dry_run else 'is'} {human_bytes(result.nbytes)} ({result.nbytes} bytes)")
     click.echo(
         f"{plural(len(result.plans), 'tensor')}, {human_count(result.params)} weights, {human_bytes(result.source_bytes)} -> "
@@ -204,9 +210,9 @@ def command(
     if result.resumed:
         click.echo(f"{result.resumed} of {len(result.plans)} tensors were finished by an earlier run")
     if pruned:
-        total = sum(tensor.elements for tensor in pruned.values())
-        least = sum(tensor.rank for tensor in pruned.values())
-        count = f"at least {human_count(least)}" if zeros is None else human_count(zeros)
+        total = sum(tensor.elements for tensor in pruned)
+        zeros = _zeros(pruned)
+        count = f"at least {human_count(sum(t.rank for t in pruned))}" if zeros is None else human_count(zeros)
         click.echo(
             f"{count} of {human_count(total)} weights in {len(pruned)} tensors {'would be' if dry_run else 'are'} pruned"
         )

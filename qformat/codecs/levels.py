@@ -109,13 +109,7 @@ class LevelCodec(ChunkEncoder):
         return _Seen(found, scales.size, values.size, several)
 
     def _fit(self, surveys: Iterable[_Seen]) -> _Fitted:
-        """Return the levels for the whole tensor.
-
-        Raises
-        ------
-        ValueError
-            If the scales alone take the bits that there are.
-        """
+        """Return the levels for the whole tensor; raise `ValueError` if the scales alone take the bits that there are."""
         survey, scales, weights, magnitudes = Survey.empty(), 0, 0, set[int]()
         for seen in surveys:
             survey.add(seen.survey)

@@ -22,13 +22,7 @@ _C = TypeVar("_C", bound=type[Codec] | type[Encoder])
 
 
 def register(class_: _C) -> _C:
-    """Make a codec, an encoder, or a class that is both known under its id, for ever.
-
-    Raises
-    ------
-    ValueError
-        If the id is taken.
-    """
+    """Make a codec, an encoder, or a class that is both known under its id, for ever; raise `ValueError` if the id is taken."""
     kinds: tuple[tuple[type, dict[str, Any]], ...] = ((Codec, _codecs), (Encoder, _encoders))
     for table in (table for kind, table in kinds if issubclass(class_, kind)):
         if class_.id in table:

@@ -262,13 +262,7 @@ _ASSET_KEYS = {"name", "offset", "length", "sha256", "encoding", "size", "conten
 
 
 def parse_tensor(value: Any) -> TensorRecord:
-    """Return a tensor's record.
-
-    Raises
-    ------
-    FormatError
-        If it is malformed.
-    """
+    """Return a tensor's record; raise `FormatError` if it is malformed."""
     record, where = _record(value, "tensor")
     check_tensor_name(record["name"])
     shape: list[Any] = _get(record, "shape", list, where)
@@ -292,13 +286,7 @@ def parse_tensor(value: Any) -> TensorRecord:
 
 
 def parse_asset(value: Any) -> AssetRecord:
-    """Return an asset's record.
-
-    Raises
-    ------
-    FormatError
-        If it is malformed.
-    """
+    """Return an asset's record; raise `FormatError` if it is malformed."""
     record, where = _record(value, "asset")
     check_asset_name(record["name"])
     segment, _ = _segment({key: record[key] for key in ("name", "offset", "length", "sha256") if key in record}, where)

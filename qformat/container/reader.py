@@ -87,13 +87,7 @@ class ContainerReader:
         check_sorted("tensor", (record.name for home in self.shards for record in home.index.tensors))
 
     def check_is(self, shard: ShardRecord) -> None:
-        """Compare the file with what the head of several says of it.
-
-        Raises
-        ------
-        FormatError
-            If it is another one.
-        """
+        """Compare the file with what the head of several says of it; raise `FormatError` if it is another one."""
         if (self.root, self.file_size) != (shard.root, shard.nbytes) or self.index.shards:
             raise FormatError("is not the shard that its head names: it was replaced or made again", path=self.path)
 
@@ -148,13 +142,7 @@ class ContainerReader:
         return self.file_size + sum(shard.file_size for shard in self.shards)
 
     def tensor(self, name: str) -> TensorRecord:
-        """Return the record of a tensor.
-
-        Raises
-        ------
-        KeyError
-            If there is none of this name.
-        """
+        """Return the record of a tensor; raise `KeyError` if there is none of this name."""
         try:
             return self._tensors[name][0]
         except KeyError:
@@ -174,13 +162,7 @@ class ContainerReader:
         return self._access.segments(segments)
 
     def check(self, segment: Segment, data: memoryview, owner: str) -> None:
-        """Compare a segment's bytes with its digest.
-
-        Raises
-        ------
-        FormatError
-            If they differ; it names `owner` and the segment.
-        """
+        """Compare a segment's bytes with its digest; raise `FormatError` if they differ; it names `owner` and the segment."""
         if hashlib.sha256(data).hexdigest() != segment.sha256:
             raise FormatError(
                 f"{owner}, segment {segment.name!r} is damaged: its SHA-256 does not match",

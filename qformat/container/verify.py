@@ -76,13 +76,7 @@ class FileReport:
 
 
 def sha256_of(path: PathLike, progress: Progress | None = None) -> str:
-    """Return the SHA-256 of a whole file, in hexadecimal.
-
-    Raises
-    ------
-    OSError
-        If it cannot be read.
-    """
+    """Return the SHA-256 of a whole file, in hexadecimal; raise `OSError` if it cannot be read."""
     digest = hashlib.sha256()
     with open_regular(Path(path)) as file:
         buffer = bytearray(_CHUNK)

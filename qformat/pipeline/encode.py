@@ -197,13 +197,7 @@ def prepare(plan: Plan, run: Run) -> TensorEncoder:
 
 
 def encode_chunk(plan: Plan, encoder: TensorEncoder, chunk: Any) -> EncodedChunk:
-    """Encode one chunk; errors name the tensor.
-
-    Raises
-    ------
-    SourceError
-        If it cannot be encoded.
-    """
+    """Encode one chunk; errors name the tensor; raise `SourceError` if it cannot be encoded."""
     try:
         return encoder.encode(chunk)
     except ValueError as error:

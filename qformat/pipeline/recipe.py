@@ -51,13 +51,7 @@ class Recipe:
         return cls(None if default is None else parse_type(default), parsed)
 
     def encoder_for(self, tensor: SourceTensor) -> Encoder:
-        """Return the encoder for a tensor.
-
-        Raises
-        ------
-        SourceError
-            If the type that is given cannot hold the tensor's dtype.
-        """
+        """Return the encoder for a tensor; raise `SourceError` if the type that is given cannot hold the tensor's dtype."""
         copies = tensor.copies()
         keep = copies[0][1]
         if not tensor.dtype.floating:

@@ -42,13 +42,7 @@ class SourceTensor(ABC):
 
     @abstractmethod
     def read(self, elements: slice) -> Elements:
-        """Return elements ``start:stop`` in row-major order, one-dimensional.
-
-        Raises
-        ------
-        SourceError
-            If they cannot be read.
-        """
+        """Return elements ``start:stop`` in row-major order, one-dimensional; raise `SourceError` if they cannot be read."""
 
     @property
     def matrix(self) -> Matrix:

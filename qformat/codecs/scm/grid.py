@@ -52,13 +52,7 @@ class Grid:
 
     @classmethod
     def parse(cls, data: bytes) -> Grid:
-        """Return the grid stored in a segment.
-
-        Raises
-        ------
-        ValueError
-            If it is not valid.
-        """
+        """Return the grid stored in a segment; raise `ValueError` if it is not valid."""
         if len(data) != _GRID.size:
             raise ValueError(f"a grid has {len(data)} bytes instead of {_GRID.size}")
         first, second, offsets = _GRID.unpack(data)
