@@ -128,8 +128,7 @@ def load_model(
         If the file is damaged; some tensors of the model may have been replaced.
     """
     _check_dtype(dtype)
-    chosen = Quality.parse(quality)
-    jobs = jobs or default_jobs()
+    chosen, jobs = Quality.parse(quality), jobs or default_jobs()
     with ContainerReader(path) as container:
         records = {record.name: record for record in container.tensors}
         own = _tensors(model)
