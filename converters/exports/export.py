@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -25,15 +25,35 @@ from qformat.pipeline.encode import Progress
 from qformat.quality import Quality
 from qformat.readers.decoder import Decoders
 
+_FLOATS = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A format of other tools.
+
+    Attributes
+    ----------
+    write
+        Writes the output into the folder of the job.
+    dtypes
+        Types that tensors may be given.
+    replaceable
+        Of a format that is a directory: whether, with these assets, an export writes a file of this name.
+    """
+
+    write: Callable[[Job, Path], Export]
+    dtypes: Sequence[str] = _FLOATS
+    replaceable: Callable[[Sequence[str], str], bool] | None = None
+
+
 Format = Literal["gguf", "safetensors", "hf"]
 
-_WRITERS: dict[str, Callable[[Job, Path], Export]] = {
-    "gguf": export_gguf,
-    "safetensors": export_safetensors,
-    "hf": export_hf,
+FORMATS: Mapping[str, ExportFormat] = {
+    "gguf": ExportFormat(export_gguf, (*_FLOATS, "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")),
+    "safetensors": ExportFormat(export_safetensors),
+    "hf": ExportFormat(export_hf, replaceable=is_replaceable),
 }
-_FLOATS = ("f32", "f16", "bf16")
-_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
 
 def export(
@@ -80,28 +100,27 @@ def export(
         If the output cannot be written; nothing is left there then.
     """
     start = time.perf_counter()
-    chosen = None if dtype is None else _parse_dtype(dtype, to)
+    format_ = FORMATS[to]
+    chosen = None if dtype is None else _parse_dtype(dtype, to, format_.dtypes)
     asked = Quality.parse(quality)
     with closing(ContainerReader(source)) as container:
         check_not_source(container, output)
         check_layers(container, asked)
         tensors = {decoder.record.name: ContainerTensor(decoder) for decoder in Decoders(container, asked)}
         names = [asset.name for asset in container.index.assets]
-        replaceable = partial(is_replaceable, names) if to == "hf" else None
+        replaceable = partial(format_.replaceable, names) if format_.replaceable else None
         fingerprint = f"export {container.root} {to} {chosen} {asked} {shard_size}"
         with Workspace(output, overwrite=overwrite, replaceable=replaceable) as workspace:
             workspace.claim([output.name], fingerprint)
             job = Job(container, tensors, workspace.folder, chosen, jobs or default_jobs(), progress, shard_size)
-            done = _WRITERS[to](job, output)
+            done = format_.write(job, output)
             workspace.commit(fingerprint=fingerprint)
     return replace(done, seconds=time.perf_counter() - start)
 
 
-def _parse_dtype(dtype: str, to: Format) -> ChunkEncoder:
+def _parse_dtype(dtype: str, to: Format, allowed: Sequence[str]) -> ChunkEncoder:
     codec = parse_type(dtype)
-    allowed = (*_FLOATS, *_BLOCKS) if to == "gguf" else _FLOATS
-    if (
-        not isinstance(codec, ChunkEncoder) or codec.id not in allowed or codec.params()
-    ):  # blocks that are entropy-coded have one
-        raise TypeSpecError(f"type {dtype!r}: what is exported to {to} can be {', '.join(allowed)}")
+    # entropy-coded blocks have the id of plain ones, and a parameter
+    if not isinstance(codec, ChunkEncoder) or codec.id not in allowed or codec.params():
+        raise TypeSpecError(f"type {dtype!r}: an export to {to} can hold {', '.join(allowed)}")
     return codec

@@ -494,7 +494,7 @@ def test_command_line(tmp_path):
     assert "left out" in result.stderr
     for arguments, code, message in (
         (["--to", "gguf"], 1, "exists already"),
-        (["--to", "gguf", "-f", "-t", "i8"], 2, "what is exported to gguf can be"),
+        (["--to", "gguf", "-f", "-t", "i8"], 2, "an export to gguf can hold"),
         (["--to", "hf", "--shard-size", "big"], 2, "no size"),
         ([], 2, "Missing option '--to'"),
     ):
