@@ -529,14 +529,7 @@ def test_quantize_stats_finds_what_convert_records(source, type_, tmp_path):
         )
 
 
-@pytest.mark.parametrize(
-    "type_",
-    [
-        "scm",
-        "scm:max_abs=0.02",
-        "scm:bpw=4",
-    ],
-)
+@pytest.mark.parametrize("type_", ["scm", "scm:max_abs=0.02", "scm:bpw=4"])
 def test_an_ideal_coder_needs_no_more_than_what_is_stored(source, type_):
     found = json.loads(run("quantize-stats", source, "-t", type_, "--json", "-").stdout)
     for result in (*found["results"], *found["totals"]):
