@@ -1,4 +1,4 @@
-"""Everything that a conversion is asked for, as plain values: another process can open the same checkpoint with it."""
+"""A request for a conversion, as plain values with which another process can open the same checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qformat.pipeline.source import Checkpoint, QuantizedSource, SourceTensor, S
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for.
+    """A request for a conversion.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Request:
     allow_nonfinite: bool = False
 
     def open(self) -> tuple[Checkpoint, Recipe]:
-        """Return the checkpoint, and what shall become of its tensors.
+        """Return the checkpoint and the recipe for its tensors.
 
         Raises
         ------
@@ -54,7 +54,7 @@ class Request:
         TypeSpecError
             If a type, a share or a pattern is malformed, or matches nothing.
         QualityError
-            If a quality is asked for that it has not.
+            If the checkpoint does not reach the quality.
         """
         recipe = Recipe.parse(DEFAULT_TYPE if self.type is None else self.type, self.overrides)
         pruning = Pruning.parse(self.prune, self.prune_overrides)
@@ -66,7 +66,7 @@ class Request:
         return replace(checkpoint, warnings=warnings), recipe
 
     def plans(self) -> list[Plan]:
-        """Return what becomes of each tensor, as `qformat.pipeline.encode.make_plans` does."""
+        """Return the plan of each tensor."""
         checkpoint, recipe = self.open()
         return make_plans(checkpoint.tensors, recipe, allow_nonfinite=self.allow_nonfinite)
 

@@ -18,7 +18,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as ``5GB``, ``500MiB`` or ``1000000``; raise `ValueError` if it is none."""
+    """Return the bytes of a size such as ``5GB``, ``500MiB`` or ``1000000``; raise `ValueError` if it is malformed."""
     match = _SIZE.fullmatch(text.strip())
     size = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()] if match else 0
     if not 1 <= size < math.inf:

@@ -102,7 +102,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         Raises
         ------
         KeyError
-            If there is none of this name.
+            If there is no tensor of this name.
         """
         return self._container.tensor(name)
 
@@ -111,12 +111,12 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         return [asset.name for asset in self._container.index.assets]
 
     def get_asset(self, name: str) -> bytes:
-        """Return a file that is stored along.
+        """Return the contents of an asset.
 
         Raises
         ------
         KeyError
-            If there is none of this name.
+            If there is no asset of this name.
         FormatError
             If it is damaged.
         """
@@ -133,12 +133,12 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
             float16, float32 or float64 for a floating tensor. None is the stored dtype for raw tensors, and float32 for
             quantized ones and for those that numpy has no dtype for (bfloat16, float8).
         copy
-            If False, a tensor stored in the dtype that is asked for is returned as a read-only view of the file.
+            If False, a tensor that is stored in the requested dtype is returned as a read-only view of the file.
 
         Raises
         ------
         KeyError
-            If there is none of this name.
+            If there is no tensor of this name.
         FormatError
             If it is damaged, or needs a newer version.
         TypeError
@@ -177,7 +177,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         Raises
         ------
         KeyError
-            If there is none of this name.
+            If there is no tensor of this name.
         IndexError
             If a row does not exist, or the tensor has fewer than two dimensions.
         FormatError
@@ -204,7 +204,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         Raises
         ------
         KeyError
-            If there is none of this name.
+            If there is no tensor of this name.
         FormatError
             If it is damaged, or needs a newer version.
         TypeError

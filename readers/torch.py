@@ -54,7 +54,7 @@ def load_file(
     path
         The file; or an open binary file object that can seek (one of ``fsspec``, say), of which no more is read than is needed.
     device
-        Where the tensors shall be.
+        Device of the tensors.
     dtype
         float16, bfloat16, float32 or float64 for the floating tensors; None is the dtype that each had in the source.
     quality
@@ -76,7 +76,7 @@ def load_file(
     QualityError
         If the quality is malformed, or a tensor's layers do not reach it.
     TypeError
-        If `dtype` is none of those above.
+        If `dtype` is not one of those above.
     """
     _check_dtype(dtype)
     chosen = Quality.parse(quality)

@@ -40,7 +40,7 @@ class Placed(Protocol):
 
     @property
     def codec(self) -> Codec:
-        """The type that it shall have."""
+        """Its type in the output."""
 
     @property
     def nbytes(self) -> int:
@@ -59,14 +59,14 @@ class Placed(Protocol):
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of a container and what it shall become.
+    """A tensor of a container and its type in the output.
 
     Attributes
     ----------
     source
         The tensor.
     codec
-        The type that it shall have, one without segments beside its elements or blocks.
+        The type: one whose only segment holds elements or blocks.
     """
 
     source: ContainerTensor
@@ -173,9 +173,9 @@ class Export:
     files
         Bytes of each file, by name.
     tensors
-        What became of the tensors.
+        The tensors as they were written.
     warnings
-        What the user should know of it, a line each.
+        Warnings for the user, one line each.
     seconds
         Time that it took.
     """

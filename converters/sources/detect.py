@@ -151,7 +151,9 @@ def _kind_of(path: Path, options: SourceOptions) -> FileKind:
         _check_quality(path, options)
     if kind is not None:
         if options.state_dict_key is not None and "state_dict_key" not in kind.options:
-            raise SourceError(f"{path}: --state-dict-key selects a part of a torch checkpoint, and this is none")
+            raise SourceError(
+                f"{path}: --state-dict-key selects a part of a torch checkpoint, and this is another kind of file"
+            )
         return kind
     if not start:
         raise SourceError(f"{path}: the file is empty; download it again")

@@ -17,17 +17,17 @@ from qformat.codecs.registry import register
 from qformat.dtypes import DTYPES, F32, Elements
 from qformat.kernels import load
 
-_INDEX = np.dtype("<u4")  # of a group
+_INDEX = np.dtype("<u4")  # number of a group
 _KINDS = {"f16": 0, "bf16": 1, "f32": 2}  # of scales, for the kernels
 
-# For each number of bits, what the search begins with: the levels at which the value of largest magnitude is tried ...
+# Starts of the search, by number of bits. Symmetric: levels on which the value of largest magnitude is placed.
 _EXTREMES = {
     2: (-2.0, -1.6, -1.2, -2.4, -2.8, -3.2, 1.0, 1.3, 0.8, 1.6, 2.2, 2.7, 3.2),
     3: (-4.0, -3.5, -3.1, -4.4, -4.9, -5.5, -6.2, 3.0, 2.6, 3.4, 3.9, 4.5, 5.2),
     4: (-8.0, -7.4, -7.0, -6.6, -8.6, -9.3, -10.1, -11.5, 7.0, 6.6, 6.2, 7.6, 8.3, 9.2),
     8: (-128.0, -127.6, -127.2, -126.7, -128.5, -129.0, -130.0, 127.0, 126.6, 126.2, 127.5, 128.0, 129.0),
 }
-# ... or the number of steps that the range of values is cut into.
+# Asymmetric: numbers of steps into which the range of values is divided.
 _STEPS = {
     2: (3.0, 3.6, 4.2, 4.9, 5.6, 6.5, 2.5),
     3: (7.0, 7.6, 8.2, 8.9, 9.7, 10.8, 6.4),
@@ -39,7 +39,7 @@ _STEPS = {
 @register
 @dataclass(frozen=True)
 class Affine(PackedCodec):
-    """Unsigned integers, less a zero, times a scale; both are chosen for nearly the least squared error.
+    """Integers of 2, 3, 4 or 8 bits with a scale, and possibly a zero point, per group of columns.
 
     Parameters
     ----------
@@ -48,11 +48,11 @@ class Affine(PackedCodec):
     group
         Columns that share a scale, a multiple of 32; or ``row``.
     sym
-        Whether the zero is in the middle, so that none is stored.
+        Whether the zero point is the middle code and is not stored.
     scale
-        The dtype of the scales.
+        Dtype of the scales.
     act_order
-        Whether a list tells the group of each column, as GPTQ's ``g_idx`` does; groups may have any size then. Only copied.
+        Whether a segment lists the group of each column, as GPTQ's ``g_idx`` does; groups may then have any size. Only copied.
     """
 
     id: ClassVar[str] = "affine"
@@ -77,7 +77,7 @@ class Affine(PackedCodec):
         return self.bits
 
     def chunk_alignment(self, matrix: Matrix) -> int:
-        """Return the columns of a group; or whole rows, if they are no longer or the columns of a group stand anywhere in them."""
+        """Return the columns of a group; or whole rows, if they are not longer or the columns of a group are scattered."""
         cols = max(1, matrix.cols)
         return self.padded(cols if self.act_order else self._columns(cols))
 

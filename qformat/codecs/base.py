@@ -1,4 +1,4 @@
-"""Codecs and encoders: what a file records of a tensor, and what a tensor can be asked to become."""
+"""Codecs, which a file records, and encoders, which a user requests."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def option(default: Any) -> Any:
 
 
 def optional(default: Any, *, copied: bool = False) -> Any:
-    """Declare a parameter that is recorded only if it is not the default; one that is `copied` cannot be asked for."""
+    """Declare a parameter that is recorded only if it is not the default; one that is `copied` cannot be requested."""
     return field(default=default, metadata={"optional": True, "copied": copied})
 
 
@@ -211,7 +211,7 @@ class Codec(ABC):
 
 
 class Encoder(ABC):
-    """What a tensor can be asked to become: a type string such as ``q4_0:search=exact``, or a copy of codes."""
+    """A way of making an encoded tensor, given by a type string such as ``q4_0:search=exact``; or a copy of codes."""
 
     id: ClassVar[str]
 
@@ -254,7 +254,7 @@ class Encoder(ABC):
 
 @dataclass(frozen=True)
 class ChunkEncoder(Codec, Encoder):
-    """A codec that can be asked for and encodes each chunk by itself, after passes over the tensor or without any."""
+    """A codec that can be requested and that encodes each chunk by itself, possibly after passes over the tensor."""
 
     @abstractmethod
     def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:

@@ -90,7 +90,7 @@ class BlockCodec(QuantizedCodec):
         return self.entropy_coded(encoded, elements.data.size) if self.coded else encoded
 
     def entropy_coded(self, encoded: EncodedChunk, elements: int) -> EncodedChunk:
-        """Entropy-code the plain blocks of a chunk of so many elements."""
+        """Entropy-code the plain blocks of a chunk; `elements` excludes padding."""
         blocks = np.frombuffer(encoded.parts[0], np.uint8).reshape(-1, self.block_bytes)
         chunk, entropy = coded_blocks.pack(blocks, self.header_bytes, self.codes or 256, elements)
         return replace(encoded, parts=(chunk,), entropy=entropy)
@@ -100,7 +100,7 @@ class BlockCodec(QuantizedCodec):
         self._decode_rows(self.plain(parts, *out.shape), out)
 
     def plain(self, parts: Sequence[Buffer], rows: int, cols: int) -> Sequence[Buffer]:
-        """Return the parts of a chunk of so many rows and columns with plain blocks."""
+        """Return the parts of a chunk with plain blocks."""
         if not self.coded:
             return parts
         blocks = np.empty((rows * self.padded(cols) // self.block_size, self.block_bytes), np.uint8)

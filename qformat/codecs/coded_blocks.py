@@ -51,7 +51,7 @@ def unpack(chunk: Buffer, blocks: U8, header: int, base: int, elements: int) -> 
     Raises
     ------
     ValueError
-        If the chunk is none that an encoder can have written.
+        If no encoder can have written the chunk.
     """
     reader = StreamReader(chunk)
     numbers = np.empty((len(blocks), header), np.uint8)

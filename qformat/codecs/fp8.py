@@ -16,7 +16,7 @@ from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
 from qformat.dtypes import DTYPES, DType, Elements
 
-_BAND = np.dtype("<u4")  # number of one
+_BAND = np.dtype("<u4")  # number of a band
 
 
 @register
@@ -47,7 +47,7 @@ class Fp8(Codec):
                 raise ValueError(f"rows and cols may be all or a positive number up to {LONGEST}, not {size}")
 
     def chunk_alignment(self, matrix: Matrix) -> int:
-        """Return whole rows."""
+        """Return the columns of a row."""
         return max(1, matrix.cols)
 
     def layout(self, matrix: Matrix) -> Layout:
@@ -80,14 +80,14 @@ class Fp8(Codec):
         check_length(parts[-1], out.size, "codes")
         codes = np.frombuffer(parts[-1], np.uint8).reshape(out.shape)
         values = Elements(DTYPES[f"f8_{self.format}"], np.arange(256, dtype=np.uint8)).to_f32()
-        np.take(values, codes, out=out, mode="clip")  # which is faster than to check
+        np.take(values, codes, out=out, mode="clip")  # faster than a check of indices, which cannot be out of range
         if self.cols != "all" and scales.shape[1] > 1:
             scales = np.repeat(scales, self.cols, axis=1)[:, : out.shape[1]]
         with np.errstate(all="ignore"):
             np.multiply(out, scales, out=out)
 
     def _scales_of_rows(self, parts: Sequence[Buffer], rows: int, cols: int) -> NDArray[np.float32]:
-        """Return the scales of each row, or one row of them that is for all."""
+        """Return the scales of each row, or a single row of scales that all rows share."""
         stored = parts[0]
         bands = {1: rows, "all": 1}.get(self.rows, len(stored) // max(1, self._band_bytes(cols)))
         check_length(stored, bands * self._band_bytes(cols), "scales")

@@ -1,4 +1,4 @@
-"""GGUF's other types, carried as they are and decoded by the gguf package (spec/codecs.md, "ggml")."""
+"""Other types of GGUF, which are copied, and decoded by the gguf package (spec/codecs.md, "ggml")."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ GGML_BLOCKS = {
 @register
 @dataclass(frozen=True)
 class Ggml(RowCodec):
-    """Blocks of a type that GGUF has and this format has not, such as its K-quants.
+    """Blocks of a GGUF type without a codec of its own, such as a K-quant.
 
     Parameters
     ----------
@@ -85,13 +85,13 @@ class Ggml(RowCodec):
         if not out.size:  # which gguf does not expect
             return
         blocks = np.frombuffer(parts[0], np.uint8).reshape(len(out), -1)
-        with np.errstate(all="ignore"):  # of infinities and NaNs the caller makes what it likes
+        with np.errstate(all="ignore"):  # infinity and NaN are the caller's concern
             out[:] = _decoder(self.type)(blocks)
 
 
 @cache
 def _decoder(type_: str) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """Return what decodes rows of blocks of a type."""
+    """Return the function that decodes rows of blocks of a type."""
     try:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize

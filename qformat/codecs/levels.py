@@ -29,22 +29,22 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LevelCodec(ChunkEncoder):
-    """Codes that name levels, of which the middle one is zero.
+    """Codes that number levels, of which the middle one is zero.
 
     Parameters
     ----------
     scale
-        What has a scale: nothing (``tensor``), each ``row``, or each ``group`` of columns of a row.
+        Scales are per ``row``, per ``group`` of columns of a row, or absent (``tensor``).
     group
-        Columns of a group; without meaning, and 128, with another scale.
+        Columns of a group; 128, and ignored, with any other `scale`.
     dtype
-        Of the scales; without meaning, and f16, if there are none.
+        Dtype of the scales; f16, and ignored, without scales.
     sparsity
-        Share of the weights that become zero, the smallest ones: of the tensor, if it has no scales, as many as a histogram tells;
-        of each row or group at least so many, and those that tie with the last. 0 lets the error decide.
+        Share of the weights, the smallest ones, to set to zero: in the tensor, as well as a histogram allows, if it has no scales;
+        else in each row or group, ties included. With 0 the error decides.
     bpw
-        Bits per weight that codes and scales take at most, or ``any``. (A file has some 100 bytes more for each tensor.) The fewer,
-        the more weights become zero.
+        Bits per weight that codes and scales may take, or ``any``: the fewer, the more weights become zero. (A tensor takes some
+        100 bytes more in a file.)
     """
 
     scale: Literal["row", "tensor", "group"] = "row"
@@ -81,7 +81,7 @@ class LevelCodec(ChunkEncoder):
         return min(self.group, cols) if self.scale == "group" else cols
 
     def chunk_alignment(self, matrix: Matrix) -> int:
-        """Return the columns that share a scale, or 1 if there is none."""
+        """Return the columns that share a scale; 1 without scales."""
         return max(1, self._columns(matrix.cols)) if self.scale != "tensor" else 1
 
     def layout(self, matrix: Matrix) -> Layout:
@@ -93,32 +93,34 @@ class LevelCodec(ChunkEncoder):
     def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
         """Fit the levels to the whole tensor."""
         chunks = tensor.matrix.chunks(self.chunk_alignment(tensor.matrix))
-        return self.encoder_of(tensor, self._fit(run(lambda chunk: self._count(tensor.read_chunk(chunk)), chunks)))
+        return self.encoder_of(
+            tensor, self._fit(run(lambda chunk: self._chunk_stats(tensor.read_chunk(chunk)), chunks))
+        )
 
-    def _count(self, elements: Elements) -> _Seen:
-        """Count the weights of a chunk, over their scales if there are any."""
+    def _chunk_stats(self, elements: Elements) -> _ChunkStats:
+        """Return the statistics of a chunk, of weights divided by their scales if there are any."""
         values = np.ascontiguousarray(elements.to_f32())
         found = Survey.empty()
         if self.scale == "tensor":
             load("lut").survey(values.reshape(-1), found.counts, found.sums)
-            return _Seen(found, 0, values.size, set())
+            return _ChunkStats(found, 0, values.size, set())
         squares, magnitudes = self._measured(values)
         scales = self._scales(values.shape, squares, magnitudes)
         load("lut").survey(self._unscaled(values, scales).reshape(-1), found.counts, found.sums)
         several = set(np.unique(magnitudes[squares > 0])[:2].tolist())
-        return _Seen(found, scales.size, values.size, several)
+        return _ChunkStats(found, scales.size, values.size, several)
 
-    def _fit(self, surveys: Iterable[_Seen]) -> _Fitted:
-        """Return the levels for the whole tensor; raise `ValueError` if the scales alone take the bits that there are."""
+    def _fit(self, chunk_stats: Iterable[_ChunkStats]) -> _Fitted:
+        """Return the levels for the whole tensor; raise `ValueError` if the scales alone use up `bpw`."""
         survey, scales, weights, magnitudes = Survey.empty(), 0, 0, set[int]()
-        for seen in surveys:
-            survey.add(seen.survey)
-            scales, weights = scales + seen.scales, weights + seen.weights
-            magnitudes |= seen.magnitudes
+        for stats in chunk_stats:
+            survey.add(stats.survey)
+            scales, weights = scales + stats.scales, weights + stats.weights
+            magnitudes |= stats.magnitudes
         if self.bpw == "any" and self._sparsity == 0 and len(magnitudes) == 1 and magnitudes != {0}:
             return _Fitted(_of_magnitude(magnitudes.pop(), self.size), scaled=False)
         if self.bpw == "any":
-            # of a row or group, what shall become zero is so already
+            # with scales, the smallest weights of each row or group are zero already
             return _Fitted(fit(survey, self.size, sparsity=self._sparsity if self.scale == "tensor" else 0.0))
         taken = 8 * DTYPES[self.dtype].size * scales / max(1, weights)
         if taken >= float(self.bpw):
@@ -146,7 +148,7 @@ class LevelCodec(ChunkEncoder):
         if scaled:
             scales = self._refined(values, codes[: values.size], levels.entries, scales)
         decoded = np.empty(values.size, np.float32)
-        self._give(symbols, levels.entries, scales, cols, decoded)
+        self._expand(symbols, levels.entries, scales, cols, decoded)
         writer = StreamWriter()
         writer.stream(symbols, self.size)
         parts: list[Buffer] = [writer.chunk(values.size), levels.entries.tobytes()]
@@ -162,7 +164,7 @@ class LevelCodec(ChunkEncoder):
         return EncodedChunk(tuple(parts), True, error, int(not math.isfinite(error.squares)), zeroed, writer.entropy)
 
     def _measured(self, values: Floats) -> tuple[NDArray[np.float64], NDArray[np.uint32]]:
-        """Return the sum of squares of each group, and the bits of its magnitude if all but zeros has the same, else 0."""
+        """Return each group's sum of squares, and the bits of its magnitude if all weights but zeros have the same, else 0."""
         rows, cols = values.shape
         squares = np.empty(rows * cuts(cols, self._columns(cols)))
         magnitudes = np.empty(squares.size, np.uint32)
@@ -170,7 +172,7 @@ class LevelCodec(ChunkEncoder):
         return squares, magnitudes
 
     def _scales(self, shape: tuple[int, ...], squares: NDArray[np.float64], magnitudes: NDArray[np.uint32]) -> Floats:
-        """Return the scale of each group, rounded to its dtype: its root mean square, or the magnitude that all but zeros have."""
+        """Return the scale of each group, rounded to its dtype: its common magnitude if it has one, else its root mean square."""
         rows, cols = shape
         columns = self._columns(cols)
         sizes = np.tile(np.diff(np.append(np.arange(0, cols, columns), cols)), rows)
@@ -185,7 +187,7 @@ class LevelCodec(ChunkEncoder):
         return Elements(DTYPES[self.dtype], self._stored(scales)).to_f32()
 
     def _unscaled(self, values: Floats, scales: Floats) -> Floats:
-        """Return the weights over their scales, without those that sparsity makes zero."""
+        """Return the weights divided by their scales; those that `sparsity` removes are zero."""
         cols = values.shape[1]
         least = np.zeros(scales.size, np.float32)
         if self._sparsity:
@@ -212,8 +214,8 @@ class LevelCodec(ChunkEncoder):
         starts = np.arange(0, values.shape[1], self._columns(values.shape[1]))
         return np.logical_or.reduceat(values != 0, starts, axis=1).reshape(-1)
 
-    def _give(self, symbols: U8, entries: Floats, scales: Floats, cols: int, out: Floats) -> None:
-        """Put the values of symbols into a flat array of rows."""
+    def _expand(self, symbols: U8, entries: Floats, scales: Floats, cols: int, out: Floats) -> None:
+        """Decode symbols into a flat array of rows."""
         table = entries[digit_table(self.size)].reshape(-1)
         load("symbols").values(symbols, table, digits_per_symbol(self.size), out)
         if self.scale != "tensor":
@@ -223,10 +225,10 @@ class LevelCodec(ChunkEncoder):
         """Decode the rows of a chunk."""
         rows, cols = out.shape
         entries, scales = self.numbers(parts[1:], Matrix(rows, cols))
-        self._give(self._symbols(parts[0], out.size), entries, scales.reshape(-1), cols, out.reshape(-1))
+        self._expand(self._symbols(parts[0], out.size), entries, scales.reshape(-1), cols, out.reshape(-1))
 
     def numbers(self, parts: Sequence[Buffer], matrix: Matrix) -> tuple[Floats, Floats]:
-        """Return the levels, and the scales of the groups of each row: two-dimensional, a single 1 if there are none.
+        """Return the levels, and the scales of the groups of each row: of shape (rows, groups), or (1, 1) and 1 without scales.
 
         Parameters
         ----------
@@ -238,7 +240,7 @@ class LevelCodec(ChunkEncoder):
         Raises
         ------
         ValueError
-            If the bytes are none that an encoder can have written.
+            If no encoder can have written the bytes.
         """
         if not matrix.elements:
             return np.zeros(self.size, np.float32), np.ones((1, 1), np.float32)
@@ -254,7 +256,7 @@ class LevelCodec(ChunkEncoder):
         return entries, scales
 
     def decode_codes(self, parts: Sequence[Buffer], out: NDArray[np.int8]) -> None:
-        """Give the codes of a chunk, from -(n - 1) / 2 to (n - 1) / 2.
+        """Decode the codes of a chunk, from -(n - 1) / 2 to (n - 1) / 2.
 
         Parameters
         ----------
@@ -266,7 +268,7 @@ class LevelCodec(ChunkEncoder):
         Raises
         ------
         ValueError
-            If the bytes are none that an encoder can have written.
+            If no encoder can have written the bytes.
         """
         table = (digit_table(self.size) - np.uint8(self.size // 2)).reshape(-1)
         symbols = self._symbols(parts[0], out.size)
@@ -285,11 +287,8 @@ class LevelCodec(ChunkEncoder):
         return {"histogram": np.bincount(codes + self.size // 2, minlength=self.size)}
 
 
-class _Seen(NamedTuple):
-    """What a survey found: weights by their bins, how many scales and weights there are, and up to two magnitudes of groups.
-
-    The magnitude of a group is 0 if it has several.
-    """
+class _ChunkStats(NamedTuple):
+    """Statistics of a chunk: histogram, number of scales and of weights, and up to two magnitudes of groups (0: mixed)."""
 
     survey: Survey
     scales: int
@@ -298,14 +297,14 @@ class _Seen(NamedTuple):
 
 
 class _Fitted(NamedTuple):
-    """The levels, and whether they are for weights over the scale of their group, or for weights as they are."""
+    """The levels, and whether they are for weights divided by their scales."""
 
     levels: Levels
     scaled: bool = True
 
 
 def _of_magnitude(magnitude: int, size: int) -> Levels:
-    """Return the levels for weights that are ternary already."""
+    """Return the levels of weights that have a single magnitude besides zero, which they represent exactly."""
     entries, thresholds = np.zeros(size, np.float32), np.full(size - 1, np.inf, np.float32)
     half = size // 2
     level = np.array([magnitude], np.uint32).view(np.float32)[0]
@@ -323,7 +322,7 @@ def _number(text: str) -> float:
 
 
 def _least(values: Floats, share: float) -> Floats:
-    """Return for each row the least magnitude that is not among the smallest ones, so many that they are a share of it at least."""
+    """Return for each row the least magnitude that is kept when at least this share of its weights is set to zero."""
     count = math.ceil(share * values.shape[1] * (1 - 1e-12))
     smallest = np.partition(np.abs(values), count - 1, axis=1)[:, count - 1]
     with np.errstate(over="ignore"):

@@ -24,16 +24,16 @@ I64 = NDArray[np.int64]
 Patterns = NDArray[Any]
 
 _MOST_GROUPS = 16
-_SPARSE = 64  # a group is sparse if at least one of so many elements is zero
-_PLAIN = 2  # added to the mark of a group whose elements are stored by their bytes
-_SCATTERED = 16  # so they are if the heads of more than one of so many elements do not fit
-_ELSEWHERE = 255
+_SPARSE = 64  # a group is sparse if at least one element in 64 is zero
+_PLAIN = 2  # added to the mark of a group whose elements are stored byte by byte ...
+_SCATTERED = 16  # ... because the heads of more than one element in 16 lie outside the 255 that have symbols
+_ELSEWHERE = 255  # symbol of the other heads, which are stored in full
 
 
 @register
 @dataclass(frozen=True)
 class Lossless(ChunkEncoder):
-    """Floats bit for bit, in fewer bytes: exponents are entropy-coded, and all else that does not look random."""
+    """Floats bit for bit, in fewer bytes: exponents are entropy-coded, and mantissas as far as they are not random."""
 
     id: ClassVar[str] = "lossless"
 
@@ -42,7 +42,7 @@ class Lossless(ChunkEncoder):
         return dtype
 
     def is_lossless(self, dtype: DType) -> bool:
-        """Return whether these are floats, which are kept bit for bit."""
+        """Return whether these are floats."""
         return dtype.floating
 
     def layout(self, matrix: Matrix) -> Layout:
@@ -77,7 +77,7 @@ class Lossless(ChunkEncoder):
         else:
             groups = reader.stream(len(out))
             if groups.max() >= count:
-                raise ValueError("a row is in a group that there is not")
+                raise ValueError("a row is in a group that does not exist")
             for number in range(count):
                 rows = np.flatnonzero(groups == number)
                 values = np.empty((rows.size, out.shape[1]), patterns.dtype)
@@ -114,7 +114,7 @@ def _write_group(writer: StreamWriter, patterns: Patterns, counts: I64, exponent
 
 
 def _base(counts: I64) -> tuple[int, int]:
-    """Return the base that most heads fit, and how many do not."""
+    """Return the base of the 255 consecutive heads that occur most often, and the number of other heads."""
     reached = np.concatenate([[0], np.cumsum(np.concatenate([counts, counts[: _ELSEWHERE - 1]]))])
     fitting = reached[_ELSEWHERE:] - reached[:-_ELSEWHERE]
     return int(fitting.argmax()), int(reached[VALUES] - fitting.max())
@@ -133,13 +133,13 @@ def _read_group(reader: StreamReader, patterns: Patterns, exponent: int) -> None
         return
     bits = np.unpackbits(reader.stream(-(-patterns.size // 8)), bitorder="little")
     if bits[patterns.size :].any():
-        raise ValueError("elements are marked that there are not")
+        raise ValueError("elements are marked that do not exist")
     used = bits[: patterns.size].view(bool)
     values = np.empty(int(np.count_nonzero(used)), patterns.dtype)
     if values.size:
         _read_parts(reader, values, exponent)
     if not values.all():
-        raise ValueError("an element is zero that is marked not to be")
+        raise ValueError("an element that is marked as nonzero is zero")
     patterns[:] = 0
     patterns[used] = values
 
@@ -156,7 +156,7 @@ def _read_parts(reader: StreamReader, patterns: Patterns, exponent: int) -> None
 
 
 def _bytes(patterns: Patterns) -> list[U8]:
-    """Return the bytes of elements by their place, the highest first."""
+    """Return the bytes of all elements by significance, the most significant first."""
     if patterns.itemsize == 2:
         second, first = (np.empty(patterns.size, np.uint8) for _ in range(2))
         load("float_parts").split_16(patterns, second, first)

@@ -1,4 +1,4 @@
-"""Codes that name entries of a codebook (spec/codecs.md, "lut")."""
+"""Codes that index a codebook (spec/codecs.md, "lut")."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from qformat.kernels import load
 @register
 @dataclass(frozen=True)
 class Lut(PackedCodec):
-    """One codebook for a tensor, or one for each block of a row.
+    """Codes of 2, 3 or 4 bits that index one codebook for the tensor, or one per block of a row.
 
     Parameters
     ----------
     scope
-        What has a codebook: the ``tensor``, or each ``block``.
+        Whether there is one codebook for the ``tensor``, or one for each ``block``.
     block
-        Columns of a block; without meaning, and 128, with scope ``tensor``.
+        Columns of a block; 128, and ignored, with scope ``tensor``.
     size
         Entries of a codebook.
     scale
-        ``row``: weights are divided by the root mean square of their row first.
+        With ``row``, weights are first divided by the root mean square of their row.
     fit
-        How the codebook is found: ``lloyd`` gives the least squared error, ``percentile`` takes percentiles of the weights,
-        ``gauss`` uses all codes evenly if weights are Gaussian.
+        How the codebook is found: ``lloyd`` minimizes the squared error, ``percentile`` takes percentiles of the weights,
+        ``gauss`` uses all codes equally often for Gaussian weights.
     """
 
     id: ClassVar[str] = "lut"
@@ -76,7 +76,7 @@ class Lut(PackedCodec):
         return self.block if self.scope == "block" else 0
 
     def chunk_alignment(self, matrix: Matrix) -> int:
-        """Return the columns of a block; whole rows if they are no longer, or have a scale."""
+        """Return the columns of a block; whole rows if they are not longer, or have a scale."""
         if self.scale == "row":
             return self.padded(max(1, matrix.cols))
         return self.padded(min(self._columns, max(1, matrix.cols))) if self._columns else self.block_size
@@ -95,7 +95,7 @@ class Lut(PackedCodec):
         return self.encoder_of(tensor, self._fit(run(lambda chunk: self._count(tensor.read_chunk(chunk)), chunks)))
 
     def _count(self, elements: Elements) -> Survey:
-        """Count the weights of a chunk, over the scales of their rows if there are any."""
+        """Return the histogram of a chunk, of weights divided by the scales of their rows if there are any."""
         values = elements.to_f32()
         if self.scale == "row":
             values = self._unscaled(values)
@@ -113,7 +113,7 @@ class Lut(PackedCodec):
         return fit_lloyd(survey, self.size)[0]
 
     def _unscaled(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Divide rows by their scales; of those whose scale is 0 nothing finite is left."""
+        """Divide rows by their scales; rows whose scale is 0 become infinite or NaN, which a histogram ignores."""
         scales = self._row_scales(self._pad(values), values.shape[1]).astype(np.float32)
         with np.errstate(all="ignore"):
             divided: NDArray[np.float32] = values / scales[:, None]
@@ -154,7 +154,7 @@ class Lut(PackedCodec):
         return Quantized(parts, lanes, peak, largest, overflowed, zeroed)
 
     def _zeroed(self, entries: NDArray[np.float16], values: NDArray[np.float32]) -> int:
-        """Return how many codebooks of zeros there are for weights that are not."""
+        """Return the number of codebooks of zeros for weights that are not all zero."""
         dead = ~entries.reshape(-1, self.size).any(axis=1)
         if not dead.any():
             return 0

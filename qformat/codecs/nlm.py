@@ -20,15 +20,14 @@ from qformat.kernels import load
 @register
 @dataclass(frozen=True)
 class Nlm(BlockCodec):
-    """Four bits for each weight and 24 for each block.
+    """Blocks of four-bit codes on one of four non-linear rows of levels, with a range and a minimum: 4.75 bits per weight.
 
     Parameters
     ----------
     block
         Weights of a block.
     optimize
-        What the mapping, range and minimum of a block are chosen for: the least squared error (``rmse``), or the least maximum
-        of the absolute error (``max``).
+        Criterion for the mapping, range and minimum of a block: least squared error (``rmse``) or least maximum error (``max``).
     """
 
     id: ClassVar[str] = "nlm"
@@ -46,7 +45,7 @@ class Nlm(BlockCodec):
 
     @property
     def takes_bf16(self) -> bool:
-        """Its searches do not."""
+        """False: its searches take float32."""
         return False
 
     def _fill(

@@ -13,13 +13,13 @@ from qformat.codecs.registry import register
 @register
 @dataclass(frozen=True)
 class Q4_0(SearchedBlockCodec):  # noqa: N801  the format's name
-    """Four bits and a sixteenth of a binary16 for each weight.
+    """Blocks of 32 four-bit codes with a scale: 4.5 bits per weight.
 
     Parameters
     ----------
     search
-        How the scale is chosen: ``naive`` takes the largest weight over -8, as GGUF does; ``table`` the best of a few
-        divisors, refined by least squares; ``exact`` the best scale there is.
+        How the scale is chosen: ``naive`` divides the weight of largest magnitude by -8, as GGUF does; ``table`` takes the best
+        of twelve divisors, refined by least squares; ``exact`` the scale of least squared error among all binary16 numbers.
     """
 
     id: ClassVar[str] = "q4_0"

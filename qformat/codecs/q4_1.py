@@ -13,13 +13,13 @@ from qformat.codecs.registry import register
 @register
 @dataclass(frozen=True)
 class Q4_1(SearchedBlockCodec):  # noqa: N801  the format's name
-    """Five bits for each weight.
+    """Blocks of 32 four-bit codes with a scale and a minimum: 5 bits per weight.
 
     Parameters
     ----------
     search
-        How scale and minimum are chosen: ``naive`` lets the codes run from the smallest weight to the largest, as GGUF does;
-        ``als`` refines several such choices by least squares; ``best`` does so with many more and comes close to the optimum.
+        How scale and minimum are chosen: ``naive`` spreads the codes from the smallest weight to the largest, as GGUF does;
+        ``als`` refines several starts by alternating least squares; ``best`` many more, close to the optimum.
     """
 
     id: ClassVar[str] = "q4_1"

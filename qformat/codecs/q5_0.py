@@ -12,7 +12,7 @@ from qformat.codecs.registry import register
 @register
 @dataclass(frozen=True)
 class Q5_0(BlockCodec):  # noqa: N801  the format's name
-    """Five and a half bits for each weight; the scale is the largest weight over -16, as GGUF has it."""
+    """Blocks of 32 five-bit codes with a scale, the weight of largest magnitude over -16 as in GGUF: 5.5 bits per weight."""
 
     id: ClassVar[str] = "q5_0"
     codes: ClassVar[int] = 32

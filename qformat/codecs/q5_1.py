@@ -12,7 +12,7 @@ from qformat.codecs.registry import register
 @register
 @dataclass(frozen=True)
 class Q5_1(BlockCodec):  # noqa: N801  the format's name
-    """Six bits for each weight; the codes run from the smallest weight to the largest, as GGUF has it."""
+    """Blocks of 32 five-bit codes with a scale and a minimum, spread over all weights as in GGUF: 6 bits per weight."""
 
     id: ClassVar[str] = "q5_1"
     pads_with_zeros: ClassVar[bool] = False

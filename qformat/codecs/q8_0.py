@@ -12,6 +12,6 @@ from qformat.codecs.registry import register
 @register
 @dataclass(frozen=True)
 class Q8_0(BlockCodec):  # noqa: N801  the format's name
-    """Eight and a half bits for each weight; the scale is the largest magnitude over 127, as GGUF has it."""
+    """Blocks of 32 eight-bit codes with a scale, the largest magnitude over 127 as in GGUF: 8.5 bits per weight."""
 
     id: ClassVar[str] = "q8_0"

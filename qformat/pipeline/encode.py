@@ -22,7 +22,7 @@ from qformat.records import TensorRecord
 #: callback; receives the number of weights that were just processed
 Progress = Callable[[int], None]
 
-# A tensor of so many chunks is one task; the chunks of a larger one are tasks of their own, and so are the passes over it.
+# A tensor of up to this many chunks is one task; of a larger tensor, each chunk is a task, also in the passes over it.
 _FEW_CHUNKS = 4
 
 

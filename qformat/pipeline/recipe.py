@@ -77,7 +77,7 @@ def _never_encoded(tensor: SourceTensor) -> str:
 
 
 def _is_fulfilled(encoder: Encoder, codec: Codec) -> bool:
-    """Return whether the codes of a codec are all that an encoder asks for."""
+    """Return whether the codes of a codec fulfil a request."""
     if not isinstance(encoder, ChunkEncoder) or not encoder.decodes_like(codec):
         return False
     # a search for better codes than those that are there is in vain; another option, a sparsity say, is not

@@ -1,4 +1,4 @@
-"""Significance coding in layers: `codec` (what a file holds), `encoder` (what can be asked for), and their parts."""
+"""Significance coding in layers: the codec, its encoder, and their parts."""
 
 from qformat.codecs.scm.codec import Scm
 from qformat.codecs.scm.encoder import ScmEncoder

@@ -37,16 +37,16 @@ from qformat.entropy.streams import StreamWriter
 from qformat.quality import METRICS, Metric, room, within
 from qformat.records import MeasuredError, decimal
 
-#: bits for each weight of the layers that a file has
+#: bits per weight of the layers
 LADDER = (*(number / 4 for number in range(8, 25)), 7.0, 8.0)
 _INEFFICIENCY = 1.0015  # of the entropy coder
-_STEPS_PER_BIT = 2048  # by so many numbers a step has to rise, about, to save a bit
-_TINY = 2.0**-92  # the finest steps do not tell weights below apart
-_ROUGH = 13  # of the room of a layer one part in 2^13 is left, as what it takes is not known exactly
+_STEPS_PER_BIT = 2048  # a step whose number is greater by about this many saves a bit
+_TINY = 2.0**-92  # the finest step cannot distinguish smaller weights
+_ROUGH = 13  # one part in 2^13 of the room of a layer is left, since its size is only estimated
 _SMALL = 1 << 18  # elements
-_FEW = 1 << 16  # weights other than zero, for which one more layer does not pay for its record
-# If the first layer leaves a larger share of its room, steps are made finer, by so much of what would fill it; after so many tries
-# what fits is taken
+_FEW = 1 << 16  # with fewer weights other than zero, one more layer does not pay for its record
+# The step is made finer while the first layer leaves more than this share of its room, by this fraction of what would fill it,
+# for at most this many tries
 _SPARE, _CAUTION, _TRIES = 0.004, 0.9, 3
 
 
@@ -67,7 +67,7 @@ class RateTarget:
         return [room(rate, elements) for rate in sorted([*rates, self.bits])]
 
     def fits(self, nbytes: int, elements: int) -> bool:
-        """Return whether layers may take so many bytes."""
+        """Return whether layers of this size are within the target."""
         return self.bits is None or within(nbytes, elements, self.bits)
 
 
