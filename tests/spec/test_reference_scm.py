@@ -38,7 +38,7 @@ from tests.helpers.scm_encoder import (
     source,
     tensors,
 )
-from tests.helpers.stream_encoder import CHUNK_ELEMENTS, CONSTANT, RAW, join, random_letters, stream
+from tests.helpers.stream_encoder import CHUNK_ELEMENTS, CONSTANT, RAW, join, random_symbols, stream
 
 # ---- a small encoder, written from the text
 
@@ -156,9 +156,9 @@ def test_the_reference_decodes_large_dense_scm_chunks() -> None:
     count = 300_000
     # All of one phase's elements take turns with the other's, in blocks of 32.
     block = np.arange(count) // 32
-    t = np.array(random_letters(count, 15, 3))
+    t = np.array(random_symbols(count, 15, 3))
     first = [struct.pack("<HB", 0, 0)]
-    signs = np.array(random_letters(count, 2, 4))
+    signs = np.array(random_symbols(count, 2, 4))
     for phase in (0, 1):
         first.append(stream(join(t[block % 2 == phase].tolist(), 16), 16))
         first += [b"\0", stream(join(signs[block % 2 == phase].tolist(), 2), 2, RAW)]
@@ -263,7 +263,7 @@ def test_scm_magnitudes_may_be_stored_elsewhere_without_need() -> None:
     assert decode(BY_HAND.with_segments(layer_1=cut([first]))).tolist() == [1.25, -0.5, 20]
 
 
-def test_padding_symbols_in_scm_letters_are_ignored() -> None:
+def test_padding_digits_in_scm_symbols_are_ignored() -> None:
     changed = {
         "layer_1": cut([LAYER_1.replace(b"\1\x0f", b"\1\xff").replace(b"\1\2", b"\1\xfa")]),
         "layer_2": cut([LAYER_2.replace(b"\1\2", b"\1\xfa")]),
