@@ -26,9 +26,6 @@ from tests.helpers.stream_encoder import (
 ERROR = {"rmse": "0.000000000e+00", "max": "0.000000000e+00"}
 
 
-# ---- a small encoder, written from the text
-
-
 # ---- chunks
 
 TERNARY = {"scale": "tensor", "group": 128, "dtype": "f16"}
@@ -36,32 +33,25 @@ BOOK = np.array([-1.5, 0, 2], "<f4")
 ROW = {"scale": "row", "group": 128, "dtype": "f16"}
 G96 = {"scale": "group", "group": 96, "dtype": "f16"}
 G_WIDE = {"scale": "group", "group": 2**20, "dtype": "f16"}
+N = CHUNK_ELEMENTS
+
+
+def each(*cols: range) -> list[tuple[range, range]]:
+    """The chunks of two rows that are cut one by one."""
+    return [(range(i, i + 1), one) for i in range(2) for one in cols]
+
+
 # Params, shape, and for each chunk the rows and the columns, from the text by hand.
 PLACES: dict[str, tuple[dict[str, Any], tuple[int, int], list[tuple[range, range]]]] = {
-    "rows": (
-        TERNARY,
-        (5, 200_000),
-        [(range(2), range(200_000)), (range(2, 4), range(200_000)), (range(4, 5), range(200_000))],
-    ),
-    "all rows": (TERNARY, (2, CHUNK_ELEMENTS // 2), [(range(2), range(CHUNK_ELEMENTS // 2))]),
-    "a full row": (TERNARY, (2, CHUNK_ELEMENTS), [(range(i, i + 1), range(CHUNK_ELEMENTS)) for i in range(2)]),
-    "parts of rows": (
-        TERNARY,
-        (2, CHUNK_ELEMENTS + 3),
-        [
-            (range(i, i + 1), cols)
-            for i in range(2)
-            for cols in (range(CHUNK_ELEMENTS), range(CHUNK_ELEMENTS, CHUNK_ELEMENTS + 3))
-        ],
-    ),
-    "parts of groups": (  # floor(2^19 / 96) × 96 = 524256
-        G96,
-        (1, CHUNK_ELEMENTS + 3),
-        [(range(1), range(524_256)), (range(1), range(524_256, CHUNK_ELEMENTS + 3))],
-    ),
-    "padded groups": (G96, (3, CHUNK_ELEMENTS // 2), [(range(i, i + 1), range(CHUNK_ELEMENTS // 2)) for i in range(3)]),
-    "long rows": (ROW, (2, CHUNK_ELEMENTS + 3), [(range(i, i + 1), range(CHUNK_ELEMENTS + 3)) for i in range(2)]),
-    "long groups": (G_WIDE, (2, CHUNK_ELEMENTS + 3), [(range(i, i + 1), range(CHUNK_ELEMENTS + 3)) for i in range(2)]),
+    "rows": (TERNARY, (5, 200_000), [(rows, range(200_000)) for rows in (range(2), range(2, 4), range(4, 5))]),
+    "all rows": (TERNARY, (2, N // 2), [(range(2), range(N // 2))]),
+    "a full row": (TERNARY, (2, N), each(range(N))),
+    "parts of rows": (TERNARY, (2, N + 3), each(range(N), range(N, N + 3))),
+    # floor(2^19 / 96) × 96 = 524256
+    "parts of groups": (G96, (1, N + 3), [(range(1), range(524_256)), (range(1), range(524_256, N + 3))]),
+    "padded groups": (G96, (2, N // 2), each(range(N // 2))),
+    "long rows": (ROW, (2, N + 3), each(range(N + 3))),
+    "long groups": (G_WIDE, (2, N + 3), each(range(N + 3))),
 }
 
 

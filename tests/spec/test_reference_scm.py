@@ -16,8 +16,6 @@ from tests.helpers.files import Draft, drop, put, raw_tensor
 from tests.helpers.reference import reference
 from tests.helpers.stream_encoder import CHUNK_ELEMENTS, CONSTANT, RAW, join, random_symbols, stream
 
-# ---- a small encoder, written from the text
-
 
 def check(chunks: Sequence[tuple[Sequence[int], scm.Choices]], dtype: str, shape: Any) -> scm.Case:
     """Assert that each layer, and all of them, decode to the values of the encoder."""
@@ -328,24 +326,21 @@ def test_scm_layers_that_overflow_decode_to_infinity() -> None:
         assert scm.decode(case, 1).tolist() == [float("inf"), -float("inf")]
 
 
+BAD_STEPS = ("00000000", "000080bf", "0100803f", "8000803f")
+BAD_SECOND_STEPS = (
+    *("0000807f", "0000c07f", "0001807e", "0000007f"),
+    *("00ff7f0d", "000080f1", "00000080", "00010000"),
+)
+
+
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
         (b"", "0 bytes"),
         (scm.GRID[:-1], "39 bytes"),
         (scm.GRID + b"\0", "41 bytes"),
-        *(
-            (bytes.fromhex(step) + scm.GRID[4:], "a step of")
-            for step in ("00000000", "000080bf", "0100803f", "8000803f")
-        ),
-        *(
-            (scm.GRID[:4] + bytes.fromhex(step) + scm.GRID[8:], "a step of")
-            for step in ("0000807f", "0000c07f", "0001807e", "0000007f")
-        ),
-        *(
-            (scm.GRID[:4] + bytes.fromhex(step) + scm.GRID[8:], "a step of")
-            for step in ("00ff7f0d", "000080f1", "00000080", "00010000")
-        ),
+        *((bytes.fromhex(step) + scm.GRID[4:], "a step of") for step in BAD_STEPS),
+        *((scm.GRID[:4] + bytes.fromhex(step) + scm.GRID[8:], "a step of") for step in BAD_SECOND_STEPS),
     ],
 )
 def test_the_reference_refuses_wrong_scm_grids(grid: bytes, message: str) -> None:
