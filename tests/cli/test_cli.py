@@ -29,7 +29,7 @@ def real(minilm) -> dict[str, np.ndarray]:
     return {name: array for name, array in source.items() if array.ndim == 2 and array.dtype == np.float32}
 
 
-def test_help_lists_the_commands_that_work():
+def test_help_lists_all_commands():
     output = invoke("--help").stdout
     assert re.findall(r"^  ([a-z]+[a-z-]*)  ", output, re.MULTILINE) == [
         "convert",
@@ -45,7 +45,7 @@ def test_help_lists_the_commands_that_work():
         assert name in invoke(name, "--help").stdout
 
 
-def test_convert_json(minilm, tmp_path):
+def test_convert_json_reports_the_written_file(minilm, tmp_path):
     target = tmp_path / "x.qf"
     dry = json.loads(invoke("convert", minilm, target, "--dry-run", "--json").stdout)
     done = json.loads(invoke("convert", minilm, target, "--json").stdout)
@@ -73,7 +73,7 @@ def test_convert_prints_a_summary_and_with_verbose_each_tensor(minilm, tmp_path)
     )
 
 
-def test_inspect(minilm_qf):
+def test_inspect_prints_tensors_and_totals(minilm_qf):
     output = invoke("inspect", minilm_qf).stdout
     assert "qformat 1.4, 13.2 MB" in output
     assert re.search(
@@ -82,7 +82,7 @@ def test_inspect(minilm_qf):
     assert "104 tensors, 22.7M weights, 12.9 MB, 4.539 bits/weight" in output
 
 
-def test_inspect_json(minilm_qf, minilm):
+def test_inspect_json_reports_tensors_assets_and_totals(minilm_qf, minilm):
     found = json.loads(invoke("inspect", minilm_qf, "--json").stdout)
     assert found["format"] == {"major": 1, "minor": 4}
     assert found["file_bytes"] == minilm_qf.stat().st_size
@@ -95,13 +95,13 @@ def test_inspect_json(minilm_qf, minilm):
     assert found["total"]["bytes"] == sum(t["bytes"] for t in found["tensors"])
 
 
-def test_inspect_selects_tensors(minilm_qf):
+def test_inspect_lists_only_tensors_that_match_a_pattern(minilm_qf):
     found = json.loads(invoke("inspect", minilm_qf, "--json", "--tensor", "*.bias").stdout)
     assert {t["type"] for t in found["tensors"]} == {"f32"}
     assert "no tensor that matches 'zzz'" in invoke("inspect", minilm_qf, "--tensor", "zzz", code=1).stderr
 
 
-def test_inspect_suggests_to_make_an_old_file_again(minilm_qf, monkeypatch):
+def test_inspect_and_verify_suggest_to_convert_old_files_again(minilm_qf, monkeypatch):
     monkeypatch.setattr("qformat.container.reader.MINOR", 5)
     assert "convert again" in invoke("inspect", minilm_qf).stderr
     assert "convert again" in invoke("verify", minilm_qf).stderr
@@ -115,7 +115,7 @@ def gguf_errors(array: np.ndarray) -> np.ndarray:
 NAIVE = "q4_0:search=naive"
 
 
-def test_quantize_stats_measures_what_gguf_s_blocks_cost(minilm, real, tmp_path):
+def test_quantize_stats_measures_the_errors_of_gguf_blocks(minilm, real, tmp_path):
     output = invoke(
         "quantize-stats", minilm, "-t", NAIVE, "--per-tensor", "--json", tmp_path / "s.json"
     ).stdout.splitlines()
@@ -165,7 +165,7 @@ def test_quantize_stats_compares_types_and_selects_tensors(minilm):
     assert "is left to measure" in invoke("quantize-stats", minilm, "--include", "zzz", code=1).stderr
 
 
-def test_quantize_stats_does_not_depend_on_jobs(minilm):
+def test_results_of_quantize_stats_do_not_depend_on_jobs(minilm):
     args = ("quantize-stats", minilm, "--include", "word", "--json", "-", "-j")
     assert invoke(*args, 1).stdout == invoke(*args, 3).stdout
 
@@ -177,7 +177,7 @@ def test_quantize_stats_prints_the_histogram_of_codes(tmp_path):
     assert output[1] == "hist: " + " ".join(["0.062"] * 16)
 
 
-def test_checksum_and_verify_agree_with_each_other(minilm_qf, tmp_path):
+def test_verify_accepts_the_list_that_checksum_prints(minilm_qf, tmp_path):
     lines = invoke("checksum", minilm_qf).stdout
     assert re.fullmatch(r"[0-9a-f]{64}  \S+\n", lines)
     (tmp_path / "SHA256SUMS").write_text(lines)
@@ -194,7 +194,7 @@ def imported(*args: object) -> tuple[set[str], int]:
     return set(done.stdout.rpartition("MODULES ")[2].split()), done.returncode
 
 
-def test_looking_at_files_imports_nothing_heavy(minilm_qf):
+def test_commands_that_do_not_decode_import_no_heavy_packages(minilm_qf):
     for args in (
         ["--help"],
         ["inspect", minilm_qf],
@@ -208,7 +208,7 @@ def test_looking_at_files_imports_nothing_heavy(minilm_qf):
         assert not modules & {"numba", "llvmlite", "torch", "numpy", "transformers", "rich", "safetensors"}
 
 
-def test_the_base_install_needs_no_extra(minilm, tmp_path):
+def test_the_base_install_works_without_the_packages_of_extras(minilm, tmp_path):
     """Everything but the torch reader works where the packages of the extras cannot be imported."""
     target = tmp_path / "x.qf"
     script = (
@@ -224,14 +224,14 @@ def test_the_base_install_needs_no_extra(minilm, tmp_path):
     assert done.stdout.splitlines()[-1] == "(384,)"
 
 
-def test_hints_name_the_distribution():
+def test_install_hints_name_the_distribution():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (project["name"], project["version"]) == (DISTRIBUTION, qformat.__version__)
     assert install_hint("torch") == "pip install 'qformat-models[torch]'"
     assert "torch" in project["optional-dependencies"]
 
 
-def test_the_command_is_installed(minilm_qf):
+def test_the_qformat_command_is_installed(minilm_qf):
     program = Path(sys.executable).parent / "qformat"
     done = subprocess.run([program, "verify", minilm_qf], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{minilm_qf}: OK\n", "")
@@ -240,7 +240,7 @@ def test_the_command_is_installed(minilm_qf):
     )
 
 
-def test_a_reader_that_goes_away_is_no_error(minilm_qf):
+def test_a_pipe_that_closes_early_gives_no_error(minilm_qf):
     command = f"{sys.executable} -m qformat inspect {minilm_qf} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stderr == ""
@@ -268,7 +268,7 @@ def in_a_terminal(*args: object, **environment: str) -> str:
     return written.decode()
 
 
-def test_a_terminal_sees_how_far_it_is(minilm, minilm_qf, tmp_path):
+def test_terminals_show_progress_bars(minilm, minilm_qf, tmp_path):
     env = {"QFORMAT_CACHE_DIR": str(tmp_path / "cache")}
     first = in_a_terminal("convert", minilm, tmp_path / "x.qf", **env)
     assert "converting model" in first
@@ -283,7 +283,7 @@ def test_a_terminal_sees_how_far_it_is(minilm, minilm_qf, tmp_path):
     assert "verifying" in in_a_terminal("verify", minilm_qf)
 
 
-def test_messages_that_are_no_results_go_to_stderr(minilm, tmp_path):
+def test_stdout_holds_only_the_json_result(minilm, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "qformat", "convert", minilm, tmp_path / "x.qf", "--json"],
         capture_output=True,
@@ -301,7 +301,7 @@ def test_commands_work_where_stdout_is_closed(minilm_qf):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_pipes_are_refused_and_not_waited_for(tmp_path):
+def test_commands_refuse_pipes_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for args in (
         ["convert", "pipe", "x.qf"],
@@ -316,27 +316,27 @@ def test_pipes_are_refused_and_not_waited_for(tmp_path):
         assert "not a regular file" in done.stdout + done.stderr
 
 
-def test_names_of_a_list_cannot_steer_the_terminal(tmp_path):
+def test_verify_escapes_control_characters_in_names_of_a_list(tmp_path):
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  x\x1b]0;title\x07y\n")
     output = invoke("verify", tmp_path / "SHA256SUMS", code=1).stdout
     assert "x\\x1b]0;title\\x07y: FAILED" in output
 
 
-def test_the_bytes_of_listed_files_are_what_a_bar_counts(minilm_qf, tmp_path):
+def test_the_progress_bar_of_verify_counts_the_bytes_of_listed_files(minilm_qf, tmp_path):
     from qformat.container.verify import bytes_to_check
 
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {minilm_qf}\n{'0' * 64}  missing\nnonsense\n")
     assert bytes_to_check([str(tmp_path / "SHA256SUMS"), str(minilm_qf), "missing"]) == 2 * minilm_qf.stat().st_size
 
 
-def test_statistics_of_nothing_are_zero(tmp_path):
+def test_quantize_stats_of_tensors_without_elements_are_zero(tmp_path):
     save_file({"w": np.zeros((0, 4), np.float32)}, tmp_path / "x.safetensors")
     found = json.loads(invoke("quantize-stats", tmp_path / "x.safetensors", "--json", "-").stdout)
     (total,) = found["totals"]
     assert (total["p95"], total["median"], total["rmse"], total["params"]) == (0.0, 0.0, 0.0, 0)
 
 
-def test_types_lists_every_type_that_can_be_asked_for():
+def test_types_lists_every_type_for_weights_with_its_parameters():
     found = json.loads(invoke("types", "--json").stdout)["types"]
     assert [t["type"] for t in found] == sorted(types_for_weights())
     assert not {"fp8", "ggml", "bool", "u8", "f8_e4m3"} & set(types_for_weights())

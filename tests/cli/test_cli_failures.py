@@ -18,39 +18,29 @@ from tests.helpers.checkpoints import safetensors_bytes, weights
 from tests.helpers.cli import Result, cli_finish, cli_start, nothing_at, one_line, run_all, run_cli, valid
 from tests.helpers.files import Draft, put, raw_asset, raw_tensor, sha256, small_draft
 
+TYPES = "affine, bf16, f16, f32, f64, levels, lossless, lut, nlm, q4_0, q4_1, q5_0, q5_1, q8_0"
+#: options by a part of the message, words separated by spaces
+WRONG_OPTIONS: dict[str, list[str]] = {
+    f"the types for weights are {TYPES}": ["-t q4_o"],
+    "q4_9": ["-t q4_9", "--tensor-type a.weight=q4_9"],
+    "type": ["-t "],
+    "q4_0:": ["-t q4_0:"],
+    "nothing": ["-t q4_0:nothing=1"],
+    "search": ["-t q4_0:search", "-t q4_0:search=", "-t q4_0:search=naive,search=naive"],
+    "none": ["-t q4_0:search=none"],
+    "bits": ["-t f16:bits=3"],
+    "no codec": ["-t " + "x" * 5000],
+    **{word: [f"--tensor-type {word}"] for word in ("a.weight", "=f16", "a.weight=")},
+    **{name: [f"--tensor-type {name}=f16"] for name in ("nothing.*", "b.ids")},
+    "c=f16": ["--tensor-type a.weight=f16 --tensor-type c=f16"],
+    **{jobs: [f"-j {jobs}"] for jobs in ("0", "many")},
+    **{argument: [argument] for argument in ("--no-such-option", "more")},
+}
+OPTIONS = [(says, one.split(" ")) for says, several in WRONG_OPTIONS.items() for one in several]
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["-t", "q4_9"], "q4_9"),
-        (
-            ["-t", "q4_o"],
-            "the types for weights are affine, bf16, f16, f32, f64, levels, lossless, lut, nlm, q4_0, q4_1, q5_0, q5_1, q8_0",
-        ),
-        (["-t", ""], "type"),
-        (["-t", "q4_0:"], "q4_0:"),
-        (["-t", "q4_0:nothing=1"], "nothing"),
-        (["-t", "q4_0:search"], "search"),
-        (["-t", "q4_0:search="], "search"),
-        (["-t", "q4_0:search=none"], "none"),
-        (["-t", "q4_0:search=naive,search=naive"], "search"),
-        (["-t", "f16:bits=3"], "bits"),
-        (["-t", " q4_0"], "q4_0"),
-        (["-t", "x" * 5000], "no codec"),
-        (["--tensor-type", "a.weight"], "a.weight"),
-        (["--tensor-type", "=f16"], "=f16"),
-        (["--tensor-type", "a.weight="], "a.weight="),
-        (["--tensor-type", "a.weight=q4_9"], "q4_9"),
-        (["--tensor-type", "nothing.*=f16"], "nothing.*"),
-        (["--tensor-type", "b.ids=f16"], "b.ids"),
-        (["--tensor-type", "a.weight=f16", "--tensor-type", "c=f16"], "c=f16"),
-        (["-j", "0"], "0"),
-        (["-j", "many"], "many"),
-        (["--no-such-option"], "no-such-option"),
-        (["more"], "more"),
-    ],
-)
-def test_wrong_options_of_convert_are_refused(options: list[str], says: str, source: Path, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(("says", "options"), [*OPTIONS, ("q4_0", ["-t", " q4_0"])])
+def test_wrong_options_of_convert_are_refused(says: str, options: list[str], source: Path, tmp_path: Path) -> None:
     assert says in one_line(run_cli("convert", source, tmp_path / "m.qf", *options), code=2)
     nothing_at(tmp_path / "m.qf")
 

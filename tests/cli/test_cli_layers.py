@@ -18,10 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 import qformat
 from qformat.quality import Quality
+from tests.helpers.checkpoints import model
 from tests.helpers.cli import error_line, invoke, run_cli, valid
 from tests.helpers.files import Draft, sha256
 
-# files that are converted from are left to the garbage collector: see test_a_source_is_closed
+# files that are converted from are left to the garbage collector: see test_a_converted_qf_file_is_closed
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
 )
@@ -58,9 +59,7 @@ def _collected() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with weights and files."""
-    path = tmp_path_factory.mktemp("source") / "model"
-    path.mkdir()
-    save_file(weights(), path / "model.safetensors")
+    path = model(tmp_path_factory.mktemp("source") / "model", weights())
     for name, data in ASSETS.items():
         (path / name).write_bytes(data)
     return path
@@ -97,7 +96,7 @@ def same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) ->
 # ---- convert
 
 
-def test_convert_keeps_everything(source, layered):
+def test_a_lossless_conversion_to_scm_keeps_tensors_and_assets(source, layered):
     valid(layered)
     same(arrays_of(layered), weights())
     with qformat.safe_open(layered) as f:
@@ -106,7 +105,7 @@ def test_convert_keeps_everything(source, layered):
 
 
 @pytest.mark.parametrize("type_", ["scm", "scm:bpw=3", "scm:max_rmse=0.01", "scm:lossless=true"])
-def test_a_dry_run_gives_the_exact_size(source, type_, tmp_path):
+def test_a_dry_run_predicts_the_exact_size_of_layered_files(source, type_, tmp_path):
     target = tmp_path / "x.qf"
     dry = json.loads(invoke("convert", source, target, "-t", type_, "--dry-run", "--json").stdout)
     assert not list(tmp_path.iterdir())
@@ -117,13 +116,13 @@ def test_a_dry_run_gives_the_exact_size(source, type_, tmp_path):
     assert re.fullmatch("[0-9a-f]{64}", done["root_sha256"])
 
 
-def test_verbose_conversion_names_the_type_that_was_asked_for(source, tmp_path):
+def test_verbose_conversion_names_the_requested_type(source, tmp_path):
     lines = invoke("convert", source, tmp_path / "x.qf", "-t", "scm:bpw=3", "-v").stdout
     assert re.search(r"layers\.2\.weight +120x90 +f32 -> scm:bpw=3 +43\.2 kB +[34]\.\d kB +\d\.\d{3}e-03", lines)
     assert re.search(r"ids +3x4 +i64 -> i64 ", lines)
 
 
-def test_types_by_name(source, tmp_path):
+def test_layered_types_are_chosen_by_tensor_name(source, tmp_path):
     args = ("-t", "q8_0", "--tensor-type", "layers.2.*=scm:bpw=4", "--tensor-type", "*.bias=scm")
     invoke("convert", source, tmp_path / "x.qf", *args)
     with qformat.safe_open(tmp_path / "x.qf") as f:
@@ -140,13 +139,13 @@ def test_types_by_name(source, tmp_path):
         ("scm:quality=3", "scm has no parameter 'quality'"),
     ],
 )
-def test_wrong_types_are_wrong_usage(source, type_, message, tmp_path):
+def test_malformed_layered_types_exit_with_status_2(source, type_, message, tmp_path):
     for args in (("convert", source, tmp_path / "x.qf", "-t", type_), ("quantize-stats", source, "-t", type_)):
         assert message in refused(*args, code=2)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_finite_is_refused(tmp_path):
+def test_layered_types_refuse_nan_and_infinity(tmp_path):
     x = np.full((4, 5), 0.5, np.float32)
     x[1, 1] = np.nan
     save_file({"w": x, "v": x[2:]}, tmp_path / "x.safetensors")
@@ -161,7 +160,7 @@ def test_what_is_not_finite_is_refused(tmp_path):
 # ---- convert from .qf files
 
 
-def test_a_qf_file_is_a_source(layered, tmp_path):
+def test_a_qf_file_is_converted_like_other_sources(layered, tmp_path):
     target = tmp_path / "x.qf"
     result = invoke("convert", layered, target, "-t", "scm")
     assert result.stderr == ""  # nothing is lost
@@ -173,7 +172,7 @@ def test_a_qf_file_is_a_source(layered, tmp_path):
         assert {name: f.get_asset(name) for name in f.assets()} == ASSETS
 
 
-def test_it_is_read_at_a_quality(layered, source, tmp_path):
+def test_a_qf_file_is_converted_at_a_quality(layered, source, tmp_path):
     for quality in ("3", "max_rmse=0.01", "lossless"):
         target = tmp_path / "x.qf"
         result = invoke("convert", layered, target, "-q", quality, "-t", "f32", "--force")
@@ -192,7 +191,7 @@ def test_it_is_read_at_a_quality(layered, source, tmp_path):
         )
 
 
-def test_errors_are_against_what_was_read(layered, tmp_path):
+def test_recorded_errors_are_against_the_values_at_the_quality(layered, tmp_path):
     target = tmp_path / "x.qf"
     invoke("convert", layered, target, "-q", "3", "-t", "q8_0")
     values, found = arrays_of(layered, 3), arrays_of(target)
@@ -206,14 +205,14 @@ def test_errors_are_against_what_was_read(layered, tmp_path):
             assert f.info(name).dtype == "f32"
 
 
-def test_quantized_sources_are_warned_of(tmp_path):
+def test_converting_a_quantized_qf_file_gives_a_warning(tmp_path):
     qformat.save_file({"w": weights()["layers.2.weight"], "b": np.ones(3, np.float32)}, tmp_path / "q.qf", "q4_0")
     result = invoke("convert", tmp_path / "q.qf", tmp_path / "x.qf", "-t", "scm")
     assert "Warning: tensor 'w': no longer what it once was, but of type q4_0; errors are against" in result.stderr
     same(arrays_of(tmp_path / "x.qf"), arrays_of(tmp_path / "q.qf"))
 
 
-def test_metadata_and_assets_are_kept(noted, tmp_path):
+def test_metadata_and_assets_of_a_qf_file_are_kept(noted, tmp_path):
     for number, args in enumerate((("-t", "q4_0"), ("-q", "3", "-t", "scm:bpw=2.5"), ("-t", "scm"))):
         target = tmp_path / f"{number}.qf"
         invoke("convert", noted, target, *args)
@@ -256,7 +255,7 @@ def test_a_quality_that_is_not_reached_is_refused(layered, tmp_path):
         assert message in refused("quantize-stats", tmp_path / "cut.qf", "-q", quality)
 
 
-def test_a_source_is_not_replaced(layered, tmp_path):
+def test_a_qf_file_is_refused_as_its_own_target(layered, tmp_path):
     copy = tmp_path / "copy.qf"
     shutil.copy(layered, copy)
     for command in (("convert", copy, copy, "-f"), ("truncate", copy, copy, "-q", "3", "-f")):
@@ -264,7 +263,7 @@ def test_a_source_is_not_replaced(layered, tmp_path):
     assert copy.read_bytes() == layered.read_bytes()
 
 
-def test_damage_of_a_qf_source_is_found(layered, tmp_path):
+def test_converting_a_damaged_qf_file_is_refused(layered, tmp_path):
     with qformat.safe_open(layered) as f:
         segment = f.info("layers.2.weight").segments[2]
     data = bytearray(layered.read_bytes())
@@ -281,7 +280,7 @@ def test_damage_of_a_qf_source_is_found(layered, tmp_path):
     assert not (tmp_path / "y.qf").exists()
 
 
-def test_a_source_is_closed(layered, tmp_path):
+def test_a_converted_qf_file_is_closed(layered, tmp_path):
     gc.collect()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -291,7 +290,7 @@ def test_a_source_is_closed(layered, tmp_path):
     assert not [str(warning.message) for warning in caught if warning.category is ResourceWarning]
 
 
-def test_pruning_a_qf_file(layered, tmp_path):
+def test_a_qf_file_is_pruned_like_its_values(layered, tmp_path):
     invoke("convert", layered, tmp_path / "x.qf", "-t", "scm", "--prune", "0.5")
     found = arrays_of(tmp_path / "x.qf")
     for name in ("layers.2.weight", "layers.10.weight"):
@@ -306,7 +305,7 @@ def test_pruning_a_qf_file(layered, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [2, 3.25, 6, 8])
-def test_truncate_gives_the_file_of_that_rate(bits, layered, source, tmp_path):
+def test_truncate_writes_the_file_that_convert_writes_at_that_rate(bits, layered, source, tmp_path):
     invoke("truncate", layered, tmp_path / "cut.qf", "-q", bits)
     invoke("convert", source, tmp_path / "made.qf", "-t", f"scm:bpw={bits}", "--tensor-type", "empty.weight=f32")
     valid(tmp_path / "cut.qf")
@@ -319,7 +318,7 @@ def test_truncate_gives_the_file_of_that_rate(bits, layered, source, tmp_path):
             assert one.nbytes * 8 / one.elements <= bits
 
 
-def test_truncate_says_what_it_made(layered, tmp_path):
+def test_truncate_reports_the_written_file(layered, tmp_path):
     target = tmp_path / "x.qf"
     lines = invoke("truncate", layered, target, "-q", "max_rmse=0.02").stdout.splitlines()
     size = target.stat().st_size
@@ -341,7 +340,7 @@ def test_truncate_says_what_it_made(layered, tmp_path):
     }
 
 
-def test_truncate_needs_a_quality_and_a_name_that_is_free(layered, tmp_path):
+def test_truncate_requires_a_quality_and_a_free_target(layered, tmp_path):
     target = tmp_path / "x.qf"
     assert "Missing option '-q' / '--quality'" in refused("truncate", layered, target, code=2)
     for quality in ("best", "0", "-3", "max_rmse", "nan", ""):
@@ -367,7 +366,7 @@ def test_truncate_refuses_other_sources(source, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_truncate_as_a_process(layered, noted, tmp_path):
+def test_truncate_runs_with_numpy_kernels_and_keeps_metadata(layered, noted, tmp_path):
     """With numpy kernels; nothing is decoded."""
     result = run_cli("truncate", noted, tmp_path / "x.qf", "-q", "4", "--json")
     assert (result.code, result.err) == (0, "")
@@ -413,7 +412,7 @@ def test_inspect_json_has_layers_and_the_ladder(layered):
                 }
 
 
-def test_each_step_of_the_ladder_is_what_reading_so_gives(layered):
+def test_errors_in_the_ladder_are_those_of_values_read_at_each_quality(layered):
     found = json.loads(invoke("inspect", layered, "--json").stdout)
     ladder = found["ladder"]
     assert [step["quality"] for step in ladder] == [*(f"{bits:g}" for bits in LADDER), "lossless"]
@@ -456,7 +455,7 @@ def test_inspect_prints_the_ladder(layered):
         assert cells[4:] == [f"{step[key]:.3e}" if step[key] else "0" for key in ("rmse", "mean_abs", "maxerr")]
 
 
-def test_the_ladder_of_a_truncated_file_ends_where_it_does(layered, tmp_path):
+def test_the_ladder_of_a_truncated_file_ends_at_its_quality(layered, tmp_path):
     invoke("truncate", layered, tmp_path / "x.qf", "-q", "3")
     ladder = json.loads(invoke("inspect", tmp_path / "x.qf", "--json").stdout)["ladder"]
     assert [step["quality"] for step in ladder] == ["2", "2.25", "2.5", "2.75", "3"]
@@ -511,7 +510,7 @@ def test_quantize_stats_finds_what_convert_records(source, type_, tmp_path):
 
 
 @pytest.mark.parametrize("type_", ["scm", "scm:max_abs=0.02", "scm:bpw=4"])
-def test_an_ideal_coder_needs_no_more_than_what_is_stored(source, type_):
+def test_the_measured_entropy_is_at_most_the_stored_size(source, type_):
     found = json.loads(invoke("quantize-stats", source, "-t", type_, "--json", "-").stdout)
     for result in (*found["results"], *found["totals"]):
         assert result["entropy"] <= result["bpw"]
@@ -532,7 +531,7 @@ def test_quantize_stats_prints_a_line_for_scm(source):
     assert "hist: not counted for scm:bpw=4" in lines
 
 
-def test_quantize_stats_of_a_quality(layered, tmp_path):
+def test_quantize_stats_measures_at_a_quality(layered, tmp_path):
     result = invoke("quantize-stats", layered, "-q", "3", "-t", "q8_0", "-t", "scm", "--json", "-")
     assert "no longer what they once were, but of type scm; errors are against what that decodes to" in result.stderr
     found = json.loads(result.stdout)
@@ -551,7 +550,7 @@ def test_quantize_stats_of_a_quality(layered, tmp_path):
 # ---- other commands
 
 
-def test_types_lists_scm_without_what_a_file_says():
+def test_types_lists_only_the_parameters_of_scm_that_can_be_given():
     (scm,) = [t for t in json.loads(invoke("types", "--json").stdout)["types"] if t["type"] == "scm"]
     assert scm["bpw"] is None
     assert set(scm["params"]) == {"bpw", "max_rmse", "max_abs", "mean_abs", "lossless"}
@@ -584,7 +583,7 @@ def test_verify_names_the_layer_that_is_damaged(layered, tmp_path):
     assert sha256(bytes(data)) in invoke("checksum", tmp_path / "bad.qf").stdout
 
 
-def test_the_index_is_all_that_inspect_reads(layered, tmp_path):
+def test_inspect_reads_only_the_index(layered, tmp_path):
     draft = Draft.of(layered.read_bytes())
     draft.body = bytes(len(draft.body))  # all segments are gone
     (tmp_path / "x.qf").write_bytes(draft.pack())
@@ -592,7 +591,7 @@ def test_the_index_is_all_that_inspect_reads(layered, tmp_path):
     assert damaged["ladder"] == json.loads(invoke("inspect", layered, "--json").stdout)["ladder"]
 
 
-def test_real_weights_are_cut(minilm, tmp_path):
+def test_truncated_minilm_layers_equal_those_converted_at_that_rate(minilm, tmp_path):
     arrays = load_file(minilm / "model.safetensors")
     chosen = {name: x for name, x in arrays.items() if "layer.0." in name}
     save_file(chosen, tmp_path / "x.safetensors")

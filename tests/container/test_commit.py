@@ -22,7 +22,9 @@ OTHERS = [(scenario, True) for scenario in ("shards", "hf")] + [
     ("scenario", "renameat2"),
     [*((scenario, True) for scenario in SCENARIOS), *(pytest.param(*case, marks=SLOW) for case in OTHERS)],
 )
-def test_killed_at_every_system_call(tmp_path: Path, scenario: str, renameat2: bool) -> None:
+def test_a_commit_killed_at_any_system_call_leaves_the_old_or_new_target(
+    tmp_path: Path, scenario: str, renameat2: bool
+) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path), scenario, str(int(renameat2))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

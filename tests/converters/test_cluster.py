@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from safetensors.numpy import save_file as save_safetensors
 
 from qformat import __version__
-from qformat.cli import cli
 from qformat.converters.convert import convert
 from qformat.converters.output import FileContents, WriteOptions
 from qformat.converters.request import Request
 from qformat.converters.runners import DaskRunner, write_on_worker
-from qformat.errors import SourceError, TargetError
+from qformat.errors import SourceError
+from tests.helpers.checkpoints import layers, model
+from tests.helpers.cli import invoke
 
+NAMES = "layer.{:02}.weight"
 distributed = pytest.importorskip("distributed")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -29,12 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    rng = np.random.default_rng(5)
-    tensors = {f"layer.{i:02}.weight": rng.normal(size=(256, 384)).astype(np.float32) for i in range(16)}
-    save_safetensors(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "x"}')
-    return folder
+    return model(tmp_path_factory.mktemp("source") / "model", layers(16, 256, 384, name=NAMES))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +50,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", ["q4_0", "lossless"])
 @pytest.mark.parametrize("size", [None, 600_000])
-def test_the_bytes_are_those_of_one_process(source, tmp_path, scheduler, kind, size):
+def test_bytes_of_a_dask_conversion_are_those_of_one_process(source, tmp_path, scheduler, kind, size):
     request = Request(str(source), type=kind, overrides=("*.03.weight=f16",))
     alone, together, seen = tmp_path / "alone", tmp_path / "together", []
     for folder in (alone, together):
@@ -68,7 +64,7 @@ def test_the_bytes_are_those_of_one_process(source, tmp_path, scheduler, kind, s
     assert not (together / "m.qf.partial").exists()
 
 
-def test_what_a_job_cannot_do_is_reported(source, tmp_path, scheduler):
+def test_errors_of_a_dask_worker_name_the_tensor_and_leave_no_files(source, tmp_path, scheduler):
     rng = np.random.default_rng(1)
     bad = rng.normal(size=(64, 64)).astype(np.float32)
     bad[3, 4] = np.nan
@@ -80,7 +76,7 @@ def test_what_a_job_cannot_do_is_reported(source, tmp_path, scheduler):
     assert not (tmp_path / "m.qf.partial").exists()
 
 
-def test_a_source_that_was_made_again_is_read_again(tmp_path, scheduler):
+def test_dask_workers_read_a_changed_source_again(tmp_path, scheduler):
     path, request = tmp_path / "m.safetensors", Request(str(tmp_path / "m.safetensors"))
     cluster = DaskRunner(request, scheduler.scheduler_address)
     for number in range(2):
@@ -93,7 +89,7 @@ def test_a_source_that_was_made_again_is_read_again(tmp_path, scheduler):
 
 
 @pytest.mark.usefixtures("marks")
-def test_what_is_finished_is_not_done_again(source, tmp_path, scheduler, monkeypatch):
+def test_a_finished_dask_conversion_resumes_without_a_cluster(source, tmp_path, scheduler, monkeypatch):
     request = Request(str(source))
     for size in (None, 600_000):
         output = tmp_path / f"{size}.qf"
@@ -104,37 +100,20 @@ def test_what_is_finished_is_not_done_again(source, tmp_path, scheduler, monkeyp
         assert (again.root, again.nbytes, again.resumed) == (first.root, first.nbytes, 16)
 
 
-@pytest.mark.parametrize("kind", ["folder", "link", "file"])
-def test_what_is_in_the_way_is_kept(source, tmp_path, kind):
-    request, folder = Request(str(source)), tmp_path / "m.qf.partial"
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "00000.qf").write_text("mine")
-    if kind == "folder":
-        mine.rename(folder)
-    elif kind == "link":
-        folder.symlink_to(mine)
-    else:
-        (mine / "00000.qf").rename(folder)
-    with pytest.raises(TargetError, match=r"m\.qf\.partial: is in the way"):
-        run(request, tmp_path / "m.qf", DaskRunner(request, "nonsense://1"))
-    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
-
-
-def test_another_version_is_refused(source, tmp_path):
+def test_a_worker_of_another_version_is_refused(source, tmp_path):
     contents, request = FileContents(tmp_path / "p.qf"), Request(str(source))
     with pytest.raises(SourceError, match=r"a worker has qformat .* and not 0\.0\.1"):
         write_on_worker(contents, request, tmp_path, WriteOptions(), version="0.0.1")
 
 
-def test_no_cluster(source, tmp_path):
+def test_an_unreachable_cluster_is_refused(source, tmp_path):
     request = Request(str(source))
     with pytest.raises(SourceError, match=r"cluster at nonsense://1 cannot be reached"):
         run(request, tmp_path / "m.qf", DaskRunner(request, "nonsense://1"))
     assert files(tmp_path) == {}
 
 
-def test_a_task_can_be_done_twice(source, tmp_path):
+def test_a_repeated_task_resumes_the_finished_part(source, tmp_path):
     contents = FileContents(tmp_path / "p.qf", "fingerprint/p.qf", 2, 5)
     request = Request(str(source), type="q8_0")
     first, again = (write_on_worker(contents, request, tmp_path, WriteOptions(), __version__) for _ in range(2))
@@ -143,12 +122,8 @@ def test_a_task_can_be_done_twice(source, tmp_path):
     assert [record.name for record in again.records] == [f"layer.{i:02}.weight" for i in (2, 3, 4)]
 
 
-def test_a_lost_worker_does_not_matter(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    rng = np.random.default_rng(7)
-    tensors = {f"layer.{i:02}.weight": rng.normal(size=(1024, 1024)).astype(np.float32) for i in range(12)}
-    save_safetensors(tensors, folder / "model.safetensors")
+def test_a_conversion_survives_a_killed_worker(tmp_path):
+    folder = model(tmp_path / "model", layers(12, 1024, 1024, seed=7, name=NAMES))
     request = Request(str(folder), type="q4_0:search=exact")
     run(request, tmp_path / "alone.qf")
     with distributed.LocalCluster(
@@ -173,12 +148,9 @@ def test_a_lost_worker_does_not_matter(tmp_path):
     assert not (tmp_path / "m.qf.partial").exists()
 
 
-def test_on_the_command_line(source, tmp_path):
-    runner = CliRunner()
+def test_convert_with_the_dask_engine_writes_the_same_bytes(source, tmp_path):
     for name, options in (("a", []), ("b", ["--engine", "dask", "--jobs", "1"])):
-        shown = runner.invoke(cli, ["convert", str(source), str(tmp_path / name), *options])
-        assert shown.exit_code == 0, shown.output
+        invoke("convert", source, tmp_path / name, *options)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    wrong = runner.invoke(cli, ["convert", str(source), str(tmp_path / "c"), "--scheduler", "tcp://127.0.0.1:1"])
-    assert wrong.exit_code == 2
+    wrong = invoke("convert", source, tmp_path / "c", "--scheduler", "tcp://127.0.0.1:1", code=2)
     assert "--scheduler is for --engine dask" in wrong.output

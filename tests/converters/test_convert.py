@@ -50,7 +50,7 @@ def weights() -> dict[str, np.ndarray]:
     }
 
 
-def test_minilm_keeps_its_tensors_and_files(minilm, minilm_qf):
+def test_a_converted_minilm_has_its_tensors_and_files(minilm, minilm_qf):
     source = load_file(minilm / "model.safetensors")
     with qformat.safe_open(minilm_qf) as f:
         assert f.keys() == sorted(source)
@@ -63,7 +63,7 @@ def test_minilm_keeps_its_tensors_and_files(minilm, minilm_qf):
             assert f.get_asset(name) == (minilm / name).read_bytes()
 
 
-def test_the_bytes_do_not_depend_on_jobs_kernels_or_the_process(minilm, minilm_qf, tmp_path):
+def test_converted_bytes_do_not_depend_on_jobs_kernels_or_the_environment(minilm, minilm_qf, tmp_path):
     expected = minilm_qf.read_bytes()
     assert make(minilm, tmp_path / "a.qf", jobs=1) == expected
     assert make(minilm, tmp_path / "b.qf", jobs=5) == expected
@@ -73,7 +73,7 @@ def test_the_bytes_do_not_depend_on_jobs_kernels_or_the_process(minilm, minilm_q
     assert (tmp_path / "c.qf").read_bytes() == expected
 
 
-def test_the_bytes_do_not_depend_on_the_shards(weights, tmp_path):
+def test_converted_bytes_do_not_depend_on_the_shards_of_the_source(weights, tmp_path):
     names = list(weights)
     expected = make(hf_directory(tmp_path / "single", weights), tmp_path / "a.qf")
     for i, shards in enumerate([[names[:5], names[5:]], [names[::-2], names[-2::-2]], [[name] for name in names]]):
@@ -81,7 +81,7 @@ def test_the_bytes_do_not_depend_on_the_shards(weights, tmp_path):
         assert make(source, tmp_path / f"{i}.qf", jobs=i + 1) == expected
 
 
-def test_a_single_file_is_a_checkpoint_too(weights, tmp_path):
+def test_a_single_safetensors_file_is_converted(weights, tmp_path):
     save_file(weights, tmp_path / "any name.safetensors")
     make(tmp_path / "any name.safetensors", tmp_path / "x.qf")
     with qformat.safe_open(tmp_path / "x.qf") as f:
@@ -89,7 +89,7 @@ def test_a_single_file_is_a_checkpoint_too(weights, tmp_path):
         assert f.assets() == []
 
 
-def test_the_hub_s_symbolic_links_are_followed(weights, tmp_path):
+def test_symbolic_links_of_the_hub_cache_are_followed(weights, tmp_path):
     real = hf_directory(tmp_path / "blobs", weights)
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
@@ -99,7 +99,7 @@ def test_the_hub_s_symbolic_links_are_followed(weights, tmp_path):
 
 
 @pytest.mark.parametrize("type_", ["q4_0", "bf16", "f16", "f32"])
-def test_a_dry_run_predicts_the_size_to_the_byte(minilm, tmp_path, type_):
+def test_a_dry_run_of_convert_predicts_the_exact_size(minilm, tmp_path, type_):
     recipe = Recipe.parse(type_, ["*word_embeddings*=f16", "*LayerNorm.bias=q4_0"])
     checkpoint = open_checkpoint(minilm)
     target = tmp_path / "x.qf"
@@ -111,7 +111,7 @@ def test_a_dry_run_predicts_the_size_to_the_byte(minilm, tmp_path, type_):
     assert predicted.bpw == done.bpw
 
 
-def test_the_last_matching_pattern_wins(weights, tmp_path):
+def test_the_last_matching_pattern_of_a_recipe_decides_the_type(weights, tmp_path):
     recipe = Recipe.parse("q4_0", ["*layers*=f16", "*.1?.w=bf16", "model.norm.weight=q4_0"])
     make(hf_directory(tmp_path / "x", weights), tmp_path / "x.qf", recipe)
     with qformat.safe_open(tmp_path / "x.qf") as f:
@@ -122,7 +122,7 @@ def test_the_last_matching_pattern_wins(weights, tmp_path):
     assert codec["position_ids"] == "i64"
 
 
-def test_every_dtype_of_safetensors_that_has_numbers_is_kept(tmp_path):
+def test_numbers_of_every_safetensors_dtype_are_kept_bit_for_bit(tmp_path):
     torch = pytest.importorskip("torch")
     import safetensors.torch
 
@@ -144,7 +144,7 @@ def test_every_dtype_of_safetensors_that_has_numbers_is_kept(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+def test_memory_of_a_conversion_does_not_grow_with_the_checkpoint(tmp_path):
     """Peak memory of a whole conversion, for checkpoints of one tensor each, zeros in a sparse file."""
     script = (
         "import sys; from qformat.cli import cli; cli(sys.argv[1:], standalone_mode=False);"
@@ -166,7 +166,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     assert peaks[1] < 600e6
 
 
-def test_chunks_count_what_fills_up_narrow_rows():
+def test_chunks_of_narrow_rows_count_the_padding():
     from qformat.codecs.layout import CHUNK_ELEMENTS, Matrix
 
     for chunk in Matrix(1 << 20, 1).chunks(32):
@@ -195,7 +195,7 @@ def test_save_file_refuses_what_a_file_cannot_hold(tmp_path, arguments, message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_writer_wants_its_order():
+def test_the_container_writer_refuses_assets_out_of_order():
     from qformat.container.partial import NullTarget
     from qformat.container.writer import ContainerWriter
 

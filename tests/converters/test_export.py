@@ -16,12 +16,10 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from click.testing import CliRunner
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 
 from qformat import safe_open
-from qformat.cli import cli
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.exports.export import export
@@ -32,6 +30,7 @@ from qformat.errors import FormatError, QualityError, SourceError, TargetError, 
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 from qformat.readers.torch import TORCH_DTYPES, load_file
+from tests.helpers.cli import invoke
 from tests.helpers.gguf import Draft, pair, random_blocks, store, string, u32, write
 
 RNG = np.random.default_rng(0)
@@ -40,10 +39,7 @@ W = RNG.normal(size=(70, 64)).astype(np.float32)
 
 def q(path: Path, tensors: dict[str, Any], types: Any = None, *, assets: Any = None, **kwargs: Any) -> Path:
     recipe = Recipe.parse(None, types) if isinstance(types, dict) else Recipe.parse(types)
-    sources = [
-        ArrayTensor(name, array if isinstance(array, Elements) else from_array(array))
-        for name, array in tensors.items()
-    ]
+    sources = [ArrayTensor(name, x if isinstance(x, Elements) else from_array(x)) for name, x in tensors.items()]
     readers = {name: data.__bytes__ for name, data in (assets or {}).items()}
     convert(Checkpoint(sources, readers), path, recipe, overwrite=True, **kwargs)
     return path
@@ -56,7 +52,7 @@ def as_(array: Any, dtype: str) -> Elements:
 # --- safetensors -------------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_keep_their_dtype(tmp_path):
+def test_unquantized_tensors_are_exported_with_their_dtype(tmp_path):
     tensors = {
         "f32": W,
         "f16": W.astype(np.float16),
@@ -88,7 +84,7 @@ def test_numbers_keep_their_dtype(tmp_path):
     "type_", ["q4_0", "q8_0:coded=true", "nlm", "affine", "lut", "levels", "ternary", "bf16", "scm:bpw=4"]
 )
 @pytest.mark.parametrize("source", ["f32", "f16", "bf16"])
-def test_quantized_tensors_get_the_dtype_that_they_had(tmp_path, type_, source):
+def test_quantized_tensors_are_exported_with_their_original_or_the_given_dtype(tmp_path, type_, source):
     path = q(tmp_path / "a.qf", {"w": as_(W, source), "v": as_(W[0], source)}, {"w": type_})
     export(path, tmp_path / "a.safetensors", "safetensors")
     found = safetensors.torch.load_file(tmp_path / "a.safetensors")
@@ -105,11 +101,10 @@ def test_quantized_tensors_get_the_dtype_that_they_had(tmp_path, type_, source):
         assert found["v"].dtype == TORCH_DTYPES[source]
 
 
-def test_lossless_tensors_come_back(tmp_path):
+def test_lossless_tensors_are_exported_bit_for_bit(tmp_path):
     tensors = {dtype: as_(W, dtype) for dtype in ("f32", "f16", "bf16")}
-    path = q(
-        tmp_path / "a.qf", tensors | {"nan": np.full((2, 3), np.nan, np.float32)}, "lossless", allow_nonfinite=True
-    )
+    nan = {"nan": np.full((2, 3), np.nan, np.float32)}
+    path = q(tmp_path / "a.qf", tensors | nan, "lossless", allow_nonfinite=True)
     export(path, tmp_path / "a.safetensors", "safetensors", dtype="f16")
     found = safetensors.torch.load_file(tmp_path / "a.safetensors")
     for name, elements in tensors.items():
@@ -117,7 +112,7 @@ def test_lossless_tensors_come_back(tmp_path):
     assert torch.isnan(found["nan"]).all()
 
 
-def test_a_quality_of_layers(tmp_path):
+def test_layered_tensors_are_exported_at_a_quality(tmp_path):
     path = q(tmp_path / "a.qf", {"w": W}, "scm")
     export(path, tmp_path / "a.safetensors", "safetensors", quality=3)
     with safe_open(path, quality=3) as file:
@@ -126,7 +121,7 @@ def test_a_quality_of_layers(tmp_path):
         export(q(tmp_path / "b.qf", {"w": W}), tmp_path / "b.safetensors", "safetensors", quality=3)
 
 
-def test_many_chunks_and_any_number_of_threads(tmp_path):
+def test_exported_bytes_of_many_chunks_do_not_depend_on_jobs(tmp_path):
     tensors = {f"w{i}": RNG.normal(size=(3000, 500)).astype(np.float32) for i in range(3)}
     path = q(tmp_path / "a.qf", tensors | {"long": np.ones((1, 1_100_000), np.float32)}, "q4_1")
     for jobs in (1, 4):
@@ -138,7 +133,7 @@ def test_many_chunks_and_any_number_of_threads(tmp_path):
             assert np.array_equal(found[name], file.get_tensor(name))
 
 
-def test_values_that_do_not_fit_are_refused(tmp_path):
+def test_values_too_large_or_small_for_the_exported_dtype_are_refused(tmp_path):
     path = q(tmp_path / "a.qf", {"w": np.full((2, 32), 1e6, np.float32)}, "q8_0")
     with pytest.raises(SourceError, match="'w' holds values too large for f16; choose another --dtype"):
         export(path, tmp_path / "a.safetensors", "safetensors", dtype="f16")
@@ -148,29 +143,24 @@ def test_values_that_do_not_fit_are_refused(tmp_path):
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-def test_a_name_that_safetensors_has_not(tmp_path):
+def test_tensor_names_that_safetensors_excludes_are_refused(tmp_path):
     path = q(tmp_path / "a.qf", {"__metadata__": W})
     with pytest.raises(SourceError, match=r"'__metadata__' cannot be in a \.safetensors file"):
         export(path, tmp_path / "x", "safetensors")
 
 
-def test_types_are_checked(tmp_path):
+def test_types_that_an_export_cannot_hold_are_refused(tmp_path):
     path = q(tmp_path / "a.qf", {"w": W})
-    for type_, to in (
-        ("q8_0", "safetensors"),
-        ("q4_0:coded=true", "gguf"),
-        ("nlm", "gguf"),
-        ("i8", "hf"),
-        ("xx", "hf"),
-    ):
-        with pytest.raises(TypeSpecError):
-            export(path, tmp_path / "x", to, dtype=type_)
+    for to, *types in (("safetensors", "q8_0"), ("gguf", "q4_0:coded=true", "nlm"), ("hf", "i8", "xx")):
+        for type_ in types:
+            with pytest.raises(TypeSpecError):
+                export(path, tmp_path / "x", to, dtype=type_)
 
 
 # --- care with the target ----------------------------------------------------------------------------------------------------
 
 
-def test_mode_follows_the_umask(tmp_path):
+def test_the_modes_of_exported_files_follow_the_umask(tmp_path):
     path = q(tmp_path / "a.qf", {"w": W}, assets={"config.json": b"{}"})
     for mask in (0o022, 0o077):
         before = os.umask(mask)
@@ -179,17 +169,13 @@ def test_mode_follows_the_umask(tmp_path):
             export(path, tmp_path / "hf", "hf", overwrite=True)
         finally:
             os.umask(before)
-        for file in (
-            tmp_path / "a.safetensors",
-            tmp_path / "hf" / "model.safetensors",
-            tmp_path / "hf" / "config.json",
-        ):
-            assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+        for file in ("a.safetensors", "hf/model.safetensors", "hf/config.json"):
+            assert stat.S_IMODE((tmp_path / file).stat().st_mode) == 0o666 & ~mask
         assert stat.S_IMODE((tmp_path / "hf").stat().st_mode) == 0o777 & ~mask
 
 
 @pytest.mark.parametrize("to", ["safetensors", "hf"])
-def test_what_stands_there_is_not_replaced_unasked(tmp_path, to):
+def test_an_existing_export_is_not_replaced_without_force(tmp_path, to):
     path = q(tmp_path / "a.qf", {"w": W})
     export(path, tmp_path / "out", to)
     with pytest.raises(TargetError, match="exists already; use --force"):
@@ -202,7 +188,7 @@ def test_what_stands_there_is_not_replaced_unasked(tmp_path, to):
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.qf", "out"]
 
 
-def test_a_directory_of_something_else_is_not_replaced(tmp_path):
+def test_a_directory_with_other_files_is_not_replaced_by_an_export(tmp_path):
     path = q(tmp_path / "a.qf", {"w": W})
     out = tmp_path / "out"
     export(path, out, "hf", shard_size=100)
@@ -218,7 +204,7 @@ def test_a_directory_of_something_else_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["safetensors", "hf", "gguf"])
-def test_damage_leaves_nothing(tmp_path, to):
+def test_exporting_a_damaged_file_leaves_no_files(tmp_path, to):
     source = write(tmp_path / "m.gguf", {"x": (random_blocks("q4_0", 40, 4), "q4_0")})
     path = store(source) if to == "gguf" else q(tmp_path / "a.qf", {"x": W}, "q4_0", assets={"config.json": b"{}"})
     with safe_open(path) as file:
@@ -233,7 +219,7 @@ def test_damage_leaves_nothing(tmp_path, to):
 
 
 @pytest.mark.parametrize("to", ["safetensors", "hf"])
-def test_the_rest_of_a_killed_run_is_taken_over(tmp_path, to):
+def test_the_workspace_of_a_killed_export_is_reused(tmp_path, to):
     path = q(tmp_path / "a.qf", {f"w{i}": W for i in range(4)})
     code = f"""if True:
         import time
@@ -257,7 +243,7 @@ def test_the_rest_of_a_killed_run_is_taken_over(tmp_path, to):
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.qf", "out"]
 
 
-def test_what_is_in_the_way_stays(tmp_path):
+def test_a_folder_with_the_name_of_the_workspace_of_an_export_is_kept(tmp_path):
     path = q(tmp_path / "a.qf", {"w": W})
     partial = tmp_path / "out.partial"
     partial.mkdir()
@@ -316,7 +302,7 @@ def values(tensor: Any) -> np.ndarray[Any, Any]:
         ("lut", "q4_0:search=naive", "Q4_0 Q4_0 Q4_0 F32 Q4_0", 2),
     ],
 )
-def test_other_types(tmp_path, type_, dtype, kinds, file_type):
+def test_gguf_exports_of_other_types_have_the_stored_values(tmp_path, type_, dtype, kinds, file_type):
     tensors = gguf_source(tmp_path / "m.gguf")
     path = store(tmp_path / "m.gguf", type_)
     export(path, tmp_path / "out.gguf", "gguf", dtype=dtype)
@@ -344,7 +330,7 @@ def test_other_types(tmp_path, type_, dtype, kinds, file_type):
 
 
 @pytest.mark.parametrize("make", [natural_blocks, lambda name, rows, cols: random_blocks(name, rows, cols // 32)])
-def test_blocks_that_are_entropy_coded_come_back(tmp_path, make):
+def test_entropy_coded_blocks_are_exported_to_gguf_bit_for_bit(tmp_path, make):
     tensors = {name: (make(name, 700, 960), name) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")}
     source = write(tmp_path / "m.gguf", tensors)
     path = tmp_path / "m.qf"
@@ -363,7 +349,7 @@ def test_blocks_that_are_entropy_coded_come_back(tmp_path, make):
         assert path.stat().st_size < 0.97 * source.stat().st_size
 
 
-def test_mostly_the_same_type_keeps_what_the_file_says(tmp_path):
+def test_gguf_exports_of_mostly_the_same_type_keep_the_file_type(tmp_path):
     gguf_source(tmp_path / "m.gguf")
     path = tmp_path / "m.qf"
     convert(open_gguf(tmp_path / "m.gguf"), path, Recipe.parse(None, ["b.weight=nlm"]))
@@ -373,7 +359,7 @@ def test_mostly_the_same_type_keeps_what_the_file_says(tmp_path):
     assert [tensor.tensor_type for tensor in found.values()][2] == GGMLQuantizationType.Q5_0
 
 
-def test_rows_that_are_no_blocks_are_refused_by_name(tmp_path):
+def test_gguf_exports_of_rows_that_do_not_fill_blocks_are_refused_or_stored_as_f16(tmp_path):
     source = write(tmp_path / "m.gguf", {"x": (RNG.normal(size=(4, 33)).astype(np.float32), "f32")})
     path = store(source, "nlm")
     with pytest.raises(SourceError, match=r"'x' has rows of 33 elements.*q8_0; use --dtype f16"):
@@ -385,7 +371,7 @@ def test_rows_that_are_no_blocks_are_refused_by_name(tmp_path):
     assert read(tmp_path / "out.gguf")[1]["x"].tensor_type.name == "F16"
 
 
-def test_large_alignments_take_no_memory(tmp_path):
+def test_gguf_exports_keep_large_alignments(tmp_path):
     source = tmp_path / "m.gguf"
     keys = [u32("general.alignment", 1 << 20), pair("general.name", 8, string("x"))]
     source.write_bytes(Draft(keys, alignment=1 << 20).pack())
@@ -393,12 +379,12 @@ def test_large_alignments_take_no_memory(tmp_path):
     assert (tmp_path / "out.gguf").stat().st_size == 2 << 20
 
 
-def test_a_container_without_gguf_metadata_is_refused(tmp_path):
+def test_gguf_exports_of_files_without_gguf_metadata_are_refused(tmp_path):
     with pytest.raises(SourceError, match=r"cannot become a GGUF file: there is no config\.json"):
         export(q(tmp_path / "a.qf", {"w": W}), tmp_path / "a.gguf", "gguf")
 
 
-def test_metadata_that_does_not_fit_is_refused(tmp_path):
+def test_gguf_exports_with_metadata_of_other_tensors_are_refused(tmp_path):
     gguf_source(tmp_path / "m.gguf")
     with safe_open(store(tmp_path / "m.gguf")) as file:
         asset = file.get_asset("model.gguf-header")
@@ -428,7 +414,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("shard_size", [5_000_000_000, 50_000])
-def test_transformers_loads_the_directory(llama, tmp_path, shard_size):
+def test_transformers_loads_an_exported_directory(llama, tmp_path, shard_size):
     from transformers import AutoModelForCausalLM
 
     path = tmp_path / "m.qf"
@@ -452,7 +438,7 @@ def test_transformers_loads_the_directory(llama, tmp_path, shard_size):
     convert(open_checkpoint(tmp_path / "out"), tmp_path / "again.qf", Recipe.parse("q8_0:coded=true"))
 
 
-def test_the_quantization_config_is_left_out(tmp_path):
+def test_the_quantization_config_is_left_out_of_an_exported_directory(tmp_path):
     config = {"model_type": "llama", "quantization_config": {"bits": 4}, "name": "Ä"}
     assets = {"config.json": json.dumps(config).encode(), "sub/config.json": b"[1]"}
     path = q(tmp_path / "a.qf", {"w": W}, assets=assets)
@@ -462,7 +448,7 @@ def test_the_quantization_config_is_left_out(tmp_path):
     assert (tmp_path / "out" / "sub" / "config.json").read_bytes() == b"[1]"
 
 
-def test_directories_that_would_be_useless_are_told(tmp_path):
+def test_exports_to_unusable_directories_are_refused_or_give_a_warning(tmp_path):
     result = export(q(tmp_path / "a.qf", {"w": W}), tmp_path / "out", "hf")
     assert "holds no config.json" in result.warnings[0]
     gguf_source(tmp_path / "m.gguf")
@@ -477,20 +463,15 @@ def test_directories_that_would_be_useless_are_told(tmp_path):
 # --- command line ------------------------------------------------------------------------------------------------------------
 
 
-def test_command_line(tmp_path):
+def test_the_export_command_reports_results_and_refusals(tmp_path):
     gguf_source(tmp_path / "m.gguf")
     path = store(tmp_path / "m.gguf")
-    run = CliRunner()
-    result = run.invoke(cli, ["export", str(path), str(tmp_path / "o.gguf"), "--to", "gguf"])
-    assert result.exit_code == 0
+    invoke("export", path, tmp_path / "o.gguf", "--to", "gguf")
     assert (tmp_path / "o.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
-    result = run.invoke(
-        cli, ["export", str(path), str(tmp_path / "o.safetensors"), "--to", "safetensors", "--json", "-t", "f16"]
-    )
-    assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert (told["tensors"], told["copied"]) == (5, 2)
-    assert told["bytes"] == (tmp_path / "o.safetensors").stat().st_size
+    result = invoke("export", path, tmp_path / "o.safetensors", "--to", "safetensors", "--json", "-t", "f16")
+    report = json.loads(result.stdout)
+    assert (report["tensors"], report["copied"]) == (5, 2)
+    assert report["bytes"] == (tmp_path / "o.safetensors").stat().st_size
     assert "left out" in result.stderr
     for arguments, code, message in (
         (["--to", "gguf"], 1, "exists already"),
@@ -498,9 +479,5 @@ def test_command_line(tmp_path):
         (["--to", "hf", "--shard-size", "big"], 2, "no size"),
         ([], 2, "Missing option '--to'"),
     ):
-        result = run.invoke(cli, ["export", str(path), str(tmp_path / "o.gguf"), *arguments])
-        assert result.exit_code == code
-        assert message in result.output
-    result = run.invoke(cli, ["export", str(tmp_path / "no.qf"), str(tmp_path / "x"), "--to", "gguf"])
-    assert result.exit_code == 1
-    assert "no.qf" in result.output
+        assert message in invoke("export", path, tmp_path / "o.gguf", *arguments, code=code).output
+    assert "no.qf" in invoke("export", tmp_path / "no.qf", tmp_path / "x", "--to", "gguf", code=1).output

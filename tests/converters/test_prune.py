@@ -9,14 +9,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from torch.nn.utils.prune import l1_unstructured
 
 import qformat
-from qformat.cli import cli
 from qformat.converters import prune as prune_module
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.prune import Pruned, Pruning, find_cut
@@ -25,14 +24,13 @@ from qformat.dtypes import DTYPES, Elements, from_array
 from qformat.errors import SourceError, TypeSpecError
 from qformat.pipeline.source import Checkpoint
 from qformat.readers.torch import TORCH_DTYPES
+from tests.helpers.cli import invoke
 
 TORCH = {name: TORCH_DTYPES[name] for name in ("f8_e4m3", "f8_e5m2", "f16", "bf16", "f32", "f64")}
 
 
 def run(*args: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(cli, ["convert", *map(str, args)])
-    assert result.exit_code == code, result.output
-    return result
+    return invoke("convert", *args, code=code)
 
 
 def tensor_of(bits: np.ndarray, dtype: str, name: str = "w") -> ArrayTensor:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 
 from qformat import safe_open
 from qformat.codecs.layout import Matrix
@@ -29,6 +28,7 @@ from qformat.dtypes import DTYPES, Elements, from_array
 from qformat.errors import SourceError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint, QuantizedSource, SourceTensor
+from tests.helpers.checkpoints import model
 from tests.helpers.codecs import chunks_of, decode, part_of, segment_lengths
 from tests.helpers.quantized import Layer, awq, compressed, gptq, layer, loose_words_of, packed, random_scales, words_of
 
@@ -588,10 +588,7 @@ def test_any_configuration_is_read_or_refused(config, text):
 
 
 def save(folder: Path, parts: Mapping[str, Any], config: Any) -> Path:
-    folder.mkdir()
-    save_file(parts, folder / "model.safetensors")
-    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    return folder
+    return model(folder, parts, config=config if isinstance(config, str) else json.dumps(config))
 
 
 def types(request: Request) -> dict[str, str]:

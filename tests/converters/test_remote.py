@@ -12,16 +12,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.numpy import save_file as save_safetensors
 
 import qformat
-from qformat.cli import cli
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.errors import SourceError
 from qformat.files import identity, source_path
 from qformat.pipeline.recipe import Recipe
+from tests.helpers.cli import invoke
 
 
 @pytest.fixture
@@ -150,16 +149,12 @@ def test_only_the_needed_ranges_of_remote_files_are_read(model, memory, monkeypa
 
 
 def test_commands_take_urls(model, tmp_path):
-    runner = CliRunner()
     url = f"file://{model}"
-    for name, source in (("a.qf", url), ("b.qf", str(model))):
-        shown = runner.invoke(cli, ["convert", source, str(tmp_path / name)])
-        assert shown.exit_code == 0, shown.output
+    for name, source in (("a.qf", url), ("b.qf", model)):
+        invoke("convert", source, tmp_path / name)
     assert (tmp_path / "a.qf").read_bytes() == (tmp_path / "b.qf").read_bytes()
-    shown = runner.invoke(cli, ["quantize-stats", url, "-t", "q4_0"])
-    assert shown.exit_code == 0, shown.output
-    wrong = runner.invoke(cli, ["convert", "memory://nothing", str(tmp_path / "c.qf")])
-    assert wrong.exit_code == 1
+    invoke("quantize-stats", url, "-t", "q4_0")
+    invoke("convert", "memory://nothing", tmp_path / "c.qf", code=1)
 
 
 def test_the_identity_of_a_url_includes_more_than_its_address():

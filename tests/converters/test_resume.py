@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,14 @@ from qformat.converters.sources.detect import open_checkpoint
 from qformat.errors import SourceError, TargetError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint, SourceTensor
+from tests.helpers.checkpoints import layers, model
 from tests.helpers.stopping import Stopped, stop_after
-
-ASSETS = ("config.json", "tokenizer.json")
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    rng = np.random.default_rng(5)
-    tensors = {f"layer.{i}.weight": rng.normal(size=(64, 96)).astype(np.float32) for i in range(12)}
-    save_safetensors(tensors, folder / "model.safetensors")
-    for name in ASSETS:
-        (folder / name).write_text(json.dumps({"name": name * 50}))
-    return folder
+    texts = {name: json.dumps({"name": name * 50}) for name in ("config", "tokenizer")}
+    return model(tmp_path / "model", layers(12, 64, 96), **texts)
 
 
 def run(source: Path, output: Path, kind: str = "q4_0", **options: Any) -> Any:
@@ -56,16 +50,17 @@ def interrupted(source: Path, output: Path, number: int, kind: str = "q4_0", **o
 
 @pytest.mark.parametrize("kind", ["q4_0", "lossless", "scm:bpw=3"])
 @pytest.mark.parametrize("number", [0, 1, 5, 11])
-def test_it_goes_on(source, tmp_path, monkeypatch, kind, number):
+def test_a_stopped_conversion_resumes_without_reading_finished_tensors_again(
+    source, tmp_path, monkeypatch, kind, number
+):
     whole, output = tmp_path / "whole.qf", tmp_path / "m.qf"
     run(source, whole, kind)
     interrupted(source, output, number, kind)
     with monkeypatch.context() as context:
         read: list[str] = []
         real = SourceTensor.read_chunk
-        context.setattr(
-            SourceTensor, "read_chunk", lambda tensor, chunk: read.append(tensor.name) or real(tensor, chunk)
-        )
+        noted = lambda tensor, chunk: read.append(tensor.name) or real(tensor, chunk)  # noqa: E731
+        context.setattr(SourceTensor, "read_chunk", noted)
         result = run(source, output, kind, resume=True)
     assert output.read_bytes() == whole.read_bytes()
     assert leftovers(output) == ["m.qf"]
@@ -74,7 +69,7 @@ def test_it_goes_on(source, tmp_path, monkeypatch, kind, number):
     assert result.resumed >= number - 1 if kind == "q4_0" else True
 
 
-def test_progress_counts_what_was_done(source, tmp_path):
+def test_progress_of_a_resumed_conversion_counts_the_finished_tensors(source, tmp_path):
     output, seen = tmp_path / "m.qf", []
     interrupted(source, output, 6)
     run(source, output, resume=True, progress=seen.append)
@@ -83,7 +78,7 @@ def test_progress_counts_what_was_done(source, tmp_path):
 
 
 @pytest.mark.usefixtures("marks")
-def test_a_finished_file_is_left_alone(source, tmp_path):
+def test_resume_leaves_a_finished_file_as_it_is(source, tmp_path):
     output = tmp_path / "m.qf"
     first = run(source, output, resume=True)
     before = output.stat()
@@ -105,26 +100,19 @@ def test_a_finished_file_is_left_alone(source, tmp_path):
     assert output.read_bytes() == data
 
 
-def change_type(source: Path) -> str:
-    del source
-    return "q4_0:search=exact"
+CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "type": ("q4_0:search=exact", lambda source: source),
+    "time of the source": ("q4_0", lambda source: os.utime(source / "model.safetensors", ns=(1, 1))),
+    "assets": ("q4_0", lambda source: (source / "more.json").write_text("{}")),
+}
 
 
-def change_source(source: Path) -> str:
-    os.utime(source / "model.safetensors", ns=(1, 1))
-    return "q4_0"
-
-
-def change_assets(source: Path) -> str:
-    (source / "more.json").write_text("{}")
-    return "q4_0"
-
-
-@pytest.mark.parametrize("change", [change_type, change_source, change_assets])
-def test_something_else_begins_anew(source, tmp_path, change):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_conversion_with_another_type_source_or_asset_starts_over(source, tmp_path, change):
     output = tmp_path / "m.qf"
     interrupted(source, output, 8)
-    kind = change(source)
+    kind, make = CHANGES[change]
+    make(source)
     result = run(source, output, kind, resume=True)
     assert result.resumed == 0
     run(source, tmp_path / "whole.qf", kind)
@@ -132,7 +120,7 @@ def test_something_else_begins_anew(source, tmp_path, change):
     assert leftovers(output) == ["m.qf"]
 
 
-def test_another_source_that_looks_the_same_begins_anew(source, tmp_path):
+def test_resume_refuses_a_file_made_from_another_source_of_the_same_times_and_sizes(source, tmp_path):
     other, output = tmp_path / "other", tmp_path / "m.qf"
     shutil.copytree(source, other)
     data = bytearray((other / "model.safetensors").read_bytes())
@@ -146,7 +134,7 @@ def test_another_source_that_looks_the_same_begins_anew(source, tmp_path):
         run(other, output, resume=True)
 
 
-def test_another_file_in_its_place_is_not_taken_for_it(source, tmp_path):
+def test_resume_refuses_another_file_in_the_place_of_the_target(source, tmp_path):
     output, other = tmp_path / "m.qf", tmp_path / "other.qf"
     run(source, output, resume=True)
     run(source, other, "q8_0")
@@ -155,7 +143,7 @@ def test_another_file_in_its_place_is_not_taken_for_it(source, tmp_path):
         run(source, output, resume=True)
 
 
-def test_what_was_only_allowed_then_is_refused(tmp_path):
+def test_resume_refuses_a_file_made_with_allow_nonfinite_without_it(tmp_path):
     source, output = tmp_path / "m.safetensors", tmp_path / "m.qf"
     save_safetensors({"a": np.array([np.nan], np.float32)}, source)
     run(source, output, resume=True, allow_nonfinite=True)
@@ -163,7 +151,7 @@ def test_what_was_only_allowed_then_is_refused(tmp_path):
         run(source, output, resume=True)
 
 
-def test_without_resume_it_begins_anew_and_leaves_nothing(source, tmp_path):
+def test_a_conversion_without_resume_starts_over_and_leaves_no_workspace(source, tmp_path):
     output = tmp_path / "m.qf"
     interrupted(source, output, 8)
     assert run(source, output).resumed == 0
@@ -177,7 +165,7 @@ def test_without_resume_it_begins_anew_and_leaves_nothing(source, tmp_path):
 @pytest.mark.parametrize(
     "what", ["byte", "short", "padding", "journal digit", "journal cut", "journal garbage", "journal gone"]
 )
-def test_what_is_damaged_is_made_again(source, tmp_path, what):
+def test_resume_converts_damaged_parts_of_the_workspace_again(source, tmp_path, what):
     output, whole = tmp_path / "m.qf", tmp_path / "whole.qf"
     run(source, whole)
     interrupted(source, output, 10)
@@ -246,12 +234,8 @@ def _killed(command: list[str], seconds: float, begun: Path | None) -> bool:
 
 @pytest.mark.usefixtures("marks")
 @pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random(tmp_path, count):
-    source = tmp_path / "model"
-    source.mkdir()
-    rng = np.random.default_rng(9)
-    tensors = {f"layer.{i:02}.weight": rng.normal(size=(512, 640)).astype(np.float32) for i in range(24)}
-    save_safetensors(tensors, source / "model.safetensors")
+def test_conversions_killed_at_random_resume_to_the_same_bytes(tmp_path, count):
+    source = model(tmp_path / "model", layers(24, 512, 640, seed=9, name="layer.{:02}.weight"))
     whole, output = tmp_path / "whole.qf", tmp_path / "m.qf"
     command = [sys.executable, "-m", "qformat", "convert", str(source), str(output), "-t", "q4_0:search=exact", "-j1"]
     start = time.perf_counter()

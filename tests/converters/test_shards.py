@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from safetensors.numpy import save_file as save_safetensors
 
 from qformat import safe_open
-from qformat.cli import cli as command
-from qformat.container.reader import ContainerReader
 from qformat.container.verify import verify
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
@@ -24,6 +21,9 @@ from qformat.errors import FormatError, SourceError, TargetError
 from qformat.pipeline.recipe import Recipe
 from qformat.quality import Quality
 from qformat.readers.torch import load_file
+from tests.helpers.checkpoints import layers, model
+from tests.helpers.cli import invoke
+from tests.helpers.files import Draft
 from tests.helpers.stopping import Stopped, stop_after
 
 SIZE = 64 * 96 * 18 // 32  # bytes of a tensor as q4_0
@@ -31,13 +31,7 @@ SIZE = 64 * 96 * 18 // 32  # bytes of a tensor as q4_0
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    rng = np.random.default_rng(5)
-    tensors = {f"layer.{i}.weight": rng.normal(size=(64, 96)).astype(np.float32) for i in range(9)}
-    save_safetensors(tensors | {"norm": np.ones(96, np.float32)}, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "x"}')
-    return folder
+    return model(tmp_path / "model", layers(9, 64, 96) | {"norm": np.ones(96, np.float32)})
 
 
 def run(source: Path, output: Path, kind: str = "q4_0", size: int | None = 4 * SIZE, **options: Any) -> Any:
@@ -48,7 +42,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
-def test_a_head_and_its_shards(source, tmp_path):
+def test_a_head_and_its_shards_hold_the_tensors_of_one_file(source, tmp_path):
     whole, output = tmp_path / "whole.qf", tmp_path / "m.qf"
     run(source, whole, size=None)
     result = run(source, output)
@@ -72,22 +66,22 @@ def test_a_head_and_its_shards(source, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "lossless", "scm:bpw=3"])
-def test_a_dry_run_predicts_all_sizes(source, tmp_path, kind):
+def test_a_dry_run_predicts_the_sizes_of_all_shards(source, tmp_path, kind):
     expected = run(source, tmp_path / "m.qf", kind, dry_run=True)
     assert files(tmp_path) == []
     assert expected.nbytes == run(source, tmp_path / "m.qf", kind).nbytes
 
 
-def test_what_is_small_stays_in_one_file(source, tmp_path):
+def test_a_checkpoint_below_the_shard_size_stays_in_one_file(source, tmp_path):
     run(source, tmp_path / "m.qf", size=10**9)
     assert files(tmp_path) == ["m.qf"]
 
 
-def test_a_tensor_that_is_larger_has_a_shard_of_its_own(source, tmp_path):
+def test_a_tensor_larger_than_the_shard_size_has_its_own_shard(source, tmp_path):
     assert len(run(source, tmp_path / "m.qf", size=1).shards) == 10
 
 
-def test_the_same_bytes_each_time(source, tmp_path):
+def test_bytes_of_shards_do_not_depend_on_jobs(source, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         run(source, tmp_path / name / "m.qf", jobs=1 if name == "a" else 3)
@@ -95,7 +89,7 @@ def test_the_same_bytes_each_time(source, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_verify_looks_at_the_shards(source, tmp_path):
+def test_verify_checks_a_head_and_its_shards(source, tmp_path):
     output = tmp_path / "m.qf"
     run(source, output)
     reports = verify([str(output)])
@@ -113,7 +107,7 @@ def test_verify_looks_at_the_shards(source, tmp_path):
     assert (Path(bad.path).name, bad.errors[0].what) == (second.name, "cannot be read: No such file or directory")
 
 
-def test_another_file_in_the_place_of_a_shard_is_noticed(source, tmp_path):
+def test_another_file_in_the_place_of_a_shard_is_refused(source, tmp_path):
     output = tmp_path / "m.qf"
     run(source, output)
     other = tmp_path / "other"
@@ -130,7 +124,7 @@ def test_another_file_in_the_place_of_a_shard_is_noticed(source, tmp_path):
         safe_open(output)
 
 
-def test_an_open_file_has_nothing_beside_it(source, tmp_path):
+def test_a_head_given_as_an_open_file_is_refused(source, tmp_path):
     run(source, tmp_path / "m.qf")
     with (
         (tmp_path / "m.qf").open("rb") as file,
@@ -139,14 +133,14 @@ def test_an_open_file_has_nothing_beside_it(source, tmp_path):
         safe_open(file)
 
 
-def test_a_failed_run_leaves_nothing(source, tmp_path):
+def test_a_stopped_conversion_to_shards_leaves_no_files(source, tmp_path):
     with pytest.raises(Stopped):
         run(source, tmp_path / "m.qf", jobs=1, progress=stop_after(7))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 @pytest.mark.usefixtures("marks")
-def test_it_goes_on_in_the_middle_of_a_shard(source, tmp_path):
+def test_a_conversion_resumes_in_the_middle_of_a_shard(source, tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
     run(source, whole / "m.qf")
@@ -162,14 +156,13 @@ def test_it_goes_on_in_the_middle_of_a_shard(source, tmp_path):
     assert run(source, tmp_path / "m.qf", resume=True).resumed == 10
 
 
-def test_other_cuts_of_the_same_number_begin_anew(tmp_path):
-    folder, whole, output = tmp_path / "model", tmp_path / "whole", tmp_path / "m.qf"
-    folder.mkdir()
+def test_resume_with_other_shards_of_the_same_number_starts_over(tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "m.qf"
     whole.mkdir()
     rng = np.random.default_rng(5)
     rows = (64, 64, 192, 64, 64, 64)
     tensors = {f"layer.{i}.weight": rng.normal(size=(n, 96)).astype(np.float32) for i, n in enumerate(rows)}
-    save_safetensors(tensors, folder / "model.safetensors")
+    folder = model(tmp_path / "model", tensors)
     run(folder, whole / "m.qf", size=4 * SIZE)  # 2, 2, 2 tensors
     with pytest.raises(Stopped):
         run(folder, output, size=3 * SIZE, jobs=1, resume=True, progress=stop_after(4))  # 2, 1, 3
@@ -180,7 +173,7 @@ def test_other_cuts_of_the_same_number_begin_anew(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [(None, 4 * SIZE), (4 * SIZE, None), (4 * SIZE, 5 * SIZE)])
-def test_a_file_that_was_cut_otherwise_is_not_what_was_asked_for(source, tmp_path, sizes):
+def test_resume_refuses_a_target_with_another_shard_size(source, tmp_path, sizes):
     run(source, tmp_path / "m.qf", size=sizes[0], resume=True)
     before = files(tmp_path)
     with pytest.raises(TargetError, match="exists already"):
@@ -188,13 +181,13 @@ def test_a_file_that_was_cut_otherwise_is_not_what_was_asked_for(source, tmp_pat
     assert files(tmp_path) == before
 
 
-def test_a_head_that_fails_leaves_nothing(source, tmp_path):
+def test_a_head_that_cannot_be_written_leaves_no_shards(source, tmp_path):
     with pytest.raises(SourceError, match="metadata must be strings"):
         run(source, tmp_path / "m.qf", metadata={"a": "\ud800"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_a_failed_run_leaves_the_shards_that_were_there(source, tmp_path):
+def test_a_stopped_conversion_leaves_the_existing_shards(source, tmp_path):
     output = tmp_path / "m.qf"
     run(source, output)
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
@@ -204,7 +197,7 @@ def test_a_failed_run_leaves_the_shards_that_were_there(source, tmp_path):
     assert not (tmp_path / "m.qf.partial").exists()
 
 
-def test_a_second_writer_is_turned_away_and_the_first_one_is_not_disturbed(source, tmp_path):
+def test_a_second_conversion_to_the_same_shards_is_refused_without_disturbing_the_first(source, tmp_path):
     output = tmp_path / "m.qf"
 
     def second(amount: int) -> None:
@@ -215,7 +208,7 @@ def test_a_second_writer_is_turned_away_and_the_first_one_is_not_disturbed(sourc
     assert all(report.ok for report in verify([str(output)]))
 
 
-def test_a_folder_of_something_else_is_kept(source, tmp_path):
+def test_a_folder_with_the_name_of_the_workspace_of_shards_is_kept(source, tmp_path):
     folder = tmp_path / "m.qf.partial"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
@@ -226,7 +219,7 @@ def test_a_folder_of_something_else_is_kept(source, tmp_path):
     assert files(tmp_path) == []
 
 
-def test_a_shard_of_the_source_is_not_replaced(source, tmp_path):
+def test_a_shard_of_the_source_is_refused_as_a_target(source, tmp_path):
     run(source, tmp_path / "m.qf", "scm", size=150_000)
     shard = tmp_path / "m-00001-of-00002.qf"
     before = shard.read_bytes()
@@ -237,7 +230,7 @@ def test_a_shard_of_the_source_is_not_replaced(source, tmp_path):
     assert shard.read_bytes() == before
 
 
-def test_verify_finds_a_tensor_in_two_shards(source, tmp_path):
+def test_a_tensor_in_two_shards_is_refused_and_found_by_verify(source, tmp_path):
     output = tmp_path / "m.qf"
     run(source, output)
     shutil.copy(tmp_path / "m-00001-of-00003.qf", tmp_path / "m-00002-of-00003.qf")
@@ -252,7 +245,7 @@ def test_verify_finds_a_tensor_in_two_shards(source, tmp_path):
     assert "its shards do not fit together" in bad.errors[0].what
 
 
-def test_shards_that_are_there_are_not_replaced(source, tmp_path):
+def test_existing_shards_are_not_replaced_without_force(source, tmp_path):
     (tmp_path / "m-00003-of-00003.qf").write_bytes(b"mine")
     with pytest.raises(TargetError, match=r"m-00003-of-00003\.qf: exists already"):
         run(source, tmp_path / "m.qf")
@@ -261,7 +254,7 @@ def test_shards_that_are_there_are_not_replaced(source, tmp_path):
     assert all(report.ok for report in verify([str(tmp_path / "m.qf")]))
 
 
-def test_shards_of_a_replaced_head_are_removed(source, tmp_path):
+def test_replacing_a_head_removes_its_shards_but_no_other_files(source, tmp_path):
     run(source, tmp_path / "m.qf")
     other = tmp_path / "m-00002-of-00003.qf"
     other.write_bytes(b"mine")  # is not the shard any more
@@ -272,80 +265,51 @@ def test_shards_of_a_replaced_head_are_removed(source, tmp_path):
     assert files(tmp_path) == [other.name, "m.qf"]
 
 
-def test_on_the_command_line(source, tmp_path):
+def test_commands_write_and_read_shards(source, tmp_path):
     output = str(tmp_path / "m.qf")
-    runner = CliRunner()
-    shown = runner.invoke(command, ["convert", str(source), output, "--shard-size", "15kB"])
-    assert shown.exit_code == 0, shown.output
-    assert "in 3 shards, m-00001-of-00003.qf and so on, and their head m.qf" in shown.output
-    found = json.loads(runner.invoke(command, ["inspect", output, "--json"]).output)
+    shown = invoke("convert", source, output, "--shard-size", "15kB").output
+    assert "in 3 shards, m-00001-of-00003.qf and so on, and their head m.qf" in shown
+    found = json.loads(invoke("inspect", output, "--json").output)
     assert len(found["tensors"]) == 10
     assert list(found["shards"]) == [f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
     assert found["file_bytes"] == sum(path.stat().st_size for path in tmp_path.glob("m*.qf"))
-    assert "shard m-00002-of-00003.qf (" in runner.invoke(command, ["inspect", output]).output
-    again = runner.invoke(command, ["convert", output, str(tmp_path / "again.qf"), "-t", "f32"])
-    assert again.exit_code == 0, again.output
-    wrong = runner.invoke(command, ["convert", str(source), output, "--shard-size", "many"])
-    assert wrong.exit_code == 2
+    assert "shard m-00002-of-00003.qf (" in invoke("inspect", output).output
+    invoke("convert", output, tmp_path / "again.qf", "-t", "f32")
+    wrong = invoke("convert", source, output, "--shard-size", "many", code=2)
     assert "'many' is no size such as 5GB or 500MiB" in wrong.output
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("7", 7), ("2k", 2000), ("3tib", 3 << 40)]
 )
-def test_sizes(text, size):
+def test_shard_sizes_are_parsed(text, size):
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "GB", "-1GB", "5XB", "1e9", "0.0001", "9" * 400])
-def test_no_sizes(text):
+def test_malformed_shard_sizes_are_refused(text):
     with pytest.raises(ValueError, match="is no size"):
         parse_size(text)
 
 
-def change(path: Path, edit: Any) -> None:
+def change(path: Path, edit: Callable[[Any], object]) -> None:
     """Write a head anew with another index."""
-    from hashlib import sha256
-
-    from qformat.container.index import canonical_json
-    from qformat.container.layout import Trailer
-
-    with ContainerReader(path, alone=True) as container:
-        trailer = container.trailer
-    data = path.read_bytes()
-    index = json.loads(data[trailer.index_offset : trailer.index_offset + trailer.index_length])
-    edit(index)
-    new = canonical_json(index)
-    path.write_bytes(
-        data[: trailer.index_offset] + new + Trailer(trailer.index_offset, len(new), sha256(new).digest()).pack()
-    )
+    draft = Draft.of(path.read_bytes())
+    edit(draft.index)
+    path.write_bytes(draft.pack())
 
 
-def drop_mark(index: Any) -> None:
-    del index["must_understand"]
+WRONG_HEADS: dict[str, Callable[[Any], object]] = {
+    "no must_understand": lambda index: index.pop("must_understand"),
+    "path of a shard": lambda index: index["shards"][0].update(name="../m.qf"),
+    "no shard": lambda index: index.update(shards=[]),
+    "unsorted": lambda index: index["shards"].reverse(),
+    "itself": lambda index: index.update(shards=[{"name": "m.qf", "bytes": 1, "root_sha256": "0" * 64}]),
+    "root": lambda index: index["shards"][0].update(root_sha256="x"),
+}
 
 
-def path_of_shard(index: Any) -> None:
-    index["shards"][0]["name"] = "../m.qf"
-
-
-def no_shard(index: Any) -> None:
-    index["shards"] = []
-
-
-def unsorted(index: Any) -> None:
-    index["shards"].reverse()
-
-
-def itself(index: Any) -> None:
-    index["shards"] = [{"name": "m.qf", "bytes": 1, "root_sha256": "0" * 64}]
-
-
-def root(index: Any) -> None:
-    index["shards"][0]["root_sha256"] = "x"
-
-
-def test_the_reference_reads_them_too(source, tmp_path, reference):
+def test_the_reference_reads_a_head_and_its_shards(source, tmp_path, reference):
     output = tmp_path / "m.qf"
     run(source, output)
     file = reference.read_path(output)
@@ -358,11 +322,11 @@ def test_the_reference_reads_them_too(source, tmp_path, reference):
         reference.read_path(output)
 
 
-@pytest.mark.parametrize("edit", [drop_mark, path_of_shard, no_shard, unsorted, itself, root])
-def test_impossible_heads(source, tmp_path, edit, reference):
+@pytest.mark.parametrize("edit", WRONG_HEADS)
+def test_both_readers_refuse_impossible_heads(source, tmp_path, edit, reference):
     output = tmp_path / "m.qf"
     run(source, output)
-    change(output, edit)
+    change(output, WRONG_HEADS[edit])
     with pytest.raises(FormatError):
         safe_open(output)
     with pytest.raises(reference.SpecError):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 _SAFETENSORS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "f64": "F64", "f8_e4m3": "F8_E4M3", "f8_e5m2": "F8_E5M2"}
 
@@ -51,3 +52,17 @@ def hub_model(directory: Path) -> Path:
         write_safetensors(directory / shard, arrays)
     (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": HOME}))
     return directory
+
+
+def model(folder: Path, tensors: Mapping[str, np.ndarray], **files: str) -> Path:
+    """Make a directory with tensors in one file, and a configuration or other JSON files."""
+    folder.mkdir()
+    save_file(dict(tensors), folder / "model.safetensors")
+    for name, text in (files or {"config": '{"model_type": "x"}'}).items():
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+def layers(count: int, rows: int, cols: int, *, seed: int = 5, name: str = "layer.{}.weight") -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name.format(i): rng.normal(size=(rows, cols)).astype(np.float32) for i in range(count)}

@@ -8,17 +8,15 @@ import math
 import gguf
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from qformat.cli import cli
+from tests.helpers.cli import invoke
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
 
 def test_measured_errors_of_minilm_are_those_of_gguf(minilm):
-    done = CliRunner().invoke(cli, ["quantize-stats", str(minilm), "-t", "q4_0:search=naive", "--json", "-"])
-    stats = json.loads(done.stdout)
+    stats = json.loads(invoke("quantize-stats", minilm, "-t", "q4_0:search=naive", "--json", "-").stdout)
     measured = {result["tensor"]: result for result in stats["results"]}
     source = {name: x for name, x in load_file(minilm / "model.safetensors").items() if name in measured}
     assert len(source) == len(measured) == 40
