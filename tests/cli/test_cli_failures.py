@@ -100,13 +100,8 @@ def test_inspect_and_verify_refuse_damaged_files_in_one_line(name: str, tmp_path
 def test_each_command_on_a_damaged_file_fails_or_prints_its_digest(name: str, tmp_path: Path) -> None:
     path = tmp_path / "m.qf"
     path.write_bytes(DAMAGED[name])
-    inspected, measured, verified, quick, summed = run_all(
-        ["inspect", "--json", path],
-        ["quantize-stats", path],
-        ["verify", path],
-        ["verify", "--quick", path],
-        ["checksum", path],
-    )
+    commands = ("inspect --json", "quantize-stats", "verify", "verify --quick", "checksum")
+    inspected, measured, verified, quick, summed = run_all(*([*command.split(), path] for command in commands))
     for result in (inspected, measured):
         assert str(path) in one_line(result)
         assert result.out == ""
@@ -122,17 +117,11 @@ def test_each_command_on_a_damaged_file_fails_or_prints_its_digest(name: str, tm
 def test_paths_that_are_not_files_are_refused_and_others_are_processed(kind: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(GOOD_FILE)
     (tmp_path / "directory").mkdir()
-    path = {"missing": tmp_path / "none", "directory": tmp_path / "directory", "below a file": tmp_path / "file" / "x"}[
-        kind
-    ]
+    path = tmp_path / {"missing": "none", "directory": "directory", "below a file": "file/x"}[kind]
     file = tmp_path / "file"
+    alone = [[command, path] for command in ("inspect", "quantize-stats", "checksum", "verify")]
     inspected, measured, summed, verified, both, both_summed = run_all(
-        ["inspect", path],
-        ["quantize-stats", path],
-        ["checksum", path],
-        ["verify", path],
-        ["verify", path, file],
-        ["checksum", path, file],
+        *alone, ["verify", path, file], ["checksum", path, file]
     )
     for result in (inspected, measured, summed, both_summed):
         assert str(path) in one_line(result)

@@ -132,7 +132,7 @@ def test_affine_stores_integer_grids_and_constants_exactly(tmp_path):
         np.testing.assert_array_equal(round_trip(tmp_path, 0 * constant, type_)[0], 0 * constant)
 
 
-def test_affine_refuses_weights_whose_scales_overflow_or_vanish(tmp_path):
+def test_affine_refuses_weights_whose_scales_overflow_or_are_zeroed(tmp_path):
     x = np.random.default_rng(5).standard_normal((2, 64)).astype(np.float32)
     for sym in ("true", "false"):
         type_ = f"affine:sym={sym}"

@@ -65,19 +65,19 @@ def files(tmp_path_factory) -> dict[str, bytes]:
 
 @every_block
 def test_entropy_coded_blocks_decode_to_the_plain_ones(type_, tmp_path):
-    paths = [tmp_path / "plain.qf", tmp_path / "coded.qf"]
+    paths = [tmp_path / "uncoded.qf", tmp_path / "coded.qf"]
     for path, chosen in zip(paths, (type_, coded(type_)), strict=True):
         qformat.save_file(tensors(), path, {"*": chosen})
-    with qformat.safe_open(paths[0]) as plain, qformat.safe_open(paths[1]) as small:
+    with qformat.safe_open(paths[0]) as uncoded, qformat.safe_open(paths[1]) as small:
         for name, shape in SHAPES.items():
-            info, other = plain.info(name), small.info(name)
+            info, other = uncoded.info(name), small.info(name)
             assert (info.codec, info.encoder, info.error) == (other.codec, other.encoder, other.error)
             assert other.params == {**info.params, "coded": True}
-            np.testing.assert_array_equal(plain.get_tensor(name), small.get_tensor(name))
+            np.testing.assert_array_equal(uncoded.get_tensor(name), small.get_tensor(name))
             if len(shape) > 1 and shape[0]:
                 rows = [shape[0] - 1, 0]
-                np.testing.assert_array_equal(small.get_rows(name, rows), plain.get_tensor(name)[rows])
-        assert small.info("long").nbytes < plain.info("long").nbytes
+                np.testing.assert_array_equal(small.get_rows(name, rows), uncoded.get_tensor(name)[rows])
+        assert small.info("long").nbytes < uncoded.info("long").nbytes
     state = [load_file(path) for path in paths]
     assert all((state[0][name] == state[1][name]).all() for name in SHAPES)
 

@@ -142,7 +142,7 @@ def test_lut_row_scales_reduce_the_error_of_rows_of_different_magnitudes(tmp_pat
 
 
 @pytest.mark.parametrize("type_", TYPES)
-def test_lut_refuses_weights_that_overflow_or_vanish(tmp_path, type_):
+def test_lut_refuses_weights_that_overflow_or_are_zeroed(tmp_path, type_):
     x = np.random.default_rng(12).standard_normal((2, 256)).astype(np.float32)
     with pytest.raises(SourceError, match="too large"):
         round_trip(tmp_path, x * np.float32(1e6), type_)

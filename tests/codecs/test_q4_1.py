@@ -119,7 +119,7 @@ def test_no_q4_1_search_errs_more_than_a_cheaper_one_on_awkward_blocks(case):
 @pytest.mark.parametrize("how", SEARCHES)
 @every_family
 def test_q4_1_searches_treat_each_block_by_itself(kernels, how):
-    x = np.concatenate([battery()[case] for case in ("normal", "sparse", "constant", "scale vanishes")])
+    x = np.concatenate([battery()[case] for case in ("normal", "sparse", "constant", "scale is zero")])
     x = np.ascontiguousarray(np.random.default_rng(3).permutation(x + np.float32(0.5) * (x > 0)).astype(np.float32))
     scales, minima = search(kernels, how, x)
     for count in (1, 2, 15, 16, 17, 31, 33):

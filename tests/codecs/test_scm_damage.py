@@ -148,9 +148,8 @@ def test_wrong_chunk_lengths_of_scm_layers_are_refused(written, tmp_path):
             content[4:],
         ]
         for changed_content in wrong:
-            (tmp_path / "x.qf").write_bytes(
-                hostile.packed(record, segments=hostile.changed(record, **{one["name"]: changed_content}))
-            )
+            segments = hostile.changed(record, **{one["name"]: changed_content})
+            (tmp_path / "x.qf").write_bytes(hostile.packed(record, segments=segments))
             with qformat.safe_open(tmp_path / "x.qf") as f, pytest.raises(FormatError, match="tensor 't'"):
                 f.get_tensor("t")
 
@@ -158,13 +157,8 @@ def test_wrong_chunk_lengths_of_scm_layers_are_refused(written, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"params": {"layers": 0, "lossless": True}},
-        {"params": {"layers": 65, "lossless": True}},
-        {"params": {"layers": 3, "lossless": True}},
-        {"params": {"layers": True, "lossless": True}},
-        {"params": {"layers": 19}},
-        {"params": {"layers": 19, "lossless": True, "bpw": "3"}},
-        {"params": {"layers": 19, "lossless": False}},
+        *({"params": {"layers": layers, "lossless": True}} for layers in (0, 65, 3, True)),
+        *({"params": {"layers": 19} | others} for others in ({}, {"lossless": True, "bpw": "3"}, {"lossless": False})),
         *({"dtype": "f64"}, {"dtype": "f8_e4m3"}, {"shape": [2**26, 2**20]}, {"shape": [12, 31]}),
         *({"shape": [0, 31]}, {"range": ...}),
         {"error": {"rmse": "1.000000000e-01", "max": "5.000000000e-01"}},

@@ -27,10 +27,10 @@ from tests.helpers.scm import bits_of, digests, drawn, every_dtype, many, read, 
 @every_dtype
 def test_scm_returns_weights_bit_for_bit_in_at_most_two_percent_more_bytes_than_lossless(dtype, tmp_path):
     x = elements(dtype, drawn("normal", 500, 1000))
-    layered, plain = store(tmp_path / "x.qf", "scm", x=x), store(tmp_path / "y.qf", "lossless", x=x)
+    layered, lossless = store(tmp_path / "x.qf", "scm", x=x), store(tmp_path / "y.qf", "lossless", x=x)
     assert bits_of(read(tmp_path / "x.qf"), x) == x.data.tobytes()
     assert bits_of(read(tmp_path / "x.qf", "lossless"), x) == x.data.tobytes()
-    assert layered <= 1.02 * plain
+    assert layered <= 1.02 * lossless
     assert record_of(tmp_path / "x.qf").error is None
     assert store(tmp_path / "z.qf", "scm:lossless=true", x=x) == layered
     assert (tmp_path / "z.qf").read_bytes() == (tmp_path / "x.qf").read_bytes()
@@ -39,9 +39,9 @@ def test_scm_returns_weights_bit_for_bit_in_at_most_two_percent_more_bytes_than_
 @pytest.mark.parametrize("origin", ["f16", "bf16"])
 def test_scm_takes_advantage_of_short_mantissas(origin, tmp_path):
     x = elements(origin, drawn("normal", 500, 1000)).to_f32()
-    layered, plain = store(tmp_path / "x.qf", "scm", x=x), store(tmp_path / "y.qf", "lossless", x=x)
+    layered, lossless = store(tmp_path / "x.qf", "scm", x=x), store(tmp_path / "y.qf", "lossless", x=x)
     assert read(tmp_path / "x.qf").tobytes() == x.tobytes()
-    assert layered <= 1.02 * plain
+    assert layered <= 1.02 * lossless
     mixed = np.where(np.arange(500)[:, None] % 2 == 0, x, drawn("normal", 500, 1000, seed=1))
     store(tmp_path / "x.qf", "scm", x=mixed)
     assert read(tmp_path / "x.qf").tobytes() == mixed.tobytes()

@@ -91,20 +91,15 @@ def test_ctranslate2_integers_with_scales_stay_raw_with_a_warning(tmp_path):
     assert warning == "model.bin: 1 matrices of integers are kept as they are, with scales such as 'a/weight_scale'"
 
 
+HALF = model({"w": ARRAYS["encoder/half"]})
 BROKEN = {
-    "version 3": (
-        model(ARRAYS, version=3),
-        "TransformerSpec in version 3 of CTranslate2's format cannot be read, only 4 to 6",
-    ),
+    "version 3": (model(ARRAYS, version=3), "Spec in version 3 of CTranslate2's format cannot be read, only 4 to 6"),
     "cut": (model(ARRAYS)[:-1], "in the middle of a field"),
     "longer": (model(ARRAYS) + b"\0", "1 bytes too many at its end"),
     "alias": (model(ARRAYS, {"x": "y"}), "invalid alias 'x' of 'y'"),
     "twice": (model(ARRAYS).replace(b"encoder/half", b"encoder/none"), "duplicate variable 'encoder/none'"),
-    "shape": (
-        model({"w": ARRAYS["encoder/half"]}).replace(b"\x06\0\0\0\x04", b"\x07\0\0\0\x04"),
-        "does not match its shape",
-    ),
-    "dtype": (model({"w": ARRAYS["encoder/half"]}).replace(b"\x06\0\0\0\x04", b"\x06\0\0\0\x09"), "dtype number 9"),
+    "shape": (HALF.replace(b"\x06\0\0\0\x04", b"\x07\0\0\0\x04"), "does not match its shape"),
+    "dtype": (HALF.replace(b"\x06\0\0\0\x04", b"\x06\0\0\0\x09"), "dtype number 9"),
 }
 
 

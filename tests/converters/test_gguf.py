@@ -29,9 +29,9 @@ from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import QuantizedSource
 from tests.helpers.gguf import UNDECODABLE, Draft, Entry, pair, random_blocks, store, string, u32, write
 
-PLAIN = ("f32", "f16", "bf16", "f64", "i8", "i16", "i32", "i64")
+UNQUANTIZED = ("f32", "f16", "bf16", "f64", "i8", "i16", "i32", "i64")
 OURS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
-BLOCKS = sorted(set(TYPE_NUMBERS) - set(PLAIN))
+BLOCKS = sorted(set(TYPE_NUMBERS) - set(UNQUANTIZED))
 
 
 def back(path: Path) -> bytes:
@@ -79,7 +79,7 @@ def test_gguf_blocks_of_every_type_round_trip_byte_for_byte(tmp_path, name):
 def test_gguf_tensors_of_plain_numbers_round_trip_byte_for_byte(tmp_path):
     rng = np.random.default_rng(0)
     tensors: dict[str, tuple[Any, str]] = {}
-    for name in PLAIN:
+    for name in UNQUANTIZED:
         bits = rng.integers(0, 256, (3, 7 * 8), dtype=np.uint8)
         array = bits if name == "bf16" else bits.view({"f": "float", "i": "int"}[name[0]] + str(int(name[1:])))
         if name[0] == "f" and name != "bf16":

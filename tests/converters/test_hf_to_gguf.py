@@ -155,10 +155,10 @@ def test_exported_gguf_metadata_describes_model_and_tokenizer(source, tmp_path):
 def test_exported_llama_3_frequencies_are_those_of_transformers():
     config = CONFIGS["llama 3"]
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = 1 / (50000.0 ** (torch.arange(0, 16, 2) / 16))
+    unscaled = 1 / (50000.0 ** (torch.arange(0, 16, 2) / 16))
     found = Model({"config.json": _config(config)}, "x").frequencies()
     assert found is not None
-    assert found == pytest.approx((plain / expected).numpy(), rel=1e-5)
+    assert found == pytest.approx((unscaled / expected).numpy(), rel=1e-5)
     assert found[0] == 1
     assert found[-1] == 8
 

@@ -47,18 +47,11 @@ def test_convert_keeps_a_broken_link_without_force(source: Path, tmp_path: Path)
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("directory", "is a directory"),
-        ("", "is a directory"),
-        ("none/m.qf", "does not exist"),
-        ("file/m.qf", "file"),
-        ("x" * 250 + ".qf", "too long"),
-        ("x" * 300 + ".qf", "too long"),
-        ("pipe", "not a regular file"),
-    ],
-)
+IMPOSSIBLE = {"directory": "is a directory", "": "is a directory", "none/m.qf": "does not exist", "file/m.qf": "file"}
+IMPOSSIBLE |= {"x" * 250 + ".qf": "too long", "x" * 300 + ".qf": "too long", "pipe": "not a regular file"}
+
+
+@pytest.mark.parametrize(("name", "says"), IMPOSSIBLE.items())
 def test_impossible_targets_are_refused(name: str, says: str, source: Path, tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").touch()
@@ -129,14 +122,8 @@ def test_a_conversion_that_hits_the_file_size_limit_leaves_the_target_unchanged(
     write_safetensors(source, {"w": weights(0, 400, 400), "z": weights(1, 10)})
     assert run_cli("convert", source, full, "-t", "f32").code == 0
     size = full.stat().st_size
-    for limit, before in (
-        (0, None),
-        (64, None),
-        (1 << 19, None),
-        (1 << 19, b"precious"),
-        (size - 300, None),
-        (size - 1, b"precious"),
-    ):
+    limits = [(limit, None) for limit in (0, 64, 1 << 19, size - 300)]
+    for limit, before in [*limits, (1 << 19, b"precious"), (size - 1, b"precious")]:
         target.unlink(missing_ok=True)
         if before:
             target.write_bytes(before)

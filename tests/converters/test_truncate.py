@@ -148,12 +148,12 @@ def test_truncating_into_the_source_or_an_existing_file_is_refused(layered_qf, t
 
 def test_truncating_files_that_do_not_reach_the_quality_is_refused(layered_qf, tmp_path):
     target = tmp_path / "x.qf"
-    qformat.save_file({"w": layered.normal(4, 64), "b": layered.normal(3)}, tmp_path / "plain.qf", "q4_0")
+    qformat.save_file({"w": layered.normal(4, 64), "b": layered.normal(3)}, tmp_path / "q4_0.qf", "q4_0")
     layered.write(tmp_path / "lossy.qf", "scm:bpw=4", {"a": layered.elements("f32", layered.normal(50, 60))})
     rate = r"(3\.9\d|4\.00) bits/weight"
     cases = [
-        ("plain.qf", "3", r"plain.qf: holds no layered tensors \(type scm\)"),
-        ("plain.qf", "lossless", "holds no layered tensors"),
+        ("q4_0.qf", "3", r"q4_0.qf: holds no layered tensors \(type scm\)"),
+        ("q4_0.qf", "lossless", "holds no layered tensors"),
         ("lossy.qf", "lossless", rf"tensor 'a': the file does not hold it losslessly; its last layer has {rate}"),
         ("lossy.qf", "max_abs=0.0001", rf"tensor 'a': no layer reaches max_abs=0.0001; the file holds it at {rate}"),
     ]

@@ -30,22 +30,13 @@ NUMBERS = [*range(9), 16, 31, 32, 33, 48, 64, 96, 128, 129, 256, 512, -1, -32, 2
 WORDS = ["", "row", "row ", "ROW", "Row", "tensor", "Tensor", "block", "col", "true", "4", "32", "128", "f16", "F16"]
 WORDS += ["f32", "f64", "bf16", "BF16", "float16", "f8_e4m3"]
 ODD_VALUES = [True, False, 2**53 - 1, 2**53, 2**64, 1.0, 4.0, 128.0, None, [], [128], {}, {"row": 1}]
-PARAMETERS = [
-    *("Block", "block", "bits", "group", "scale", "search", "optimize", "fit", "zeros", "data", "must_understand")
-]
+PARAMETERS = ["Block", "block", "bits", "group", "scale", "search", "optimize", "fit", "zeros", "data"]
+PARAMETERS += ["must_understand"]
 
 
 @dataclass
 class Content:
-    """Result of reading a file: the values, and the error of everything that cannot be read.
-
-    Attributes
-    ----------
-    refused
-        The error, if the file cannot be opened.
-    values, errors
-        By kind (``tensor`` or ``asset``) and name.
-    """
+    """Result of reading a file: the error of opening it, or values and errors by kind (``tensor``, ``asset``) and name."""
 
     refused: str | None = None
     values: dict[tuple[str, str], Any] = field(default_factory=dict)

@@ -22,9 +22,8 @@ finite_f32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 rows = hnp.arrays(np.float32, st.integers(1, 8).map(lambda n: 32 * n), elements=finite_f32)
 
 _factors = st.sampled_from([0.0, 1.0, -0.7, 10.0, 3e-5, -1e-7, 1000.0])
-_levels = hnp.arrays(
-    np.float32, st.integers(1, 40).map(lambda n: 32 * n), elements=st.integers(-12, 12).map(np.float32)
-)
+_lengths = st.integers(1, 40).map(lambda n: 32 * n)
+_levels = hnp.arrays(np.float32, _lengths, elements=st.integers(-12, 12).map(np.float32))
 #: vectors of blocks as weights are: around some value, of some spread, often with few different values
 likely_rows = st.tuples(_levels, _factors, _factors).map(
     lambda parts: (parts[0] * np.float32(parts[1]) + np.float32(parts[2])).astype(np.float32)
@@ -65,7 +64,7 @@ def battery() -> dict[str, np.ndarray]:
         "ternary": rng.choice(np.array([-0.7, 0, 0.7], np.float32), (64, 32)),
         "sparse": (normal * (rng.random((64, 32)) < 0.1)).astype(np.float32),
         "scale is a subnormal half": normal * np.float32(1e-6),
-        "scale vanishes": normal * np.float32(1e-9),
+        "scale is zero": normal * np.float32(1e-9),
         "subnormal": normal * np.float32(1e-39),
         "smallest subnormal": np.where(normal > 0, np.float32(1e-45), np.float32(0)),
         "near overflow of the scale": (normal / np.abs(normal).max() * np.float32(524000)).astype(np.float32),

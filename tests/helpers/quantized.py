@@ -104,12 +104,8 @@ def layer(
     groups = -(-cols // group)
     places = np.arange(cols) // group
     zeros = np.full((rows, groups), 1 << (bits - 1)) if sym else rng.integers(0, 1 << bits, (rows, groups))
-    return Layer(
-        rng.integers(0, 1 << bits, (rows, cols)),
-        zeros,
-        random_scales(rng, (rows, groups), scale),
-        rng.permutation(places) if order else places,
-    )
+    codes, scales = rng.integers(0, 1 << bits, (rows, cols)), random_scales(rng, (rows, groups), scale)
+    return Layer(codes, zeros, scales, rng.permutation(places) if order else places)
 
 
 def transposed(elements: Elements) -> Elements:

@@ -72,11 +72,8 @@ def digests(path: Path) -> list[str]:
     """Return digests of files and of their values."""
     found = []
     two_chunks = elements("f32", drawn("normal", 2, 270_000))
-    for type_, tensors in (
-        ("scm", many()),
-        ("scm:max_abs=0.02", {"b": many()["b"]}),
-        ("scm:bpw=2.3", {"x": two_chunks}),
-    ):
+    kinds = (("scm", many()), ("scm:max_abs=0.02", {"b": many()["b"]}), ("scm:bpw=2.3", {"x": two_chunks}))
+    for type_, tensors in kinds:
         store(path, type_, **tensors)
         found.append(hashlib.sha256(path.read_bytes()).hexdigest())
         qualities = (None,) if "x" in tensors else (2, 4.25, None)

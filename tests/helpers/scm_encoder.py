@@ -295,24 +295,17 @@ LAYER_3 = bytes.fromhex("4100 01 00000000 020000000100 020000000101")
 # 1.25 is 0x3fa00000, and the cell from 1.25 to 1.5; -0.5 0xbf000000, from 0.5 to 0.75; 20 0x41a00000, from 20 to 20.25.
 # z = 20: a is 0x3fa, 0x3f0, 0x41a; r, the class, is 2, 4, 0; upper parts 0, 0.
 REST = bytes.fromhex("020000000114 020000000100 020000000100")
-BY_HAND = Case(
-    "f32",
-    (3,),
-    {"layers": 3, "lossless": True},
-    {
-        "grid": GRID,
-        "layer.1": cut([LAYER_1]),
-        "layer.2": cut([LAYER_2]),
-        "layer.3": cut([LAYER_3]),
-        "rest": cut([REST]),
-    },
-)
 
 
-LOSSY = Case(
-    "f32", (3,), {"layers": 2, "lossless": False}, {"grid": GRID, "layer.1": cut([LAYER_1]), "layer.2": cut([LAYER_2])}
-)
+def of_one_chunk(shape: tuple[int, ...], *layers: bytes, rest: bytes = b"") -> Case:
+    """A float32 tensor of one chunk, lossless if there is a rest."""
+    segments = {"grid": GRID} | {f"layer.{i}": cut([layer]) for i, layer in enumerate(layers, 1)}
+    segments |= {"rest": cut([rest])} if rest else {}
+    return Case("f32", shape, {"layers": len(layers), "lossless": bool(rest)}, segments)
 
+
+BY_HAND = of_one_chunk((3,), LAYER_1, LAYER_2, LAYER_3, rest=REST)
+LOSSY = of_one_chunk((3,), LAYER_1, LAYER_2)
 
 # The same with zeros: 1.25, 0, -0, -0.5, 20, 0, 0, 0, -0. Bits 1, 0, 0, 1, 1, 0, 0, 0; 0: 0x19, 0x00.
 SPARSE_1 = bytes.fromhex("0000 01 0300000000 1900") + LAYER_1[3:]
@@ -321,12 +314,7 @@ SPARSE_1 = bytes.fromhex("0000 01 0300000000 1900") + LAYER_1[3:]
 # 0x41a00000, which it is, and 0x41a40000: b = 19, y = 13. Both are of class 18 with upper parts 0, 0; bits 0 to 7 of both, 8 to
 # 15 of the first, 7 bits more, all 0.
 SPARSE_REST = bytes.fromhex("0400000000150005 020000000122 020000000101") + bytes.fromhex("020000000100") * 4
-SPARSE = Case(
-    "f32",
-    (3, 3),
-    {"layers": 2, "lossless": True},
-    {"grid": GRID, "layer.1": cut([SPARSE_1]), "layer.2": cut([LAYER_2]), "rest": cut([SPARSE_REST])},
-)
+SPARSE = of_one_chunk((3, 3), SPARSE_1, LAYER_2, rest=SPARSE_REST)
 
 
 # Segment, its one chunk (or all of it), old and new bytes, message.

@@ -59,10 +59,10 @@ def names_used_by_numpy_kernels() -> set[str]:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_both_families_have_the_same_kernels_with_the_same_parameters(name):
-    compiled, plain = functions("numba", name), functions("numpy", name)
-    helpers = plain.keys() - compiled.keys()
+    compiled, numpy = functions("numba", name), functions("numpy", name)
+    helpers = numpy.keys() - compiled.keys()
     assert helpers <= names_used_by_numpy_kernels(), "a numpy kernel has no twin in numba"
-    assert compiled == {function: plain.get(function) for function in compiled}
+    assert compiled == {function: numpy.get(function) for function in compiled}
 
 
 # ---- results
@@ -183,9 +183,9 @@ modest = hnp.arrays(np.float32, 256, elements=st.floats(-(2.0**15), 2.0**15, wid
 
 
 def assert_identical(run: Callable[[Kernels, np.ndarray], list[Any]], x: np.ndarray) -> None:
-    compiled, plain = (run(both, x) for both in BOTH)
-    assert len(compiled) == len(plain)
-    for one, other in zip(compiled, plain, strict=True):
+    compiled, numpy = (run(both, x) for both in BOTH)
+    assert len(compiled) == len(numpy)
+    for one, other in zip(compiled, numpy, strict=True):
         if isinstance(one, np.ndarray):
             assert one.dtype == other.dtype
             assert one.tobytes() == other.tobytes()

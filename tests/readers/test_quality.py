@@ -32,12 +32,7 @@ from tests.helpers.layered import OTHERS, elements, model
     ("value", "expected"),
     [
         (None, Quality()),
-        (3, Quality(bits=3)),
-        (2.5, Quality(bits=2.5)),
-        (np.float32(4.25), Quality(bits=4.25)),
-        ("3.5", Quality(bits=3.5)),
-        ("32", Quality(bits=32)),
-        ("1e-3", Quality(bits=1e-3)),
+        *((bits, Quality(bits=float(bits))) for bits in (3, 2.5, np.float32(4.25), "3.5", "32", "1e-3")),
         ("lossless", Quality(lossless=True)),
         ("max_rmse=0.01", Quality(metric="max_rmse", bound=0.01)),
         ("max_abs=5e-2", Quality(metric="max_abs", bound=0.05)),
