@@ -173,7 +173,7 @@ class Job:
                         file.write(part, offset)
                         offset += len(part)
                         if self.progress:
-                            self.progress(chunk.rows * chunk.cols)
+                            self.progress(chunk.size)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

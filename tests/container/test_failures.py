@@ -799,7 +799,7 @@ def test_writers_at_the_same_time(force: bool, source: Path, tmp_path: Path) -> 
     assert force or len(good) == 1
     for result in results:
         if result.code:
-            assert re.search("another process|exists already|appeared there meanwhile", one_line(result))
+            assert re.search("another process|exists already|appeared there in the meantime", one_line(result))
     valid(target)
     assert not Path(f"{target}.partial").exists()
 

@@ -290,7 +290,7 @@ def test_on_the_command_line(source, tmp_path):
     assert again.exit_code == 0, again.output
     wrong = runner.invoke(command, ["convert", str(source), output, "--shard-size", "many"])
     assert wrong.exit_code == 2
-    assert "'many' is no size such as 5GB or 500MiB" in wrong.output
+    assert "'many' is not a size such as 5GB or 500MiB" in wrong.output
 
 
 @pytest.mark.parametrize(
