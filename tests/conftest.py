@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from qformat.codecs.base import Codec
+from tests.helpers.checkpoints import hub_model
 from tests.helpers.reference import reference as independent_reader
 
 # Runs are repeatable, and pass on machines of any speed.
@@ -55,6 +56,12 @@ def marks(tmp_path: Path) -> None:
         pytest.skip("this file system keeps no extended attributes")
     finally:
         file.unlink()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A checkpoint of two shards, as the hub has them."""
+    return hub_model(tmp_path / "model")
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 import qformat
-from qformat.cli import cli
-from qformat.container.verify import verify
 from qformat.quality import Quality
-from tests.helpers.cli import run_cli
+from tests.helpers.cli import error_line, invoke, run_cli, valid
 from tests.helpers.files import Draft, sha256
 
 # files that are converted from are left to the garbage collector: see test_a_source_is_closed
@@ -34,22 +31,11 @@ ASSETS = {"config.json": b'{"model_type": "test"}', "vocab.txt": b"a\nb\nc\n" * 
 METADATA = {"made by": "a test", "licence": "none"}
 
 
-def run(*args: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(cli, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
 def refused(*args: object, code: int = 1) -> str:
     """Return the one line with which a command fails."""
-    result = run(*args, code=code)
+    result = invoke(*args, code=code)
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("Usage: ", "Try ", "Warning: "))]
-    (line,) = [line for line in lines if line]
-    assert line.startswith("Error: ")
-    return line.removeprefix("Error: ")
+    return error_line(result.stderr)
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -83,7 +69,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def layered(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("layered") / "all.qf"
-    run("convert", source, path, "-t", "scm")
+    invoke("convert", source, path, "-t", "scm")
     return path
 
 
@@ -108,11 +94,6 @@ def same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) ->
         assert found[name].tobytes() == array.tobytes(), name
 
 
-def valid(path: Path) -> None:
-    (report,) = verify([str(path)], jobs=1)
-    assert report.ok, report
-
-
 # ---- convert
 
 
@@ -127,9 +108,9 @@ def test_convert_keeps_everything(source, layered):
 @pytest.mark.parametrize("type_", ["scm", "scm:bpw=3", "scm:max_rmse=0.01", "scm:lossless=true"])
 def test_a_dry_run_gives_the_exact_size(source, type_, tmp_path):
     target = tmp_path / "x.qf"
-    dry = json.loads(run("convert", source, target, "-t", type_, "--dry-run", "--json").stdout)
+    dry = json.loads(invoke("convert", source, target, "-t", type_, "--dry-run", "--json").stdout)
     assert not list(tmp_path.iterdir())
-    done = json.loads(run("convert", source, target, "-t", type_, "--json").stdout)
+    done = json.loads(invoke("convert", source, target, "-t", type_, "--json").stdout)
     assert dry["bytes"] == done["bytes"] == target.stat().st_size
     assert dry["bpw"] == done["bpw"]
     assert (dry["root_sha256"], dry["dry_run"], done["dry_run"]) == (None, True, False)
@@ -137,14 +118,14 @@ def test_a_dry_run_gives_the_exact_size(source, type_, tmp_path):
 
 
 def test_verbose_conversion_names_the_type_that_was_asked_for(source, tmp_path):
-    lines = run("convert", source, tmp_path / "x.qf", "-t", "scm:bpw=3", "-v").stdout
+    lines = invoke("convert", source, tmp_path / "x.qf", "-t", "scm:bpw=3", "-v").stdout
     assert re.search(r"layers\.2\.weight +120x90 +f32 -> scm:bpw=3 +43\.2 kB +[34]\.\d kB +\d\.\d{3}e-03", lines)
     assert re.search(r"ids +3x4 +i64 -> i64 ", lines)
 
 
 def test_types_by_name(source, tmp_path):
     args = ("-t", "q8_0", "--tensor-type", "layers.2.*=scm:bpw=4", "--tensor-type", "*.bias=scm")
-    run("convert", source, tmp_path / "x.qf", *args)
+    invoke("convert", source, tmp_path / "x.qf", *args)
     with qformat.safe_open(tmp_path / "x.qf") as f:
         assert [f.info(name).codec for name in f.keys()] == ["q8_0", "i64", "scm", "q8_0", "scm"]  # noqa: SIM118
         assert f.get_tensor("layers.10.bias").tobytes() == weights()["layers.10.bias"].tobytes()
@@ -172,7 +153,7 @@ def test_what_is_not_finite_is_refused(tmp_path):
     args = ("convert", tmp_path / "x.safetensors", tmp_path / "x.qf", "-t", "scm")
     assert "tensor 'w' holds NaN or infinity" in refused(*args)
     assert not (tmp_path / "x.qf").exists()
-    stderr = run(*args, "--allow-nonfinite").stderr
+    stderr = invoke(*args, "--allow-nonfinite").stderr
     assert "tensor 'w' holds NaN or infinity and is kept as f32, not scm" in stderr
     assert "'v' holds" not in stderr
 
@@ -182,10 +163,10 @@ def test_what_is_not_finite_is_refused(tmp_path):
 
 def test_a_qf_file_is_a_source(layered, tmp_path):
     target = tmp_path / "x.qf"
-    result = run("convert", layered, target, "-t", "scm")
+    result = invoke("convert", layered, target, "-t", "scm")
     assert result.stderr == ""  # nothing is lost
     assert target.read_bytes() == layered.read_bytes()
-    run("convert", layered, target, "-t", "q8_0", "--force")
+    invoke("convert", layered, target, "-t", "q8_0", "--force")
     valid(target)
     with qformat.safe_open(target) as f:
         assert f.info("layers.2.weight").codec == "q8_0"
@@ -195,7 +176,7 @@ def test_a_qf_file_is_a_source(layered, tmp_path):
 def test_it_is_read_at_a_quality(layered, source, tmp_path):
     for quality in ("3", "max_rmse=0.01", "lossless"):
         target = tmp_path / "x.qf"
-        result = run("convert", layered, target, "-q", quality, "-t", "f32", "--force")
+        result = invoke("convert", layered, target, "-q", quality, "-t", "f32", "--force")
         values = arrays_of(layered, quality)
         for name, found in arrays_of(target).items():
             assert found.tobytes() == values[name].astype(found.dtype).tobytes()
@@ -213,7 +194,7 @@ def test_it_is_read_at_a_quality(layered, source, tmp_path):
 
 def test_errors_are_against_what_was_read(layered, tmp_path):
     target = tmp_path / "x.qf"
-    run("convert", layered, target, "-q", "3", "-t", "q8_0")
+    invoke("convert", layered, target, "-q", "3", "-t", "q8_0")
     values, found = arrays_of(layered, 3), arrays_of(target)
     with qformat.safe_open(target) as f:
         for name in ("layers.2.weight", "layers.10.weight"):
@@ -227,7 +208,7 @@ def test_errors_are_against_what_was_read(layered, tmp_path):
 
 def test_quantized_sources_are_warned_of(tmp_path):
     qformat.save_file({"w": weights()["layers.2.weight"], "b": np.ones(3, np.float32)}, tmp_path / "q.qf", "q4_0")
-    result = run("convert", tmp_path / "q.qf", tmp_path / "x.qf", "-t", "scm")
+    result = invoke("convert", tmp_path / "q.qf", tmp_path / "x.qf", "-t", "scm")
     assert "Warning: tensor 'w': no longer what it once was, but of type q4_0; errors are against" in result.stderr
     same(arrays_of(tmp_path / "x.qf"), arrays_of(tmp_path / "q.qf"))
 
@@ -235,7 +216,7 @@ def test_quantized_sources_are_warned_of(tmp_path):
 def test_metadata_and_assets_are_kept(noted, tmp_path):
     for number, args in enumerate((("-t", "q4_0"), ("-q", "3", "-t", "scm:bpw=2.5"), ("-t", "scm"))):
         target = tmp_path / f"{number}.qf"
-        run("convert", noted, target, *args)
+        invoke("convert", noted, target, *args)
         valid(target)
         with qformat.safe_open(target) as f:
             assert f.metadata == METADATA
@@ -264,7 +245,7 @@ def test_a_quality_of_files_without_layers_is_refused(tmp_path):
 
 
 def test_a_quality_that_is_not_reached_is_refused(layered, tmp_path):
-    run("truncate", layered, tmp_path / "cut.qf", "-q", "3")
+    invoke("truncate", layered, tmp_path / "cut.qf", "-q", "3")
     for quality, message in (
         ("lossless", "tensor 'layers.10.weight': the file does not hold it losslessly"),
         ("max_abs=1e-5", "tensor 'layers.10.weight': no layer reaches max_abs=1e-05; the file holds it at"),
@@ -293,7 +274,7 @@ def test_damage_of_a_qf_source_is_found(layered, tmp_path):
         message = refused(command, tmp_path / "bad.qf", tmp_path / "x.qf", "-q", "4")
         assert "tensor 'layers.2.weight', segment 'layer.2' is damaged: its SHA-256 does not match" in message
         assert not (tmp_path / "x.qf").exists()
-    run("convert", tmp_path / "bad.qf", tmp_path / "x.qf", "-q", "2")  # it is not read
+    invoke("convert", tmp_path / "bad.qf", tmp_path / "x.qf", "-q", "2")  # it is not read
     (tmp_path / "cut.qf").write_bytes(layered.read_bytes()[:-5])
     for command in ("convert", "truncate"):
         assert "cut.qf" in refused(command, tmp_path / "cut.qf", tmp_path / "y.qf", "-q", "4")
@@ -304,14 +285,14 @@ def test_a_source_is_closed(layered, tmp_path):
     gc.collect()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run("convert", layered, tmp_path / "x.qf", "-q", "3")
-        run("quantize-stats", layered, "-q", "3")
+        invoke("convert", layered, tmp_path / "x.qf", "-q", "3")
+        invoke("quantize-stats", layered, "-q", "3")
         gc.collect()
     assert not [str(warning.message) for warning in caught if warning.category is ResourceWarning]
 
 
 def test_pruning_a_qf_file(layered, tmp_path):
-    run("convert", layered, tmp_path / "x.qf", "-t", "scm", "--prune", "0.5")
+    invoke("convert", layered, tmp_path / "x.qf", "-t", "scm", "--prune", "0.5")
     found = arrays_of(tmp_path / "x.qf")
     for name in ("layers.2.weight", "layers.10.weight"):
         assert (found[name] == 0).mean() >= 0.5
@@ -326,8 +307,8 @@ def test_pruning_a_qf_file(layered, tmp_path):
 
 @pytest.mark.parametrize("bits", [2, 3.25, 6, 8])
 def test_truncate_gives_the_file_of_that_rate(bits, layered, source, tmp_path):
-    run("truncate", layered, tmp_path / "cut.qf", "-q", bits)
-    run("convert", source, tmp_path / "made.qf", "-t", f"scm:bpw={bits}", "--tensor-type", "empty.weight=f32")
+    invoke("truncate", layered, tmp_path / "cut.qf", "-q", bits)
+    invoke("convert", source, tmp_path / "made.qf", "-t", f"scm:bpw={bits}", "--tensor-type", "empty.weight=f32")
     valid(tmp_path / "cut.qf")
     same(arrays_of(tmp_path / "cut.qf"), arrays_of(layered, bits))
     with qformat.safe_open(tmp_path / "cut.qf") as cut, qformat.safe_open(tmp_path / "made.qf") as made:
@@ -340,17 +321,17 @@ def test_truncate_gives_the_file_of_that_rate(bits, layered, source, tmp_path):
 
 def test_truncate_says_what_it_made(layered, tmp_path):
     target = tmp_path / "x.qf"
-    lines = run("truncate", layered, target, "-q", "max_rmse=0.02").stdout.splitlines()
+    lines = invoke("truncate", layered, target, "-q", "max_rmse=0.02").stdout.splitlines()
     size = target.stat().st_size
     assert len(lines) == 2
     assert re.fullmatch(
         rf"{re.escape(str(target))} is [\d.]+ kB \({size} bytes\) of [\d.]+ kB[,;] \d\.\d{{3}} bits/weight", lines[0]
     )
     root = lines[1].removeprefix("root sha256 ")
-    inspected = json.loads(run("inspect", target, "--json").stdout)
+    inspected = json.loads(invoke("inspect", target, "--json").stdout)
     assert root == inspected["root_sha256"]
     assert f"{inspected['total']['bpw']:.3f} bits/weight" in lines[0]
-    found = json.loads(run("truncate", layered, target, "-q", "max_rmse=0.02", "-f", "--json").stdout)
+    found = json.loads(invoke("truncate", layered, target, "-q", "max_rmse=0.02", "-f", "--json").stdout)
     assert found == {
         "output": str(target),
         "bytes": size,
@@ -368,11 +349,11 @@ def test_truncate_needs_a_quality_and_a_name_that_is_free(layered, tmp_path):
         assert f"quality {quality!r}: give bits per weight such as 3.5" in message
         refused("convert", layered, target, "-q", quality, code=2)
         refused("quantize-stats", layered, "-q", quality, code=2)
-    run("truncate", layered, code=2)
+    invoke("truncate", layered, code=2)
     target.write_bytes(b"precious")
     assert "exists" in refused("truncate", layered, target, "-q", "3")
     assert target.read_bytes() == b"precious"
-    run("truncate", layered, target, "-q", "3", "--force")
+    invoke("truncate", layered, target, "-q", "3", "--force")
     valid(target)
     assert "No such file" in refused("truncate", tmp_path / "missing.qf", tmp_path / "y.qf", "-q", "3")
     (tmp_path / "text.qf").write_text("this is no container" * 30)
@@ -400,7 +381,7 @@ def test_truncate_as_a_process(layered, noted, tmp_path):
 
 
 def test_inspect_json_has_layers_and_the_ladder(layered):
-    found = json.loads(run("inspect", layered, "--json").stdout)
+    found = json.loads(invoke("inspect", layered, "--json").stdout)
     assert [t["name"] for t in found["tensors"]] == [
         *("empty.weight", "ids", "layers.2.weight", "layers.10.bias", "layers.10.weight")
     ]
@@ -433,7 +414,7 @@ def test_inspect_json_has_layers_and_the_ladder(layered):
 
 
 def test_each_step_of_the_ladder_is_what_reading_so_gives(layered):
-    found = json.loads(run("inspect", layered, "--json").stdout)
+    found = json.loads(invoke("inspect", layered, "--json").stdout)
     ladder = found["ladder"]
     assert [step["quality"] for step in ladder] == [*(f"{bits:g}" for bits in LADDER), "lossless"]
     names = ("layers.2.weight", "layers.10.weight")
@@ -459,11 +440,11 @@ def test_each_step_of_the_ladder_is_what_reading_so_gives(layered):
 
 
 def test_inspect_prints_the_ladder(layered):
-    output = run("inspect", layered).stdout
+    output = invoke("inspect", layered).stdout
     assert re.search(
         r"layers\.2\.weight +120x90 +f32 +scm:layers=19,lossless=true +[\d.]+ kB +\d+\.\d{3} +0 +0", output
     )
-    found = json.loads(run("inspect", layered, "--json").stdout)["ladder"]
+    found = json.loads(invoke("inspect", layered, "--json").stdout)["ladder"]
     lines = output.splitlines()
     head = next(number for number, line in enumerate(lines) if line.startswith("quality "))
     assert lines[head].split() == ["quality", "bits/weight", "to", "read", "rmse", "mean_abs", "maxerr"]
@@ -476,24 +457,24 @@ def test_inspect_prints_the_ladder(layered):
 
 
 def test_the_ladder_of_a_truncated_file_ends_where_it_does(layered, tmp_path):
-    run("truncate", layered, tmp_path / "x.qf", "-q", "3")
-    ladder = json.loads(run("inspect", tmp_path / "x.qf", "--json").stdout)["ladder"]
+    invoke("truncate", layered, tmp_path / "x.qf", "-q", "3")
+    ladder = json.loads(invoke("inspect", tmp_path / "x.qf", "--json").stdout)["ladder"]
     assert [step["quality"] for step in ladder] == ["2", "2.25", "2.5", "2.75", "3"]
-    whole = json.loads(run("inspect", layered, "--json").stdout)["ladder"]
+    whole = json.loads(invoke("inspect", layered, "--json").stdout)["ladder"]
     for one, other in zip(ladder, whole, strict=False):
         assert {k: v for k, v in one.items() if k != "bytes"} == {k: v for k, v in other.items() if k != "bytes"}
-    shown = json.loads(run("inspect", tmp_path / "x.qf", "--json", "--tensor", "layers.2.weight").stdout)
+    shown = json.loads(invoke("inspect", tmp_path / "x.qf", "--json", "--tensor", "layers.2.weight").stdout)
     assert shown["tensors"][0]["type"] == "scm:layers=5,lossless=false"
     assert shown["tensors"][0]["rmse"] == shown["tensors"][0]["layers"][-1]["rmse"] > 0
 
 
 def test_files_without_layers_have_no_ladder(layered, tmp_path):
     qformat.save_file({"w": weights()["layers.2.weight"]}, tmp_path / "q.qf", "q4_0")
-    assert json.loads(run("inspect", tmp_path / "q.qf", "--json").stdout)["ladder"] == []
-    assert "quality" not in run("inspect", tmp_path / "q.qf").stdout
-    assert "quality" not in run("inspect", layered, "--tensor", "*.bias").stdout
+    assert json.loads(invoke("inspect", tmp_path / "q.qf", "--json").stdout)["ladder"] == []
+    assert "quality" not in invoke("inspect", tmp_path / "q.qf").stdout
+    assert "quality" not in invoke("inspect", layered, "--tensor", "*.bias").stdout
     qformat.save_file({"w": np.zeros((0, 5), np.float32)}, tmp_path / "e.qf", {"w": "scm"})
-    assert json.loads(run("inspect", tmp_path / "e.qf", "--json").stdout)["ladder"] == []
+    assert json.loads(invoke("inspect", tmp_path / "e.qf", "--json").stdout)["ladder"] == []
 
 
 # ---- quantize-stats
@@ -501,8 +482,8 @@ def test_files_without_layers_have_no_ladder(layered, tmp_path):
 
 @pytest.mark.parametrize("type_", ["scm:bpw=4", "scm:max_abs=0.02", "scm"])
 def test_quantize_stats_finds_what_convert_records(source, type_, tmp_path):
-    found = json.loads(run("quantize-stats", source, "-t", type_, "--json", "-").stdout)
-    run("convert", source, tmp_path / "x.qf", "-t", type_)
+    found = json.loads(invoke("quantize-stats", source, "-t", type_, "--json", "-").stdout)
+    invoke("convert", source, tmp_path / "x.qf", "-t", type_)
     arrays = arrays_of(tmp_path / "x.qf")
     with qformat.safe_open(tmp_path / "x.qf") as f:
         names = [result["tensor"] for result in found["results"]]
@@ -529,27 +510,20 @@ def test_quantize_stats_finds_what_convert_records(source, type_, tmp_path):
         )
 
 
-@pytest.mark.parametrize(
-    "type_",
-    [
-        "scm",
-        "scm:max_abs=0.02",
-        "scm:bpw=4",
-    ],
-)
+@pytest.mark.parametrize("type_", ["scm", "scm:max_abs=0.02", "scm:bpw=4"])
 def test_an_ideal_coder_needs_no_more_than_what_is_stored(source, type_):
-    found = json.loads(run("quantize-stats", source, "-t", type_, "--json", "-").stdout)
+    found = json.loads(invoke("quantize-stats", source, "-t", type_, "--json", "-").stdout)
     for result in (*found["results"], *found["totals"]):
         assert result["entropy"] <= result["bpw"]
 
 
 def test_quantize_stats_of_layers_does_not_depend_on_jobs(source):
     args = ("quantize-stats", source, "-t", "scm:bpw=3", "-t", "q4_0", "--json", "-", "-j")
-    assert run(*args, 1).stdout == run(*args, 3).stdout
+    assert invoke(*args, 1).stdout == invoke(*args, 3).stdout
 
 
 def test_quantize_stats_prints_a_line_for_scm(source):
-    lines = run("quantize-stats", source, "-t", "scm:bpw=4", "--per-layer", "--histogram").stdout.splitlines()
+    lines = invoke("quantize-stats", source, "-t", "scm:bpw=4", "--per-layer", "--histogram").stdout.splitlines()
     assert re.fullmatch(
         r"scm:bpw=4::layers\.2\.weight : rmse 0\.\d{8}, maxerr 0\.\d{8}, 95pct<0\.\d{4}, median<0\.\d{4}, "
         r"(3\.9\d{3}|4\.0000) bits/weight, entropy \d\.\d{4}",
@@ -559,10 +533,10 @@ def test_quantize_stats_prints_a_line_for_scm(source):
 
 
 def test_quantize_stats_of_a_quality(layered, tmp_path):
-    result = run("quantize-stats", layered, "-q", "3", "-t", "q8_0", "-t", "scm", "--json", "-")
+    result = invoke("quantize-stats", layered, "-q", "3", "-t", "q8_0", "-t", "scm", "--json", "-")
     assert "no longer what they once were, but of type scm; errors are against what that decodes to" in result.stderr
     found = json.loads(result.stdout)
-    run("convert", layered, tmp_path / "x.qf", "-q", "3", "-t", "q8_0")
+    invoke("convert", layered, tmp_path / "x.qf", "-q", "3", "-t", "q8_0")
     with qformat.safe_open(tmp_path / "x.qf") as f:
         for one in found["results"]:
             if one["type"] == "scm":
@@ -578,56 +552,56 @@ def test_quantize_stats_of_a_quality(layered, tmp_path):
 
 
 def test_types_lists_scm_without_what_a_file_says():
-    (scm,) = [t for t in json.loads(run("types", "--json").stdout)["types"] if t["type"] == "scm"]
+    (scm,) = [t for t in json.loads(invoke("types", "--json").stdout)["types"] if t["type"] == "scm"]
     assert scm["bpw"] is None
     assert set(scm["params"]) == {"bpw", "max_rmse", "max_abs", "mean_abs", "lossless"}
     assert scm["params"]["bpw"] == ["any", "N"]
     assert scm["params"]["lossless"] == [False, True]
     assert "layers" in scm["about"]
-    table = run("types").stdout
+    table = invoke("types").stdout
     assert re.search(r"^scm +varies +Significance coding in layers", table, re.MULTILINE)
     assert "layers=" not in table
 
 
 def test_help_explains_qualities():
     for command in ("convert", "truncate", "quantize-stats"):
-        text = " ".join(run(command, "--help").stdout.split())
+        text = " ".join(invoke(command, "--help").stdout.split())
         assert "-q, --quality QUALITY" in text
         for word in ("3.5", "max_rmse=0.01", "max_abs=0.05", "mean_abs=0.01", "lossless"):
             assert word in text
-    assert "truncate" in run("--help").stdout
+    assert "truncate" in invoke("--help").stdout
 
 
 def test_verify_names_the_layer_that_is_damaged(layered, tmp_path):
-    assert run("verify", layered).stdout == f"{layered}: OK\n"
+    assert invoke("verify", layered).stdout == f"{layered}: OK\n"
     with qformat.safe_open(layered) as f:
         segment = f.info("layers.10.weight").segments[4]
     data = bytearray(layered.read_bytes())
     data[segment.offset + 9] ^= 0x40
     (tmp_path / "bad.qf").write_bytes(data)
-    output = run("verify", tmp_path / "bad.qf", code=1).stdout
+    output = invoke("verify", tmp_path / "bad.qf", code=1).stdout
     assert "tensor 'layers.10.weight', segment 'layer.4': SHA-256 does not match" in output
-    assert sha256(bytes(data)) in run("checksum", tmp_path / "bad.qf").stdout
+    assert sha256(bytes(data)) in invoke("checksum", tmp_path / "bad.qf").stdout
 
 
 def test_the_index_is_all_that_inspect_reads(layered, tmp_path):
     draft = Draft.of(layered.read_bytes())
     draft.body = bytes(len(draft.body))  # all segments are gone
     (tmp_path / "x.qf").write_bytes(draft.pack())
-    damaged = json.loads(run("inspect", tmp_path / "x.qf", "--json").stdout)
-    assert damaged["ladder"] == json.loads(run("inspect", layered, "--json").stdout)["ladder"]
+    damaged = json.loads(invoke("inspect", tmp_path / "x.qf", "--json").stdout)
+    assert damaged["ladder"] == json.loads(invoke("inspect", layered, "--json").stdout)["ladder"]
 
 
 def test_real_weights_are_cut(minilm, tmp_path):
     arrays = load_file(minilm / "model.safetensors")
     chosen = {name: x for name, x in arrays.items() if "layer.0." in name}
     save_file(chosen, tmp_path / "x.safetensors")
-    run("convert", tmp_path / "x.safetensors", tmp_path / "all.qf", "-t", "scm")
-    run("truncate", tmp_path / "all.qf", tmp_path / "cut.qf", "-q", "3.5")
-    run("convert", tmp_path / "x.safetensors", tmp_path / "made.qf", "-t", "scm:bpw=3.5")
+    invoke("convert", tmp_path / "x.safetensors", tmp_path / "all.qf", "-t", "scm")
+    invoke("truncate", tmp_path / "all.qf", tmp_path / "cut.qf", "-q", "3.5")
+    invoke("convert", tmp_path / "x.safetensors", tmp_path / "made.qf", "-t", "scm:bpw=3.5")
     assert (tmp_path / "cut.qf").read_bytes() == (tmp_path / "made.qf").read_bytes()
     same(arrays_of(tmp_path / "all.qf"), chosen)
     args = ("-t", "scm:bpw=3.5", "-t", "levels:n=15,bpw=3.5", "--json", "-")
-    scm, levels = json.loads(run("quantize-stats", tmp_path / "x.safetensors", *args).stdout)["totals"]
+    scm, levels = json.loads(invoke("quantize-stats", tmp_path / "x.safetensors", *args).stdout)["totals"]
     assert 3.45 < scm["bpw"] <= 3.5
     assert scm["rel_rmse"] < 1.1 * levels["rel_rmse"]

@@ -85,18 +85,13 @@ def stored(tensor: Any, path: Any, reference: Any, **options: Any) -> tuple[Tens
 @pytest.mark.parametrize(
     ("shape", "given", "rows", "cols"),
     [
-        ((300, 200), (1,), "all", "all"),
-        ((300, 200), (), "all", "all"),
-        ((300, 200), (1, 1), "all", "all"),
-        ((300, 200), (300,), 1, "all"),
-        ((300, 200), (300, 1), 1, "all"),
+        *(((300, 200), given, "all", "all") for given in ((1,), (), (1, 1))),
+        *(((300, 200), given, 1, "all") for given in ((300,), (300, 1))),
         ((300, 200), (1, 200), "all", 1),
         ((300, 200), (3, 2), 128, 128),
         ((300, 100), (3, 1), 128, "all"),
         ((100, 300), (1, 3), "all", 128),
-        ((128, 128), (1, 1), "all", "all"),
-        ((3, 4, 5), (1,), "all", "all"),
-        ((7,), (1,), "all", "all"),
+        *((shape, given, "all", "all") for shape, given in (((128, 128), (1, 1)), ((3, 4, 5), (1,)), ((7,), (1,)))),
     ],
 )
 def test_fp8_tensors_with_scales_of_every_shape_are_stored_and_read_exactly(
@@ -151,29 +146,20 @@ def refused(parts: dict[str, Elements], config: Any = None) -> str:
     return str(caught.value)
 
 
+BLOCKS_64, INVERSE = {"weight_block_size": [64, 64]}, {"weight_scale_semantics": "inverse"}
+
+
 @pytest.mark.parametrize(
     ("scale", "config", "message"),
     [
-        (
-            scales((3, 4)),
-            None,
-            "'a.weight_scale' of shape [3, 4] does not fit 'a.weight' of shape [300, 200]; if it has blocks",
-        ),
+        (scales((3, 4)), None, "'a.weight_scale' of shape [3, 4] does not fit 'a.weight' of shape [300, 200]; if it"),
         (scales((299,)), None, "'a.weight_scale' of shape [299] does not fit"),
         (scales((3, 2, 1)), None, "'a.weight_scale' of shape [3, 2, 1] does not fit"),
         (scales((0,)), None, "'a.weight_scale' of shape [0] does not fit"),
         (scales((0, 0)), None, "'a.weight_scale' of shape [0, 0] does not fit"),
-        (
-            scales((3, 2)),
-            {"weight_block_size": [64, 64]},
-            "in blocks of 64x64, which weight_block_size in the configuration says",
-        ),
-        (scales((1,)), {"weight_block_size": [64, 64]}, "'a.weight_scale' of shape [1] does not fit"),
-        (
-            scales((1,)),
-            {"weight_scale_semantics": "inverse"},
-            "'a.weight' cannot be stored: config.json says weight_scale_s",
-        ),
+        (scales((3, 2)), BLOCKS_64, "in blocks of 64x64, which weight_block_size in the configuration says"),
+        (scales((1,)), BLOCKS_64, "'a.weight_scale' of shape [1] does not fit"),
+        (scales((1,)), INVERSE, "'a.weight' cannot be stored: config.json says weight_scale_s"),
         (from_array(np.ones((3, 2))), None, "'a.weight_scale' is of dtype f64"),
         (from_array(np.ones((300, 7), np.uint8)), None, "'a.weight' is in the format mxfp8"),
     ],

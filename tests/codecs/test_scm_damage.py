@@ -14,16 +14,7 @@ from hypothesis import strategies as st
 import qformat
 from qformat.dtypes import DTYPES, Elements
 from qformat.errors import FormatError
-from tests.helpers.hostile import (
-    Records,
-    changed,
-    edited,
-    packed,
-    read_package,
-    read_reference,
-    taken_apart,
-    verify_one,
-)
+from tests.helpers import hostile
 from tests.helpers.layered import elements
 from tests.helpers.scm import drawn, read, record_of, store
 
@@ -46,16 +37,16 @@ def of_kind(kind: str) -> tuple[str, Elements]:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Records:
-    path, found = tmp_path_factory.mktemp("scm") / "x.qf", Records()
+def written(tmp_path_factory: pytest.TempPathFactory) -> hostile.Records:
+    path, found = tmp_path_factory.mktemp("scm") / "x.qf", hostile.Records()
     for kind in KINDS:
         type_, source = of_kind(kind)
         store(path, type_, t=source)
-        found[kind] = taken_apart(path.read_bytes())
+        found[kind] = hostile.taken_apart(path.read_bytes())
     long = np.zeros((1, 524_288 + 40), np.float32)
     long[0, ::500] = drawn("normal", 1049)
     store(path, "scm", t=long)
-    found["long"] = taken_apart(path.read_bytes())
+    found["long"] = hostile.taken_apart(path.read_bytes())
     return found
 
 
@@ -90,21 +81,21 @@ def test_both_readers_agree_on_changed_scm_segments(written, kind, data, tmp_pat
     number = data.draw(st.integers(0, len(record["segments"]) - 1))
     name, content = (record["segments"][number][key] for key in ("name", "bytes"))
     if name == "grid":
-        content = edited(content, data)
+        content = hostile.edited(content, data)
     else:
-        chunk = edited(content[4:], data)
+        chunk = hostile.edited(content[4:], data)
         cut = data.draw(st.sampled_from(["no", "no", "end", "start", "more"]))
         at = data.draw(st.integers(0, len(chunk)))
         chunk = {"no": chunk, "end": chunk[:at], "start": chunk[at:], "more": chunk + chunk[:at]}[cut]
         content = lengthened(chunk)
     path = tmp_path_factory.getbasetemp() / "changed.qf"
-    data_ = packed(record, segments=changed(record, **{name: content}))
+    data_ = hostile.packed(record, segments=hostile.changed(record, **{name: content}))
     if name == "layer.1" and len(content) * 1024 < math.prod(record["shape"]):
         return
     path.write_bytes(data_)
-    package, other = read_package(path), read_reference(data_)
+    package, other = hostile.read_package(path), hostile.read_reference(data_)
     assert package.refused is None
-    assert verify_one(path).ok
+    assert hostile.verify_one(path).ok
     assert package.errors.keys() == other.errors.keys(), (package.errors, other.errors)
     assert package.values == other.values
     assert (check_all_qualities(path) > 0) >= bool(package.errors)
@@ -115,7 +106,7 @@ def test_both_readers_agree_on_changed_scm_segments(written, kind, data, tmp_pat
 @given(data=st.data())
 def test_flipped_bytes_of_scm_files_are_refused_or_decode(written, kind, data, tmp_path_factory):
     """Without digests, and with all of them wrong."""
-    content = bytearray(packed(written[kind]))
+    content = bytearray(hostile.packed(written[kind]))
     first = content.index(next(one["bytes"] for one in written[kind]["segments"] if one["bytes"]))
     last = max(content.index(one["bytes"]) + len(one["bytes"]) for one in written[kind]["segments"] if one["bytes"])
     for _ in range(data.draw(st.integers(1, 8))):
@@ -138,7 +129,7 @@ def test_truncated_scm_segments_are_refused(written, kind, tmp_path):
                 if wrong == content:
                     continue
                 path = tmp_path / "x.qf"
-                path.write_bytes(packed(record, segments=changed(record, **{name: wrong})))
+                path.write_bytes(hostile.packed(record, segments=hostile.changed(record, **{name: wrong})))
                 with qformat.safe_open(path) as f, pytest.raises(FormatError, match="tensor 't'"):
                     f.get_tensor("t")
 
@@ -157,7 +148,9 @@ def test_wrong_chunk_lengths_of_scm_layers_are_refused(written, tmp_path):
             content[4:],
         ]
         for changed_content in wrong:
-            (tmp_path / "x.qf").write_bytes(packed(record, segments=changed(record, **{one["name"]: changed_content})))
+            (tmp_path / "x.qf").write_bytes(
+                hostile.packed(record, segments=hostile.changed(record, **{one["name"]: changed_content}))
+            )
             with qformat.safe_open(tmp_path / "x.qf") as f, pytest.raises(FormatError, match="tensor 't'"):
                 f.get_tensor("t")
 
@@ -179,15 +172,15 @@ def test_wrong_chunk_lengths_of_scm_layers_are_refused(written, tmp_path):
 )
 def test_impossible_scm_records_are_refused(written, change, tmp_path):
     record = written["dense"]
-    (tmp_path / "x.qf").write_bytes(packed(record))
+    (tmp_path / "x.qf").write_bytes(hostile.packed(record))
     assert read(tmp_path / "x.qf", name="t").shape == (11, 31)
-    (tmp_path / "x.qf").write_bytes(packed(record, **change))
+    (tmp_path / "x.qf").write_bytes(hostile.packed(record, **change))
     with pytest.raises(FormatError, match="tensor 't'"):
         read(tmp_path / "x.qf", name="t")
 
 
 def test_a_wrong_digest_of_an_scm_layer_is_reported_unless_the_layer_is_not_read(written, tmp_path):
-    data = bytearray(packed(written["dense"]))
+    data = bytearray(hostile.packed(written["dense"]))
     layer = next(one["bytes"] for one in written["dense"]["segments"] if one["name"] == "layer.3")
     data[data.index(layer) + len(layer) - 2] ^= 1
     (tmp_path / "x.qf").write_bytes(data)

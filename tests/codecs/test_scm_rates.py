@@ -15,18 +15,8 @@ from qformat.dtypes import DTYPES, Elements
 from qformat.errors import SourceError
 from qformat.quality import Quality
 from qformat.records import TensorRecord
+from tests.helpers import scm
 from tests.helpers.layered import LADDER, elements
-from tests.helpers.scm import (
-    DISTRIBUTIONS,
-    METRICS,
-    SLACK,
-    drawn,
-    every_distribution,
-    every_dtype,
-    read,
-    record_of,
-    store,
-)
 
 # ---- parameters
 
@@ -37,7 +27,7 @@ def test_scm_types_print_as_they_are_written_and_are_lossless_by_default():
     assert parse_type("scm:lossless=true") != parse_type("scm:bpw=8")
     for number in ("1.5", "2.7", "8", "3e0", "8.0"):
         assert str(parse_type(f"scm:bpw={number}")) == f"scm:bpw={number}"
-    for metric in METRICS:
+    for metric in scm.METRICS:
         for bound in ("0", "0.01", "1e-3", "7"):
             assert str(parse_type(f"scm:{metric}={bound}")) == f"scm:{metric}={bound}"
 
@@ -46,9 +36,9 @@ def test_scm_refuses_f64_and_f8_and_leaves_integers_raw(tmp_path):
     for name in ("f64", "f8_e4m3", "f8_e5m2"):
         dtype = DTYPES[name]
         with pytest.raises(SourceError, match=rf"tensor 'x': type scm cannot hold {name}"):
-            store(tmp_path / "x.qf", "scm", x=Elements(dtype, np.zeros((2, 3), dtype.storage)))
+            scm.store(tmp_path / "x.qf", "scm", x=Elements(dtype, np.zeros((2, 3), dtype.storage)))
     qformat.save_file({"n": np.arange(6).reshape(2, 3), "v": np.ones(3, np.float32)}, tmp_path / "x.qf", "scm")
-    assert [record_of(tmp_path / "x.qf", name).codec for name in "nv"] == ["i64", "f32"]
+    assert [scm.record_of(tmp_path / "x.qf", name).codec for name in "nv"] == ["i64", "f32"]
 
 
 # ---- sizes
@@ -59,7 +49,7 @@ def check_ladder(record: TensorRecord, *, full: bool) -> None:
     lossy = record.layers[: int(record.params["layers"])]
     assert len(lossy) == len(LADDER) + full
     for layer, bits in zip(lossy, LADDER, strict=False):
-        assert bits - SLACK <= layer.bpw <= bits
+        assert bits - scm.SLACK <= layer.bpw <= bits
     for before, after in itertools.pairwise(lossy):
         assert after.error.rmse < before.error.rmse
         assert after.error.maximum <= before.error.maximum
@@ -68,39 +58,39 @@ def check_ladder(record: TensorRecord, *, full: bool) -> None:
         assert after.error.mean < before.error.mean
 
 
-@pytest.mark.parametrize("distribution", [*DISTRIBUTIONS, "logistic"])
+@pytest.mark.parametrize("distribution", [*scm.DISTRIBUTIONS, "logistic"])
 @pytest.mark.parametrize("shape", [(320, 320), (7, 20_011), (1_100, 600)])
 def test_scm_layers_take_the_bits_of_the_ladder(distribution, shape, tmp_path):
-    store(tmp_path / "x.qf", "scm", x=drawn(distribution, *shape, seed=shape[0]))
-    check_ladder(record_of(tmp_path / "x.qf"), full=True)
+    scm.store(tmp_path / "x.qf", "scm", x=scm.drawn(distribution, *shape, seed=shape[0]))
+    check_ladder(scm.record_of(tmp_path / "x.qf"), full=True)
 
 
-@every_dtype
+@scm.every_dtype
 def test_scm_layers_take_the_bits_of_the_ladder_for_every_dtype(dtype, tmp_path):
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(400, 300)) * rng.lognormal(-4, 0.5, (400, 1))  # as weights are
-    store(tmp_path / "x.qf", "scm", x=elements(dtype, rows))
-    check_ladder(record_of(tmp_path / "x.qf"), full=dtype != "bf16")
+    scm.store(tmp_path / "x.qf", "scm", x=elements(dtype, rows))
+    check_ladder(scm.record_of(tmp_path / "x.qf"), full=dtype != "bf16")
 
 
 def test_scm_layers_of_sparse_weights_take_the_bits_of_the_ladder(tmp_path):
-    x = drawn("normal", 400, 500)
+    x = scm.drawn("normal", 400, 500)
     x[np.random.default_rng(1).random(x.shape) < 0.3] = 0
-    store(tmp_path / "x.qf", "scm", x=x)
-    record = record_of(tmp_path / "x.qf")
+    scm.store(tmp_path / "x.qf", "scm", x=x)
+    record = scm.record_of(tmp_path / "x.qf")
     layers = record.layers[:-1]
-    assert all(any(bits - SLACK <= layer.bpw <= bits for layer in layers) for bits in LADDER if bits <= 6)
-    assert all(any(bits - SLACK <= layer.bpw <= bits for bits in LADDER) for layer in layers[:-2])
+    assert all(any(bits - scm.SLACK <= layer.bpw <= bits for layer in layers) for bits in LADDER if bits <= 6)
+    assert all(any(bits - scm.SLACK <= layer.bpw <= bits for bits in LADDER) for layer in layers[:-2])
 
 
 @pytest.mark.parametrize("bpw", [1.5, 1.77, 2, 2.01, 2.7, 3.14, 4.5, 6.6, 8])
-@every_distribution
+@scm.every_distribution
 def test_scm_files_take_the_requested_bits_per_weight(bpw, distribution, tmp_path):
-    x = drawn(distribution, 330, 350, seed=3)
+    x = scm.drawn(distribution, 330, 350, seed=3)
     for number, part in enumerate((x, np.concatenate([x] * 5, axis=0))):
-        store(tmp_path / f"{number}.qf", f"scm:bpw={bpw}", x=part)
-        record = record_of(tmp_path / f"{number}.qf")
-        assert bpw - SLACK <= 8 * record.nbytes / part.size <= bpw
+        scm.store(tmp_path / f"{number}.qf", f"scm:bpw={bpw}", x=part)
+        record = scm.record_of(tmp_path / f"{number}.qf")
+        assert bpw - scm.SLACK <= 8 * record.nbytes / part.size <= bpw
         assert record.params["lossless"] is False
         assert record.error is not None
         # those of the ladder below, and the last
@@ -112,9 +102,9 @@ def test_scm_files_take_the_requested_bits_per_weight(bpw, distribution, tmp_pat
 
 def test_scm_layers_of_small_tensors_stay_within_the_ladder(tmp_path):
     for size in (1, 2, 31, 64, 65, 200, 3000, 5000):
-        store(tmp_path / "x.qf", "scm", x=drawn("normal", 1, size), y=drawn("laplace", size))
+        scm.store(tmp_path / "x.qf", "scm", x=scm.drawn("normal", 1, size), y=scm.drawn("laplace", size))
         for name in "xy":
-            record = record_of(tmp_path / "x.qf", name)
+            record = scm.record_of(tmp_path / "x.qf", name)
             lossy = record.layers[: int(record.params["layers"])]
             assert len(lossy) >= 1
             assert all(any(layer.bpw <= bits for bits in LADDER) for layer in lossy[1:])
@@ -166,70 +156,70 @@ def test_ideal_rate_distortion_of_the_test_is_that_of_theory():
     assert 10 ** (-10.55 / 20) <= ideal("normal", [2.0])[2.0] <= 10 ** (-10.45 / 20)
 
 
-@every_distribution
+@scm.every_distribution
 def test_scm_errors_are_near_those_of_ideal_coding(distribution, tmp_path):
     best = ideal(distribution, [*LADDER])
     # for small matrices the parameters of cells count, too
     for shape, limit in (((320, 320), 1.125), ((1_200, 1_000), 1.10 if distribution == "normal" else 1.115)):
-        x = drawn(distribution, *shape, seed=7)
-        store(tmp_path / "x.qf", "scm", x=x)
-        for layer, bits in zip(record_of(tmp_path / "x.qf").layers, LADDER, strict=False):
-            found = read(tmp_path / "x.qf", bits).astype(np.float64)
+        x = scm.drawn(distribution, *shape, seed=7)
+        scm.store(tmp_path / "x.qf", "scm", x=x)
+        for layer, bits in zip(scm.record_of(tmp_path / "x.qf").layers, LADDER, strict=False):
+            found = scm.read(tmp_path / "x.qf", bits).astype(np.float64)
             rmse = math.sqrt(np.mean((found - x) ** 2))
             assert rmse == pytest.approx(layer.error.rmse, rel=1e-6)
             assert best[bits] * 0.97 <= rmse / x.std() <= best[bits] * limit
-    store(tmp_path / "x.qf", "scm:bpw=2.7", x=x)
-    assert record_of(tmp_path / "x.qf").layers[-1].error.rmse / x.std() <= limit * ideal(distribution, [2.7])[2.7]
+    scm.store(tmp_path / "x.qf", "scm:bpw=2.7", x=x)
+    assert scm.record_of(tmp_path / "x.qf").layers[-1].error.rmse / x.std() <= limit * ideal(distribution, [2.7])[2.7]
 
 
 # ---- bounds
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", scm.METRICS)
 @pytest.mark.parametrize("bound", [0.014, 0.0101, 0.004, 0.0007])
 def test_scm_meets_error_bounds_with_as_few_bits_as_possible(metric, bound, tmp_path):
-    x = drawn("laplace", 300, 400, seed=5)
+    x = scm.drawn("laplace", 300, 400, seed=5)
     spread = float(np.float64(x.max()) - x.min())
     errors = {}
     for name, type_ in (("bound", f"scm:{metric}={bound}"), ("ladder", "scm")):
-        store(tmp_path / f"{name}.qf", type_, x=x)
-    record = record_of(tmp_path / "bound.qf")
-    errors = np.abs(read(tmp_path / "bound.qf").astype(np.float64) - x)
+        scm.store(tmp_path / f"{name}.qf", type_, x=x)
+    record = scm.record_of(tmp_path / "bound.qf")
+    errors = np.abs(scm.read(tmp_path / "bound.qf").astype(np.float64) - x)
     found = {"max_rmse": math.sqrt(np.mean(errors**2)), "max_abs": errors.max(), "mean_abs": errors.mean()}[metric]
     assert found <= bound * spread * (1 + 1e-9)
-    assert found == pytest.approx(getattr(record.layers[-1].error, METRICS[metric]), rel=1e-6)
+    assert found == pytest.approx(getattr(record.layers[-1].error, scm.METRICS[metric]), rel=1e-6)
     # missed one layer earlier, and so it is by a file with a few bits less
     assert len(record.layers) > 1
-    assert all(getattr(layer.error, METRICS[metric]) > bound * spread for layer in record.layers[:-1])
+    assert all(getattr(layer.error, scm.METRICS[metric]) > bound * spread for layer in record.layers[:-1])
     step = next(
         layer
-        for layer in record_of(tmp_path / "ladder.qf").layers
-        if getattr(layer.error, METRICS[metric]) <= bound * spread
+        for layer in scm.record_of(tmp_path / "ladder.qf").layers
+        if getattr(layer.error, scm.METRICS[metric]) <= bound * spread
     )
     assert record.layers[-1].bpw <= step.bpw + 0.01
     fewer = record.layers[-1].bpw - 0.05
-    store(tmp_path / "less.qf", f"scm:bpw={fewer}", x=x)
-    assert getattr(record_of(tmp_path / "less.qf").layers[-1].error, METRICS[metric]) > bound * spread
+    scm.store(tmp_path / "less.qf", f"scm:bpw={fewer}", x=x)
+    assert getattr(scm.record_of(tmp_path / "less.qf").layers[-1].error, scm.METRICS[metric]) > bound * spread
 
 
 def test_scm_meets_bounds_out_of_reach_losslessly_and_loose_ones_with_one_layer(tmp_path):
-    x = drawn("normal", 60, 70)
+    x = scm.drawn("normal", 60, 70)
     for type_ in ("scm:max_rmse=1e-9", "scm:max_abs=0", "scm:mean_abs=0"):
-        store(tmp_path / "x.qf", type_, x=x)
-        assert record_of(tmp_path / "x.qf").params["lossless"] is True
-        assert read(tmp_path / "x.qf").tobytes() == x.tobytes()
-    store(tmp_path / "x.qf", "scm:max_abs=1", x=x)
-    assert record_of(tmp_path / "x.qf").params == {"layers": 1, "lossless": False}
+        scm.store(tmp_path / "x.qf", type_, x=x)
+        assert scm.record_of(tmp_path / "x.qf").params["lossless"] is True
+        assert scm.read(tmp_path / "x.qf").tobytes() == x.tobytes()
+    scm.store(tmp_path / "x.qf", "scm:max_abs=1", x=x)
+    assert scm.record_of(tmp_path / "x.qf").params == {"layers": 1, "lossless": False}
 
 
 def test_scm_stores_constant_tensors_exactly_under_any_bound(tmp_path):
     """All are the same, so no error but 0 is allowed."""
     for value in (0.0, -0.3, 2.5):
         x = np.full((20, 30), value, np.float32)
-        for metric in METRICS:
-            store(tmp_path / "x.qf", f"scm:{metric}=0.1", x=x)
-            assert record_of(tmp_path / "x.qf").range == 0
-            np.testing.assert_array_equal(read(tmp_path / "x.qf"), x)
+        for metric in scm.METRICS:
+            scm.store(tmp_path / "x.qf", f"scm:{metric}=0.1", x=x)
+            assert scm.record_of(tmp_path / "x.qf").range == 0
+            np.testing.assert_array_equal(scm.read(tmp_path / "x.qf"), x)
 
 
 def _kinds() -> dict[str, np.ndarray]:

@@ -150,9 +150,8 @@ def test_shapes_that_chunks_do_not_fit_are_refused_in_little_memory(written, typ
         for other in [*SHAPES, *beyond]:
             with bounded_memory(24 << 20):
                 found = readable(tmp_path / "f.qf", written[type_, shape], shape=list(other))
-            assert (
-                not found or abs(int(np.prod([float(n) for n in other])) - count) <= 128
-            )  # fits last blocks or letters
+            difference = abs(int(np.prod([float(n) for n in other])) - count)
+            assert not found or difference <= 128  # fits the last blocks or symbols
 
 
 @every_type

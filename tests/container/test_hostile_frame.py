@@ -51,17 +51,17 @@ CASES.refused("zstd: nothing for nothing", stored(b"", b""), "x.bin")
 CASES.refused("zstd: size 0", stored(FRAME, size=0), "x.bin")
 CASES.refused("zstd: size above 256 MiB", stored(FRAME, size=(256 << 20) + 1), "x.bin")
 CASES.refused("zstd: size 2^53 - 1", stored(FRAME, size=TWO_53 - 1), "x.bin")
-CASES.damaged("x.bin", "zstd: more than size", stored(FRAME, size=len(VOCABULARY) - 1), "x.bin")
-CASES.damaged("x.bin", "zstd: less than size", stored(FRAME, size=len(VOCABULARY) + 1), "x.bin")
-CASES.damaged("x.bin", "zstd: size of 256 MiB", stored(FRAME, size=256 << 20), "x.bin")
-CASES.damaged("x.bin", "zstd: no content size", stored(NO_SIZE), "x.bin")
+CASES.damaged("x.bin", "zstd: more than size", stored(FRAME, size=len(VOCABULARY) - 1))
+CASES.damaged("x.bin", "zstd: less than size", stored(FRAME, size=len(VOCABULARY) + 1))
+CASES.damaged("x.bin", "zstd: size of 256 MiB", stored(FRAME, size=256 << 20))
+CASES.damaged("x.bin", "zstd: no content size", stored(NO_SIZE))
 for claim in (0, 99, 101, 2**31, 2**60, 2**64 - 1, 2**64 - 2):
-    CASES.damaged("x.bin", f"zstd: frame that claims {claim} bytes for 100", stored(handmade(claim), R), "x.bin")
+    CASES.damaged("x.bin", f"zstd: frame that claims {claim} bytes for 100", stored(handmade(claim), R))
 CASES.damaged("x.bin", "zstd: frame and size claim 101 bytes for 100", stored(handmade(101), R, size=101))
 CASES.damaged("x.bin", "zstd: frame and size claim 99 bytes for 100", stored(handmade(99), R, size=99))
 CASES.damaged("x.bin", "zstd: frame and size claim 1 MiB for 100 bytes", stored(handmade(1 << 20), R, size=1 << 20))
 CASES.damaged("x.bin", "zstd: window of 2 TiB", stored(handmade(100, descriptor=0xC0, extra=b"\xf8"), R))
-CASES.damaged("x.bin", "zstd: two frames", stored(FRAME + FRAME), "x.bin")
+CASES.damaged("x.bin", "zstd: two frames", stored(FRAME + FRAME))
 CASES.damaged("x.bin", "zstd: a frame and an empty one", stored(FRAME + EMPTY_FRAME))
 CASES.damaged("x.bin", "zstd: an empty frame and one", stored(EMPTY_FRAME + FRAME))
 CASES.damaged("x.bin", "zstd: a byte after the frame", stored(FRAME + b"\0"))
@@ -86,15 +86,10 @@ CASES.damaged(
     "x.bin", "zstd: no last block", stored(handmade(100)[:-4] + (100 << 3 | 2).to_bytes(3, "little") + b"r", R)
 )
 CASES.damaged("x.bin", "zstd: content of another digest", stored(FRAME, content_sha256="0" * 64), "SHA-256")
-CASES.damaged("x.bin", "zstd: needs a dictionary", stored(WITH_DICTIONARY), "x.bin")
+CASES.damaged("x.bin", "zstd: needs a dictionary", stored(WITH_DICTIONARY))
 CASES.damaged("x.bin", "zstd: names a dictionary", stored(handmade(100, descriptor=0xE1, extra=b"\7"), R))
 for encoding in ("gzip", "", "ZSTD", "zstd ", "x" * 100_000):
-    CASES.loses(
-        "tok/vocab.txt",
-        f"encoding {encoding[:10]} of length {len(encoding)}",
-        put(*TOK, "encoding", encoding),
-        "tok/vocab.txt",
-    )
+    CASES.loses("tok/vocab.txt", f"encoding {encoding[:10]} of length {len(encoding)}", put(*TOK, "encoding", encoding))
 CASES.refused("raw: size is not length", put("assets", "LICENSE", "size", 15), "LICENSE")
 CASES.refused("raw: digests differ", put("assets", "LICENSE", "content_sha256", "0" * 64), "LICENSE")
 CASES.refused("zstd called raw", put(*TOK, "encoding", "raw"), "tok/vocab.txt")

@@ -80,22 +80,11 @@ for number in (
         f"unknown key: {number[:12]} of length {len(number)}", replace_text('{"assets"', f'{{"@":{number},"assets"')
     )
 for text, what in (
-    (r"\u0041", "an escaped letter"),
-    (r"\/", "an escaped slash"),
-    (r"\u001F", "an upper-case escape"),
-    (r"\u0009", "a long escape"),
-    (r"\u2028", "an escaped separator"),
-    (r"\u007f", "an escaped DEL"),
-    (r"\ud800", "a lone surrogate"),
-    (r"\udc00", "a lone low surrogate"),
-    (r"\udc00\ud800", "swapped surrogates"),
-    (r"\ud83d\ude00", "an escaped pair of surrogates"),
-    (r"\x41", "no escape of JSON"),
-    ("\\", "a lone backslash"),
-    ("\t", "a bare TAB"),
-    ("\n", "a bare LF"),
-    ("\0", "a bare NUL"),
-    ('"', "a bare quote"),
+    *((r"\u0041", "an escaped letter"), (r"\/", "an escaped slash"), (r"\u001F", "an upper-case escape")),
+    *((r"\u0009", "a long escape"), (r"\u2028", "an escaped separator"), (r"\u007f", "an escaped DEL")),
+    *((r"\ud800", "a lone surrogate"), (r"\udc00", "a lone low surrogate"), (r"\udc00\ud800", "swapped surrogates")),
+    *((r"\ud83d\ude00", "an escaped pair of surrogates"), (r"\x41", "no escape of JSON"), ("\\", "a lone backslash")),
+    *(("\t", "a bare TAB"), ("\n", "a bare LF"), ("\0", "a bare NUL"), ('"', "a bare quote")),
 ):
     CASES.refused(f"string: {what}", replace_text("a test", text))
 for data in (b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xe2\x82", b"\x80", b"\xf0\x82\x82\xac"):

@@ -181,23 +181,16 @@ def test_biases_of_rotated_matrices_are_rotated_in_gguf(tmp_path):
     assert list(found["blk.0.attn_k.bias"][:4]) == [0, 12, 1, 13]
 
 
+def split_at(cut: str) -> dict[str, Any]:
+    steps = [{"type": "Split", "pattern": {"Regex": cut}}, {"type": "ByteLevel", "use_regex": False}]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
 @pytest.mark.parametrize(
     ("pre", "name"),
     [
         ({"type": "ByteLevel", "use_regex": True}, "gpt-2"),
-        *(
-            (
-                {
-                    "type": "Sequence",
-                    "pretokenizers": [
-                        {"type": "Split", "pattern": {"Regex": cut}},
-                        {"type": "ByteLevel", "use_regex": False},
-                    ],
-                },
-                name,
-            )
-            for cut, name in _CUTS.items()
-        ),
+        *((split_at(cut), name) for cut, name in _CUTS.items()),
         ({"type": "ByteLevel", "use_regex": False}, None),
         ({"type": "Whitespace"}, None),
         (None, None),

@@ -262,7 +262,7 @@ def test_layers_of_several_tools_in_one_checkpoint_are_recognized(tmp_path, monk
         *sources(gptq(gptq_layer, 4) | {"bias": bias, "input_scale": bias[:1]}, "x.gptq"),
         *sources(awq(awq_layer), "x.awq"),
         *sources(compressed(packed_layer, 3), "x.packed"),
-        *sources({"weight": np.ones((3, 3), np.float32)}, "x.plain"),
+        *sources({"weight": np.ones((3, 3), np.float32)}, "x.unquantized"),
         *sources({"scales": bias, "g_idx": bias}, "x.no_layer"),
     ]
     tensors, warnings = found_in(parts, {}, SourceOptions())
@@ -271,11 +271,8 @@ def test_layers_of_several_tools_in_one_checkpoint_are_recognized(tmp_path, monk
     assert store[0].root == store[1].root
     with safe_open(tmp_path / "1.qf") as file:
         assert sorted(file.keys()) == [
-            *(
-                *("x.awq.weight", "x.gptq.bias", "x.gptq.input_scale", "x.gptq.weight", "x.no_layer.g_idx"),
-                "x.no_layer.scales",
-            ),
-            *("x.packed.weight", "x.plain.weight"),
+            *("x.awq.weight", "x.gptq.bias", "x.gptq.input_scale", "x.gptq.weight", "x.no_layer.g_idx"),
+            *("x.no_layer.scales", "x.packed.weight", "x.unquantized.weight"),
         ]
         for name, x in (("gptq", gptq_layer), ("awq", awq_layer), ("packed", packed_layer)):
             assert file.get_tensor(f"x.{name}.weight").tobytes() == x.values.tobytes()
@@ -391,6 +388,8 @@ def without(parts: Mapping[str, Any], role: str) -> dict[str, Any]:
 
 
 I32 = np.int32
+GROUPS_65 = {"qzeros": np.zeros((65, 2), I32), "scales": np.ones((65, 16), np.float16)}
+INT8 = {"weight": np.ones((4, 4), np.int8), "weight_scale": np.ones(1, np.float32)}
 MALFORMED: list[tuple[dict[str, Any], str]] = [
     (without(V1, "qzeros"), "tensor 'a.b.qzeros' is missing"),
     (without(V1, "scales"), "tensor 'a.b.scales' is missing"),
@@ -412,14 +411,8 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     (V1 | {"qzeros": np.zeros((2, 1), I32)}, "'a.b.g_idx' of shape [64] does not fit"),
     (gptq(layer(4, 16, 64, 32), 4) | {"qzeros": np.zeros((2, 7), I32)}, "14-bit codes, but only 2, 3, 4 and 8 bits"),
     (gptq(layer(4, 32, 64, 32), 4) | {"qzeros": np.zeros((2, 5), I32)}, "5-bit codes, but only 2, 3, 4 and 8 bits"),
-    (
-        gptq(layer(3, 32, 64, 32), 3) | {"qweight": np.zeros((7, 32), I32)},
-        "'a.b.qweight' of shape [7, 32] does not fit",
-    ),
-    (
-        without(V1, "g_idx") | {"qzeros": np.zeros((65, 2), I32), "scales": np.ones((65, 16), np.float16)},
-        "'a.b.scales': there are scales for 65 groups in rows of 64 columns",
-    ),
+    (gptq(layer(3, 32, 64, 32), 3) | {"qweight": np.zeros((7, 32), I32)}, "'a.b.qweight' of shape [7, 32] does not"),
+    (without(V1, "g_idx") | GROUPS_65, "'a.b.scales': there are scales for 65 groups in rows of 64 columns"),
     (awq(layer(4, 16, 64, 32)) | {"qzeros": np.zeros((2, 3), I32)}, "'a.b.qzeros' of shape [2, 3] does not fit"),
     (without(awq(layer(4, 16, 64, 32)), "qzeros"), "tensor 'a.b.qzeros' is missing"),
     (without(PACKED, "weight_shape"), "tensor 'a.b.weight_shape' is missing"),
@@ -440,16 +433,9 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     (PACKED | {"weight_g_idx": np.full(64, 2, I32)}, "'a.b.weight_g_idx': a column is in group 2 of 2"),
     (PACKED | {"weight_packed": np.zeros((16, 8), np.uint8)}, "format mxfp4-pack-quantized"),
     (PACKED | {"weight_global_scale": np.ones(1, np.float32)}, "format nvfp4-pack-quantized"),
-    ({"weight": np.ones((4, 4), np.int8), "weight_scale": np.ones((5, 1), np.float32)}, "'a.b.weight_scale' has shape"),
-    (
-        {
-            "weight": np.ones((4, 4), np.int8),
-            "weight_scale": np.ones(1, np.float32),
-            "weight_zero_point": np.ones(3, np.int8),
-        },
-        "'a.b.weight_zero_point' of shape [3] does not fit",
-    ),
-    ({"weight": np.ones((4, 4), np.uint8), "weight_scale": np.ones(1, np.float32)}, "only config.json says whether"),
+    (INT8 | {"weight_scale": np.ones((5, 1), np.float32)}, "'a.b.weight_scale' has shape"),
+    (INT8 | {"weight_zero_point": np.ones(3, np.int8)}, "'a.b.weight_zero_point' of shape [3] does not fit"),
+    (INT8 | {"weight": np.ones((4, 4), np.uint8)}, "only config.json says whether"),
     ({"B": np.ones((4, 4), I32), "s": np.ones(1, np.float16)}, "'a.b.B' is in the format Marlin"),
     ({"q_weight": np.ones((4, 4), I32), "q_scale_max": np.ones(1, np.float16)}, "format EXL2"),
     ({"weight": np.ones((4, 4), np.uint8), "weight_scale": np.ones(4), "weight_scale_2": np.ones(1)}, "format NVFP4"),
@@ -468,32 +454,21 @@ def test_ambiguous_packings_are_decided_by_width_or_refused():
     assert "say num_bits in config.json" in refused(compressed(layer(4, 4, 3, 3), 4))
 
 
+SAYS = "quantize_config.json says"
 CONFIG: list[tuple[Any, str]] = [
     ({"bits": 8}, "tensor 'a.b.qzeros': its shape means bits 4, but quantize_config.json says bits 8"),
     ({"bits": "4"}, "says bits '4'"),
     ({"bits": True}, "says bits True"),
     ({"bits": [4] * 9}, "says bits a list"),
-    (
-        {"group_size": 64},
-        "'a.b.scales' has scales for 2 groups in rows of 64 columns, but quantize_config.json says group_size 64",
-    ),
+    ({"group_size": 64}, f"'a.b.scales' has scales for 2 groups in rows of 64 columns, but {SAYS} group_size 64"),
     ({"group_size": -1}, "says group_size -1"),
     ({"group_size": 0}, "says group_size 0"),
-    ({"quant_method": "awq"}, "its shape means GPTQ's layout, but quantize_config.json says quant_method 'awq'"),
+    ({"quant_method": "awq"}, f"its shape means GPTQ's layout, but {SAYS} quant_method 'awq'"),
     ({"quant_method": "hqq"}, "says quant_method 'hqq'"),
     ({"quant_method": ["gptq"]}, "says quant_method a list"),
-    (
-        {"checkpoint_format": "gemm"},
-        "its shape means GPTQ's layout, but quantize_config.json says checkpoint_format 'gemm'",
-    ),
-    (
-        {"checkpoint_format": "marlin"},
-        "'a.b.qweight' cannot be read: quantize_config.json says checkpoint_format 'marlin'",
-    ),
-    (
-        {"checkpoint_format": "gptq_p"},
-        "checkpoint_format 'gptq_p', and only GPTQ (gptq, gptq_v2) and AWQ (gemm) can be",
-    ),
+    ({"checkpoint_format": "gemm"}, f"its shape means GPTQ's layout, but {SAYS} checkpoint_format 'gemm'"),
+    ({"checkpoint_format": "marlin"}, f"'a.b.qweight' cannot be read: {SAYS} checkpoint_format 'marlin'"),
+    ({"checkpoint_format": "gptq_p"}, "format 'gptq_p', and only GPTQ (gptq, gptq_v2) and AWQ (gemm) can be"),
     ({"checkpoint_format": 7}, "checkpoint_format 7"),
     ({"version": "gemv"}, "version 'gemv'"),
     ({"is_marlin_format": True}, "format Marlin"),
@@ -517,9 +492,7 @@ def test_configuration_files_that_contradict_each_other_are_refused():
     inner = {"quantization_config": {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"}}
     assert found_in(parts, {"config.json": inner, "quantize_config.json": {"bits": 4}}, ask)
     wrong = {"config.json": inner, "quantize_config.json": {"group_size": 16}}
-    with pytest.raises(
-        SourceError, match=r"quantize_config.json says group_size 16, but config.json says group_size 32"
-    ):
+    with pytest.raises(SourceError, match=f"{SAYS} group_size 16, but config.json says group_size 32"):
         found_in(parts, wrong, ask)
     wrong = {"config.json": inner, "quantize_config.json": {"checkpoint_format": "gptq_v2"}}
     with pytest.raises(SourceError, match=r"says checkpoint_format 'gptq_v2', but config.json says .* 'gptq'"):
@@ -574,30 +547,28 @@ def test_tensors_of_unknown_quantization_formats_stay_raw_with_a_warning():
     assert warnings[0].startswith(
         "quantize_config.json says quant_method 'bitsandbytes', but no tensor is quantized in a way"
     )
-    plain = sources({"weight": np.ones((4, 4), np.float32)})
-    assert found_in(plain, {"config.json": {"model_type": "llama"}}, SourceOptions()) == (plain, [])
+    floats = sources({"weight": np.ones((4, 4), np.float32)})
+    assert found_in(floats, {"config.json": {"model_type": "llama"}}, SourceOptions()) == (floats, [])
 
 
+WORDS = st.sampled_from(["gptq", "awq", "4", "128x128", "row", "online"])
+INNER_KEYS = st.sampled_from(["weights", "num_bits", "group_size", "block_structure", "a"])
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.sampled_from(["gptq", "awq", "4", "128x128", "row", "online"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["weights", "num_bits", "group_size", "block_structure", "a"]), inner, max_size=3
-        )
-    ),
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(INNER_KEYS, inner, max_size=3),
     max_leaves=8,
 )
 KEYS = (
+    *("bits", "group_size", "quant_method", "method", "checkpoint_format", "format", "version", "desc_act", "sym"),
     *(
-        *("bits", "group_size", "quant_method", "method", "checkpoint_format", "format", "version", "desc_act"),
-        *("sym", "dynamic"),
+        "dynamic",
+        "config_groups",
+        "weight_block_size",
+        "linear_class",
+        "quantization_mode",
+        "packing_format",
+        "is_marlin_format",
     ),
-    *("config_groups", "weight_block_size", "linear_class", "quantization_mode", "packing_format", "is_marlin_format"),
 )
 
 
@@ -641,7 +612,7 @@ def test_a_configuration_that_is_no_json_is_refused(tmp_path):
     source = save(tmp_path / "m", parts, '{"quantization_config": {"quant_method": "gptq", "checkpoint_f')
     with pytest.raises(SourceError, match=r"config\.json: cannot be read as JSON"):
         open_checkpoint(source)
-    assert len(open_checkpoint(save(tmp_path / "plain", {"a": np.ones((2, 2), np.float32)}, "{")).tensors) == 1
+    assert len(open_checkpoint(save(tmp_path / "unquantized", {"a": np.ones((2, 2), np.float32)}, "{")).tensors) == 1
 
 
 def test_pruning_quantized_tensors_requires_a_type():

@@ -209,7 +209,7 @@ def test_what_is_damaged_is_made_again(source, tmp_path, what):
     assert output.read_bytes() == whole.read_bytes()
 
 
-def test_a_run_that_fails_can_be_mended(source, tmp_path):
+def test_a_failed_conversion_can_be_resumed(source, tmp_path):
     output, whole = tmp_path / "m.qf", tmp_path / "whole.qf"
     run(source, whole)
 
@@ -222,14 +222,9 @@ def test_a_run_that_fails_can_be_mended(source, tmp_path):
 
     checkpoint = open_checkpoint(source)
     tensors = [Broken(tensor) if tensor.name.endswith(".7.weight") else tensor for tensor in checkpoint.tensors]
+    broken = Checkpoint(tensors, checkpoint.assets, (), checkpoint.files)
     with pytest.raises(SourceError, match="network"):
-        convert(
-            Checkpoint(tensors, checkpoint.assets, (), checkpoint.files),
-            output,
-            Recipe.parse("q4_0"),
-            resume=True,
-            jobs=1,
-        )
+        convert(broken, output, Recipe.parse("q4_0"), resume=True, jobs=1)
     assert run(source, output, resume=True).resumed >= 5
     assert output.read_bytes() == whole.read_bytes()
 
@@ -258,18 +253,7 @@ def test_killed_at_random(tmp_path, count):
     tensors = {f"layer.{i:02}.weight": rng.normal(size=(512, 640)).astype(np.float32) for i in range(24)}
     save_safetensors(tensors, source / "model.safetensors")
     whole, output = tmp_path / "whole.qf", tmp_path / "m.qf"
-    command = [
-        sys.executable,
-        "-m",
-        "qformat",
-        "convert",
-        str(source),
-        str(output),
-        "-t",
-        "q4_0:search=exact",
-        "--jobs",
-        "1",
-    ]
+    command = [sys.executable, "-m", "qformat", "convert", str(source), str(output), "-t", "q4_0:search=exact", "-j1"]
     start = time.perf_counter()
     subprocess.run([*command[:5], str(whole), *command[6:]], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start

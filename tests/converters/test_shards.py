@@ -99,10 +99,7 @@ def test_verify_looks_at_the_shards(source, tmp_path):
     output = tmp_path / "m.qf"
     run(source, output)
     reports = verify([str(output)])
-    assert [Path(report.path).name for report in reports] == [
-        "m.qf",
-        *(f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)),
-    ]
+    assert [Path(report.path).name for report in reports] == ["m.qf", *(f"m-0000{i}-of-00003.qf" for i in (1, 2, 3))]
     assert all(report.ok for report in reports)
     second = tmp_path / "m-00002-of-00003.qf"
     data = bytearray(second.read_bytes())

@@ -88,7 +88,7 @@ def every_view() -> Tensors:
     base = weights(6, 10)
     cube = weights(3, 4, 5, seed=1).half()
     return {
-        "plain": base,
+        "contiguous": base,
         "transposed": base.T,
         "every other": base[:, ::2],
         "rows": base[2:5],
@@ -154,10 +154,7 @@ def test_reading_a_part_of_a_torch_view_copies_only_that_part():
 
 def test_torch_tensors_at_odd_offsets_are_aligned_when_read(tmp_path):
     tensors = {"a": weights(5, 3), "b": weights(7).double()}
-    save(tensors, tmp_path / "x.pt")
-    with zipfile.ZipFile(tmp_path / "x.pt") as source, zipfile.ZipFile(tmp_path / "y.pt", "w") as target:
-        for record in source.infolist():
-            target.writestr(record.filename, source.read(record))
+    (tmp_path / "y.pt").write_bytes(zip_of(unzipped(save(tensors, tmp_path / "x.pt"))))
     with zipfile.ZipFile(tmp_path / "y.pt") as archive:
         offsets = [r.header_offset + 30 + len(r.filename) for r in archive.infolist() if "/data/" in r.filename]
     assert any(offset % 4 for offset in offsets)
@@ -355,9 +352,7 @@ def test_pickled_code_of_another_protocol_is_not_executed(tmp_path):
     witness = tmp_path / "witness"
     source = tmp_path / "x.pt"
     data = pickle.dumps({"x": Evil(os.system, f"touch {witness}")}, protocol=4)
-    with zipfile.ZipFile(source, "w") as archive:
-        archive.writestr("x/data.pkl", data)
-        archive.writestr("x/version", "3\n")
+    source.write_bytes(zip_of({"x/data.pkl": data, "x/version": b"3\n"}))
     refused(source)
     (tmp_path / "y.pkl").write_bytes(data)
     assert "is a pickle" in refused(tmp_path / "y.pkl")
@@ -406,7 +401,12 @@ def test_flipped_bits_of_torch_files_raise_only_source_errors(tmp_path, zipped):
     assert refusals > 10
 
 
-def zipped(names_and_data: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+def unzipped(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {record.filename: archive.read(record) for record in archive.infolist()}
+
+
+def zip_of(names_and_data: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, data in names_and_data.items():
@@ -430,14 +430,14 @@ def npz() -> bytes:
         (b"<!DOCTYPE html><html></html>", "web page"),
         (pickle.dumps({"w": [1.0]}), "is a pickle"),
         (b"PK\x03\x04 and no more", "cut short or damaged"),
-        (zipped({}), "holds nothing"),
-        (zipped({"[Content_Types].xml": b"<xml/>", "word/document.xml": b""}), "'[Content_Types].xml'"),
-        (zipped({"config.json": b"{}", "model.weights.h5": b"\x89HDF"}), "'model.weights.h5'"),
+        (zip_of({}), "holds nothing"),
+        (zip_of({"[Content_Types].xml": b"<xml/>", "word/document.xml": b""}), "'[Content_Types].xml'"),
+        (zip_of({"config.json": b"{}", "model.weights.h5": b"\x89HDF"}), "'model.weights.h5'"),
         (npz(), "'a.npy'"),
-        (zipped({"m/data.pkl": b"\x80\x02}.", "m/constants.pkl": b"\x80\x02)."}), "TorchScript"),
-        (zipped({"a/data.pkl": b"", "b/data.pkl": b""}), "torch.save did not write"),
-        (zipped({"m/data.pkl": b""}), "is damaged"),
-        (zipped({"m/data.pkl": b"\x80\x02}."}, zipfile.ZIP_DEFLATED), "compressed"),
+        (zip_of({"m/data.pkl": b"\x80\x02}.", "m/constants.pkl": b"\x80\x02)."}), "TorchScript"),
+        (zip_of({"a/data.pkl": b"", "b/data.pkl": b""}), "torch.save did not write"),
+        (zip_of({"m/data.pkl": b""}), "is damaged"),
+        (zip_of({"m/data.pkl": b"\x80\x02}."}, zipfile.ZIP_DEFLATED), "compressed"),
     ],
 )
 def test_files_that_are_no_checkpoints_are_refused_by_kind(tmp_path, data, says):
@@ -448,9 +448,7 @@ def test_files_that_are_no_checkpoints_are_refused_by_kind(tmp_path, data, says)
 
 def test_compressed_torch_archives_are_refused(tmp_path):
     save({"w": torch.zeros(10_000)}, tmp_path / "x.pt")
-    with zipfile.ZipFile(tmp_path / "x.pt") as source:
-        content = {record.filename: source.read(record) for record in source.infolist()}
-    (tmp_path / "y.pt").write_bytes(zipped(content, zipfile.ZIP_DEFLATED))
+    (tmp_path / "y.pt").write_bytes(zip_of(unzipped(tmp_path / "x.pt"), zipfile.ZIP_DEFLATED))
     assert "zip -0" in refused(tmp_path / "y.pt")
 
 
@@ -501,14 +499,9 @@ def test_torch_tensors_that_exceed_their_storage_are_refused(tmp_path, zipped):
     for other in (b"M\xd0\x07\x85", b"J\xff\xff\xff\x7f\x85", b"J\xff\xff\xff\xff\x85"):
         at = whole.index(size)
         if zipped:
-            with zipfile.ZipFile(tmp_path / "x.pt") as archive:
-                content = {record.filename: archive.read(record) for record in archive.infolist()}
+            content = unzipped(tmp_path / "x.pt")
             content["x/data.pkl"] = content["x/data.pkl"].replace(size, other)
-            buffer = io.BytesIO()
-            with zipfile.ZipFile(buffer, "w") as archive:
-                for name, data in content.items():
-                    archive.writestr(name, data)
-            source.write_bytes(buffer.getvalue())
+            source.write_bytes(zip_of(content))
         else:
             source.write_bytes(whole[:at] + other + whole[at + len(size) :])
         refused(source)
@@ -607,18 +600,18 @@ def test_torch_shards_without_an_index_are_joined_with_a_warning(tmp_path):
     assert "several checkpoints" in refused(source)
 
 
+ADAPTER = "adapter_model.safetensors"
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
         (["RWKV-x.pth"], "RWKV-x.pth"),
         (["model.fp16.safetensors"], "model.fp16.safetensors"),
-        (
-            ["adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "training_args.bin"],
-            "adapter_model.safetensors",
-        ),
-        (["adapter_model.safetensors", "adapter_model.bin"], "adapter_model.safetensors"),
-        (["adapter_model.safetensors", "model.safetensors"], "model.safetensors"),
-        (["adapter_model.safetensors", "whatever.pt"], "whatever.pt"),
+        ([ADAPTER, "optimizer.pt", "rng_state_0.pth", "training_args.bin"], ADAPTER),
+        ([ADAPTER, "adapter_model.bin"], ADAPTER),
+        ([ADAPTER, "model.safetensors"], "model.safetensors"),
+        ([ADAPTER, "whatever.pt"], "whatever.pt"),
         (["diffusion_pytorch_model.safetensors", "whatever.pt"], "diffusion_pytorch_model.safetensors"),
         (["consolidated.safetensors", "whatever.pt"], "consolidated.safetensors"),
         (["pytorch_model.bin", "whatever.pt"], "pytorch_model.bin"),

@@ -13,26 +13,15 @@ from qformat.container.reader import ContainerReader
 from qformat.converters.truncate import truncate
 from qformat.errors import FormatError, QualityError, TargetError
 from qformat.quality import Quality
+from tests.helpers import layered
+from tests.helpers.cli import nothing_at, valid
 from tests.helpers.files import Draft, put
-from tests.helpers.layered import (
-    ASSETS,
-    LADDER,
-    METADATA,
-    OTHERS,
-    elements,
-    exact,
-    model,
-    normal,
-    nothing_at,
-    valid,
-    write,
-)
 
 
 @pytest.mark.parametrize("bits", [2, 2.25, 3, 3.75, 5.5, 6, 8])
 def test_truncating_to_a_rate_equals_converting_at_that_rate(bits, layered_qf, tmp_path):
     done = truncate(layered_qf, tmp_path / "cut.qf", Quality(bits=bits))
-    expected = write(tmp_path / "made.qf", f"scm:bpw={bits}", model(0, big=True))
+    expected = layered.write(tmp_path / "made.qf", f"scm:bpw={bits}", layered.model(0, big=True))
     assert (tmp_path / "cut.qf").read_bytes() == expected
     assert (done.before, done.after) == (layered_qf.stat().st_size, len(expected))
     with qformat.safe_open(tmp_path / "cut.qf") as f:
@@ -42,36 +31,42 @@ def test_truncating_to_a_rate_equals_converting_at_that_rate(bits, layered_qf, t
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_truncating_other_models_equals_converting_at_that_rate(seed, tmp_path):
-    write(tmp_path / "whole.qf", "scm", model(seed))
-    for bits in LADDER[seed::3]:
+    layered.write(tmp_path / "whole.qf", "scm", layered.model(seed))
+    for bits in layered.LADDER[seed::3]:
         truncate(tmp_path / "whole.qf", tmp_path / "cut.qf", Quality(bits=bits), overwrite=True)
-        assert (tmp_path / "cut.qf").read_bytes() == write(tmp_path / "made.qf", f"scm:bpw={bits}", model(seed)), bits
+        assert (tmp_path / "cut.qf").read_bytes() == layered.write(
+            tmp_path / "made.qf", f"scm:bpw={bits}", layered.model(seed)
+        ), bits
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(2, 3), (7, 9), (13, 17), (50, 60), (77, 80), (100, 257)])
 def test_truncating_small_tensors_equals_converting_at_that_rate(rows, cols, tmp_path):
     rng = np.random.default_rng(rows)
     tensors = {
-        "a": elements("f32", rng.normal(size=(rows, cols)).astype(np.float32)),
-        "b": elements("bf16", (rng.normal(size=(rows, cols)) * rng.lognormal(0, 1, (rows, 1))).astype(np.float32)),
+        "a": layered.elements("f32", rng.normal(size=(rows, cols)).astype(np.float32)),
+        "b": layered.elements(
+            "bf16", (rng.normal(size=(rows, cols)) * rng.lognormal(0, 1, (rows, 1))).astype(np.float32)
+        ),
     }
-    write(tmp_path / "whole.qf", "scm", tensors)
+    layered.write(tmp_path / "whole.qf", "scm", tensors)
     for bits in (2, 2.5, 3.25, 4, 5.5, 7, 8):
         truncate(tmp_path / "whole.qf", tmp_path / "cut.qf", Quality(bits=bits), overwrite=True)
-        assert (tmp_path / "cut.qf").read_bytes() == write(tmp_path / "made.qf", f"scm:bpw={bits}", tensors), bits
+        assert (tmp_path / "cut.qf").read_bytes() == layered.write(tmp_path / "made.qf", f"scm:bpw={bits}", tensors), (
+            bits
+        )
 
 
 def test_truncating_tensors_that_few_bits_hold_exactly_equals_converting_at_that_rate(tmp_path):
-    write(tmp_path / "whole.qf", "scm", exact())
+    layered.write(tmp_path / "whole.qf", "scm", layered.exact())
     truncate(tmp_path / "whole.qf", tmp_path / "cut.qf", Quality(bits=6))
-    assert (tmp_path / "cut.qf").read_bytes() == write(tmp_path / "made.qf", "scm:bpw=6", exact())
+    assert (tmp_path / "cut.qf").read_bytes() == layered.write(tmp_path / "made.qf", "scm:bpw=6", layered.exact())
 
 
 def test_tensors_that_few_bits_hold_exactly_are_lossless_above_8_bits(tmp_path):
-    write(tmp_path / "whole.qf", "scm", exact())
+    layered.write(tmp_path / "whole.qf", "scm", layered.exact())
     for bits, lossless in ((6, False), (8, False), (30, True)):
         with qformat.safe_open(tmp_path / "whole.qf", quality=bits) as f:
-            for name, source in exact().items():
+            for name, source in layered.exact().items():
                 read = f.get_tensor(name)
                 assert not lossless or np.array_equal(read.astype(np.float32), source.to_f32())
                 assert lossless or read.dtype == np.float32
@@ -79,10 +74,10 @@ def test_tensors_that_few_bits_hold_exactly_are_lossless_above_8_bits(tmp_path):
 
 
 def test_truncating_twice_equals_truncating_once(tmp_path):
-    whole, tensors = tmp_path / "whole.qf", model(4)
+    whole, tensors = tmp_path / "whole.qf", layered.model(4)
     for name in ("d.one", "d.two", "e.few", "k.small", "l.scalar"):  # with too few layers for a bound
         del tensors[name]
-    write(whole, "scm", tensors)
+    layered.write(whole, "scm", tensors)
     first, second, third = (tmp_path / f"{name}.qf" for name in "123")
     for qualities in ((5, 3), ("max_rmse=0.005", "max_rmse=0.02"), (8, 2), (6, "max_abs=0.05"), (4, 4), (3, 6)):
         one, two = map(Quality.parse, qualities)
@@ -111,14 +106,14 @@ def test_a_truncated_file_reads_like_the_whole_one_at_that_quality(layered_qf, t
         valid(target)
         with qformat.safe_open(target) as cut, qformat.safe_open(layered_qf, quality=quality) as f:
             assert cut.keys() == f.keys()
-            assert cut.metadata == f.metadata == METADATA
-            assert cut.assets() == f.assets() == sorted(ASSETS)
-            assert {name: cut.get_asset(name) for name in ASSETS} == ASSETS
+            assert cut.metadata == f.metadata == layered.METADATA
+            assert cut.assets() == f.assets() == sorted(layered.ASSETS)
+            assert {name: cut.get_asset(name) for name in layered.ASSETS} == layered.ASSETS
             for name in f.keys():  # noqa: SIM118
                 found, expected = cut.get_tensor(name), f.get_tensor(name)
                 assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
                 assert found.tobytes() == expected.tobytes()
-                if name in OTHERS:
+                if name in layered.OTHERS:
                     assert [(s.name, s.sha256) for s in cut.info(name).segments] == [
                         (s.name, s.sha256) for s in f.info(name).segments
                     ]
@@ -153,21 +148,14 @@ def test_truncating_into_the_source_or_an_existing_file_is_refused(layered_qf, t
 
 def test_truncating_files_that_do_not_reach_the_quality_is_refused(layered_qf, tmp_path):
     target = tmp_path / "x.qf"
-    qformat.save_file({"w": normal(4, 64), "b": normal(3)}, tmp_path / "plain.qf", "q4_0")
-    write(tmp_path / "lossy.qf", "scm:bpw=4", {"a": elements("f32", normal(50, 60))})
+    qformat.save_file({"w": layered.normal(4, 64), "b": layered.normal(3)}, tmp_path / "plain.qf", "q4_0")
+    layered.write(tmp_path / "lossy.qf", "scm:bpw=4", {"a": layered.elements("f32", layered.normal(50, 60))})
+    rate = r"(3\.9\d|4\.00) bits/weight"
     cases = [
         ("plain.qf", "3", r"plain.qf: holds no layered tensors \(type scm\)"),
         ("plain.qf", "lossless", "holds no layered tensors"),
-        (
-            "lossy.qf",
-            "lossless",
-            r"tensor 'a': the file does not hold it losslessly; its last layer has (3\.9\d|4\.00) bits/weight",
-        ),
-        (
-            "lossy.qf",
-            "max_abs=0.0001",
-            r"tensor 'a': no layer reaches max_abs=0.0001; the file holds it at (3\.9\d|4\.00) bits/w",
-        ),
+        ("lossy.qf", "lossless", rf"tensor 'a': the file does not hold it losslessly; its last layer has {rate}"),
+        ("lossy.qf", "max_abs=0.0001", rf"tensor 'a': no layer reaches max_abs=0.0001; the file holds it at {rate}"),
     ]
     for name, quality, message in cases:
         with pytest.raises(QualityError, match=message) as caught:
@@ -184,10 +172,10 @@ def test_truncating_files_that_do_not_reach_the_quality_is_refused(layered_qf, t
 
 
 def test_the_tensor_that_is_not_lossless_is_named(tmp_path):
-    write(
+    layered.write(
         tmp_path / "x.qf",
         "scm",
-        {"a": elements("f32", normal(9, 9)), "b": elements("f32", normal(40, 50))},
+        {"a": layered.elements("f32", layered.normal(9, 9)), "b": layered.elements("f32", layered.normal(40, 50))},
         b="scm:bpw=3",
     )
     with pytest.raises(QualityError, match="tensor 'b': the file does not hold it losslessly"):
@@ -210,13 +198,13 @@ def test_truncating_a_damaged_file_is_refused(layered_qf, tmp_path):
     with ContainerReader(layered_qf) as container:
         index = container.index
         asset = next(asset.segment for asset in index.assets)
-        raw, layered = container.tensor("z.bias"), container.tensor("a.weight")
+        raw, scm = container.tensor("z.bias"), container.tensor("a.weight")
         end = container.trailer.index_offset
     places = [
         (asset.offset, "asset 'config.json'"),
         (raw.segments[0].offset, r"tensor 'z.bias', segment 'data' is damaged"),
-        (layered.segments[0].offset, r"tensor 'a.weight', segment 'grid' is damaged"),
-        (layered.segments[2].stop - 1, r"tensor 'a.weight', segment 'layer.2' is damaged"),
+        (scm.segments[0].offset, r"tensor 'a.weight', segment 'grid' is damaged"),
+        (scm.segments[2].stop - 1, r"tensor 'a.weight', segment 'layer.2' is damaged"),
         (end + 3, "the index is damaged"),
         (9, "version|header"),
     ]
@@ -226,7 +214,7 @@ def test_truncating_a_damaged_file_is_refused(layered_qf, tmp_path):
             truncate(source, target, Quality(bits=3))
         nothing_at(target)
     # damage in layers that are left out does not matter
-    flipped(layered_qf, source, layered.segments[-1].offset)
+    flipped(layered_qf, source, scm.segments[-1].offset)
     truncate(source, target, Quality(bits=3))
     truncate(layered_qf, tmp_path / "y.qf", Quality(bits=3))
     assert target.read_bytes() == (tmp_path / "y.qf").read_bytes()

@@ -32,3 +32,22 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def weights(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+INDEX = "model.safetensors.index.json"
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+SHARDS = {
+    ONE: {"a.weight": weights(0, 8, 40), "a.bias": weights(1, 8)},
+    TWO: {"b.weight": weights(2, 8, 33), "b.ids": np.arange(5)},
+}
+HOME = {name: shard for shard, arrays in SHARDS.items() for name in arrays}
+
+
+def hub_model(directory: Path) -> Path:
+    """Make a directory as the hub has them: two shards, an index and a configuration."""
+    directory.mkdir()
+    (directory / "config.json").write_text('{"model_type": "test"}')
+    for shard, arrays in SHARDS.items():
+        write_safetensors(directory / shard, arrays)
+    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": HOME}))
+    return directory

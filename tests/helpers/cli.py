@@ -1,4 +1,4 @@
-"""Running the command line in processes of their own."""
+"""Running the command line, in this process and in others, and judging what it says and leaves."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import click.testing
+
+from qformat.cli import cli
+from qformat.container.verify import verify
+from tests.helpers.reference import reference
 
 
 @dataclass(frozen=True)
@@ -50,3 +56,39 @@ def run_cli(*args: str | Path, env: Mapping[str, str] | None = None, **options: 
 def run_all(*commands: Sequence[str | Path], **options: Any) -> list[Result]:
     """Run command lines at the same time."""
     return [cli_finish(process) for process in [cli_start(*command, **options) for command in commands]]
+
+
+def invoke(*args: object, code: int = 0) -> click.testing.Result:
+    """Run a command in this process, where it must end with an exit status."""
+    result = click.testing.CliRunner().invoke(cli, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def error_line(stderr: str) -> str:
+    """Return the one line with which a command fails."""
+    lines = [line for line in stderr.splitlines() if line and not line.startswith(("Usage: ", "Try ", "Warning: "))]
+    (line,) = lines
+    assert line.startswith("Error: ")
+    return line.removeprefix("Error: ")
+
+
+def one_line(result: Result, code: int = 1) -> str:
+    """Assert that a command failed in an orderly way; return its message."""
+    assert "Traceback" not in result.out + result.err
+    assert result.code == code, result
+    return error_line(result.err)
+
+
+def nothing_at(target: Path) -> None:
+    assert not os.path.lexists(target)
+    assert not os.path.lexists(f"{target}.partial")
+
+
+def valid(path: Path) -> None:
+    """Assert that both readers accept a file."""
+    (report,) = verify([str(path)], jobs=1)
+    assert report.ok, report
+    reference.read(path.read_bytes())

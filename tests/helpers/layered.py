@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from qformat.container.verify import verify
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.dtypes import DTYPES, Elements
@@ -74,13 +72,3 @@ def write(path: Path, type_: str, tensors: Mapping[str, Elements], **overrides: 
     assets = {name: (lambda data=data: data) for name, data in ASSETS.items()}
     convert(Checkpoint(sources, assets), path, Recipe.parse(None, types), overwrite=True, metadata=METADATA)
     return path.read_bytes()
-
-
-def valid(path: Path) -> None:
-    (report,) = verify([str(path)], jobs=1)
-    assert report.ok, report
-
-
-def nothing_at(target: Path) -> None:
-    assert not os.path.lexists(target)
-    assert not os.path.lexists(f"{target}.partial")

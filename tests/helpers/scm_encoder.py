@@ -85,10 +85,10 @@ class Choices:
     modes: Callable[[], bool] = lambda: False  # whether to do otherwise than simplest
 
 
-def any_stream(letters: Sequence[int], s: int, choices: Choices) -> bytes:
-    if letters and len(set(letters)) == 1 and not choices.modes():
-        return stream(letters, s, CONSTANT)
-    return stream(letters, s, CODED if choices.modes() and len(letters) > 5 else RAW)
+def any_stream(symbols: Sequence[int], s: int, choices: Choices) -> bytes:
+    if symbols and len(set(symbols)) == 1 and not choices.modes():
+        return stream(symbols, s, CONSTANT)
+    return stream(symbols, s, CODED if choices.modes() and len(symbols) > 5 else RAW)
 
 
 def bit_stream(bits: Sequence[int], choices: Choices) -> bytes:
@@ -287,7 +287,7 @@ def tensors(draw: st.DrawFn) -> tuple[str, list[int], Choices, tuple[int, int]]:
 
 # Steps 1 and 2; o is 128 but for phase 0, depth 1, cell 1, where it is 64.
 GRID = bytes.fromhex("0000803f 00000040") + bytes([*[128] * 5, 64, *[128] * 26])
-# 1.25, -0.5, 20. Magnitudes 1, 0, elsewhere: letters 0x01, 0x0f; 20; a section with the signs 0, 1, 0.
+# 1.25, -0.5, 20. Magnitudes 1, 0, elsewhere: symbols 0x01, 0x0f; 20; a section with the signs 0, 1, 0.
 LAYER_1 = bytes.fromhex("0000 00 03000000 00 010f 14000000 00 020000000102")
 # To position 0: cells half as wide; bits 0, 1, 0. Then to position 64, with three streams: magnitudes 2, 1, 40.
 LAYER_2 = bytes.fromhex("0100 00 020000000102")
@@ -336,7 +336,7 @@ WRONG: list[tuple[Case, str, bytes, str, str, str]] = [
     (BY_HAND, "layer.3", LAYER_3, "4100 01", "0000 01", "end 0 is not 1 to 512"),
     (BY_HAND, "layer.1", LAYER_1, "0000 00 03", "0000 04 03", "marked with 4"),
     (BY_HAND, "layer.1", LAYER_1, "0000 00 03", "0000 80 03", "marked with 128"),
-    (BY_HAND, "layer.1", LAYER_1, "0000 00 03", "0000 02 03", "are needed"),  # wide, and one letter too few
+    (BY_HAND, "layer.1", LAYER_1, "0000 00 03", "0000 02 03", "are needed"),  # wide, and one symbol too few
     (BY_HAND, "layer.1", LAYER_1, "0000 00 03", "0100 00 03", "are needed"),  # no section
     (BY_HAND, "layer.1", LAYER_1, "14000000", "00004000", "4194304 is not below"),
     (BY_HAND, "layer.1", LAYER_1, "14000000", "000000ff", "is not below"),
@@ -356,7 +356,7 @@ WRONG: list[tuple[Case, str, bytes, str, str, str]] = [
     (BY_HAND, "layer.2", LAYER_2, "0100 00", "0000 00", "7 bytes are left over"),
     (BY_HAND, "layer.2", LAYER_2, "0100 00", "4100 00", "are needed"),  # only one of two sections
     (BY_HAND, "layer.3", LAYER_3, "4100 01", "4100 00", "are needed"),
-    (BY_HAND, "layer.3", LAYER_3, "01 00000000 02", "01 02000000 0100 02", "left over"),  # a letter of no element
+    (BY_HAND, "layer.3", LAYER_3, "01 00000000 02", "01 02000000 0100 02", "left over"),  # a symbol of no element
     (BY_HAND, "layer.3", LAYER_3, "00000000 020000000100", "00000000 00000000", "are needed"),
     (BY_HAND, "rest", REST, "0114 02", "0118 02", "24 bits are left out, more than 23"),
     (BY_HAND, "rest", REST, "020000000100 020000000100", "020000000100", "are needed"),
@@ -377,6 +377,6 @@ WRONG: list[tuple[Case, str, bytes, str, str, str]] = [
 ]
 
 
-def constant(*letters: int) -> bytes:
-    """Streams of one letter each."""
-    return b"".join(stream([letter], 256, CONSTANT) for letter in letters)
+def constant(*symbols: int) -> bytes:
+    """Streams of one symbol each."""
+    return b"".join(stream([symbol], 256, CONSTANT) for symbol in symbols)

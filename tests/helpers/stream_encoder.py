@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-RAW, CONSTANT, CODED, BY_SYMBOLS = range(4)
+RAW, CONSTANT, CODED, BY_DIGITS = range(4)
 CHUNK_ELEMENTS = 2**19
 
 
@@ -43,15 +43,15 @@ def scaled(values: Sequence[int], size: int, precision: int) -> list[int]:
     return result
 
 
-def products(table_of_symbols: list[int], s: int, k: int, precision: int) -> list[int]:
-    """Frequencies of letters from those of symbols."""
+def products(table_of_digits: list[int], s: int, k: int, precision: int) -> list[int]:
+    """Frequencies of symbols from those of digits."""
     result = []
-    for letter in range(s**k):
-        p, rest, zero = 2**30, letter, False
+    for symbol in range(s**k):
+        p, rest, zero = 2**30, symbol, False
         for _ in range(k):
-            rest, symbol = divmod(rest, s)
-            p = (p * table_of_symbols[symbol]) >> precision
-            zero |= table_of_symbols[symbol] == 0
+            rest, digit = divmod(rest, s)
+            p = (p * table_of_digits[digit]) >> precision
+            zero |= table_of_digits[digit] == 0
         f = p >> (30 - precision)
         result.append(1 if f == 0 and not zero else f)
     result[result.index(max(result))] += (1 << precision) - sum(result)
@@ -66,12 +66,12 @@ def lanes(count: int) -> int:
     return 32 if count < 2**17 else 64
 
 
-def coder(letters: Sequence[int], frequencies: list[int], precision: int) -> tuple[list[int], list[int]]:
+def coder(symbols: Sequence[int], frequencies: list[int], precision: int) -> tuple[list[int], list[int]]:
     """The states and the words (Streams, Coder)."""
     before = [0, *accumulate(frequencies)]
-    states, words = [2**16] * lanes(len(letters)), []
-    for i in range(len(letters) - 1, -1, -1):
-        x, f, c = states[i % len(states)], frequencies[letters[i]], before[letters[i]]
+    states, words = [2**16] * lanes(len(symbols)), []
+    for i in range(len(symbols) - 1, -1, -1):
+        x, f, c = states[i % len(states)], frequencies[symbols[i]], before[symbols[i]]
         if x >= f << (32 - precision):
             words.append(x & 0xFFFF)
             x >>= 16
@@ -91,34 +91,34 @@ def digits_per_symbol(s: int) -> int:
     return max(k for k in range(1, 9) if s**k <= 256)
 
 
-def join(symbols: Sequence[int], s: int, fill: int = 0) -> list[int]:
-    """The letters of these symbols."""
+def join(digits: Sequence[int], s: int, fill: int = 0) -> list[int]:
+    """The symbols of these digits."""
     k = digits_per_symbol(s)
-    complete = [*symbols, *[fill] * (-len(symbols) % k)]
+    complete = [*digits, *[fill] * (-len(digits) % k)]
     return [sum(complete[i + j] * s**j for j in range(k)) for i in range(0, len(complete), k)]
 
 
-def stream(letters: Any, s: int = 256, mode: int = CODED, precision: int = 12) -> bytes:
-    letters = [int(letter) for letter in letters]
+def stream(symbols: Any, s: int = 256, mode: int = CODED, precision: int = 12) -> bytes:
+    symbols = [int(symbol) for symbol in symbols]
     k = digits_per_symbol(s)
-    if not letters:
+    if not symbols:
         return bytes(4)
     if mode == RAW:
-        return sized(bytes([RAW, *letters]))
+        return sized(bytes([RAW, *symbols]))
     if mode == CONSTANT:
-        assert len(set(letters)) == 1
-        return sized(bytes([CONSTANT, letters[0]]))
-    frequencies = stored = scaled(letters, s**k, precision)
-    if mode == BY_SYMBOLS:
-        stored = scaled([letter // s**i % s for letter in letters for i in range(k)], s, precision)
+        assert len(set(symbols)) == 1
+        return sized(bytes([CONSTANT, symbols[0]]))
+    frequencies = stored = scaled(symbols, s**k, precision)
+    if mode == BY_DIGITS:
+        stored = scaled([symbol // s**i % s for symbol in symbols for i in range(k)], s, precision)
         frequencies = products(stored, s, k, precision)
-    return coded(mode, precision, table(without_end(stored)), *coder(letters, frequencies, precision))
+    return coded(mode, precision, table(without_end(stored)), *coder(symbols, frequencies, precision))
 
 
-def random_letters(count: int, size: int, seed: int = 0) -> list[int]:
-    """Return letters, small ones more often."""
+def random_symbols(count: int, size: int, seed: int = 0) -> list[int]:
+    """Return symbols, small ones more often."""
     wanted = np.random.default_rng(seed).exponential(size / 9, count)
-    return [int(letter) for letter in np.minimum(wanted, size - 1)]
+    return [int(symbol) for symbol in np.minimum(wanted, size - 1)]
 
 
 def chunked(chunks: Sequence[bytes], **others: bytes) -> dict[str, bytes]:

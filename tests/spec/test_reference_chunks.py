@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.reference import decode, reference
 from tests.helpers.stream_encoder import (
-    BY_SYMBOLS,
+    BY_DIGITS,
     CHUNK_ELEMENTS,
     CODED,
     CONSTANT,
@@ -19,14 +19,11 @@ from tests.helpers.stream_encoder import (
     chunked,
     join,
     padded,
-    random_letters,
+    random_symbols,
     stream,
 )
 
 ERROR = {"rmse": "0.000000000e+00", "max": "0.000000000e+00"}
-
-
-# ---- a small encoder, written from the text
 
 
 # ---- chunks
@@ -36,32 +33,25 @@ BOOK = np.array([-1.5, 0, 2], "<f4")
 ROW = {"scale": "row", "group": 128, "dtype": "f16"}
 G96 = {"scale": "group", "group": 96, "dtype": "f16"}
 G_WIDE = {"scale": "group", "group": 2**20, "dtype": "f16"}
+N = CHUNK_ELEMENTS
+
+
+def each(*cols: range) -> list[tuple[range, range]]:
+    """The chunks of two rows that are cut one by one."""
+    return [(range(i, i + 1), one) for i in range(2) for one in cols]
+
+
 # Params, shape, and for each chunk the rows and the columns, from the text by hand.
 PLACES: dict[str, tuple[dict[str, Any], tuple[int, int], list[tuple[range, range]]]] = {
-    "rows": (
-        TERNARY,
-        (5, 200_000),
-        [(range(2), range(200_000)), (range(2, 4), range(200_000)), (range(4, 5), range(200_000))],
-    ),
-    "all rows": (TERNARY, (2, CHUNK_ELEMENTS // 2), [(range(2), range(CHUNK_ELEMENTS // 2))]),
-    "a full row": (TERNARY, (2, CHUNK_ELEMENTS), [(range(i, i + 1), range(CHUNK_ELEMENTS)) for i in range(2)]),
-    "parts of rows": (
-        TERNARY,
-        (2, CHUNK_ELEMENTS + 3),
-        [
-            (range(i, i + 1), cols)
-            for i in range(2)
-            for cols in (range(CHUNK_ELEMENTS), range(CHUNK_ELEMENTS, CHUNK_ELEMENTS + 3))
-        ],
-    ),
-    "parts of groups": (  # floor(2^19 / 96) × 96 = 524256
-        G96,
-        (1, CHUNK_ELEMENTS + 3),
-        [(range(1), range(524_256)), (range(1), range(524_256, CHUNK_ELEMENTS + 3))],
-    ),
-    "padded groups": (G96, (3, CHUNK_ELEMENTS // 2), [(range(i, i + 1), range(CHUNK_ELEMENTS // 2)) for i in range(3)]),
-    "long rows": (ROW, (2, CHUNK_ELEMENTS + 3), [(range(i, i + 1), range(CHUNK_ELEMENTS + 3)) for i in range(2)]),
-    "long groups": (G_WIDE, (2, CHUNK_ELEMENTS + 3), [(range(i, i + 1), range(CHUNK_ELEMENTS + 3)) for i in range(2)]),
+    "rows": (TERNARY, (5, 200_000), [(rows, range(200_000)) for rows in (range(2), range(2, 4), range(4, 5))]),
+    "all rows": (TERNARY, (2, N // 2), [(range(2), range(N // 2))]),
+    "a full row": (TERNARY, (2, N), each(range(N))),
+    "parts of rows": (TERNARY, (2, N + 3), each(range(N), range(N, N + 3))),
+    # floor(2^19 / 96) × 96 = 524256
+    "parts of groups": (G96, (1, N + 3), [(range(1), range(524_256)), (range(1), range(524_256, N + 3))]),
+    "padded groups": (G96, (2, N // 2), each(range(N // 2))),
+    "long rows": (ROW, (2, N + 3), each(range(N + 3))),
+    "long groups": (G_WIDE, (2, N + 3), each(range(N + 3))),
 }
 
 
@@ -72,8 +62,8 @@ def test_the_reference_cuts_ternary_tensors_into_chunks_as_the_spec_says(name: s
     chunks = []
     for i, (rows, cols) in enumerate(places):
         expected[rows.start : rows.stop, cols.start : cols.stop] = BOOK[i % 3]
-        letter = i % 3 * 121  # five symbols that are equal
-        chunks.append(padded(stream([letter], 3, CONSTANT), len(rows) * len(cols)))
+        symbol = i % 3 * 121  # five digits that are equal
+        chunks.append(padded(stream([symbol], 3, CONSTANT), len(rows) * len(cols)))
     width = {"row": shape[1], "group": min(params["group"], shape[1])}.get(params["scale"], 0)
     scales = {"scales": np.ones(shape[0] * -(-shape[1] // width), "<f2").tobytes()} if width else {}
     segments = chunked(chunks, codebook=BOOK.tobytes(), **scales)
@@ -304,7 +294,7 @@ def test_the_reference_refuses_wrong_entropy_coded_blocks() -> None:
             with pytest.raises(reference.SpecError, match=message):
                 decode(codec, (BLOCKS[name][2] + 1,), params, chunked([chunk]))
     chunk = bytes.fromhex("020000000100 02000000013c 020000000120")  # a code of 32
-    with pytest.raises(reference.SpecError, match="letter 32 is none of 32"):
+    with pytest.raises(reference.SpecError, match="symbol 32 is not below 32"):
         decode("q5_0", (2,), {"coded": True}, chunked([chunk]))
 
 
@@ -331,7 +321,7 @@ def narrow(values: np.ndarray, dtype: str) -> bytes:
 def test_the_reference_decodes_levels_with_every_kind_of_scale(n: int, scale: str, group: int, dtype: str) -> None:
     rng = np.random.default_rng(n)
     rows, cols = 5, 150
-    codes = np.array(random_letters(rows * cols, n, n)).reshape(rows, cols)
+    codes = np.array(random_symbols(rows * cols, n, n)).reshape(rows, cols)
     book = rng.normal(size=n).astype("<f4")  # in any order
     book[n // 2] = 0
     params: dict[str, Any] = {"scale": scale, "group": group, "dtype": dtype}
@@ -344,7 +334,7 @@ def test_the_reference_decodes_levels_with_every_kind_of_scale(n: int, scale: st
         scales[0, 0] = 0
         others["scales"] = narrow(scales, dtype)
         expected = expected * np.repeat(scales, width, axis=1)[:, :cols]
-    for mode in (RAW, CODED, BY_SYMBOLS):
+    for mode in (RAW, CODED, BY_DIGITS):
         chunk = stream(join(codes.reshape(-1).tolist(), n, n // 2), n, mode)
         segments = chunked([chunk], **others)
         values = decode("levels", (rows, 15, 10), params | {"n": n}, segments)
@@ -367,9 +357,9 @@ def test_products_of_levels_and_scales_are_rounded_once() -> None:
 
 def test_the_reference_decodes_a_million_ternary_elements() -> None:
     chunks, codes = [], []
-    for half in range(2):  # of 2^19 elements, in more than 2^16 letters
-        codes.append(random_letters(CHUNK_ELEMENTS, 3, half))
-        chunks.append(stream(join(codes[-1], 3, 1), 3, BY_SYMBOLS))
+    for half in range(2):  # of 2^19 elements, in more than 2^16 symbols
+        codes.append(random_symbols(CHUNK_ELEMENTS, 3, half))
+        chunks.append(stream(join(codes[-1], 3, 1), 3, BY_DIGITS))
     values = decode("ternary", (2, CHUNK_ELEMENTS), TERNARY, chunked(chunks, codebook=BOOK.tobytes()))
     assert values.tobytes() == BOOK[np.array(codes)].tobytes()
 
@@ -387,7 +377,7 @@ def test_the_reference_refuses_wrong_levels() -> None:
         ({"scales": bytes.fromhex("0042 007c")}, "scale 1 is infinite"),
         ({"scales": bytes.fromhex("01fe 0042")}, "scale 0 is infinite"),
         ({"scales": bytes(8)}, "segments are"),
-        ({"chunks": bytes.fromhex("0300000000 4b f3")}, "letter 243"),
+        ({"chunks": bytes.fromhex("0300000000 4b f3")}, "symbol 243"),
         ({"chunks": bytes.fromhex("0300000000 4b"), "lengths": b"\6\0\0\0"}, "are needed"),
         ({"chunks": bytes.fromhex("0400000000 4b 01 01"), "lengths": b"\x08\0\0\0"}, "left over"),
     ):
@@ -529,15 +519,15 @@ def test_the_reference_decodes_lossless_chunks_made_by_hand() -> None:
         ("bf16", TWO_ROWS, "00 ff 0000", "00 00 0000", "are needed"),  # two bytes that belong to no element
         ("bf16", TWO_ROWS, "00 ff 0000", "ff ff 0000", "are needed"),  # two bytes too few
         ("bf16", TWO_ROWS, "0000000002", "000000000200", "left over"),
-        ("bf16", TWO_GROUPS, "00 01 00 0902", "00 02 00 0902", "group 2 is none of 2"),
-        ("bf16", TWO_GROUPS, "01 020000000000", "01 020000000002", "marked that there are not"),
+        ("bf16", TWO_GROUPS, "00 01 00 0902", "00 02 00 0902", "group 2 is not below 2"),
+        ("bf16", TWO_GROUPS, "01 020000000000", "01 020000000002", "past the last element"),
         ("bf16", TWO_GROUPS, "01 020000000000", "01 020000000001", "are needed"),
         ("bf16", TWO_GROUPS, "01 020000000000", "01 020000000000 00", "left over"),
         ("bf16", TWO_GROUPS, "01 020000000000", "", "are needed"),
         ("f8_e4m3", SPARSE, "01 01 02", "01 03 02", "marked with 3"),
         ("f8_e4m3", SPARSE, "01 01 02", "01 02 02", "marked with 2"),
-        ("f8_e4m3", SPARSE, "0000000001", "0000000005", "marked that there are not"),
-        ("f8_e4m3", SPARSE, "0000000080", "0000000000", "0 that is marked not to be"),
+        ("f8_e4m3", SPARSE, "0000000001", "0000000005", "past the last element"),
+        ("f8_e4m3", SPARSE, "0000000080", "0000000000", "marked as not 0"),
         ("f8_e4m3", SPARSE, "0000000001", "0000000003", "are needed"),
     ],
 )
@@ -560,7 +550,7 @@ def test_truncated_or_changed_chunks_raise_only_spec_errors() -> None:
     for codec, shape, params, chunk, others in (
         ("lossless", (6, 40), {}, lossless_chunk(rows, "f32", [2, 0, 1, 1, 0, 2], marks), {}),
         ("q5_1", (3, 70), {"coded": True}, block_chunk("q5_1", blocks), {}),
-        ("ternary", (400,), TERNARY, stream(random_letters(80, 243), 3, BY_SYMBOLS), {"codebook": BOOK.tobytes()}),
+        ("ternary", (400,), TERNARY, stream(random_symbols(80, 243), 3, BY_DIGITS), {"codebook": BOOK.tobytes()}),
     ):
         decode(codec, shape, params, chunked([chunk], **others))
         refused = 0
