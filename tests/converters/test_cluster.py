@@ -116,7 +116,7 @@ def test_what_is_in_the_way_is_kept(source, tmp_path, kind):
         folder.symlink_to(mine)
     else:
         (mine / "00000.qf").rename(folder)
-    with pytest.raises(TargetError, match=r"m\.qf\.partial: is in the way"):
+    with pytest.raises(TargetError, match=r"m\.qf\.partial: exists, but is not the workspace"):
         run(request, tmp_path / "m.qf", DaskRunner(request, "nonsense://1"))
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
 

@@ -264,7 +264,7 @@ def test_what_is_in_the_way_stays(tmp_path):
     export(path, tmp_path / "out", "hf")  # an empty one is nobody's loss
     partial.mkdir()
     (partial / "x").write_text("mine")
-    with pytest.raises(TargetError, match="is in the way"):
+    with pytest.raises(TargetError, match="is not the workspace of an interrupted run"):
         export(path, tmp_path / "out", "hf", overwrite=True)
     assert (partial / "x").read_text() == "mine"
 
