@@ -1,4 +1,4 @@
-"""numpy arrays into a container file."""
+"""Save numpy arrays in a container file."""
 
 from __future__ import annotations
 

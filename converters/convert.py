@@ -1,10 +1,9 @@
-"""A checkpoint into a container file, or into a head file with shards."""
+"""Convert a checkpoint to a container file, or to a head file with shards."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -49,7 +48,7 @@ class Conversion:
     shards
         The files that hold the tensors, if it is not `output`.
     orphaned_shards
-        Files that were named by a head that was replaced, and are not removed because they are not the shards that it described.
+        Shards of a head that was replaced, which stay.
     """
 
     output: Path
@@ -150,14 +149,13 @@ def convert(
         files = cut(checkpoint, plans, output, options, part_size=runner.part_size)
         fingerprint, shards = files[-1].fingerprint, [output.with_name(name) for name in files[-1].shards]
         _check_not_source(checkpoint, [*shards, output])
-        old = _shards_at(output) if options.overwrite else {}
+        old = _shards_at(output) if options.overwrite else []
         results = find_finished(output, fingerprint, options)
         if not results:
             workspace.claim([path.name for path in (*shards, output)], fingerprint)
             results = runner.write(files, plans, workspace.folder, options)
             mark_finished(workspace.folder, output.name, fingerprint, results[output.name].root)
-            replaced = [path.name for path, is_shard in old.items() if is_shard and path not in shards]
-            workspace.commit(fingerprint=fingerprint, remove=replaced)
+            workspace.commit(fingerprint=fingerprint)
     orphaned = [path for path in old if path not in shards and path.exists()]
     return _conversion(output, plans, results, shards, orphaned, time.perf_counter() - start)
 
@@ -210,20 +208,13 @@ def cut(
     ]
 
 
-def _shards_at(output: Path) -> dict[Path, bool]:
-    """Return the files that a head names which is about to be replaced, and whether they are the shards that it describes."""
-    found = {}
+def _shards_at(output: Path) -> list[Path]:
+    """Return the shards of a head that is about to be replaced. They stay: the head may be a copy, and theirs still needed."""
     try:
         with ContainerReader(output, alone=True) as head:
-            for shard in head.index.shards:
-                path = output.with_name(shard.name)
-                found[path] = False
-                with suppress(FormatError, OSError), ContainerReader(path, alone=True) as container:
-                    container.check_is(shard)
-                    found[path] = True
+            return [output.with_name(shard.name) for shard in head.index.shards]
     except (FormatError, OSError):
-        pass
-    return found
+        return []
 
 
 def _check_not_source(checkpoint: Checkpoint, outputs: Sequence[Path]) -> None:

@@ -59,7 +59,7 @@ def mark_finished(folder: Path | None, name: str, fingerprint: str, root: str | 
 
 
 def find_finished(path: Path, fingerprint: str, options: WriteOptions) -> dict[str, FileResult]:
-    """Return the complete file of an earlier run to be resumed, by name, after a check of all its bytes; empty if there is none.
+    """Return the result of an earlier, finished run after verifying all bytes; empty if there is none.
 
     Raise `TargetError` if it is damaged and must not be replaced.
     """

@@ -139,7 +139,7 @@ class DaskRunner:
                 yield client
             except KilledWorker as error:
                 raise SourceError(
-                    f"workers died at the same part again and again, out of memory perhaps: {_line(error)}"
+                    f"workers died repeatedly on the same part, possibly from lack of memory: {_line(error)}"
                 ) from None
             except (QFormatError, MemoryError):
                 raise

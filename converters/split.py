@@ -22,7 +22,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     size = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()] if match else 0
     if not 1 <= size < math.inf:
-        raise ValueError(f"{text!r} is no size such as 5GB or 500MiB")
+        raise ValueError(f"{text!r} is not a size such as 5GB or 500MiB")
     return int(size)
 
 

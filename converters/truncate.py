@@ -1,4 +1,4 @@
-"""A container file with fewer layers, without decoding anything."""
+"""Drop layers from a container file without decoding it."""
 
 from __future__ import annotations
 

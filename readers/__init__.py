@@ -1,1 +1,1 @@
-"""Containers into arrays: numpy, torch. Imported as ``qformat.readers``."""
+"""Read containers into numpy arrays and torch tensors. Imported as ``qformat.readers``."""

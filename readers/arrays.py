@@ -218,7 +218,9 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         return Codes(flat.reshape(decoder.record.shape), *decoder.levels(codec))
 
     def _decoder(self, name: str) -> TensorDecoder:
-        return self._decoders.of(self._container.tensor(name))
+        decoder = self._decoders.of(self._container.tensor(name))
+        _ = decoder.segments  # compares digests, also those of a tensor without elements
+        return decoder
 
     def close(self) -> None:
         """Close the file."""

@@ -100,11 +100,16 @@ class TensorDecoder:
         self.matrix = Matrix.of(record.shape)
         self.decoded = self.codec.decoded_from(DTYPES[record.dtype])
         self._alignment = self.codec.chunk_alignment(self.matrix)
+        self._loading = threading.Lock()
+        self._segments: list[memoryview] | None = None
 
-    @cached_property
+    @property
     def segments(self) -> list[memoryview]:
-        """The bytes of the segments that are read, compared with their digests; raise `FormatError` if one is damaged."""
-        return self._decoders.segments(self._home, self.record)
+        """The bytes of the segments that are read, compared with their digests; raises `FormatError` if one is damaged."""
+        with self._loading:  # one thread reads them, the others wait: a cached_property has no lock from Python 3.12 on
+            if self._segments is None:
+                self._segments = self._decoders.segments(self._home, self.record)
+            return self._segments
 
     @property
     def natural(self) -> DType:
@@ -200,7 +205,7 @@ class TensorDecoder:
             return [read(chunk) for read in readers]
 
     @cached_property
-    def _readers(self) -> list[PartReader]:
+    def _readers(self) -> list[PartReader]:  # two threads may both make them, which does no harm
         return part_readers(self.codec.layout(self.matrix), self.matrix, self._alignment, self.segments)
 
     def blocks(self, chunk: Chunk) -> Sequence[Buffer]:
@@ -227,7 +232,7 @@ def runs(indices: NDArray[np.intp], cols: int, alignment: int) -> list[tuple[int
     Returns
     -------
     list of (int, Chunk)
-        Position of the chunk's first row among `indices`, and the chunk; of about `PIECE` elements at most.
+        Position of the chunk's first row among `indices`, and the chunk; of about `CHUNK_ELEMENTS` elements at most.
     """
     longest = max(1, CHUNK_ELEMENTS // max(1, -(-cols // alignment) * alignment))
     grouped: list[tuple[int, Chunk]] = []

@@ -11,7 +11,7 @@ import torch
 
 from qformat.codecs.layout import Chunk
 from qformat.container.reader import ContainerReader
-from qformat.dtypes import DTYPES, DType
+from qformat.dtypes import DTYPES
 from qformat.errors import FormatError, SourceError
 from qformat.parallel import default_jobs, for_each
 from qformat.quality import Quality
@@ -135,16 +135,15 @@ def load_model(
         missing, unexpected = _compare(model, own, records)
         if strict and (missing or unexpected):
             raise _misfit(container, missing, unexpected)
-        shared = sorted(set(own) & set(records))
-        _ = [chosen.of(records[name]) for name in shared]  # raises before anything is changed
+        decoders = Decoders(container, chosen, verify=verify)
+        shared = {name: decoders.of(records[name]) for name in sorted(set(own) & set(records))}
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
             own = _tensors(model)
-        decoders = Decoders(container, chosen, verify=verify)
         with torch.no_grad():
-            for name in shared:
+            for name, decoder in shared.items():
                 floating = own[name].dtype if own[name].dtype.is_floating_point else None
-                own[name].copy_(_decode(decoders.of(records[name]), floating, jobs))
+                own[name].copy_(_decode(decoder, floating, jobs))
     return missing, unexpected
 
 
@@ -202,10 +201,7 @@ def _decode(decoder: TensorDecoder, dtype: torch.dtype | None, jobs: int) -> tor
     target = DTYPES[decoder.record.dtype]
     if target.floating and dtype in _BY_TORCH:
         target = _BY_TORCH[dtype]
-    return _fill(decoder, target, jobs)
-
-
-def _fill(decoder: TensorDecoder, target: DType, jobs: int) -> torch.Tensor:
+    _ = decoder.segments  # compares digests, also those of a tensor without elements
     tensor = torch.empty(decoder.matrix.elements, dtype=TORCH_DTYPES[target.name])
     if target is decoder.decoded or target.size > 1:
         flat = tensor.view(torch.uint8).numpy().view(target.storage) if tensor.numel() else np.empty(0, target.storage)

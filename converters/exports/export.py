@@ -1,10 +1,9 @@
-"""A container file into other formats."""
+"""Export a container file to other formats."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -103,7 +102,7 @@ def export(
     format_ = FORMATS[to]
     chosen = None if dtype is None else _parse_dtype(dtype, to, format_.dtypes)
     asked = Quality.parse(quality)
-    with closing(ContainerReader(source)) as container:
+    with ContainerReader(source) as container:
         check_not_source(container, output)
         check_layers(container, asked)
         tensors = {decoder.record.name: ContainerTensor(decoder) for decoder in Decoders(container, asked)}

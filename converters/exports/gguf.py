@@ -14,8 +14,9 @@ from qformat.codecs.blocks import plain
 from qformat.codecs.ggml import Ggml
 from qformat.codecs.raw import Raw, raw
 from qformat.container.partial import PartialFile
+from qformat.converters.arrays import ArrayTensor
 from qformat.converters.exports.hf_to_gguf import Model
-from qformat.converters.exports.outputs import Constant, Export, Job, Output, Placed
+from qformat.converters.exports.outputs import Export, Job, Output
 from qformat.converters.exports.rotated import RotatedOutput, check_heads
 from qformat.converters.sources.container import ContainerTensor
 from qformat.converters.sources.gguf import REST
@@ -30,7 +31,7 @@ from qformat.converters.sources.gguf_file import (
     check_layout,
     parse,
 )
-from qformat.dtypes import F16, F32
+from qformat.dtypes import F16, F32, Elements
 from qformat.errors import SourceError
 
 _FILE_TYPE = "general.file_type"
@@ -72,7 +73,7 @@ def _again(job: Job, output: Path, label: str) -> Export:
     return Export(output, {output.name: size}, outputs)
 
 
-def _write(job: Job, output: Path, header: Header, outputs: Sequence[Placed]) -> int:
+def _write(job: Job, output: Path, header: Header, outputs: Sequence[Output]) -> int:
     """Write a file with zeros between the tensors and after the last, and return its length."""
     end = max((tensor.stop for tensor in header.tensors), default=header.data_start)
     size = align(end, header.alignment)
@@ -84,18 +85,18 @@ def _write(job: Job, output: Path, header: Header, outputs: Sequence[Placed]) ->
     return size
 
 
-def _write_tensors(job: Job, file: PartialFile, header: Header, outputs: Sequence[Placed]) -> None:
+def _write_tensors(job: Job, file: PartialFile, header: Header, outputs: Sequence[Output]) -> None:
     job.write(file, [(output, info.offset) for output, info in zip(outputs, header.tensors, strict=True)])
 
 
-def _anew(job: Job, label: str) -> tuple[Header, list[Placed]]:
+def _anew(job: Job, label: str) -> tuple[Header, list[Output]]:
     """Return the header of a new file from a Hugging Face model, and its tensors."""
     assets = {asset.name: job.container.asset(asset.name) for asset in job.container.index.assets}
     model = Model(assets, label)
-    named: dict[str, Placed] = {}
+    named: dict[str, Output] = {}
     frequencies = model.frequencies()
     if frequencies is not None:
-        named["rope_freqs.weight"] = Constant("rope_freqs.weight", frequencies)
+        named["rope_freqs.weight"] = Output(ArrayTensor("rope_freqs.weight", Elements(F32, frequencies)), raw(F32))
     for name, place in model.places(job.tensors).items():
         tensor = job.tensors[name]
         codec = codec_for(tensor, job.dtype) if len(tensor.shape) > 1 else raw(F32)

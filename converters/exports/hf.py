@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qformat.container.partial import PartialFile
+from qformat.container.partial import PartialFile, writing_failed
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
 from qformat.converters.exports.safetensors import write_safetensors
 from qformat.converters.sources.gguf import REST
@@ -34,11 +34,13 @@ def export_hf(job: Job, output: Path) -> Export:
         assets[INDEX] = _index(names, shards)
     else:
         names = [SINGLE]
-    (job.folder / output.name).mkdir()
     files = {}
     for name, data in assets.items():
         path = job.folder / output.name / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise writing_failed(output / name, error, kept=False) from None
         with PartialFile(path, output / name) as file:
             file.write(data, 0)
         files[name] = len(data)

@@ -1,4 +1,4 @@
-"""What the exports of a container file share: what each tensor becomes, and how it gets into a file."""
+"""The tensors of an export: their types in the output, and how they are written."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from qformat.codecs.base import ChunkEncoder, Codec
 from qformat.codecs.blocks import plain
@@ -23,53 +20,24 @@ from qformat.dtypes import DTYPES, F32, Elements
 from qformat.errors import SourceError
 from qformat.parallel import prefetch
 from qformat.pipeline.encode import Progress
+from qformat.pipeline.source import SourceTensor, StoredSource
 
 DEFAULT_SHARD = 5_000_000_000
 
 
-class Placed(Protocol):
-    """A tensor as it gets into a file."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the container."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-
-    @property
-    def codec(self) -> Codec:
-        """Its type in the output."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it will have."""
-
-    @property
-    def copied(self) -> bool:
-        """Whether the bytes are those of the container."""
-
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield the chunks in order."""
-
-    def encoded(self, chunk: Chunk) -> Buffer:
-        """Return the bytes of a chunk."""
-
-
 @dataclass(frozen=True)
 class Output:
-    """A tensor of a container and its type in the output.
+    """A tensor and its type in the output.
 
     Attributes
     ----------
     source
-        The tensor.
+        A tensor of the container, or a constant that the format needs.
     codec
         The type: one whose only segment holds elements or blocks.
     """
 
-    source: ContainerTensor
+    source: SourceTensor
     codec: Codec
 
     @property
@@ -96,18 +64,22 @@ class Output:
     @property
     def copied(self) -> bool:
         """Whether the bytes are those of the container."""
-        return plain(self.source.decoder.codec).decodes_like(self.codec)
+        return isinstance(self.source, StoredSource) and plain(self.source.codec).decodes_like(self.codec)
+
+    @property
+    def _stored(self) -> StoredSource:
+        assert isinstance(self.source, StoredSource)
+        return self.source
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks in order."""
-        if self.copied:
-            return iter(self.source.decoder.chunks())
-        return self.source.matrix.chunks(self.codec.chunk_alignment(self.source.matrix))
+        matrix = self.source.matrix
+        return matrix.chunks((self._stored.codec if self.copied else self.codec).chunk_alignment(matrix))
 
     def encoded(self, chunk: Chunk) -> Buffer:
         """Return the bytes of a chunk."""
         if self.copied:
-            (part,) = self.source.decoder.blocks(chunk)
+            (part,) = self._stored.encoded(chunk)
             return part
         return self.made(self.source.read_chunk(chunk))
 
@@ -126,45 +98,8 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Constant:
-    """A tensor that a format needs and a container does not hold: a vector of binary32 numbers."""
-
-    name: str
-    values: NDArray[np.float32]
-
-    @property
-    def codec(self) -> Codec:
-        """Binary32 as it is."""
-        return raw(F32)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return (self.values.size,)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it has."""
-        return self.values.nbytes
-
-    @property
-    def copied(self) -> bool:
-        """False: it was computed."""
-        return False
-
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield the only chunk."""
-        yield Chunk(0, 1, 0, self.values.size)
-
-    def encoded(self, chunk: Chunk) -> Buffer:
-        """Return its bytes."""
-        del chunk
-        return self.values.tobytes()
-
-
-@dataclass(frozen=True)
 class Export:
-    """What was made.
+    """Result of an export.
 
     Attributes
     ----------
@@ -182,7 +117,7 @@ class Export:
 
     output: Path
     files: Mapping[str, int]
-    tensors: Sequence[Placed]
+    tensors: Sequence[Output]
     warnings: Sequence[str] = ()
     seconds: float = 0.0
 
@@ -225,7 +160,7 @@ class Job:
     progress: Progress | None = None
     shard_size: int = DEFAULT_SHARD
 
-    def write(self, file: PartialFile, placed: Sequence[tuple[Placed, int]]) -> None:
+    def write(self, file: PartialFile, placed: Sequence[tuple[Output, int]]) -> None:
         """Write tensors at offsets, encoding them on threads; no more than some chunks are in memory."""
         tasks = [(output, offset) for output, offset in placed if output.nbytes]
         with ThreadPoolExecutor(self.jobs, thread_name_prefix="qformat-export") as pool:
@@ -238,13 +173,13 @@ class Job:
                         file.write(part, offset)
                         offset += len(part)
                         if self.progress:
-                            self.progress(chunk.rows * chunk.cols)
+                            self.progress(chunk.size)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 
-def _tasks(placed: Sequence[tuple[Placed, int]]) -> Iterator[Callable[[], Buffer]]:
+def _tasks(placed: Sequence[tuple[Output, int]]) -> Iterator[Callable[[], Buffer]]:
     for output, _ in placed:
         for chunk in output.chunks():
             yield partial(output.encoded, chunk)

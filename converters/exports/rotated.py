@@ -52,25 +52,22 @@ class RotatedOutput(Output):
     def encoded(self, chunk: Chunk) -> Buffer:
         """Return the bytes of some heads."""
         if self.copied and len(self.shape) > 1:
-            return self._permuted(self._stored(chunk)).reshape(-1).data
+            return self._permuted(self._stored_rows(chunk)).reshape(-1).data
         values = self.source.read(slice(chunk.row * self._cols, (chunk.row + chunk.rows) * self._cols))
         rows = self._permuted(values.data.reshape(chunk.rows, self._cols))
         return self.made(Elements(values.dtype, rows if len(self.shape) > 1 else rows.reshape(1, -1)))
 
-    def _stored(self, chunk: Chunk) -> NDArray[np.uint8]:
+    def _stored_rows(self, chunk: Chunk) -> NDArray[np.uint8]:
         """Return the stored bytes of some rows, two-dimensional."""
-        decoder = self.source.decoder
-        if decoder.codec.has_fixed_size:
-            (data,) = decoder.blocks(chunk)
-            return np.frombuffer(data, np.uint8).reshape(chunk.rows, -1)
-        stop, parts = chunk.row + chunk.rows, []
-        for stored in decoder.chunks():
-            first, last = max(stored.row, chunk.row), min(stored.row + stored.rows, stop)
+        source, parts = self._stored, []
+        # entropy-coded blocks can only be decoded in chunks; of other codecs any rows have a place
+        whole = [chunk] if source.codec.has_fixed_size else Output.chunks(self)
+        for stored in whole:
+            first, last = max(stored.row, chunk.row), min(stored.row + stored.rows, chunk.row + chunk.rows)
             if first < last:
-                (data,) = decoder.blocks(stored)
-                parts.append(
-                    np.frombuffer(data, np.uint8).reshape(stored.rows, -1)[first - stored.row : last - stored.row]
-                )
+                (data,) = source.encoded(stored)
+                rows = np.frombuffer(data, np.uint8).reshape(stored.rows, -1)
+                parts.append(rows[first - stored.row : last - stored.row])
         return np.concatenate(parts)
 
     def _permuted(self, rows: NDArray[Any]) -> NDArray[Any]:

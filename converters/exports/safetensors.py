@@ -9,6 +9,7 @@ from pathlib import Path
 from qformat.container.partial import PartialFile
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
 from qformat.converters.sources.safetensors import DTYPE_NAMES, MAX_HEADER
+from qformat.converters.wording import and_more
 from qformat.errors import SourceError
 
 _NAMES = {ours: theirs for theirs, ours in DTYPE_NAMES.items()}
@@ -20,8 +21,7 @@ def export_safetensors(job: Job, output: Path) -> Export:
     outputs = [as_floats(tensor, job.dtype) for tensor in job.tensors.values()]
     size = write_safetensors(job, output.name, outputs, job.container.index.metadata, output)
     assets = [asset.name for asset in job.container.index.assets]
-    more = f" and {len(assets) - 1} more" if len(assets) > 1 else ""
-    warnings = [f"{assets[0]}{more} of the file is left out: a .safetensors file holds tensors only"] if assets else []
+    warnings = [f"left out, as a .safetensors file holds tensors only: {assets[0]}{and_more(assets)}"] if assets else []
     return Export(output, {output.name: size}, outputs, warnings)
 
 

@@ -60,7 +60,7 @@ class CodedTensor(QuantizedSource):
             if self._encode is None:
                 self._encode, self._remaining = self._load(), math.prod(self.shape)
             encode = self._encode
-            self._remaining -= chunk.rows * chunk.cols
+            self._remaining -= chunk.size
             if self._remaining <= 0:
                 self._encode = None
         return encode(chunk)

@@ -32,6 +32,11 @@ class ContainerTensor(StoredSource):
         self.codec, self.record = decoder.codec, decoder.record
         self.decoder = decoder
 
+    def check(self) -> None:
+        """Compare all bytes with their digests."""
+        with _as_source_errors():
+            _ = self.decoder.segments
+
     def stored(self, chunk: Chunk) -> tuple[Buffer, ...]:
         """Return the bytes of a chunk as the file holds them."""
         with _as_source_errors():

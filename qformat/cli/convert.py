@@ -29,6 +29,7 @@ from qformat.cli.common import (
 from qformat.cli.source import source_options
 from qformat.converters import DEFAULT_TYPE
 from qformat.converters.sources.options import SourceOptions
+from qformat.converters.wording import and_more
 
 if TYPE_CHECKING:
     from qformat.converters.convert import Conversion
@@ -139,8 +140,8 @@ def command(src: Path, dst: Path, *, verbose: bool, as_json: bool, **settings: A
     _warn_of_nothing_left(pruned.values())
     if result.orphaned_shards:
         warn(
-            f"{plural(len(result.orphaned_shards), 'file')} that the replaced {dst} named are not its shards, and stay: "
-            f"{result.orphaned_shards[0]} and so on"
+            f"{plural(len(result.orphaned_shards), 'shard')} of the replaced {dst} left in place: "
+            f"{result.orphaned_shards[0]}{and_more(result.orphaned_shards)}; remove what no other head needs"
         )
     if as_json:
         more = {"dry_run": result.is_dry_run, "pruned_tensors": len(pruned), "pruned_weights": _zeros(pruned.values())}
@@ -227,17 +228,15 @@ def _warn_of_growth(result: Conversion) -> None:
         if record.nbytes > plan.source.nbytes
     ]
     if grown:
-        more = f" and {len(grown) - 1} more" if len(grown) > 1 else ""
-        warn(f"larger than in the source: tensor {grown[0]!r}{more}")
+        warn(f"larger than in the source: tensor {grown[0]!r}{and_more(grown)}")
 
 
 def _warn_of_nothing_left(pruned: Iterable[Pruned]) -> None:
     empty = [tensor.name for tensor in pruned if tensor.zeros == tensor.elements]
     if empty:
-        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         keep = shlex.quote(f"{glob.escape(empty[0])}=0")
         warn(
-            f"all weights pruned, because they are equal: tensor {empty[0]!r}{more}; keep it with --prune-tensor {keep}"
+            f"all weights pruned, because they are equal: tensor {empty[0]!r}{and_more(empty)}; keep it with --prune-tensor {keep}"
         )
 
 

@@ -124,7 +124,7 @@ def option(default: Any) -> Any:
 
 
 def optional(default: Any, *, copied: bool = False) -> Any:
-    """Declare a parameter that is recorded only if it is not the default; one that is `copied` cannot be requested."""
+    """Declare a parameter that is recorded only if it is not the default; one that is `copied` cannot be set in a type string."""
     return field(default=default, metadata={"optional": True, "copied": copied})
 
 
@@ -214,6 +214,8 @@ class Encoder(ABC):
     """A way of making an encoded tensor, given by a type string such as ``q4_0:search=exact``; or a copy of codes."""
 
     id: ClassVar[str]
+    #: a tensor of at most this many chunks is encoded as one task; of a larger one each chunk is a task
+    task_chunks: ClassVar[int] = 1
 
     @abstractmethod
     def accepts(self, dtype: DType) -> bool:
@@ -245,7 +247,7 @@ class Encoder(ABC):
         Raises
         ------
         ValueError
-            If the tensor cannot be stored so.
+            If the tensor cannot be stored as this type.
         """
 
     def __str__(self) -> str:

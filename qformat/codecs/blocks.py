@@ -50,7 +50,7 @@ class BlockCodec(QuantizedCodec):
 
     @property
     def takes_bf16(self) -> bool:
-        """Whether ``quantize`` does, as that of all block formats but `nlm` does."""
+        """Whether ``quantize`` accepts bfloat16 patterns; true of all block formats but `nlm`."""
         return True
 
     @property
@@ -138,7 +138,7 @@ class SearchedBlockCodec(BlockCodec):
 
     @property
     def takes_bf16(self) -> bool:
-        """The searches do not."""
+        """True without a search: the searches take float32 only."""
         return self._search == "naive"
 
     @property

@@ -44,7 +44,7 @@ GGML_BLOCKS = {
 @register
 @dataclass(frozen=True)
 class Ggml(RowCodec):
-    """Blocks of a GGUF type without a codec of its own, such as a K-quant.
+    """Blocks of a GGUF type that has no codec of its own here, such as the K-quants.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ class Ggml(RowCodec):
         if not out.size:  # which gguf does not expect
             return
         blocks = np.frombuffer(parts[0], np.uint8).reshape(len(out), -1)
-        with np.errstate(all="ignore"):  # infinity and NaN are the caller's concern
+        with np.errstate(all="ignore"):  # callers handle infinity and NaN
             out[:] = _decoder(self.type)(blocks)
 
 

@@ -164,7 +164,7 @@ def segment_lengths(layout: Layout, matrix: Matrix, alignment: int) -> tuple[tup
 
 
 def part_readers(layout: Layout, matrix: Matrix, alignment: int, segments: Iterable[memoryview]) -> list[PartReader]:
-    """Return for each part of a layout what reads a chunk's bytes from the segments of a tensor.
+    """Return, for each part of a layout, a function that reads a chunk's bytes from the segments of a tensor.
 
     The readers raise ``ValueError`` if a table of lengths is wrong.
     """
@@ -178,11 +178,11 @@ def _reader(part: Array | Chunks, matrix: Matrix, alignment: int, segments: Iter
         return lambda chunk: data[part.span(matrix, chunk)]
     size = 4 * matrix.chunk_count(alignment)
     table, start = (next(segments), 0) if part.table else (data[:size], size)
-    stops: list[int] = []
+    stops: list[int] = []  # found by the first read; two threads that both find them find the same
 
     def read(chunk: Chunk) -> memoryview:
         if not stops:
-            stops.extend(_chunk_stops(table, size, start, len(data)))
+            stops[:] = _chunk_stops(table, size, start, len(data))
         number = matrix.chunk_number(alignment, chunk)
         begin, end = stops[number], stops[number + 1]
         if part.dense and (end - begin) * CHUNK_DENSITY < chunk.size:
@@ -205,8 +205,8 @@ def _chunk_stops(table: memoryview, size: int, start: int, stop: int) -> list[in
     return stops
 
 
-def join_chunks(layout: Layout, chunks: Sequence[Sequence[Buffer]], *, first: bool = True) -> list[Buffer]:
-    """Return the bytes that consecutive chunks add to each segment.
+def join_chunks(layout: Layout, chunks: Sequence[Sequence[Buffer]], *, first: bool = True) -> list[list[Buffer]]:
+    """Return the buffers that consecutive chunks append to each segment.
 
     Parameters
     ----------
@@ -217,16 +217,12 @@ def join_chunks(layout: Layout, chunks: Sequence[Sequence[Buffer]], *, first: bo
     first
         Whether they begin the tensor: an item that all chunks share is written with the first.
     """
-    found: list[Buffer] = []
+    found: list[list[Buffer]] = []
     for number, part in enumerate(layout):
         parts = [chunk[number] for chunk in chunks]
         if isinstance(part, Chunks):
-            table = struct.pack(f"<{len(parts)}I", *map(len, parts))
-            found += [_joined(parts), table] if part.table else [b"".join([table, *parts])]
+            table: Buffer = struct.pack(f"<{len(parts)}I", *map(len, parts))
+            found += [parts, [table]] if part.table else [[table, *parts]]
         else:
-            found.append(_joined(parts if part.columns else parts[:1] if first else []))
+            found.append(parts if part.columns else parts[:1] if first else [])
     return found
-
-
-def _joined(parts: Sequence[Buffer]) -> Buffer:
-    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -282,7 +282,7 @@ class LevelCodec(ChunkEncoder):
 
     def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
         """Return how often each code occurs, from the most negative one on."""
-        codes = np.empty(chunk.rows * chunk.cols, np.int8)
+        codes = np.empty(chunk.size, np.int8)
         self.decode_codes(parts, codes)
         return {"histogram": np.bincount(codes + self.size // 2, minlength=self.size)}
 

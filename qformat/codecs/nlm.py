@@ -45,7 +45,7 @@ class Nlm(BlockCodec):
 
     @property
     def takes_bf16(self) -> bool:
-        """False: its searches take float32."""
+        """False: the searches take float32 only."""
         return False
 
     def _fill(

@@ -13,7 +13,7 @@ from qformat.codecs.layout import Array, Buffer, Chunk
 from qformat.codecs.quantized import QuantizedCodec
 from qformat.kernels import load
 
-#: the longest group; far beyond any row
+#: largest group size accepted
 LONGEST = 1 << 20
 
 

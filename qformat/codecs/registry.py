@@ -44,7 +44,7 @@ def codecs() -> dict[str, type[Codec]]:
 
 
 def encoders() -> dict[str, type[Encoder]]:
-    """Return every encoder by its id: the types that can be requested."""
+    """Return every encoder by its id."""
     _import_all()
     return dict(_encoders)
 

@@ -1,7 +1,7 @@
 """One file of a workspace while it is written: its bytes, and the journal of its complete assets and tensors.
 
 The journal is a file of lines: the first holds the fingerprint of the file, then comes one for each asset and tensor, written after
-all of its bytes. Each line begins with a digest of its JSON. Nothing in a journal is believed before the bytes have been compared
+all of its bytes. Each line begins with a digest of its JSON. Nothing in a journal is trusted before the bytes have been compared
 with their digests.
 """
 
@@ -195,7 +195,7 @@ class Journal:
                 self.records.append(record)
                 self._ends.append(self._ends[-1] + len(line))
 
-    def go_on(self, count: int) -> None:
+    def keep_first(self, count: int) -> None:
         """Keep the first records and drop the others; new ones follow. Raise `TargetError` if the journal cannot be written."""
         with suppress(OSError):  # else the records stay, which are checked before they are believed
             os.ftruncate(self._fd, self._ends[count])

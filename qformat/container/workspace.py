@@ -62,6 +62,7 @@ def check_target(path: Path, replaceable: Callable[[str], bool] | None = None, *
 def write_bytes(path: Path, data: bytes) -> None:
     """Make a new file that holds `data`, or none; raise `TargetError` if that fails or there is a file already."""
     with Workspace(path, overwrite=False) as workspace:
+        workspace.claim([path.name])
         with PartialFile(workspace.folder / path.name, path) as file:
             file.write(data, 0)
         workspace.commit()
@@ -81,7 +82,7 @@ class NullWorkspace:
         for name in names:
             check_target(self._target.with_name(name), overwrite=True)
 
-    def commit(self, *, fingerprint: str = "", remove: Sequence[str] = ()) -> None:
+    def commit(self, *, fingerprint: str = "") -> None:
         """Do nothing."""
 
     def __enter__(self) -> Self:
@@ -98,7 +99,6 @@ class _Commit(TypedDict):
     place: list[str]  # names that are moved out of the workspace, and must be free
     replace: list[str]  # a name that is moved over a file, or exchanged for a directory
     inode: int  # of the latter: if another one has its name in the workspace, it was exchanged
-    remove: list[str]  # files beside the target that are removed in the end
     fingerprint: str
 
 
@@ -142,13 +142,12 @@ class Workspace:
         self._lock, self._commit, self._draft = self.folder / lock, self.folder / commit, self.folder / draft
         self._names: Sequence[str] = [target.name]
         self._finished = ""  # the fingerprint of a run that was killed in its commit, which is complete now
+        self._claimed = False
         check_target(target, replaceable, overwrite=overwrite or resume or os.path.lexists(self.folder))
         self._fd: int | None = self._take()
         try:
             self._recover()
             check_target(target, replaceable, overwrite=overwrite or resume or bool(self._finished))
-            if not resume:
-                self._clear(keep=[self._lock])
         except BaseException:
             self._end(keep=True)
             raise
@@ -171,6 +170,7 @@ class Workspace:
             except TargetError:
                 raise
             except FileNotFoundError:  # another process has just removed the folder
+                check_target(self._label, overwrite=True)  # or the one that it is in
                 continue
             except OSError as error:
                 with suppress(OSError):
@@ -191,7 +191,7 @@ class Workspace:
                 return
             if paths == [self._lock] and self._lock.is_file() and not self._lock.stat().st_size:
                 return
-        raise TargetError(f"{self.folder}: is in the way, and not the remains of a run that was killed; remove it")
+        raise TargetError(f"{self.folder}: exists, but is not the workspace of an interrupted run; remove or rename it")
 
     def claim(self, names: Sequence[str], fingerprint: str = "") -> None:
         """State the final names, the head last, before anything is written; raise `TargetError` if one cannot be made.
@@ -201,17 +201,21 @@ class Workspace:
         self._overwrite |= bool(fingerprint) and fingerprint == self._finished
         for name in names:
             check_target(self._label.with_name(name), self._replaceable, overwrite=self._overwrite)
-        self._names = names
+        self._names, self._claimed = names, True
+        if (
+            not self._resume
+        ):  # only now: a run that fails before, for a misspelt option say, keeps the work of an earlier one
+            self._clear(keep=[self._lock])
 
-    def commit(self, *, fingerprint: str = "", remove: Sequence[str] = ()) -> None:
+    def commit(self, *, fingerprint: str = "") -> None:
         """Put everything in place, and remove the folder. All files must be complete and synced.
 
-        `fingerprint` identifies everything that decides the output, see `claim`; `remove` are names of files beside the target to
-        remove in the end, shards of a replaced head. If `TargetError` is raised, nothing has changed at the final names.
+        `fingerprint` identifies everything that decides the output, see `claim`. If `TargetError` is raised, nothing has changed at
+        the final names.
         """
         *shards, head = self._names
         standing = [name for name in (head, *shards) if os.path.lexists(self._final(name))]
-        commit = _Commit(aside=[], place=[*self._names], replace=[], inode=0, remove=[*remove], fingerprint=fingerprint)
+        commit = _Commit(aside=[], place=[*self._names], replace=[], inode=0, fingerprint=fingerprint)
         # The head comes last, so that it never names shards that are not there. If new shards need the names of old ones, the old
         # head is put aside first: a kill between two shards leaves no head, rather than one over shards of both runs.
         if self._overwrite and standing == [head]:
@@ -221,7 +225,7 @@ class Workspace:
         try:
             if self._replaceable:  # files that were added to the old directory meanwhile must not be lost
                 check_target(self._label, self._replaceable, overwrite=self._overwrite)
-            # 1. The names of the files reach the disk before the commit file, which speaks of them.
+            # 1. The names of the files reach the disk before the commit file, which refers to them.
             for folder in (self.folder, *self.folder.rglob("*/")):
                 _sync_directory(folder)
             try:
@@ -232,7 +236,9 @@ class Workspace:
                 # Where directories cannot be exchanged none stands there for a moment; after a kill there the next run places it.
                 self._carry_out(commit | {"aside": [head], "place": [head], "replace": []})
         except FileExistsError:
-            raise TargetError(f"{self._label}: a file has appeared there meanwhile; nothing was replaced") from None
+            raise TargetError(
+                f"{self._label}: a file has appeared there in the meantime; nothing was replaced"
+            ) from None
         except OSError as error:
             raise writing_failed(self._label, error, kept=self._resume) from None
 
@@ -251,25 +257,25 @@ class Workspace:
             if not self._is_done(self._target.name, commit["inode"]):  # else only the workspace is left to be removed
                 self._undo(commit)
             raise
-        self._finish(commit)
+        self._finish()
 
-    def _finish(self, commit: _Commit) -> None:
+    def _finish(self) -> None:
         # 4. The moves reach the disk before anything old is lost. Killed from here on: the next run finds them done and comes here.
         _sync_directory(self._target.parent)
-        # 5. Shards of the old head, which no head names any more.
-        for name in commit["remove"]:
-            with suppress(OSError):
-                self._final(name).unlink()
-        # 6. What was put aside or exchanged. The commit file goes last but for the lock, so that this can be repeated, too.
+        # 5. What was put aside or exchanged. The commit file goes last but for the lock, so that this can be repeated, too.
         self._end(keep=False)
 
     def _recover(self) -> None:
-        """Complete the commit of a run that was killed in its midst, or forget one of which no move was done."""
+        """Complete a commit that was interrupted, or discard one that had not begun."""
         try:
             commit: _Commit = json.loads(self._commit.read_bytes())
+            _ = (
+                [self._final(name) for name in (*commit["aside"], *commit["place"], *commit["replace"])],
+                commit["inode"] + 1,
+            )
         except FileNotFoundError:
             return
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise TargetError(f"{self._commit}: is damaged; remove {self.folder}") from None
         # The target may have changed since the commit file was written: as long as no move is done, nothing need be replaced.
         begun = any(map(os.path.lexists, map(self._aside, commit["aside"]))) or any(map(self._is_done, commit["place"]))
@@ -284,7 +290,7 @@ class Workspace:
                 f"there away and run again, or remove {self.folder}"
             ) from None
         self._finished = commit["fingerprint"]
-        self._finish(commit)
+        self._finish()
         self._fd = self._take()
 
     def _move(self, commit: _Commit) -> None:
@@ -349,9 +355,24 @@ class Workspace:
                 if [*self.folder.iterdir()] == [self._lock]:
                     self._lock.unlink()
                     self.folder.rmdir()
-                    break
-            with suppress(OSError):  # without it the folder would not be known as a workspace
-                self._lock.write_bytes(_MARKER)
+                    return
+            if not self._is_locked_again():
+                return
+
+    def _is_locked_again(self) -> bool:
+        """Put a removed lock back, without which the folder is no workspace; return whether the folder is still ours."""
+        assert self._fd is not None
+        try:
+            fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:  # that of another run, which came between
+            return os.path.samestat(os.fstat(self._fd), self._lock.lstat())
+        except OSError:
+            return False
+        os.close(self._fd)
+        self._fd = fd
+        take_lock(fd, self._label)
+        os.pwrite(fd, _MARKER, 0)
+        return True
 
     def _end(self, *, keep: bool) -> None:
         """Remove the folder and unlock it; keep one that holds something for a later run."""
@@ -367,8 +388,8 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Moves that could not be undone are left to the next run
-        self._end(keep=(kind is not None and self._resume) or self._commit.exists())
+        failed = kind is not None and (self._resume or not self._claimed)
+        self._end(keep=failed or self._commit.exists())  # moves that could not be undone are left to the next run
 
 
 def _sync_directory(path: Path) -> None:

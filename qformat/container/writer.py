@@ -64,18 +64,18 @@ class TensorWriter:
         self._hashes = [hashlib.sha256() for _ in record.segments]
         self._written = [0] * len(record.segments)
 
-    def write(self, parts: Sequence[Bytes]) -> None:
-        """Append bytes to the segments: one buffer for each, in the order of the record."""
-        for i, part in enumerate(parts):
-            segment = self.record.segments[i]
-            if self._written[i] + len(part) > segment.length and i not in self._unknown:
-                raise ValueError(f"{self.record.name}: more bytes than announced for segment {segment.name}")
-            self._hashes[i].update(part)
-            if i > self._placed:
-                self._waiting[i].append(part)
-            else:
-                self._target.write(part, segment.offset + self._written[i])
-            self._written[i] += len(part)
+    def write(self, parts: Sequence[Sequence[Bytes]]) -> None:
+        """Append to each segment, in the order of the record, some buffers; those that have to wait are kept as they are."""
+        for i, (segment, buffers) in enumerate(zip(self.record.segments, parts, strict=True)):
+            for data in buffers:
+                if self._written[i] + len(data) > segment.length and i not in self._unknown:
+                    raise ValueError(f"{self.record.name}: more bytes than announced for segment {segment.name}")
+                self._hashes[i].update(data)
+                if i > self._placed:
+                    self._waiting[i].append(data)
+                else:
+                    self._target.write(data, segment.offset + self._written[i])
+                self._written[i] += len(data)
 
     def finish(self, error: MeasuredError | None) -> TensorRecord:
         """Return the completed record.
@@ -91,8 +91,11 @@ class TensorWriter:
                 for number, (segment, written) in enumerate(zip(self.record.segments, self._written, strict=True))
             )
             self.record, _ = _place(replace(self.record, segments=segments), segments[0].offset)
-            for segment, content in zip(self.record.segments, self._waiting, strict=True):
-                self._target.write(b"".join(content), segment.offset)
+            for segment, buffers in zip(self.record.segments, self._waiting, strict=True):
+                position = segment.offset
+                for data in buffers:
+                    self._target.write(data, position)
+                    position += len(data)
         if any(written != segment.length for written, segment in zip(self._written, self.record.segments, strict=True)):
             raise ValueError(f"{self.record.name}: fewer bytes than announced")
         digests = [digest.hexdigest() for digest in self._hashes]
@@ -157,7 +160,7 @@ class ContainerWriter:
         if isinstance(target, PartialFile):
             self._take_over(target, journal.records if journal else [])
         if journal:
-            journal.go_on(len(self.assets) + len(self.records))
+            journal.keep_first(len(self.assets) + len(self.records))
         target.write(self._header, 0)
 
     def _take_over(self, target: PartialFile, records: Sequence[Record]) -> None:
@@ -165,12 +168,13 @@ class ContainerWriter:
         size = len(self._header)
         for record in records:
             segments = (record.segment,) if isinstance(record, AssetRecord) else record.segments
-            position = self._position
+            position, intact = self._position, bool(segments)
             for segment in segments:
-                if segment.offset != position or target.digest(segment.offset, segment.length) != segment.sha256:
-                    target.cut(size)
-                    return
+                intact &= segment.offset == position
+                intact = intact and target.digest(segment.offset, segment.length) == segment.sha256
                 position = align(segment.stop)
+            if not intact:
+                break
             for segment in segments:  # no digest covers the padding
                 target.write(bytes(align(segment.stop) - segment.stop), segment.stop)
             size, self._position = segments[-1].stop, position
@@ -251,7 +255,7 @@ class ContainerWriter:
             If they are not those of the record.
         """
         tensor = self.tensor(record)
-        tensor.write(segments)
+        tensor.write([[data] for data in segments])
         self.finish(tensor.finish(record.error))
 
     def _finish_file(self) -> None:

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from qformat.codecs.base import EncodedChunk, Encoder, ErrorSum, Run, TensorEncoder
-from qformat.codecs.layout import Array, Buffer, Matrix, join_chunks
-from qformat.codecs.registry import parse_type
+from qformat.codecs.layout import Array, Buffer, Chunk, Matrix, join_chunks
+from qformat.codecs.raw import raw
 from qformat.container.index import check_shape, check_tensor_name
 from qformat.container.writer import ContainerWriter
 from qformat.errors import FormatError, SourceError
@@ -22,13 +22,10 @@ from qformat.records import TensorRecord
 #: callback; receives the number of weights that were just processed
 Progress = Callable[[int], None]
 
-# A tensor of up to this many chunks is one task; of a larger tensor, each chunk is a task, also in the passes over it.
-_FEW_CHUNKS = 4
-
 
 @dataclass(frozen=True)
 class Plan:
-    """A source tensor and the encoder chosen for it; `note` says why if the user would not expect it."""
+    """A source tensor and the encoder chosen for it; `note` explains an unexpected choice."""
 
     source: SourceTensor
     encoder: Encoder
@@ -86,9 +83,9 @@ def make_plans(tensors: Iterable[SourceTensor], recipe: Recipe, *, allow_nonfini
             raise SourceError(error.cause) from None
         encoder, note = recipe.encoder_for(tensor), ""
         if allow_nonfinite and not encoder.accepts_nonfinite(tensor.dtype) and not _all_finite(tensor):
-            raw = parse_type(tensor.dtype.name)
-            note = f"tensor {tensor.name!r} holds NaN or infinity and is kept as {raw}, not {encoder}"
-            encoder = raw
+            kept = raw(tensor.dtype)
+            note = f"tensor {tensor.name!r} holds NaN or infinity and is kept as {kept}, not {encoder}"
+            encoder = kept
         plans.append(Plan(tensor, encoder, note))
     return plans
 
@@ -118,7 +115,7 @@ def write_tensors(
 ) -> None:
     """Encode tensors and write them.
 
-    The bytes do not depend on `jobs`. Memory is bounded by a few chunks for each job, and by the largest tensor with layers.
+    The bytes do not depend on `jobs`. Memory is bounded by a few chunks for each job, and by two tensors with layers.
 
     Parameters
     ----------
@@ -164,11 +161,11 @@ def write_tensors(
 def _tasks(plans: Sequence[Plan], run: Run) -> Iterator[Callable[[], Any]]:
     """Yield for each tensor a task that returns its encoder and, if it is small, all chunks; else a task for each chunk follows."""
     for plan in plans:
-        if plan.matrix.chunk_count(1) <= _FEW_CHUNKS:
+        if plan.matrix.chunk_count(1) <= plan.encoder.task_chunks:
             yield partial(_encode_small, plan)
             continue
         encoder = prepare(plan, run)  # keeps all threads busy by itself
-        yield partial(tuple, (encoder, None))
+        yield partial(tuple, (encoder, None))  # the encoder by itself; the tasks of the chunks follow
         for chunk in _chunks(plan, encoder):
             yield partial(encode_chunk, plan, encoder, chunk)
 
@@ -178,7 +175,7 @@ def _encode_small(plan: Plan) -> tuple[TensorEncoder, list[EncodedChunk]]:
     return encoder, [encode_chunk(plan, encoder, chunk) for chunk in _chunks(plan, encoder)]
 
 
-def _chunks(plan: Plan, encoder: TensorEncoder) -> Iterator[Any]:
+def _chunks(plan: Plan, encoder: TensorEncoder) -> Iterator[Chunk]:
     return plan.matrix.chunks(encoder.codec.chunk_alignment(plan.matrix))
 
 
@@ -196,7 +193,7 @@ def prepare(plan: Plan, run: Run) -> TensorEncoder:
         raise SourceError(f"tensor {plan.source.name!r}: {error}; keep it with {plan.keep()}") from None
 
 
-def encode_chunk(plan: Plan, encoder: TensorEncoder, chunk: Any) -> EncodedChunk:
+def encode_chunk(plan: Plan, encoder: TensorEncoder, chunk: Chunk) -> EncodedChunk:
     """Encode one chunk; errors name the tensor; raise `SourceError` if it cannot be encoded."""
     try:
         return encoder.encode(chunk)
@@ -236,7 +233,7 @@ def _write(
 def _checked(
     plan: Plan, encoded: Iterable[EncodedChunk], *, allow_nonfinite: bool, allow_zeroed: bool
 ) -> Iterator[EncodedChunk]:
-    """Yield encoded chunks, and refuse one that does not hold what the source does."""
+    """Yield encoded chunks; raise `SourceError` for one that lost values."""
     name, type_ = plan.source.name, plan.encoder
     nonfinite = allow_nonfinite and type_.accepts_nonfinite(plan.source.dtype)
     for result in encoded:

@@ -86,7 +86,7 @@ class ErrorStats:
         self.source_sums += other.source_sums
         self.source_squares += other.source_squares
         if self.errors is None or other.errors is None:
-            raise ValueError("the histograms are gone")
+            raise ValueError("sealed statistics cannot be added")
         self.errors += other.errors
         self.add_histograms(other.histograms)
 
@@ -126,7 +126,7 @@ class ErrorStats:
         return self.rmse / self.source_std
 
     def seal(self) -> None:
-        """Work out the quantiles and let the histogram of errors go, which is large."""
+        """Compute the quantiles and drop the histogram of errors, which is large."""
         if self.errors is not None:
             reached = np.cumsum(self.errors)
             self.p95, self.median = (self._quantile(reached, q) for q in (0.95, 0.5))

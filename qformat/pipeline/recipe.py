@@ -1,4 +1,4 @@
-"""Which codec for which tensor."""
+"""Choose an encoder for each tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from qformat.codecs.base import ChunkEncoder, Codec, Encoder
-from qformat.codecs.registry import codecs, parse_type
+from qformat.codecs.registry import encoders, parse_type
 from qformat.errors import SourceError
 from qformat.pipeline.patterns import check_patterns, last_match, split_items
 from qformat.pipeline.source import SourceTensor
@@ -46,7 +46,7 @@ class Recipe:
         TypeSpecError
             If one is malformed.
         """
-        pairs = split_items(overrides, "PATTERN=TYPE", lambda text: text.partition(":")[0] in codecs())
+        pairs = split_items(overrides, "PATTERN=TYPE", lambda text: text.partition(":")[0] in encoders())
         parsed = tuple((pattern, parse_type(text)) for pattern, text in pairs)
         return cls(None if default is None else parse_type(default), parsed)
 

@@ -114,6 +114,10 @@ class StoredSource(QuantizedSource):
     record: TensorRecord
 
     @abstractmethod
+    def check(self) -> None:
+        """Compare all bytes with their digests; raise `SourceError` if they differ."""
+
+    @abstractmethod
     def stored(self, chunk: Chunk) -> tuple[Buffer, ...]:
         """Return the bytes of a chunk for each part of the codec's layout, as the file holds them.
 
@@ -216,8 +220,9 @@ class StoredCopy(Encoder):
         return self.source.record
 
     def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
-        """Return the encoder."""
+        """Return the encoder, after a check of all bytes."""
         del tensor, run
+        self.source.check()
         record = self.source.record
         return TensorEncoder(self.source.codec, record, partial(_stored_chunk, self.source), record.error)
 

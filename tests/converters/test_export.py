@@ -250,7 +250,7 @@ def test_a_folder_with_the_name_of_the_workspace_of_an_export_is_kept(tmp_path):
     export(path, tmp_path / "out", "hf")  # an empty one is nobody's loss
     partial.mkdir()
     (partial / "x").write_text("mine")
-    with pytest.raises(TargetError, match="is in the way"):
+    with pytest.raises(TargetError, match="is not the workspace of an interrupted run"):
         export(path, tmp_path / "out", "hf", overwrite=True)
     assert (partial / "x").read_text() == "mine"
 

@@ -213,7 +213,7 @@ def test_a_folder_with_the_name_of_the_workspace_of_shards_is_kept(source, tmp_p
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
     for resume in (False, True):
-        with pytest.raises(TargetError, match="is in the way"):
+        with pytest.raises(TargetError, match="is not the workspace of an interrupted run"):
             run(source, tmp_path / "m.qf", resume=resume)
     assert (folder / "thesis.txt").read_text() == "mine"
     assert files(tmp_path) == []
@@ -254,15 +254,21 @@ def test_existing_shards_are_not_replaced_without_force(source, tmp_path):
     assert all(report.ok for report in verify([str(tmp_path / "m.qf")]))
 
 
-def test_replacing_a_head_removes_its_shards_but_no_other_files(source, tmp_path):
+def test_shards_of_a_replaced_head_stay_and_are_reported(source, tmp_path):
     run(source, tmp_path / "m.qf")
-    other = tmp_path / "m-00002-of-00003.qf"
-    other.write_bytes(b"mine")  # is not the shard any more
+    old = [tmp_path / f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
+    (tmp_path / "copy.qf").write_bytes((tmp_path / "m.qf").read_bytes())
     result = run(source, tmp_path / "m.qf", size=6 * SIZE, overwrite=True)
-    assert result.orphaned_shards == [other]
-    assert files(tmp_path) == ["m-00001-of-00002.qf", "m-00002-of-00002.qf", other.name, "m.qf"]
-    assert run(source, tmp_path / "m.qf", size=None, overwrite=True).orphaned_shards == []
-    assert files(tmp_path) == [other.name, "m.qf"]
+    assert result.orphaned_shards == old
+    assert all(report.ok for report in verify([str(tmp_path / "copy.qf"), str(tmp_path / "m.qf")]))
+    assert run(source, tmp_path / "m.qf", size=None, overwrite=True).orphaned_shards == result.shards
+
+
+def test_a_shard_that_is_converted_over_its_own_head_stays(source, tmp_path):
+    run(source, tmp_path / "m.qf")
+    shard = tmp_path / "m-00002-of-00003.qf"
+    run(shard, tmp_path / "m.qf", size=None, overwrite=True)
+    assert all(report.ok for report in verify([str(shard), str(tmp_path / "m.qf")]))
 
 
 def test_commands_write_and_read_shards(source, tmp_path):
@@ -276,7 +282,7 @@ def test_commands_write_and_read_shards(source, tmp_path):
     assert "shard m-00002-of-00003.qf (" in invoke("inspect", output).output
     invoke("convert", output, tmp_path / "again.qf", "-t", "f32")
     wrong = invoke("convert", source, output, "--shard-size", "many", code=2)
-    assert "'many' is no size such as 5GB or 500MiB" in wrong.output
+    assert "'many' is not a size such as 5GB or 500MiB" in wrong.output
 
 
 @pytest.mark.parametrize(
@@ -288,7 +294,7 @@ def test_shard_sizes_are_parsed(text, size):
 
 @pytest.mark.parametrize("text", ["", "0", "GB", "-1GB", "5XB", "1e9", "0.0001", "9" * 400])
 def test_malformed_shard_sizes_are_refused(text):
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
 
 

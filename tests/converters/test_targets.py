@@ -82,7 +82,7 @@ def test_whatever_has_the_name_of_the_workspace_is_kept(kind: str, source: Path,
             other.mkdir()
             (other / "m.qf").write_bytes(b"precious")
     before = sorted(tmp_path.rglob("*"))
-    assert f"{partial}: is in the way" in one_line(run_cli("convert", source, tmp_path / "m.qf", "--resume"))
+    assert f"{partial}: exists, but is not the workspace" in one_line(run_cli("convert", source, tmp_path / "m.qf", "--resume"))
     assert sorted(tmp_path.rglob("*")) == before
     assert all(path.read_bytes() == b"precious" for path in tmp_path.rglob("m.qf"))
 
@@ -264,6 +264,6 @@ def test_one_of_several_concurrent_conversions_to_a_target_succeeds(force: bool,
     assert force or len(good) == 1
     for result in results:
         if result.code:
-            assert re.search("another process|exists already|appeared there meanwhile", one_line(result))
+            assert re.search("another process|exists already|appeared there in the meantime", one_line(result))
     valid(target)
     assert not Path(f"{target}.partial").exists()

@@ -57,6 +57,9 @@ class ScmEncoder(Encoder):
     """
 
     id: ClassVar[str] = "scm"
+    task_chunks: ClassVar[int] = (
+        4  # all chunks wait for each other in every pass: small tensors are better encoded side by side
+    )
 
     bpw: str = _ANY
     max_rmse: str = _ANY
