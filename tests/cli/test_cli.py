@@ -334,7 +334,7 @@ def test_types_lists_every_type_for_weights_with_its_parameters():
                 parse_type(f"{entry['type']}:{key}={shown}")
     table = invoke("types").stdout
     assert re.search(
-        r"^q4_1 +5\.000 +Five bits for each weight\.\n +coded=false\|true\n +search=als\|naive\|best$",
+        r"^q4_1 +5\.000 +Blocks of 32 four-bit codes with a scale and a minimum.*\n +coded=false\|true\n +search=als\|naive\|best$",
         table,
         re.MULTILINE,
     )

@@ -238,7 +238,9 @@ def test_convert_writes_a_file_whose_name_is_not_utf8(source: Path, tmp_path: Pa
 
 @needs_linux
 @pytest.mark.parametrize("command", [["inspect"], ["verify"], ["checksum"], ["verify", "--json"]])
-def test_commands_fail_in_one_line_if_stdout_is_full_or_closed(command: list[str], small: Path) -> None:
+def test_commands_fail_in_one_line_if_stdout_is_full_or_closed(command: list[str], tmp_path: Path) -> None:
+    small = tmp_path / "small.qf"
+    small.write_bytes(GOOD_FILE)
     with Path("/dev/full").open("wb") as full:
         message = one_line(cli_finish(cli_start(*command, small, stdout=full)))
     assert "No space left" in message

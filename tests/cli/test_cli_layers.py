@@ -181,13 +181,12 @@ def test_a_qf_file_is_converted_at_a_quality(layered, source, tmp_path):
             assert found.tobytes() == values[name].astype(found.dtype).tobytes()
         warned = [line for line in result.stderr.splitlines() if line.startswith("Warning: tensor ")]
         if quality == "lossless":
-            assert not [line for line in warned if "once were" in line]
+            assert not [line for line in warned if "lossy already" in line]
             continue
-        (line,) = [line for line in warned if "once were" in line]
+        (line,) = [line for line in warned if "lossy already" in line]
+        tensors = r"tensor '(empty|layers\.10)\.weight' and [12] more"
         assert re.fullmatch(
-            r"Warning: tensor '(empty|layers\.10)\.weight' and [12] more: no longer what they once were, but of type scm; "
-            "errors are against what that decodes to",
-            line,
+            rf"Warning: {tensors}: lossy already, of type scm; errors are against the decoded values", line
         )
 
 
@@ -208,7 +207,7 @@ def test_recorded_errors_are_against_the_values_at_the_quality(layered, tmp_path
 def test_converting_a_quantized_qf_file_gives_a_warning(tmp_path):
     qformat.save_file({"w": weights()["layers.2.weight"], "b": np.ones(3, np.float32)}, tmp_path / "q.qf", "q4_0")
     result = invoke("convert", tmp_path / "q.qf", tmp_path / "x.qf", "-t", "scm")
-    assert "Warning: tensor 'w': no longer what it once was, but of type q4_0; errors are against" in result.stderr
+    assert "Warning: tensor 'w': lossy already, of type q4_0; errors are against the decoded values" in result.stderr
     same(arrays_of(tmp_path / "x.qf"), arrays_of(tmp_path / "q.qf"))
 
 
@@ -228,7 +227,7 @@ def test_a_quality_of_other_sources_is_refused_with_a_hint(source, tmp_path):
     target = tmp_path / "x.qf"
     for given in (source, source / "model.safetensors"):
         message = refused("convert", given, target, "-q", "3")
-        assert message.startswith(f"{given}: is no .qf file")
+        assert message.startswith(f"{given}: is not a .qf file")
         assert message.endswith("give it with the type, as in -t scm:bpw=3")
         assert refused("quantize-stats", given, "-q", "3") == message
     assert not target.exists()
@@ -533,7 +532,7 @@ def test_quantize_stats_prints_a_line_for_scm(source):
 
 def test_quantize_stats_measures_at_a_quality(layered, tmp_path):
     result = invoke("quantize-stats", layered, "-q", "3", "-t", "q8_0", "-t", "scm", "--json", "-")
-    assert "no longer what they once were, but of type scm; errors are against what that decodes to" in result.stderr
+    assert "lossy already, of type scm; errors are against the decoded values" in result.stderr
     found = json.loads(result.stdout)
     invoke("convert", layered, tmp_path / "x.qf", "-q", "3", "-t", "q8_0")
     with qformat.safe_open(tmp_path / "x.qf") as f:

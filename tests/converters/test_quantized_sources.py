@@ -168,7 +168,7 @@ def test_gptq_layers_whose_last_group_is_short_are_read():
     x = layer(4, 8, 80, 32)
     check(only(gptq(x, 4)), x.values)  # g_idx tells
     check(only(gptq(x, 4, g_idx=False), {"group_size": 32}), x.values)
-    assert "80 columns do not tell how long 3 groups are; say group_size" in refused(gptq(x, 4, g_idx=False))
+    assert "the length of 3 groups in 80 columns is unknown; set group_size" in refused(gptq(x, 4, g_idx=False))
 
 
 @given(x=layers(4, cols_unit=5))
@@ -426,7 +426,7 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     (PACKED | {"weight_packed": np.zeros((16, 80), I32)}, "no number of bits puts 64 columns into 80 words"),
     (PACKED | {"weight_scale": np.ones((15, 2), np.float32)}, "'a.b.weight_scale' has shape [15, 2]"),
     (PACKED | {"weight_scale": np.ones((16, 2, 1), np.float32)}, "'a.b.weight_scale' has shape [16, 2, 1]"),
-    (PACKED | {"weight_scale": np.ones((16, 3), np.float32)}, "64 columns do not tell how long 3 groups are"),
+    (PACKED | {"weight_scale": np.ones((16, 3), np.float32)}, "the length of 3 groups in 64 columns is unknown"),
     (PACKED | {"weight_zero_point": np.zeros((3, 2), I32)}, "'a.b.weight_zero_point' of shape [3, 2] does not fit"),
     (PACKED | {"weight_zero_point": np.zeros((2, 2), np.int8)}, "'a.b.weight_zero_point' of shape [2, 2] does not fit"),
     (PACKED | {"weight_zero_point": np.zeros((0, 2), I32)}, "it has no elements"),
@@ -451,7 +451,7 @@ def test_ambiguous_packings_are_decided_by_width_or_refused():
     x = layer(3, 4, 15, 15)
     config = {"config_groups": {"a": {"weights": {"num_bits": 3}}}}
     assert "old and new versions pack 15 columns into 2 words" in refused(compressed(x, 3), config)
-    assert "say num_bits in config.json" in refused(compressed(layer(4, 4, 3, 3), 4))
+    assert "set num_bits in config.json" in refused(compressed(layer(4, 4, 3, 3), 4))
 
 
 SAYS = "quantize_config.json says"
@@ -545,7 +545,7 @@ def test_tensors_of_unknown_quantization_formats_stay_raw_with_a_warning():
     assert [tensor.name for tensor in found] == ["a.b.weight", "a.b.quant_map"]
     assert len(warnings) == 1
     assert warnings[0].startswith(
-        "quantize_config.json says quant_method 'bitsandbytes', but no tensor is quantized in a way"
+        "quantize_config.json says quant_method 'bitsandbytes', but no tensor is quantized in a known layout"
     )
     floats = sources({"weight": np.ones((4, 4), np.float32)})
     assert found_in(floats, {"config.json": {"model_type": "llama"}}, SourceOptions()) == (floats, [])
@@ -592,7 +592,7 @@ def save(folder: Path, parts: Mapping[str, Any], config: Any) -> Path:
 
 
 def types(request: Request) -> dict[str, str]:
-    return {plan.source.name: str(plan.codec) for plan in request.plans()}
+    return {plan.source.name: str(plan.encoder) for plan in request.plans()}
 
 
 def test_parts_of_unknown_quantized_weights_stay_raw_by_default(tmp_path):

@@ -82,7 +82,9 @@ def test_whatever_has_the_name_of_the_workspace_is_kept(kind: str, source: Path,
             other.mkdir()
             (other / "m.qf").write_bytes(b"precious")
     before = sorted(tmp_path.rglob("*"))
-    assert f"{partial}: exists, but is not the workspace" in one_line(run_cli("convert", source, tmp_path / "m.qf", "--resume"))
+    assert f"{partial}: exists, but is not the workspace" in one_line(
+        run_cli("convert", source, tmp_path / "m.qf", "--resume")
+    )
     assert sorted(tmp_path.rglob("*")) == before
     assert all(path.read_bytes() == b"precious" for path in tmp_path.rglob("m.qf"))
 

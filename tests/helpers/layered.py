@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def elements(dtype: str, values: np.ndarray) -> Elements:
-    return Elements(DTYPES[dtype], Elements(DTYPES["f32"], values).cast(DTYPES[dtype]))
+    return Elements(DTYPES[dtype], Elements(DTYPES["f32"], np.asarray(values, np.float32)).cast(DTYPES[dtype]))
 
 
 def model(seed: int, *, big: bool = False) -> dict[str, Elements]:

@@ -11,11 +11,12 @@ import numpy as np
 from qformat.codecs.base import Codec
 from qformat.codecs.layout import Chunk
 from qformat.dtypes import BF16, DTYPES, F32, DType, Elements, from_array
+from qformat.pipeline.source import QuantizedSource
 from tests.helpers.codecs import chunks_of, decode, part_of
 
 
 @dataclass(frozen=True)
-class Codes:
+class Codes(QuantizedSource):
     """A quantized tensor in memory: its codec and the segments of a file."""
 
     name: str
