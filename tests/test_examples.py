@@ -61,9 +61,9 @@ def test_the_demo_runs():
     assert "tensor 'embeddings.word_embeddings.weight', segment 'blocks': SHA-256 does not match" in done.stdout
 
 
-def test_the_python_snippets_of_the_readme_run(minilm_qf, tmp_path):
+def test_the_python_snippets_of_the_guide_to_reading_run(minilm_qf, tmp_path):
     shutil.copy(minilm_qf, tmp_path / "minilm.qf")
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guides" / "reading.md").read_text(), re.DOTALL)
     assert len(snippets) == 3
     layers = {"pooler.dense.weight": np.linspace(-1, 1, 6400, dtype=np.float32).reshape(80, 80)}
     qformat.save_file(layers, tmp_path / "layers.qf", "scm")

@@ -24,7 +24,7 @@ from qformat.codecs.affine import Affine
 from qformat.codecs.base import Codec
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.ggml import Ggml
-from qformat.codecs.layout import Chunk, Matrix, spans
+from qformat.codecs.layout import Chunk, spans
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
@@ -161,7 +161,7 @@ class Copied(QuantizedSource):
 
     def encoded(self, chunk: Chunk) -> tuple[bytes, ...]:
         """Return the bytes of a chunk."""
-        places = spans(self.codec.segments(Matrix.of(self.shape)), Matrix.of(self.shape), chunk)
+        places = spans(self.codec.layout(self.matrix), self.matrix, chunk)
         return tuple(segment[span] for segment, span in zip(self.segments, places, strict=True))
 
     def read(self, elements: slice) -> Elements:
