@@ -71,7 +71,7 @@ def test_affine_codes_decode_as_the_spec_says(width, cols, group):
                 np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
 
 
-def plain_error(x: np.ndarray, group: int, width: int, sym: bool) -> float:
+def unsearched_error(x: np.ndarray, group: int, width: int, sym: bool) -> float:
     """The squared error of scales from the extremes alone, with binary16 scales."""
     top = (1 << width) - 1
     groups = x.reshape(-1, group).astype(np.float64)
@@ -103,7 +103,7 @@ def test_affine_scales_from_the_search_err_no_more_than_scales_from_extremes(wid
                 kernels.asymmetric(rows, 256, group, width, 0, np.array(_STEPS[width], np.float32), scales, zeros)
             lanes, codes = np.zeros(16), np.empty(rows.size // 8 * width, np.uint8)
             NUMBA["affine"].encode(rows, 256, group, scales, zeros, codes, lanes, width)
-            assert lanes.sum() <= plain_error(rows, group, width, sym) * (1 + 1e-6)
+            assert lanes.sum() <= unsearched_error(rows, group, width, sym) * (1 + 1e-6)
 
 
 def test_four_bit_affine_scales_come_within_half_a_percent_of_the_best_error():

@@ -64,7 +64,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
 
 
 @every_block
-def test_entropy_coded_blocks_decode_to_the_plain_ones(type_, tmp_path):
+def test_entropy_coded_blocks_decode_to_the_uncoded_ones(type_, tmp_path):
     paths = [tmp_path / "uncoded.qf", tmp_path / "coded.qf"]
     for path, chosen in zip(paths, (type_, coded(type_)), strict=True):
         qformat.save_file(tensors(), path, {"*": chosen})

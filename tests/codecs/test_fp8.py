@@ -230,9 +230,7 @@ def test_fp8_is_refused_as_a_type_for_weights():
     assert "fp8" in copied
     assert not copied & set(types_for_weights())
     for text in ("fp8", "fp8:format=e5m2"):
-        with pytest.raises(
-            TypeSpecError, match="fp8 holds only tensors that are quantized already; the types for weights are affine"
-        ):
+        with pytest.raises(TypeSpecError, match="fp8 holds only tensors that are quantized already; the types for"):
             parse_type(text)
     assert not isinstance(Fp8(), Encoder)
 
@@ -306,13 +304,13 @@ def test_fp8_decodes_as_in_the_reference_reader(reference, shape, rows, cols, ki
     out = np.empty(shape, np.float32)
     if out.size:
         out = decode(codec, list(segments.values()), shape)
-    same = reference_codecs.decode(
-        "fp8", "f32", shape, codec.params(), list(segments.items()), has_error=True, where="x"
-    )
-    assert np.array_equal(same, out, equal_nan=True)
+
+    def decode_independently() -> np.ndarray:
+        parts = list(segments.items())
+        return reference_codecs.decode("fp8", "f32", shape, codec.params(), parts, has_error=True, where="x")
+
+    assert np.array_equal(decode_independently(), out, equal_nan=True)
     if "bands" in segments and out.size:
         segments["bands"] = np.full(shape[0], bands, "<u4").tobytes()
         with pytest.raises(reference.SpecError, match="band that does not exist"):
-            reference_codecs.decode(
-                "fp8", "f32", shape, codec.params(), list(segments.items()), has_error=True, where="x"
-            )
+            decode_independently()

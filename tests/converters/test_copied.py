@@ -143,7 +143,7 @@ def test_a_container_without_a_type_is_copied_byte_for_byte(tmp_path, type_):
     size = convert(checkpoint, again, recipe, dry_run=True).nbytes
     convert(checkpoint, again, recipe)
     assert again.stat().st_size == size
-    if type_ == "bf16":  # plain numbers, of which the default type is made
+    if type_ == "bf16":  # floats, which are stored as the default type
         assert again.stat().st_size < first.stat().st_size
     else:
         assert again.read_bytes() == first.read_bytes()

@@ -76,7 +76,7 @@ def test_gguf_blocks_of_every_type_round_trip_byte_for_byte(tmp_path, name):
                 assert np.array_equal(file.get_rows(tensor, [1, 0]), expected[[1, 0]])
 
 
-def test_gguf_tensors_of_plain_numbers_round_trip_byte_for_byte(tmp_path):
+def test_gguf_unquantized_tensors_round_trip_byte_for_byte(tmp_path):
     rng = np.random.default_rng(0)
     tensors: dict[str, tuple[Any, str]] = {}
     for name in UNQUANTIZED:

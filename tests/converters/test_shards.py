@@ -233,12 +233,8 @@ def test_a_shard_of_the_source_is_refused_as_a_target(source, tmp_path):
 def test_a_tensor_in_two_shards_is_refused_and_found_by_verify(source, tmp_path):
     output = tmp_path / "m.qf"
     run(source, output)
-    shutil.copy(tmp_path / "m-00001-of-00003.qf", tmp_path / "m-00002-of-00003.qf")
-
-    def twice(index: Any) -> None:
-        index["shards"][1] = index["shards"][0] | {"name": index["shards"][1]["name"]}
-
-    change(output, twice)
+    second = shutil.copy(tmp_path / "m-00001-of-00003.qf", tmp_path / "m-00002-of-00003.qf").name
+    change(output, lambda index: index["shards"][1].update(index["shards"][0] | {"name": second}))
     with pytest.raises(FormatError, match="stands twice"):
         safe_open(output)
     (bad,) = [report for report in verify([str(output)]) if not report.ok]

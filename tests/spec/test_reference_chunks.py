@@ -227,7 +227,7 @@ def block_codec(name: str) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_reference_decodes_entropy_coded_blocks_to_the_plain_ones(name: str) -> None:
+def test_the_reference_decodes_entropy_coded_blocks_to_the_uncoded_ones(name: str) -> None:
     codec, params = block_codec(name)
     for shape in ((), (5,), (3, 70), (2, 3, 50), (7, 128)):
         rows = shape[0] if len(shape) > 1 else 1
