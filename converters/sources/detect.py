@@ -33,9 +33,8 @@ class FileKind(NamedTuple):
 
     matches: Callable[[bytes], bool]  # whether a file is of this kind, by its first bytes
     open: Callable[..., Checkpoint]
-    open_shard: (
-        Callable[..., Checkpoint] | None
-    )  # None if a file is a whole model, with its tokenizer and configuration
+    # opens one of several files of a model; None if a file is a whole model, with its tokenizer and configuration
+    open_shard: Callable[..., Checkpoint] | None
     options: tuple[str, ...] = ()  # fields of `SourceOptions`
 
 
