@@ -105,7 +105,7 @@ def write_file(
     path = folder / contents.path.name if folder else None
     with (
         PartialFile(path, contents.path, kept=options.resume) if path else NullTarget() as file,
-        Journal(path, contents.fingerprint) if path and contents.fingerprint else nullcontext() as journal,
+        _journal(contents, path, options) as journal,
         ContainerWriter(file, metadata=contents.metadata, journal=journal) as writer,
     ):
         resumed = len(writer.records)
@@ -132,6 +132,12 @@ def write_file(
     sizes = {asset.name: asset.size for asset in writer.assets}
     records = [replace(record, error=None) for record in writer.records] if predicted else writer.records
     return FileResult(records, sizes, writer.file_size, writer.root if folder else None, resumed)
+
+
+def _journal(contents: FileContents, path: Path | None, options: WriteOptions) -> Journal | nullcontext[None]:
+    if path is None or not contents.fingerprint:
+        return nullcontext()
+    return Journal(path, contents.path, contents.fingerprint, kept=options.resume)
 
 
 def _join(writer: ContainerWriter, parts: Sequence[Path]) -> None:

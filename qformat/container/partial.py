@@ -170,6 +170,8 @@ class Journal:
     ----------
     path
         The file; its journal stands beside it.
+    label, kept
+        As for `PartialFile`.
     fingerprint
         Identifies everything that decides the bytes of the file.
 
@@ -179,8 +181,8 @@ class Journal:
         The assets and tensors that an earlier run with the same fingerprint has finished, as far as the journal can be read.
     """
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self._path = Path(f"{path}.journal")
+    def __init__(self, path: Path, label: Path, fingerprint: str, *, kept: bool = False) -> None:
+        self._path, self._label, self._kept = Path(f"{path}.journal"), label, kept
         self._fingerprint = fingerprint
         self.records: list[Record] = []
         self._ends = [0]  # the position after the first line, and after each record
@@ -188,7 +190,7 @@ class Journal:
             self._fd = os.open(self._path, _FLAGS | os.O_APPEND, 0o666)
             lines = self._path.read_bytes().splitlines(keepends=True)
         except OSError as error:
-            raise TargetError(f"{self._path}: cannot be opened: {error.strerror}") from None
+            raise writing_failed(self._label, error, kept=self._kept) from None
         if lines and _parse(lines[0]) == {"fingerprint": fingerprint}:
             self._ends = [len(lines[0])]
             for record, line in _records(lines[1:]):
@@ -212,7 +214,7 @@ class Journal:
         try:
             os.write(self._fd, _digest(text) + b" " + text + b"\n")
         except OSError as error:
-            raise TargetError(f"{self._path}: cannot be written: {error.strerror}") from None
+            raise writing_failed(self._label, error, kept=self._kept) from None
 
     def __enter__(self) -> Self:
         return self

@@ -17,6 +17,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Collection, Sequence
@@ -39,6 +40,8 @@ def check_target(path: Path, replaceable: Callable[[str], bool] | None = None, *
 
     `replaceable` is given for a directory, and accepts the names of its files that may be lost; None is for a file.
     """
+    if path.name in ("", ".."):
+        raise TargetError(f"{path}: has no name of its own; give the name of the output")
     there = os.path.lexists(path)
     if replaceable is None and path.is_dir():
         raise TargetError(f"{path}: is a directory; give the name of a file")
@@ -98,6 +101,7 @@ class _Commit(TypedDict):
     aside: list[str]  # names whose files are moved into the workspace, as NAME.old
     place: list[str]  # names that are moved out of the workspace, and must be free
     replace: list[str]  # a name that is moved over a file, or exchanged for a directory
+    folder: int  # inode of the workspace: a copy of it, from an archive say, has another one and is never carried out
     inode: int  # of the latter: if another one has its name in the workspace, it was exchanged
     fingerprint: str
 
@@ -165,6 +169,7 @@ class Workspace:
                 if os.path.samestat(os.fstat(fd), self._lock.lstat()):
                     if os.fstat(fd).st_size == 0:
                         os.pwrite(fd, _MARKER, 0)
+                        os.fsync(fd)  # after a power cut, synced work in a folder without its marker would look foreign
                     fd, lock = -1, fd
                     return lock
             except TargetError:
@@ -174,9 +179,10 @@ class Workspace:
                 continue
             except OSError as error:
                 with suppress(OSError):
-                    if self._lock.stat().st_size == 0:
+                    if self._lock.lstat().st_size == 0:
                         self._lock.unlink()
-                        self.folder.rmdir()
+                with suppress(OSError):  # which fails unless it is empty
+                    self.folder.rmdir()
                 raise writing_failed(self.folder if fd < 0 else self._label, error, kept=False) from None
             finally:
                 if fd >= 0:
@@ -189,9 +195,10 @@ class Workspace:
             paths = [*self.folder.iterdir()]
             if not paths or (self._lock.is_file() and self._lock.read_bytes() == _MARKER):
                 return
-            if paths == [self._lock] and self._lock.is_file() and not self._lock.stat().st_size:
+            begun = paths == [self._lock] or self._commit in paths or any(path.suffix == ".journal" for path in paths)
+            if begun and self._lock.is_file() and not self._lock.stat().st_size:
                 return
-        raise TargetError(f"{self.folder}: exists, but is not the workspace of an interrupted run; remove or rename it")
+        raise TargetError(f"{self.folder}: exists, but is not the workspace of an interrupted run; move it away")
 
     def claim(self, names: Sequence[str], fingerprint: str = "") -> None:
         """State the final names, the head last, before anything is written; raise `TargetError` if one cannot be made.
@@ -202,10 +209,9 @@ class Workspace:
         for name in names:
             check_target(self._label.with_name(name), self._replaceable, overwrite=self._overwrite)
         self._names, self._claimed = names, True
-        if (
-            not self._resume
-        ):  # only now: a run that fails before, for a misspelt option say, keeps the work of an earlier one
-            self._clear(keep=[self._lock])
+        # Only now: a run that fails before, for a misspelt option say, keeps the work of an earlier one.
+        files = [path for path in self.folder.iterdir() if path.is_file()]
+        self._clear(keep=files if self._resume else [self._lock])
 
     def commit(self, *, fingerprint: str = "") -> None:
         """Put everything in place, and remove the folder. All files must be complete and synced.
@@ -215,7 +221,8 @@ class Workspace:
         """
         *shards, head = self._names
         standing = [name for name in (head, *shards) if os.path.lexists(self._final(name))]
-        commit = _Commit(aside=[], place=[*self._names], replace=[], inode=0, fingerprint=fingerprint)
+        commit = _Commit(aside=[], place=[*self._names], replace=[], folder=0, inode=0, fingerprint=fingerprint)
+        commit["folder"] = self.folder.stat().st_ino
         # The head comes last, so that it never names shards that are not there. If new shards need the names of old ones, the old
         # head is put aside first: a kill between two shards leaves no head, rather than one over shards of both runs.
         if self._overwrite and standing == [head]:
@@ -269,14 +276,15 @@ class Workspace:
         """Complete a commit that was interrupted, or discard one that had not begun."""
         try:
             commit: _Commit = json.loads(self._commit.read_bytes())
-            _ = (
-                [self._final(name) for name in (*commit["aside"], *commit["place"], *commit["replace"])],
-                commit["inode"] + 1,
-            )
+            names = [*commit["aside"], *commit["place"], *commit["replace"]]
+            numbers = [int(commit[key]) for key in ("inode", "folder")]
+            sound = all(map(self._is_own, names)) and numbers[1] == self.folder.stat().st_ino
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError):
-            raise TargetError(f"{self._commit}: is damaged; remove {self.folder}") from None
+            sound = False
+        if not sound:
+            raise TargetError(f"{self._commit}: is damaged, or copied from elsewhere; move {self.folder} away")
         # The target may have changed since the commit file was written: as long as no move is done, nothing need be replaced.
         begun = any(map(os.path.lexists, map(self._aside, commit["aside"]))) or any(map(self._is_done, commit["place"]))
         if not begun and not self._is_done(self._target.name, commit["inode"]):
@@ -287,7 +295,7 @@ class Workspace:
         except OSError as error:
             raise TargetError(
                 f"{error.filename}: {error.strerror}: an earlier run was killed while it put its files in place; move what stands "
-                f"there away and run again, or remove {self.folder}"
+                f"there away and run again"
             ) from None
         self._finished = commit["fingerprint"]
         self._finish()
@@ -329,6 +337,11 @@ class Workspace:
             return status.st_ino != inode if inode else os.path.samestat(status, self._final(name).lstat())
         except FileNotFoundError:
             return not os.path.lexists(self.folder / name)
+
+    def _is_own(self, name: str) -> bool:
+        """Return whether a name is that of the target or of one of its shards."""
+        stem, suffix = map(re.escape, (self._target.stem, self._target.suffix))
+        return name == self._target.name or bool(re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}{suffix}", name))
 
     def _final(self, name: str) -> Path:
         return self._target.with_name(name)
@@ -377,8 +390,9 @@ class Workspace:
     def _end(self, *, keep: bool) -> None:
         """Remove the folder and unlock it; keep one that holds something for a later run."""
         if self._fd is not None:
-            if not keep or [*self.folder.iterdir()] == [self._lock]:
-                self._remove()
+            with suppress(FileNotFoundError):  # removed already, when the user stopped the run
+                if not keep or [*self.folder.iterdir()] == [self._lock]:
+                    self._remove()
             os.close(self._fd)
             self._fd = None
 

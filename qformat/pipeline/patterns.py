@@ -71,6 +71,8 @@ def check_patterns(
     for pattern, value in pairs:
         matches = [tensor for tensor in every if fnmatchcase(tensor.name, pattern)]
         if not matches:
-            raise TypeSpecError(f"no tensor matches the pattern of {pattern}={value}")
+            raise TypeSpecError(
+                f"no tensor matches the pattern of {pattern}={value}; convert --dry-run --verbose lists the names"
+            )
         if not any(map(applies, matches)):
             raise TypeSpecError(f"{pattern}={value} matches only {excluded(matches[0])}")
