@@ -97,7 +97,6 @@ class Affine(PackedCodec):
         return cols if self.group == "row" else min(self.group, cols)
 
     def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
-        del fitted
         assert not self.act_order
         x = values.reshape(-1)
         group = self.padded(self._columns(cols))

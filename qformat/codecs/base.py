@@ -139,7 +139,6 @@ class Codec(ABC):
 
     def decoded_from(self, dtype: DType) -> DType:
         """Return the dtype that `decode` gives for tensors whose source has this dtype: float32 unless a codec says otherwise."""
-        del dtype
         return F32
 
     def accepts(self, dtype: DType) -> bool:
@@ -148,12 +147,10 @@ class Codec(ABC):
 
     def is_lossless(self, dtype: DType) -> bool:
         """Return whether tensors of this dtype are stored bit for bit: none unless a codec says otherwise."""
-        del dtype
         return False
 
     def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the multiple of columns on which chunks begin within a row."""
-        del matrix
         return 1
 
     @abstractmethod
@@ -179,7 +176,6 @@ class Codec(ABC):
 
     def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
         """Return how often each code occurs in a chunk's bytes as ``histogram``, and other choices worth counting by name."""
-        del parts, chunk
         return {}
 
     def params(self) -> Params:
@@ -285,7 +281,6 @@ class ChunkEncoder(Codec, Encoder):
 
     def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
         """Return the encoder of a tensor without any pass over it."""
-        del run
         return self.encoder_of(tensor, None)
 
     def encoder_of(self, tensor: Readable, fitted: Any) -> TensorEncoder:

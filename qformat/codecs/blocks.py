@@ -60,16 +60,13 @@ class BlockCodec(QuantizedCodec):
 
     def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the elements of a block."""
-        del matrix
         return self.block_size
 
     def layout(self, matrix: Matrix) -> Layout:
         """Return the blocks, in chunks if they are entropy-coded; each row is padded to whole blocks."""
-        del matrix
         return (Chunks(),) if self.coded else (Array("blocks", self.block_bytes, self.block_size),)
 
     def _quantize(self, values: NDArray[Any], cols: int, fitted: Any) -> Quantized:
-        del cols, fitted
         blocks = np.empty(values.size // self.block_size * self.block_bytes, np.uint8)
         lanes = np.zeros(load("blocks").LANES)
         return Quantized((blocks.data,), lanes, *self._fill(values.reshape(-1), blocks, lanes))

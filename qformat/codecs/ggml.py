@@ -72,12 +72,10 @@ class Ggml(RowCodec):
 
     def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the elements of a block."""
-        del matrix
         return self.block_size
 
     def layout(self, matrix: Matrix) -> Layout:
         """Return the one segment; each row is padded to whole blocks."""
-        del matrix
         return (Array("blocks", self.block_bytes, self.block_size),)
 
     def _dequantize(self, parts: Sequence[Buffer], out: NDArray[np.float32]) -> None:

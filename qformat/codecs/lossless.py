@@ -47,12 +47,10 @@ class Lossless(ChunkEncoder):
 
     def layout(self, matrix: Matrix) -> Layout:
         """Return the chunks."""
-        del matrix
         return (Chunks(),)
 
     def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
         """Encode the rows of a chunk."""
-        del fitted
         patterns = np.ascontiguousarray(elements.data).view(_unsigned(elements.data.dtype))
         groups, counts = group_rows(patterns, elements.dtype.exponent)
         writer = StreamWriter()

@@ -41,7 +41,6 @@ class PackedCodec(QuantizedCodec):
 
     def histograms(self, parts: Sequence[Buffer], chunk: Chunk) -> dict[str, NDArray[np.int64]]:
         """Return how often each code of at most four bits occurs, padding included."""
-        del chunk
         if self.width > 4:
             return {}
         packed = np.frombuffer(parts[-1], np.uint8)

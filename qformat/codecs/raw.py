@@ -33,17 +33,14 @@ class Raw(ChunkEncoder):
 
     def decoded_from(self, dtype: DType) -> DType:
         """Return this dtype."""
-        del dtype
         return self.decoded
 
     def layout(self, matrix: Matrix) -> Layout:
         """Return the one segment."""
-        del matrix
         return (Array("data", self.decoded.size),)
 
     def encode(self, elements: Elements, fitted: Any = None) -> EncodedChunk:
         """Copy the elements, or round them."""
-        del fitted
         finite = elements.all_finite()
         if self.decoded.storage == "bool":
             _check_bools(elements.data.view(np.uint8))

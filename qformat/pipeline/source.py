@@ -154,7 +154,6 @@ class CodeCopy(Encoder):
 
     def accepts(self, dtype: DType) -> bool:
         """Return True: the codes are there."""
-        del dtype
         return True
 
     def is_lossless(self, dtype: DType) -> bool:
@@ -167,7 +166,6 @@ class CodeCopy(Encoder):
 
     def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
         """Return the encoder, which decodes each chunk to find NaN and infinity."""
-        del run
         return TensorEncoder(self.codec, draft_record(tensor, self.codec), self._encode)
 
     def _encode(self, chunk: Chunk) -> EncodedChunk:
@@ -201,27 +199,22 @@ class StoredCopy(Encoder):
 
     def accepts(self, dtype: DType) -> bool:
         """Return True: the bytes are there."""
-        del dtype
         return True
 
     def is_lossless(self, dtype: DType) -> bool:
         """Return whether the file holds the tensor bit for bit."""
-        del dtype
         return self.source.record.error is None
 
     def accepts_nonfinite(self, dtype: DType) -> bool:
         """Return True: what the file holds is copied."""
-        del dtype
         return True
 
     def draft(self, tensor: Readable) -> TensorRecord:
         """Return the record that the file has."""
-        del tensor
         return self.source.record
 
     def prepare(self, tensor: Readable, run: Run) -> TensorEncoder:
         """Return the encoder, after a check of all bytes."""
-        del tensor, run
         self.source.check()
         record = self.source.record
         return TensorEncoder(self.source.codec, record, partial(_stored_chunk, self.source), record.error)

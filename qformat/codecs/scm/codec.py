@@ -51,12 +51,10 @@ class Scm(Codec):
 
     def is_lossless(self, dtype: DType) -> bool:
         """Return whether the residual is stored."""
-        del dtype
         return self.lossless
 
     def layout(self, matrix: Matrix) -> Layout:
         """Return the grid, the layers and the residual."""
-        del matrix
         layers = (Chunks(f"layer.{n}", None, dense=n == 1, layer=True) for n in range(1, self.layers + 1))
         residual = (Chunks("rest", None, dense=False),) if self.lossless else ()
         return (Array("grid", Grid.SIZE, None), *layers, *residual)

@@ -94,12 +94,10 @@ class ScmEncoder(Encoder):
 
     def is_lossless(self, dtype: DType) -> bool:
         """Return whether neither bits nor an error bound the file."""
-        del dtype
         return self._target == RateTarget()
 
     def accepts_nonfinite(self, dtype: DType) -> bool:
         """Return False: NaN and infinity have no magnitude."""
-        del dtype
         return False
 
     def draft(self, tensor: Readable) -> None:
