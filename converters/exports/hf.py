@@ -35,12 +35,13 @@ def export_hf(job: Job, output: Path) -> Export:
     else:
         names = [SINGLE]
     files = {}
+    try:
+        for name in (SINGLE, *assets):
+            (job.folder / output.name / name).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise writing_failed(output, error, kept=False) from None
     for name, data in assets.items():
         path = job.folder / output.name / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise writing_failed(output / name, error, kept=False) from None
         with PartialFile(path, output / name) as file:
             file.write(data, 0)
         files[name] = len(data)
