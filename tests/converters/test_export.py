@@ -476,7 +476,7 @@ def test_the_export_command_reports_results_and_refusals(tmp_path):
     for arguments, code, message in (
         (["--to", "gguf"], 1, "exists already"),
         (["--to", "gguf", "-f", "-t", "i8"], 2, "an export to gguf can hold"),
-        (["--to", "hf", "--shard-size", "big"], 2, "no size"),
+        (["--to", "hf", "--shard-size", "big"], 2, "is not a size"),
         ([], 2, "Missing option '--to'"),
     ):
         assert message in invoke("export", path, tmp_path / "o.gguf", *arguments, code=code).output
