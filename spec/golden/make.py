@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,19 @@ from qformat.codecs.affine import Affine
 from qformat.codecs.base import Codec
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.ggml import Ggml
-from qformat.codecs.layout import Chunk, spans
 from qformat.codecs.registry import parse_type
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
-from qformat.dtypes import F32, DType, Elements, from_array
+from qformat.dtypes import from_array
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedSource
+from qformat.pipeline.source import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import reference
+
+from tests.helpers.quantized import Codes
 
 Array = npt.NDArray[Any]
 
@@ -149,37 +150,17 @@ def sources() -> dict[str, dict[str, Array]]:
     return {"tensors": tensors, "empty": {}, "copied": {}, "head": shards}
 
 
-@dataclass(frozen=True)
-class Copied(QuantizedSource):
-    """A tensor that another tool has quantized."""
-
-    name: str
-    shape: tuple[int, ...]
-    codec: Codec
-    segments: tuple[bytes, ...]
-    dtype: DType = F32
-
-    def encoded(self, chunk: Chunk) -> tuple[bytes, ...]:
-        """Return the bytes of a chunk."""
-        places = spans(self.codec.layout(self.matrix), self.matrix, chunk)
-        return tuple(segment[span] for segment, span in zip(self.segments, places, strict=True))
-
-    def read(self, elements: slice) -> Elements:
-        """Do nothing: copying does not read."""
-        raise NotImplementedError
-
-
 def some_bytes(count: int, *, seed: int, below: int = 256) -> bytes:
     """Return bytes, the same on every machine."""
     return ((weights(count, seed=seed) + 2) * 64 % below).astype(np.uint8).tobytes()
 
 
-def copied() -> list[Copied]:
+def copied() -> list[Codes]:
     """Return tensors of the types that are only copied, and one of blocks, which can also be encoded from floats."""
     tensors = []
 
     def add(name: str, kind: Codec, rows: int, cols: int, *segments: bytes) -> None:
-        tensors.append(Copied(name, (rows, cols), kind, segments))
+        tensors.append(Codes(name, (rows, cols), kind, segments))
 
     def scales(count: int, dtype: str, seed: int) -> bytes:
         return weights(count, seed=seed).astype(dtype).tobytes()
