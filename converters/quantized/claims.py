@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qformat.errors import SourceError
@@ -32,19 +32,41 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """All claims about a checkpoint."""
+    """All claims about a checkpoint, or about one of its layers.
 
-    objects: Sequence[tuple[str, Mapping[str, Any]]] = ()  # (file, JSON object)
-    gptq_format: str | None = None  # the user's claim of how GPTQ's zero points are stored
+    Attributes
+    ----------
+    objects
+        (file, JSON object).
+    gptq_format
+        The user's claim of how GPTQ's zero points are stored.
+    metadata
+        The strings in the headers of files of weights.
+    """
+
+    objects: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    gptq_format: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, configs: Mapping[str, Mapping[str, Any]], gptq_format: str | None = None) -> Claims:
+    def of(
+        cls,
+        configs: Mapping[str, Mapping[str, Any]],
+        gptq_format: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Claims:
         """Find the objects about quantization in configuration files."""
         found: list[tuple[str, Any]] = [(name, configs[name]) for name in _ALONE if name in configs]
         config = configs.get("config.json", {})
         nested = [config, config.get("text_config")]
         found += [("config.json", outer.get(key)) for outer in nested if isinstance(outer, Mapping) for key in _WITHIN]
-        return cls([(where, content) for where, content in found if isinstance(content, Mapping)], gptq_format)
+        return cls(
+            [(where, content) for where, content in found if isinstance(content, Mapping)], gptq_format, metadata or {}
+        )
+
+    def about(self, layer: str) -> Claims:  # noqa: ARG002
+        """Return the claims about one layer, given its name: what is said for it alone stands instead of what is said for all."""
+        return self
 
     def all(self, *keys: str) -> Iterator[Claim]:
         """Yield the values of all files under any of some equivalent keys, except null."""

@@ -24,6 +24,7 @@ Extent = int | Literal["all"]
 
 E4M3, E5M2 = DTYPES["f8_e4m3"], DTYPES["f8_e5m2"]
 FORMATS: Mapping[Any, Literal["e4m3", "e5m2"]] = {E4M3: "e4m3", E5M2: "e5m2"}
+ROLES = ("weight", "weight_zero_point", "*_scale", "*_scale_inv", "scale")
 # what the names of scales append to that of the tensor; values are multiplied by either
 _SUFFIXES = ("_scale", "_scale_inv")
 _USUAL = 128  # rows and columns of a block, if the configuration does not say

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.coded import CodedTensor
+from qformat.converters.quantized.roles import WEIGHT, holds_codes
 from qformat.dtypes import DType
 from qformat.errors import SourceError
 from qformat.pipeline.source import SourceTensor
@@ -15,10 +16,25 @@ from qformat.pipeline.source import SourceTensor
 
 @dataclass(frozen=True)
 class Layer:
-    """The tensors whose names have the same prefix."""
+    """The tensors that belong to one weight.
 
-    name: str  # the prefix; empty for names without a dot
-    parts: dict[str, SourceTensor] = field(default_factory=dict)  # by role, the last component of the name
+    Their names are a prefix, a dot and a role, such as ``weight_scale`` or ``weight.absmax``. If the weight is not called weight,
+    as stacked experts are not, then their names begin with that of the weight, and the roles are what they would be otherwise:
+    ``gate_up_proj`` and ``gate_up_proj_scale`` are the parts ``weight`` and ``weight_scale`` of the layer ``gate_up_proj``.
+
+    Attributes
+    ----------
+    name
+        The prefix; empty for names without a dot.
+    parts
+        The tensors by role.
+    joined
+        Whether names begin with that of the weight.
+    """
+
+    name: str
+    parts: dict[str, SourceTensor] = field(default_factory=dict)
+    joined: bool = False
 
     def has(self, *roles: str) -> bool:
         """Return whether the layer has all of some parts."""
@@ -26,6 +42,8 @@ class Layer:
 
     def named(self, role: str) -> str:
         """Return the full name of a part."""
+        if self.joined:
+            return self.name + (role.removeprefix(WEIGHT) if role.startswith(WEIGHT) else f"_{role}")
         return f"{self.name}.{role}" if self.name else role
 
     def names(self, roles: Iterable[str]) -> set[str]:
@@ -53,11 +71,62 @@ class Layer:
 
 def layers_of(tensors: Iterable[SourceTensor]) -> list[Layer]:
     """Group the tensors of a checkpoint into layers."""
-    layers: dict[str, Layer] = {}
-    for tensor in tensors:
-        name, _, role = tensor.name.rpartition(".")
-        layers.setdefault(name, Layer(name)).parts[role] = tensor
+    every = {tensor.name: tensor for tensor in tensors}
+    layers: dict[tuple[str, bool], Layer] = {}
+
+    def add(name: str, role: str, tensor: SourceTensor, *, joined: bool) -> None:
+        layers.setdefault((name, joined), Layer(name, joined=joined)).parts[role] = tensor
+
+    siblings: dict[str, dict[str, SourceTensor]] = {}
+    for name, tensor in every.items():
+        owner = _owner(name, every)
+        prefix, _, own = (owner or name).rpartition(".")
+        if owner and own != WEIGHT:
+            add(owner, WEIGHT + name[len(owner) :], tensor, joined=True)
+        elif owner:
+            add(prefix, WEIGHT + name[len(owner) :], tensor, joined=False)
+        else:
+            siblings.setdefault(prefix, {})[own] = tensor
+    for prefix, parts in siblings.items():
+        stems = _stems(parts) | {
+            name.rpartition(".")[2] for name, joined in layers if joined and name.rpartition(".")[0] == prefix
+        }
+        for role, tensor in parts.items():
+            stem = max((stem for stem in stems if f"{role}_".startswith(f"{stem}_")), key=len, default="")
+            if not stem:
+                add(prefix, role, tensor, joined=False)
+                continue
+            rest = role[len(stem) :]
+            add(
+                f"{prefix}.{stem}" if prefix else stem,
+                rest[1:] if rest == "_bias" else WEIGHT + rest,
+                tensor,
+                joined=True,
+            )
     return list(layers.values())
+
+
+def _owner(name: str, names: Container[str]) -> str:
+    """Return the weight, or another tensor, under whose name a tensor stands, as ``a.weight.absmax`` does; else an empty string."""
+    dot = name.find(".")
+    while dot >= 0:
+        above = name[:dot]
+        if above in names or above.endswith(f".{WEIGHT}") or above == WEIGHT:
+            return above
+        dot = name.find(".", dot + 1)
+    return ""
+
+
+def _stems(parts: Mapping[str, SourceTensor]) -> set[str]:
+    """Return the roles of codes that are not called weight, and with which other roles begin."""
+    stems = set()
+    for role, tensor in parts.items():
+        if role.startswith((WEIGHT, f"_{WEIGHT}")) or not holds_codes(tensor):
+            continue
+        stem = role.removesuffix("_blocks") if role.removesuffix("_blocks") + "_scales" in parts else role
+        if any(other.startswith(f"{stem}_") for other in parts if other != role):
+            stems.add(stem)
+    return stems
 
 
 class Found(NamedTuple):
@@ -71,18 +140,33 @@ class Found(NamedTuple):
 class Layout(NamedTuple):
     """A layout in which other tools store quantized layers.
 
-    `matches` goes by roles, dtypes and shapes; `read` makes the tensors of all layers that match, and raises `SourceError` if
-    one is damaged or contradicts the configuration.
+    Attributes
+    ----------
+    format
+        Its name, for messages.
+    matches
+        Whether a layer has this layout, by roles, dtypes and shapes.
+    read
+        Makes the tensors of all layers that match; raises `SourceError` if one is damaged or contradicts the configuration.
+    roles
+        The parts of a layer that `read` understands, patterns of the shell among them. A layer with other parts is refused, beside
+        those in `qformat.converters.quantized.roles` that all layers may have: they may change what its weights are.
     """
 
+    format: str
     matches: Callable[[Layer], bool]
     read: Callable[[Sequence[Layer], Claims], Found]
+    roles: Sequence[str]
 
 
 def each(tensor_of: Callable[[Layer, Claims], CodedTensor], roles: Sequence[str]) -> Callable[..., Found]:
-    """Return a `Layout.read` for layers that are independent, given how to read one, and the parts that it consists of."""
+    """Return a `Layout.read` for layers that are independent, given how to read one, and the parts that it consists of.
+
+    Each layer is read with the claims about it alone.
+    """
 
     def read(layers: Sequence[Layer], claims: Claims) -> Found:
-        return Found([tensor_of(layer, claims) for layer in layers], {name for x in layers for name in x.names(roles)})
+        tensors = [tensor_of(layer, claims.about(layer.name)) for layer in layers]
+        return Found(tensors, {name for x in layers for name in x.names(roles)})
 
     return read

@@ -11,7 +11,7 @@ from typing import Any
 
 from qformat.converters.quantized import awq, bitnet, compressed_tensors, fp8, gptq
 from qformat.converters.quantized.claims import Claims
-from qformat.converters.quantized.layer import Layout, each, layers_of
+from qformat.converters.quantized.layer import Layer, Layout, each, layers_of
 from qformat.converters.quantized.refused import check_readable
 from qformat.converters.sources.options import SourceOptions
 from qformat.pipeline.source import SourceTensor
@@ -20,12 +20,22 @@ from qformat.pipeline.source import SourceTensor
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 LAYOUTS = (
-    Layout(compressed_tensors.is_packed, each(compressed_tensors.packed_tensor, compressed_tensors.PACKED_ROLES)),
-    Layout(compressed_tensors.is_bytes, each(compressed_tensors.byte_tensor, compressed_tensors.BYTE_ROLES)),
-    Layout(bitnet.is_bitnet, each(bitnet.bitnet_tensor, bitnet.ROLES)),
-    Layout(fp8.is_fp8, fp8.fp8_tensors),
-    Layout(gptq.is_gptq, gptq.gptq_tensors),
-    Layout(awq.is_awq, each(awq.awq_tensor, awq.ROLES)),
+    Layout(
+        "pack-quantized",
+        compressed_tensors.is_packed,
+        each(compressed_tensors.packed_tensor, compressed_tensors.PACKED_ROLES),
+        compressed_tensors.PACKED_ROLES,
+    ),
+    Layout(
+        "int-quantized",
+        compressed_tensors.is_bytes,
+        each(compressed_tensors.byte_tensor, compressed_tensors.BYTE_ROLES),
+        compressed_tensors.BYTE_ROLES,
+    ),
+    Layout("BitNet", bitnet.is_bitnet, each(bitnet.bitnet_tensor, bitnet.ROLES), bitnet.ROLES),
+    Layout("FP8", fp8.is_fp8, fp8.fp8_tensors, fp8.ROLES),
+    Layout("GPTQ", gptq.is_gptq, gptq.gptq_tensors, gptq.ROLES),
+    Layout("AWQ", awq.is_awq, each(awq.awq_tensor, awq.ROLES), awq.ROLES),
 )
 
 
@@ -40,18 +50,39 @@ class Recognized:
 
 
 def recognize(
-    tensors: Sequence[SourceTensor], configs: Mapping[str, Mapping[str, Any]], options: SourceOptions
+    tensors: Sequence[SourceTensor],
+    configs: Mapping[str, Mapping[str, Any]],
+    options: SourceOptions,
+    metadata: Mapping[str, str] | None = None,
 ) -> Recognized:
-    """Join the tensors of each quantized layer, given all tensors of a checkpoint, and configuration files by name.
+    """Join the tensors of each quantized layer.
 
-    Raises `SourceError` if a layer is damaged, contradicts the configuration, or has an unknown format.
+    Parameters
+    ----------
+    tensors
+        All tensors of a checkpoint.
+    configs
+        Its configuration files by name.
+    options
+        How to read it.
+    metadata
+        The metadata in the headers of its files.
+
+    Raises
+    ------
+    SourceError
+        If a layer is damaged, contradicts the configuration, or has an unknown format.
     """
-    claims = Claims.of(configs, options.gptq_format)
+    claims = Claims.of(configs, options.gptq_format, metadata)
     layers = layers_of(tensors)
     for layer in layers:
         check_readable(layer, claims)
-    matches = [(layout, [layer for layer in layers if layout.matches(layer)]) for layout in LAYOUTS]
-    found = [layout.read(own, claims) for layout, own in matches if own]
+    own: dict[Layout, list[Layer]] = {}
+    for layer in layers:
+        layout = next((layout for layout in LAYOUTS if layout.matches(layer)), None)
+        if layout:
+            own.setdefault(layout, []).append(layer)
+    found = [layout.read(own[layout], claims) for layout in LAYOUTS if layout in own]
     coded = [tensor for part in found for tensor in part.tensors]
     replaced = {name for part in found for name in part.replaced}
     warnings = [warning for part in found for warning in part.warnings]

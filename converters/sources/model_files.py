@@ -72,7 +72,7 @@ def recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions) 
     The configuration, if there is any, is in the directory.
     """
     configs, damaged = _read_configs(directory)
-    found = recognize(checkpoint.tensors, configs, options)
+    found = recognize(checkpoint.tensors, configs, options, checkpoint.metadata)
     if found.quantized and damaged:
         raise SourceError(
             f"{damaged[0]}: cannot be read as JSON, and may say how the weights beside it are quantized; download it again"
