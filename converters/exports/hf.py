@@ -45,8 +45,9 @@ def export_hf(job: Job, output: Path) -> Export:
         with PartialFile(path, output / name) as file:
             file.write(data, 0)
         files[name] = len(data)
+    metadata = job.container.index.metadata
     for name, shard in zip(names, shards, strict=True):
-        files[name] = write_safetensors(job, f"{output.name}/{name}", shard, {}, output / name)
+        files[name] = write_safetensors(job, f"{output.name}/{name}", shard, metadata, output / name)
     return Export(output, files, outputs, warnings)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qformat.container.partial import PartialFile
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
-from qformat.converters.sources.safetensors import DTYPE_NAMES, MAX_HEADER
+from qformat.converters.sources.safetensors import DTYPE_NAMES, FORMAT, MAX_HEADER, METADATA
 from qformat.converters.wording import and_more
 from qformat.errors import SourceError
 
@@ -30,7 +30,7 @@ def write_safetensors(job: Job, name: str, outputs: Sequence[Output], metadata: 
 
     They stand in the order in which the library writes them, large elements first, so that all are aligned.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata)}
+    header: dict[str, object] = {METADATA: dict([FORMAT]) | dict(metadata)}
     places: list[tuple[Output, int]] = []
     at = 0
     for output in sorted(outputs, key=lambda output: (-output.element_size, output.name)):

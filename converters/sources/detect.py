@@ -22,6 +22,7 @@ from qformat.converters.sources.model_files import recognized, with_assets
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.safetensors import is_safetensors, open_safetensors
 from qformat.converters.sources.torch import is_torch, open_torch, open_torch_shard
+from qformat.converters.sources.wrappers import unwrapped
 from qformat.errors import QFormatError, QualityError, SourceError
 from qformat.files import is_remote, open_regular, reading
 from qformat.pipeline.source import Checkpoint
@@ -116,7 +117,7 @@ def _open_directory(path: Path, options: SourceOptions) -> Checkpoint:
     for kind in DIRECTORIES:
         if kind.matches(path):
             checkpoint = kind.open(path, partial(_open_weights, options))
-            return recognized(checkpoint, path, options) if kind.may_be_quantized else checkpoint
+            return recognized(unwrapped(checkpoint), path, options) if kind.may_be_quantized else checkpoint
     file = only_weights(path)
     file_kind = _kind_of(file, options)
     checkpoint = _open_model(file, file_kind, options)
@@ -126,7 +127,7 @@ def _open_directory(path: Path, options: SourceOptions) -> Checkpoint:
 def _open_model(path: Path, kind: FileKind, options: SourceOptions) -> Checkpoint:
     """Open a file that holds a whole model, as far as there is one."""
     checkpoint = kind.open(path, **{name: getattr(options, name) for name in kind.options})
-    return recognized(checkpoint, path.parent, options) if kind.open_shard else checkpoint
+    return recognized(unwrapped(checkpoint), path.parent, options) if kind.open_shard else checkpoint
 
 
 def _open_weights(options: SourceOptions, path: Path, *, shard: bool = True) -> Checkpoint:

@@ -30,7 +30,17 @@ _ASSETS = (
     "README.md",
 )
 _NOT_ASSETS = ("*.index.json",)
-_CONFIGS = ("config.json", "quantize_config.json", "quantization_config.json")
+# Files that may say how weights are quantized; those with any other name for it are found by pattern
+_CONFIGS = (
+    "config.json",
+    "quantize_config.json",
+    "quantization_config.json",
+    "hf_quant_config.json",
+    "quant_model_description.json",
+    "quanto_qmap.json",
+    "params.json",
+)
+_MORE_CONFIGS = ("*config*.json", "*quant*.json", "*qmap*.json")
 
 
 def with_assets(directory: Path, checkpoint: Checkpoint) -> Checkpoint:
@@ -89,7 +99,8 @@ def _read_configs(directory: Path) -> tuple[dict[str, Mapping[str, Any]], list[P
     """Return the JSON objects in configuration files, by file name, and the paths of damaged files."""
     configs: dict[str, Mapping[str, Any]] = {}
     damaged = []
-    for name in _CONFIGS:
+    others = (name for name in _names_in(directory) if any(fnmatchcase(name, pattern) for pattern in _MORE_CONFIGS))
+    for name in dict.fromkeys((*_CONFIGS, *others)):
         path = directory / name
         try:
             configs[name] = read_object(path)
@@ -97,6 +108,14 @@ def _read_configs(directory: Path) -> tuple[dict[str, Mapping[str, Any]], list[P
             continue
         except (OSError, ValueError) as error:
             # some servers answer "forbidden" for files that do not exist
-            if not (is_remote(path) and isinstance(error, OSError)):
+            if name in _CONFIGS and not (is_remote(path) and isinstance(error, OSError)):
                 damaged.append(path)
     return configs, damaged
+
+
+def _names_in(directory: Path) -> list[str]:
+    """Return the names of the files in a directory; none if it cannot be listed, as on some servers."""
+    try:
+        return sorted(path.name for path in directory.iterdir())
+    except Exception:  # noqa: BLE001  each remote file system has exceptions of its own
+        return []

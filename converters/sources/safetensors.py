@@ -26,6 +26,10 @@ DTYPE_NAMES = {
     "BF16": "bf16",
 } | {name.upper(): name for name in ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64", "f16", "f32", "f64")}
 
+#: the key of the header under which there are strings instead of a tensor
+METADATA = "__metadata__"
+#: the string of nearly all headers, which exports write by themselves
+FORMAT = ("format", "pt")
 MAX_HEADER = 100_000_000  # the limit of the library
 
 
@@ -35,7 +39,7 @@ def is_safetensors(start: bytes) -> bool:
 
 
 def open_safetensors(path: Path) -> Checkpoint:
-    """Return the tensors of a .safetensors file.
+    """Return the tensors of a .safetensors file, with the strings in its header as metadata.
 
     Raises `SourceError` if it is missing, cut short, damaged, or holds a dtype that cannot be stored.
     """
@@ -46,13 +50,14 @@ def open_safetensors(path: Path) -> Checkpoint:
     shared = SharedFile(path)
     tensors = []
     for name, entry in header.items():
-        if name == "__metadata__":
+        if name == METADATA:
             continue
         if entry["dtype"] not in DTYPE_NAMES:
             raise SourceError(f"{path}: tensor {name!r} is of dtype {entry['dtype']}, which cannot be stored")
         dtype = DTYPES[DTYPE_NAMES[entry["dtype"]]]
         tensors.append(FileTensor(name, dtype, tuple(entry["shape"]), shared, 8 + length + entry["data_offsets"][0]))
-    return Checkpoint(tensors, files=[path])
+    metadata = {key: text for key, text in header.get(METADATA, {}).items() if (key, text) != FORMAT}
+    return Checkpoint(tensors, files=[path], metadata=metadata)
 
 
 def _check(path: Path) -> None:
@@ -98,7 +103,7 @@ def _expected_size(path: Path) -> int:
     if len(header) < length or not header:
         return 8 + max(length, 2)
     try:
-        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != METADATA]
         return 8 + length + max([0, *map(int, ends)])
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return 0

@@ -35,10 +35,9 @@ def open_indexed(index: Path, opener: Opener) -> Checkpoint:
             raise SourceError(f"{directory}: shard {shard} is missing, though {index.name} lists it; download it again")
     tensors: dict[str, SourceTensor] = {}
     unlisted = []
-    warnings: list[str] = []
-    for shard in shards:
-        opened = opener(directory / shard)
-        warnings += opened.warnings
+    opened_shards = [opener(directory / shard) for shard in shards]
+    metadata, warnings = merged_headers(opened_shards)
+    for shard, opened in zip(shards, opened_shards, strict=True):
         for tensor in opened.tensors:
             if tensor.name not in weight_map:
                 unlisted.append(tensor.name)
@@ -55,7 +54,7 @@ def open_indexed(index: Path, opener: Opener) -> Checkpoint:
     if unlisted:
         warnings.append(f"{index.name} does not list tensor {unlisted[0]!r}{and_more(unlisted)}; taken along")
     files = [index, *(directory / shard for shard in shards)]
-    return Checkpoint(list(tensors.values()), warnings=warnings, files=files)
+    return Checkpoint(list(tensors.values()), warnings=warnings, files=files, metadata=metadata)
 
 
 def numbered(files: Sequence[Path]) -> list[Path]:
@@ -86,21 +85,38 @@ def open_unlisted(files: Sequence[Path], opener: Opener) -> Checkpoint:
     Raises `SourceError` if one is damaged, or a tensor is in two of them.
     """
     tensors: dict[str, SourceTensor] = {}
-    warnings = []
+    opened_files = [opener(path) for path in files]
+    metadata, warnings = merged_headers(opened_files)
     if len(files) > 1:
-        warnings.append(
-            f"no index lists the tensors of the {len(files)} shards {files[0].name} to {files[-1].name}; all are taken"
+        warnings.insert(
+            0,
+            f"no index lists the tensors of the {len(files)} shards {files[0].name} to {files[-1].name}; all are taken",
         )
-    for path in files:
-        opened = opener(path)
-        warnings += opened.warnings
+    for path, opened in zip(files, opened_files, strict=True):
         for tensor in opened.tensors:
             if tensor.name in tensors:
                 raise SourceError(
                     f"{path}: tensor {tensor.name!r} is in another shard too, and there is no index to choose one"
                 )
             tensors[tensor.name] = tensor
-    return Checkpoint(list(tensors.values()), warnings=warnings, files=files)
+    return Checkpoint(list(tensors.values()), warnings=warnings, files=files, metadata=metadata)
+
+
+def merged_headers(opened: Sequence[Checkpoint]) -> tuple[dict[str, str], list[str]]:
+    """Return the metadata of all shards together, and their warnings; where shards differ, the first one's text is taken."""
+    metadata: dict[str, str] = {}
+    differing: dict[str, None] = {}
+    for checkpoint in opened:
+        for key, text in checkpoint.metadata.items():
+            if metadata.setdefault(key, text) != text:
+                differing[key] = None
+    warnings = [warning for checkpoint in opened for warning in checkpoint.warnings]
+    if differing:
+        keys = list(differing)
+        warnings.append(
+            f"metadata {keys[0]!r}{and_more(keys)} differs between the shards; taken from the first: {metadata[keys[0]][:60]!r}"
+        )
+    return metadata, warnings
 
 
 def _read_index(path: Path) -> dict[str, str]:

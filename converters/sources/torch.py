@@ -6,12 +6,13 @@ import json
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qformat.converters.sources.rwkv import rwkv_version
+from qformat.converters.sources.wrappers import plain_names
 from qformat.converters.wording import and_more
 from qformat.errors import SourceError, install_hint
 from qformat.files import on_this_machine, open_regular
@@ -29,8 +30,6 @@ _ZIP = b"PK"
 _LEGACY = (
     b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # begins files in the old format of torch.save, after the pickle's version
 )
-# Prefixes of all names that wrappers add: DataParallel, torch.compile
-_WRAPPERS = ("module.", "_orig_mod.")
 _SHOWN = 5
 
 
@@ -45,13 +44,12 @@ def open_torch(path: Path, state_dict_key: str | None = None) -> Checkpoint:
     Raises `SourceError` if it is damaged or something else, holds objects that only running its code could read, or tensors that
     cannot be stored; `state_dict_key` is as in `qformat.converters.sources.options.SourceOptions`.
     """
-    found, prefix, tensors = _read(path, state_dict_key, _wrapper_prefix)
+    found, tensors = _read(path, state_dict_key)
     extras, left_out = _as_json(found.extras)
     warnings = _left_out(path, found, left_out)
-    if prefix:
-        warnings.append(f"{path.name}: every name has the prefix {prefix!r} of a training wrapper, which is removed")
     text = json.dumps(extras, sort_keys=True, indent=1).encode() + b"\n"
-    version = rwkv_version({tensor.name: tensor.shape for tensor in tensors})
+    names = plain_names([tensor.name for tensor in tensors])
+    version = rwkv_version({names[tensor.name]: tensor.shape for tensor in tensors})
     return Checkpoint(
         tensors,
         {EXTRAS: partial(bytes, text)} if extras else {},
@@ -62,15 +60,13 @@ def open_torch(path: Path, state_dict_key: str | None = None) -> Checkpoint:
 
 
 def open_torch_shard(path: Path, state_dict_key: str | None = None) -> Checkpoint:
-    """Return the tensors in one of several files as `open_torch` does, under their names in the file and without other values."""
-    found, _, tensors = _read(path, state_dict_key, lambda _: "")
+    """Return the tensors in one of several files as `open_torch` does, without other values."""
+    found, tensors = _read(path, state_dict_key)
     return Checkpoint(tensors, warnings=_left_out(path, found, list(found.extras)), files=[path])
 
 
-def _read(
-    path: Path, key: str | None, prefix_of: Callable[[Collection[str]], str]
-) -> tuple[StateDict, str, list[TorchTensor]]:
-    """Return the state dict of a file, the prefix of names to remove, and the tensors without it."""
+def _read(path: Path, key: str | None) -> tuple[StateDict, list[TorchTensor]]:
+    """Return the state dict of a file, and its tensors."""
     try:
         from qformat.converters.sources.state_dict import find_state_dict
         from qformat.converters.sources.torch_tensors import check_amount, load, source_tensor
@@ -79,12 +75,11 @@ def _read(
     try:
         with on_this_machine(path) as here:
             found = find_state_dict(load(here, zipped=_is_archive(here)), key)
-        prefix = prefix_of(found.tensors)
-        tensors = [source_tensor(name.removeprefix(prefix), tensor) for name, tensor in found.tensors.items()]
+        tensors = [source_tensor(name, tensor) for name, tensor in found.tensors.items()]
         check_amount(path, tensors)
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from None
-    return found, prefix, tensors
+    return found, tensors
 
 
 def _is_archive(path: Path) -> bool:
@@ -114,16 +109,6 @@ def _is_archive(path: Path) -> bool:
             f"was compressed after torch.save ({packed[0][:80]!r}); unpack it and zip it without compression (zip -0)"
         )
     return True
-
-
-def _wrapper_prefix(names: Collection[str]) -> str:
-    """Return the prefix of all names that wrappers have added."""
-    prefix = ""
-    while True:
-        more = [word for word in _WRAPPERS if all(name.startswith(prefix + word) for name in names)]
-        if not more:
-            return prefix
-        prefix += more[0]
 
 
 def _as_json(extras: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -53,6 +55,12 @@ class SourceTensor(ABC):
     def nbytes(self) -> int:
         """Bytes of the tensor in the checkpoint."""
         return math.prod(self.shape) * self.dtype.size
+
+    def renamed(self, name: str) -> Self:
+        """Return the same tensor under another name."""
+        other = copy(self)
+        object.__setattr__(other, "name", name)  # some are frozen
+        return other
 
     def read_chunk(self, chunk: Chunk) -> Elements:
         """Return the elements of a chunk, two-dimensional."""

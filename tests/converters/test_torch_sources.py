@@ -312,7 +312,7 @@ def test_prefixes_of_torch_wrappers_are_removed(tmp_path, prefix):
     checkpoint = opened(source)
     check(checkpoint, LARGE)
     (warning,) = checkpoint.warnings
-    assert repr(prefix) in warning
+    assert all(part in warning.partition(" of ")[0] for part in prefix.split("."))
 
 
 def test_a_prefix_of_some_names_only_is_kept(tmp_path):
