@@ -18,6 +18,7 @@ from qformat.converters.arrays import ArrayTensor
 from qformat.converters.exports.hf_to_gguf import Model
 from qformat.converters.exports.outputs import Export, Job, Output
 from qformat.converters.exports.rotated import RotatedOutput, check_heads
+from qformat.converters.llama_cpp import is_quantizable
 from qformat.converters.sources.container import ContainerTensor
 from qformat.converters.sources.gguf import REST
 from qformat.converters.sources.gguf_file import (
@@ -31,6 +32,7 @@ from qformat.converters.sources.gguf_file import (
     check_layout,
     parse,
 )
+from qformat.converters.wording import and_more
 from qformat.dtypes import F16, F32, Elements
 from qformat.errors import SourceError
 
@@ -51,7 +53,8 @@ def export_gguf(job: Job, output: Path) -> Export:
     if any(asset.name == REST for asset in job.container.index.assets):
         return _again(job, output, f"{path}: asset {REST!r}")
     header, outputs = _anew(job, str(path))
-    return Export(output, {output.name: _write(job, output, header, outputs)}, outputs)
+    warnings = _unchanged(outputs, job.dtype)
+    return Export(output, {output.name: _write(job, output, header, outputs)}, outputs, warnings)
 
 
 def _again(job: Job, output: Path, label: str) -> Export:
@@ -61,16 +64,18 @@ def _again(job: Job, output: Path, label: str) -> Export:
     size = len(rest) + sum(tensor.nbytes for tensor in header.tensors)
     check_layout(header, size, label)
     outputs = _outputs(job, header, label)
+    warnings = _unchanged(outputs, job.dtype)
     types = [TYPE_NUMBERS[type_name(tensor.codec)] for tensor in outputs]
     if types != [TYPE_NUMBERS[tensor.type.name] for tensor in header.tensors]:
-        return Export(output, {output.name: _write(job, output, retyped(header, types), outputs)}, outputs)
+        size = _write(job, output, retyped(header, types), outputs)
+        return Export(output, {output.name: size}, outputs, warnings)
     with PartialFile(job.folder / output.name, output) as file:
         _write_tensors(job, file, header, outputs)
         at = len(rest)
         for start, stop in reversed([*header.gaps(size)]):
             at -= stop - start
             file.write(rest[at : at + stop - start], start)
-    return Export(output, {output.name: size}, outputs)
+    return Export(output, {output.name: size}, outputs, warnings)
 
 
 def _write(job: Job, output: Path, header: Header, outputs: Sequence[Output]) -> int:
@@ -99,7 +104,7 @@ def _anew(job: Job, label: str) -> tuple[Header, list[Output]]:
         named["rope_freqs.weight"] = Output(ArrayTensor("rope_freqs.weight", Elements(F32, frequencies)), raw(F32))
     for name, place in model.places(job.tensors).items():
         tensor = job.tensors[name]
-        codec = codec_for(tensor, job.dtype) if len(tensor.shape) > 1 else raw(F32)
+        codec = codec_for(tensor, job.dtype, place.name) if len(tensor.shape) > 1 else raw(F32)
         if place.heads:
             check_heads(tensor, place.heads)
         named[place.name] = RotatedOutput(tensor, codec, place.heads) if place.heads else Output(tensor, codec)
@@ -125,21 +130,41 @@ def _outputs(job: Job, header: Header, label: str) -> list[Output]:
                 f"{label} does not fit the tensors: {name!r} is missing on one side, or has another shape"
             )
     return [
-        Output(job.tensors[tensor.name], codec_for(job.tensors[tensor.name], job.dtype)) for tensor in header.tensors
+        Output(job.tensors[tensor.name], codec_for(job.tensors[tensor.name], job.dtype, tensor.name))
+        for tensor in header.tensors
     ]
 
 
-def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
+def _unchanged(outputs: Iterable[Output], dtype: Codec | None) -> list[str]:
+    """Return a warning if tensors keep codes that they have, although another type is asked for."""
+    kept = [output for output in outputs if _keeps_codes(output, dtype)]
+    if not kept:
+        return []
+    name, type_ = kept[0].name, kept[0].codec
+    return [
+        f"tensor {name!r}{and_more(kept)}: stays {type_}, since --dtype does not encode the codes of a GGUF type again"
+    ]
+
+
+def _keeps_codes(output: Output, dtype: Codec | None) -> bool:
+    codes = output.copied and not isinstance(output.codec, Raw)
+    return dtype is not None and codes and type_name(output.codec) != type_name(dtype)
+
+
+def codec_for(tensor: ContainerTensor, dtype: Codec | None, name: str) -> Codec:
     """Return the type of a tensor in a GGUF file: its own, if GGUF has it, but `dtype` for matrices of plain numbers.
+
+    What llama.cpp's programs read as floats, going by its name there, is left alone by `dtype`, and otherwise of float32.
 
     Raises `SourceError` if its rows are not a multiple of the blocks of `dtype`.
     """
+    quantizable = is_quantizable(name, tensor.shape)
     decoder = tensor.decoder
     own = plain(decoder.codec)
     row = tensor.shape[-1] if tensor.shape else 1
     exact = decoder.record.error is None
     numbers = exact or isinstance(decoder.codec, Raw)  # encoding codes again would lose more
-    anew = dtype is not None and numbers and decoder.decoded.floating and len(tensor.shape) >= 2
+    anew = dtype is not None and numbers and decoder.decoded.floating and quantizable
     if not anew and type_name(own) in TYPE_NUMBERS and row % _block(own) == 0:
         return own
     same = raw(decoder.decoded)
@@ -147,8 +172,8 @@ def codec_for(tensor: ContainerTensor, dtype: Codec | None) -> Codec:
         return same
     if not decoder.decoded.floating:
         raise SourceError(f"tensor {tensor.name!r} is of type {own}, which GGUF does not have")
-    if len(tensor.shape) < 2:
-        return raw(F32)  # programs that run GGUF files expect it for norms and biases
+    if not quantizable:
+        return raw(F32)
     wanted = dtype or raw(F16)
     if row % _block(wanted):
         raise SourceError(

@@ -14,6 +14,8 @@ from qformat.codecs.layout import Buffer, Chunk
 from qformat.codecs.raw import Raw
 from qformat.container.layout import MAGIC
 from qformat.container.reader import ContainerReader
+from qformat.converters.llama_cpp import is_quantizable
+from qformat.converters.sources.gguf import REST
 from qformat.converters.wording import and_more
 from qformat.dtypes import Elements
 from qformat.errors import FormatError, QFormatError, QualityError, SourceError, TargetError
@@ -26,11 +28,12 @@ from qformat.readers.decoder import Decoders, TensorDecoder
 class ContainerTensor(StoredSource):
     """A tensor of a container, decoded chunk by chunk; its record ends at the last layer that is read."""
 
-    def __init__(self, decoder: TensorDecoder) -> None:
+    def __init__(self, decoder: TensorDecoder, *, of_gguf: bool = False) -> None:
         self.name, self.shape = decoder.record.name, decoder.record.shape
         self.dtype = decoder.decoded
         self.codec, self.record = decoder.codec, decoder.record
         self.decoder = decoder
+        self.kept = of_gguf and not is_quantizable(self.name, self.shape)
 
     def check(self) -> None:
         """Compare all bytes with their digests."""
@@ -86,7 +89,8 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
         container = ContainerReader(here)
     try:
         with _as_source_errors():
-            tensors = [ContainerTensor(decoder) for decoder in Decoders(container, quality)]
+            of_gguf = any(asset.name == REST for asset in container.index.assets)
+            tensors = [ContainerTensor(decoder, of_gguf=of_gguf) for decoder in Decoders(container, quality)]
         check_layers(container, quality)
     except QFormatError:
         container.close()

@@ -105,6 +105,7 @@ class FileTensor(SourceTensor):
     shape: tuple[int, ...]
     file: SharedFile
     offset: int
+    kept: bool = False
 
     def read(self, elements: slice) -> Elements:
         """Read elements from the file."""

@@ -14,6 +14,7 @@ from qformat.codecs.layout import Buffer, Chunk, spans
 from qformat.codecs.quantized import RowCodec
 from qformat.codecs.registry import codecs
 from qformat.container.index import MAX_ASSET_BYTES
+from qformat.converters.llama_cpp import is_quantizable
 from qformat.converters.sources.files import FileTensor, SharedFile
 from qformat.converters.sources.gguf_file import MAGIC, Header, TensorInfo, TensorType, check_layout, parse
 from qformat.dtypes import DTYPES, F32, DType, Elements
@@ -36,6 +37,7 @@ class BlockTensor(QuantizedSource):
     file: SharedFile
     offset: int
     dtype: DType = F32
+    kept: bool = False
 
     def encoded(self, chunk: Chunk) -> tuple[Buffer, ...]:
         """Return the blocks of a chunk."""
@@ -87,9 +89,10 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _tensor(info: TensorInfo, file: SharedFile) -> SourceTensor:
+    kept = not is_quantizable(info.name, info.shape)
     if info.type.name in DTYPES:
-        return FileTensor(info.name, DTYPES[info.type.name], info.shape, file, info.offset)
-    return BlockTensor(info.name, info.shape, _codec(info.type), info.type.nbytes, file, info.offset)
+        return FileTensor(info.name, DTYPES[info.type.name], info.shape, file, info.offset, kept)
+    return BlockTensor(info.name, info.shape, _codec(info.type), info.type.nbytes, file, info.offset, kept=kept)
 
 
 @cache

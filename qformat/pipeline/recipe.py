@@ -21,8 +21,8 @@ class Recipe:
     Parameters
     ----------
     default
-        For floating tensors of two or more dimensions; None leaves them as they are. All other tensors are stored as they are:
-        raw, or with the codes that they have.
+        For floating tensors of two or more dimensions, unless the source says that they are kept; None leaves them as they are.
+        All other tensors are stored as they are: raw, or with the codes that they have.
     overrides
         (pattern, codec): for floating tensors of any shape whose name matches the shell pattern; the last match wins.
     """
@@ -56,7 +56,7 @@ class Recipe:
         keep = copies[0][1]
         if not tensor.dtype.floating:
             return keep
-        default = keep if self.default is None or len(tensor.shape) < 2 else self.default
+        default = keep if self.default is None or len(tensor.shape) < 2 or tensor.kept else self.default
         encoder = last_match(tensor.name, self.overrides, default)
         for codec, copy in copies:
             if _is_fulfilled(encoder, codec):

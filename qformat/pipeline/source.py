@@ -36,11 +36,14 @@ class SourceTensor(ABC):
         Its element type.
     shape
         Its shape.
+    kept
+        Whether it stays as it is under a type that is given for all tensors, so that only one that names it applies.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    kept: bool = False
 
     @abstractmethod
     def read(self, elements: slice) -> Elements:

@@ -360,22 +360,77 @@ def test_gguf_exports_of_mostly_the_same_type_keep_the_file_type(tmp_path):
 
 
 def test_gguf_exports_of_rows_that_do_not_fill_blocks_are_refused_or_stored_as_f16(tmp_path):
-    source = write(tmp_path / "m.gguf", {"x": (RNG.normal(size=(4, 33)).astype(np.float32), "f32")})
+    source = write(tmp_path / "m.gguf", {"x.weight": (RNG.normal(size=(4, 33)).astype(np.float32), "f32")})
     path = store(source, "nlm")
-    with pytest.raises(SourceError, match=r"'x' has rows of 33 elements.*q8_0; use --dtype f16"):
+    with pytest.raises(SourceError, match=r"'x\.weight' has rows of 33 elements.*q8_0; use --dtype f16"):
         export(path, tmp_path / "out.gguf", "gguf", dtype="q8_0")
     export(path, tmp_path / "out.gguf", "gguf")
-    assert read(tmp_path / "out.gguf")[1]["x"].tensor_type.name == "F16"
+    assert read(tmp_path / "out.gguf")[1]["x.weight"].tensor_type.name == "F16"
     # q4_0 fills up such rows, which GGUF does not
     export(store(source, "q4_0"), tmp_path / "out.gguf", "gguf", overwrite=True)
-    assert read(tmp_path / "out.gguf")[1]["x"].tensor_type.name == "F16"
+    assert read(tmp_path / "out.gguf")[1]["x.weight"].tensor_type.name == "F16"
+
+
+KEPT = {
+    "position_embd.weight": (16, 64),
+    "token_types.weight": (2, 64),
+    "blk.0.ssm_conv1d.weight": (64, 32),
+    "blk.0.ssm_a": (64, 32),
+    "blk.0.ffn_gate_inp.weight": (4, 64),
+    "blk.0.time_mix_w1.weight": (64, 64),
+    "blk.0.time_mix_lerp_x.weight": (1, 1, 64),
+    "dec.blk.0.attn_rel_b.weight": (32, 32),
+    "altup_proj.weight": (64, 64),
+    "v.patch_embd.weight": (64, 3, 14, 32),
+    "blk.0.attn_q_norm.weight": (4, 64),
+}
+
+
+@pytest.mark.parametrize(
+    ("type_", "dtype"), [("q4_0", None), ("bf16", None), ("nlm", None), (None, "q8_0"), (None, "f16")]
+)
+def test_types_for_all_tensors_of_a_gguf_file_spare_what_llama_cpp_reads_as_floats(tmp_path, type_, dtype):
+    shapes = KEPT | {"token_embd.weight": (16, 64), "blk.0.ffn_up_exps.weight": (2, 8, 64)}
+    arrays = {name: (RNG.normal(size=shape).astype(np.float32), "f32") for name, shape in shapes.items()}
+    path = store(write(tmp_path / "m.gguf", arrays), type_)
+    for source in (path, tmp_path / "again.qf"):
+        if source != path:
+            convert(open_checkpoint(path), source, Recipe.parse(type_))
+        export(source, tmp_path / "out.gguf", "gguf", dtype=dtype, overwrite=True)
+        found = read(tmp_path / "out.gguf")[1]
+        kinds = {name: tensor.tensor_type.name for name, tensor in found.items()}
+        expected = "F16" if type_ == "nlm" else (type_ or dtype or "").upper()
+        assert kinds == dict.fromkeys(KEPT, "F32") | dict.fromkeys(shapes.keys() - KEPT.keys(), expected)
+        assert all(np.array_equal(found[name].data, arrays[name][0]) for name in KEPT)
+
+
+def test_a_type_for_a_named_tensor_of_a_gguf_file_overrules_what_llama_cpp_reads_as_floats(tmp_path):
+    arrays = {
+        name: (RNG.normal(size=KEPT[name]).astype(np.float32), "f32") for name in ("token_types.weight", "blk.0.ssm_a")
+    }
+    source, path = write(tmp_path / "m.gguf", arrays), tmp_path / "m.qf"
+    convert(open_gguf(source), path, Recipe.parse("q8_0", ["token_types.weight=q8_0", "*.ssm_a=nlm"]))
+    export(path, tmp_path / "out.gguf", "gguf")
+    found = read(tmp_path / "out.gguf")[1]
+    assert {name: tensor.tensor_type.name for name, tensor in found.items()} == {
+        "token_types.weight": "Q8_0",
+        "blk.0.ssm_a": "F32",
+    }
+
+
+def test_codes_that_a_dtype_does_not_change_are_named(tmp_path):
+    gguf_source(tmp_path / "m.gguf")
+    result = export(store(tmp_path / "m.gguf"), tmp_path / "out.gguf", "gguf", dtype="q8_0")
+    message = "tensor 'a.weight' and 1 more: stays q4_1, since --dtype does not encode the codes of a GGUF type again"
+    assert result.warnings == [message]
 
 
 def test_gguf_exports_keep_large_alignments(tmp_path):
     source = tmp_path / "m.gguf"
     keys = [u32("general.alignment", 1 << 20), pair("general.name", 8, string("x"))]
     source.write_bytes(Draft(keys, alignment=1 << 20).pack())
-    export(store(source, "f32"), tmp_path / "out.gguf", "gguf")
+    convert(open_gguf(source), tmp_path / "m.qf", Recipe.parse(None, ["t=f32"]))
+    export(tmp_path / "m.qf", tmp_path / "out.gguf", "gguf")
     assert (tmp_path / "out.gguf").stat().st_size == 2 << 20
 
 

@@ -117,15 +117,15 @@ def test_gguf_tensors_convert_to_another_type_by_value(tmp_path):
     values = dequantize(blocks, GGMLQuantizationType.Q6_K)
     source = write(tmp_path / "m.gguf", {"x": (blocks, "q6_k"), "n": (np.ones(7, np.float32), "f32")})
     with safe_open(store(source, "bf16")) as file:
-        assert np.allclose(file.get_tensor("x"), values, rtol=2**-8)
+        assert np.allclose(file.get_tensor("x.weight"), values, rtol=2**-8)
         assert file.info("n").codec == "f32"
-    (tensor,) = [tensor for tensor in open_gguf(source).tensors if tensor.name == "x"]
+    (tensor,) = [tensor for tensor in open_gguf(source).tensors if tensor.name == "x.weight"]
     for start, stop in ((0, 1), (255, 257), (700, 3072), (5, 5)):
         assert np.array_equal(tensor.read(slice(start, stop)).data, values.reshape(-1)[start:stop])
 
 
 def test_gguf_files_round_trip_without_the_gguf_package(tmp_path, monkeypatch):
-    source = write(tmp_path / "m.gguf", {"x": (random_blocks("q4_k", 3, 2), "q4_k")})
+    source = write(tmp_path / "m.gguf", {"x.weight": (random_blocks("q4_k", 3, 2), "q4_k")})
     ggml._decoder.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
     path = store(source)
@@ -134,9 +134,9 @@ def test_gguf_files_round_trip_without_the_gguf_package(tmp_path, monkeypatch):
         safe_open(path) as file,
         pytest.raises(MissingDecoderError, match=r"pip install 'qformat-models\[gguf\]'") as caught,
     ):
-        file.get_tensor("x")
-    assert "tensor 'x'" in str(caught.value)
-    with pytest.raises(MissingDecoderError, match=r"m\.gguf: tensor 'x'.*pip install"):
+        file.get_tensor("x.weight")
+    assert "tensor 'x.weight'" in str(caught.value)
+    with pytest.raises(MissingDecoderError, match=r"m\.gguf: tensor 'x\.weight'.*pip install"):
         store(source, "q8_0")
 
 
