@@ -1,4 +1,4 @@
-"""Reference reader of qformat 1.4 in plain numpy, written from `container.md` and `codecs.md` alone.
+"""Reference reader of qformat 1.5 in plain numpy, written from `container.md` and `codecs.md` alone.
 
 It reads the whole file, checks every rule of the two texts and prefers clarity to speed; `reference_codecs` decodes
 tensors, `reference_layers` layered ones. "container 3.1" and "codecs 16" in comments and docstrings name the text and

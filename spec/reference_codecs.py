@@ -47,6 +47,10 @@ DTYPES = {
 }
 
 
+# The dtypes that scales may have.
+SCALES = ("f16", "bf16", "f32")
+
+
 def get(record: Mapping[str, object], key: str, kind: type[T], where: str) -> T:
     """Return the value of a required key, of exactly this type: a bool is an int in Python, but not in the format.
 
@@ -343,7 +347,7 @@ def _decode_affine(rows: int, cols: int, params: Params, segments: Segments, whe
         fail(where, "'act_order' is there, but not true")
     bits = _choice(params, "bits", (2, 3, 4, 8), where)
     sym = get(params, "sym", bool, where)
-    scale = _choice(params, "scale", ("f16", "bf16", "f32"), where)
+    scale = _choice(params, "scale", SCALES, where)
     width = cols  # columns that share a scale
     if act_order or params.get("group") != "row":
         group = get(params, "group", int, where)
@@ -383,25 +387,36 @@ def _decode_affine(rows: int, cols: int, params: Params, segments: Segments, whe
 def _decode_fp8(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
     check_keys(params, ("format", "rows", "cols", "scale"), where)
     code = _choice(params, "format", ("e4m3", "e5m2"), where)
-    scale = _choice(params, "scale", ("f16", "bf16", "f32"), where)
+    scale = _choice(params, "scale", SCALES, where)
+    (each,), codes = _take_bands(rows, cols, params, [("scales", scale)], rows * cols, segments, where)
+    if not codes:
+        return np.empty(0, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaNs are values here
+        values: Float32 = F8_TABLES[f"f8_{code}"][np.frombuffer(codes, np.uint8)] * each.reshape(-1)
+    return values
+
+
+def _take_bands(
+    rows: int, cols: int, params: Params, numbers: list[tuple[str, str]], codes: int, segments: Segments, where: str
+) -> tuple[list[Float32], bytes]:
+    """Return numbers, named and of a dtype, of bands and groups, for each element (rows x cols); and the codes (8.2)."""
     height, width = (_extent(params, key, count, where) for key, count in (("rows", rows), ("cols", cols)))
     listed = params["rows"] not in (1, "all")
     bands, groups = -(-rows // height), -(-cols // width)
-    layout = [("scales", bands * groups * np.dtype(DTYPES[scale]).itemsize)]
+    layout = [(name, bands * groups * np.dtype(DTYPES[dtype]).itemsize) for name, dtype in numbers]
     if listed:
         layout.append(("bands", 4 * rows))
-    layout.append(("codes", rows * cols))
-    scales, *places, codes = _take(segments, layout, rows * cols, where)
-    if not codes:
-        return np.empty(0, np.float32)
-    band_of_row = np.frombuffer(places[0], "<u4").astype(np.int64) if listed else np.arange(rows) // height
+    *found, stored = _take(segments, [*layout, ("codes", codes)], rows * cols, where)
+    if not stored:
+        return [np.empty((rows, cols), np.float32) for _ in numbers], b""
+    band_of_row = np.frombuffer(found.pop(), "<u4").astype(np.int64) if listed else np.arange(rows) // height
     if (band_of_row >= bands).any():
         fail(where, "a row is in a band that does not exist")
-    d = _widen(np.frombuffer(scales, DTYPES[scale]), "scale", where).reshape(bands, groups)
-    each = d[band_of_row][:, np.arange(cols) // width].reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaNs are values here
-        values: Float32 = F8_TABLES[f"f8_{code}"][np.frombuffer(codes, np.uint8)] * each
-    return values
+    each = []
+    for (name, dtype), content in zip(numbers, found, strict=True):
+        values = _widen(np.frombuffer(content, DTYPES[dtype]), name, where).reshape(bands, groups)
+        each.append(values[band_of_row][:, np.arange(cols) // width])
+    return each, stored
 
 
 def _extent(params: Params, key: str, count: int, where: str) -> int:
@@ -412,6 +427,32 @@ def _extent(params: Params, key: str, count: int, where: str) -> int:
     if not 1 <= size <= 2**20:
         fail(where, f"{key!r} {size} is not from 1 to 2^20")
     return size
+
+
+# ---- scaled
+
+
+def _decode_scaled(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
+    check_keys(params, ("bits", "rows", "cols", "scale", "zero", "form", "offset"), where)
+    bits = _choice(params, "bits", (1, 2, 3, 4, 5, 6, 8), where)
+    scale = _choice(params, "scale", SCALES, where)
+    zero = _choice(params, "zero", ("none", *SCALES), where)
+    form = _choice(params, "form", ("add",) if zero == "none" else ("add", "sub"), where)
+    offset = get(params, "offset", int, where)
+    if not 0 <= offset < 1 << bits:
+        fail(where, f"'offset' {offset} is not from 0 to 2^bits - 1")
+    numbers = [("scales", scale), *([] if zero == "none" else [("zeros", zero)])]
+    (d, *z), codes = _take_bands(rows, cols, params, numbers, _packed_length(rows, cols, bits), segments, where)
+    if not codes:
+        return np.empty(0, np.float32)
+    values: Float32 = (_unpack(codes, rows, cols, bits) - offset).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is beyond binary32 rounds to an infinity
+        if form == "sub":
+            values = (values - z[0]) * d
+        else:
+            values = values * d
+            values = values + z[0] if z else values
+    return values.reshape(-1)
 
 
 # ---- ggml
@@ -570,6 +611,7 @@ MATRIX_CODECS: dict[str, Callable[[int, int, Params, Segments, str], Float32]] =
     "affine": _decode_affine,
     "fp8": _decode_fp8,
     "ggml": _decode_ggml,
+    "scaled": _decode_scaled,
     "lut": _decode_lut,
     **{codec: partial(_decode_levels, codec) for codec in ("ternary", "levels")},
 }

@@ -9,14 +9,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.codecs.bands import Bands
 from qformat.codecs.base import Codec
 from qformat.codecs.layout import Array, Buffer, Layout, Matrix
-from qformat.codecs.packed import LONGEST, cuts
 from qformat.codecs.quantized import check_length
 from qformat.codecs.registry import register
 from qformat.dtypes import DTYPES, DType, Elements
-
-_BAND = np.dtype("<u4")  # number of a band
 
 
 @register
@@ -42,9 +40,7 @@ class Fp8(Codec):
     scale: Literal["f16", "bf16", "f32"] = "f32"
 
     def __post_init__(self) -> None:
-        for size in (self.rows, self.cols):
-            if size != "all" and not 0 < size <= LONGEST:
-                raise ValueError(f"rows and cols may be all or a positive number up to {LONGEST}, not {size}")
+        self._bands.check()
 
     def chunk_alignment(self, matrix: Matrix) -> int:
         """Return the columns of a row."""
@@ -52,51 +48,28 @@ class Fp8(Codec):
 
     def layout(self, matrix: Matrix) -> Layout:
         """Return scales, bands of rows if they are listed, and codes."""
-        row, band = max(1, matrix.cols), self._band_bytes(matrix.cols)
-        bands = cuts(matrix.rows, max(1, matrix.rows) if self.rows == "all" else self.rows)
-        scales = Array("scales", band, row) if self.rows == 1 else Array("scales", bands * band, None)
-        places = (Array("bands", _BAND.itemsize, row),) if self._listed else ()
-        return (scales, *places, Array("codes", 1))
+        scales = self._bands.numbers("scales", self._scale, matrix)
+        return (scales, *self._bands.places(matrix), Array("codes", 1))
 
     @property
-    def _listed(self) -> bool:
-        """Whether a segment lists the band of each row."""
-        return self.rows not in (1, "all")
+    def _bands(self) -> Bands:
+        return Bands(self.rows, self.cols)
 
     @property
     def _scale(self) -> DType:
         return DTYPES[self.scale]
 
-    def _groups(self, cols: int) -> int:
-        return 1 if self.cols == "all" else cuts(cols, self.cols)
-
-    def _band_bytes(self, cols: int) -> int:
-        """Return the bytes of a band's scales, in rows that are not empty."""
-        return self._groups(cols) * self._scale.size if cols else 0
-
     def decode(self, parts: Sequence[Buffer], out: NDArray[Any]) -> None:
         """Decode whole rows."""
-        scales = self._scales_of_rows(parts, *out.shape)
+        rows, cols = out.shape
+        scales = self._bands.read(parts[0], self._scale, "scales", rows, cols)
+        if self._bands.listed:
+            scales = scales[self._bands.of_rows(parts[1:-1], rows, len(scales))]
         check_length(parts[-1], out.size, "codes")
         codes = np.frombuffer(parts[-1], np.uint8).reshape(out.shape)
         values = Elements(DTYPES[f"f8_{self.format}"], np.arange(256, dtype=np.uint8)).to_f32()
         np.take(values, codes, out=out, mode="clip")  # faster than a check of indices, which cannot be out of range
         if self.cols != "all" and scales.shape[1] > 1:
-            scales = np.repeat(scales, self.cols, axis=1)[:, : out.shape[1]]
+            scales = np.repeat(scales, self.cols, axis=1)[:, :cols]
         with np.errstate(all="ignore"):
             np.multiply(out, scales, out=out)
-
-    def _scales_of_rows(self, parts: Sequence[Buffer], rows: int, cols: int) -> NDArray[np.float32]:
-        """Return the scales of each row, or a single row of scales that all rows share."""
-        stored = parts[0]
-        bands = {1: rows, "all": 1}.get(self.rows, len(stored) // max(1, self._band_bytes(cols)))
-        check_length(stored, bands * self._band_bytes(cols), "scales")
-        scales = Elements(self._scale, np.frombuffer(stored, self._scale.storage)).to_f32()
-        scales = scales.reshape(bands, self._groups(cols))
-        if not self._listed:
-            return scales
-        check_length(parts[1], _BAND.itemsize * rows, "bands")
-        places = np.frombuffer(parts[1], _BAND)
-        if places.max(initial=0) >= bands:
-            raise ValueError(f"a row is in band {places.max()} of {bands}")
-        return scales[places]

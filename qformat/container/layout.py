@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from qformat.errors import FormatError
 
 MAJOR = 1
-MINOR = 4
+MINOR = 5
 ALIGNMENT = 64
 
 MAGIC = b"\x89QFM\r\n\x1a\n"

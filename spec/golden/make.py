@@ -24,9 +24,10 @@ from qformat.codecs.base import Codec
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.ggml import Ggml
 from qformat.codecs.registry import parse_type
+from qformat.codecs.scaled import Scaled
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
-from qformat.dtypes import from_array
+from qformat.dtypes import DTYPES, from_array
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
 
@@ -182,6 +183,28 @@ def copied() -> list[Codes]:
             kind = Fp8(code, rows, cols, "f32")
             add(f"fp8.{code}.{number}", kind, 6, 70, scales(bands * groups, "f4", number + 1), *listed, values)
     add("fp8.none", Fp8("e4m3", 128, 128, "f16"), 0, 70, b"", b"", b"")
+    integers = (
+        Scaled(1, 1, 8, "f16", "f16", "sub"),
+        Scaled(2, "all", "all", "f32", "none", offset=2),
+        Scaled(3, 1, 64, "bf16", "bf16"),
+        Scaled(4, 1, 32, "bf16", "bf16", offset=8),
+        Scaled(4, 3, 1, "f16", "f32", "sub"),
+        Scaled(5, 1, "all", "f32", "f16"),
+        Scaled(6, 1, 50, "f16", "f16"),
+        Scaled(8, "all", 1, "f32", "bf16", "sub", offset=128),
+    )
+    for number, kind in enumerate(integers):
+        bands, groups = (1 if size == "all" else -(-n // size) for n, size in ((6, kind.rows), (70, kind.cols)))
+        numbers = [
+            weights(bands * groups, seed=70 + 2 * number + i).astype("f4") for i in range(1 + (kind.zero != "none"))
+        ]
+        parts = [
+            from_array(values).cast(DTYPES[dtype]).data.tobytes()
+            for values, dtype in zip(numbers, (kind.scale, kind.zero), strict=False)
+        ]
+        listed = (places(6, bands),) if kind.rows not in (1, "all") else ()
+        add(f"scaled.{number}", kind, 6, 70, *parts, *listed, some_bytes(6 * 3 * 4 * kind.bits, seed=90 + number))
+    add("scaled.none", Scaled(4, 2, 32), 0, 70, b"", b"", b"", b"")
     blocks = np.frombuffer(some_bytes(5 * 2 * 66, seed=50), np.uint8).reshape(-1, 66).copy()
     blocks[:, 64:] = weights(10, seed=51).astype("<f2").view(np.uint8).reshape(-1, 2)
     add("ggml.tq2_0", Ggml("tq2_0"), 5, 512, blocks.tobytes())

@@ -67,7 +67,7 @@ def test_convert_prints_a_summary_and_with_verbose_each_tensor(minilm, tmp_path)
 
 def test_inspect_prints_tensors_and_totals(minilm_qf):
     output = invoke("inspect", minilm_qf).stdout
-    assert "qformat 1.4, 13.2 MB" in output
+    assert "qformat 1.5, 13.2 MB" in output
     assert re.search(
         r"embeddings\.word_embeddings\.weight +30522x384 +f32 +q4_0 +6\.6 MB +4\.500 +4\.\d{3}e-03", output
     )
@@ -94,7 +94,7 @@ def test_inspect_lists_only_tensors_that_match_a_pattern(minilm_qf):
 
 
 def test_inspect_and_verify_suggest_to_convert_old_files_again(minilm_qf, monkeypatch):
-    monkeypatch.setattr("qformat.container.reader.MINOR", 5)
+    monkeypatch.setattr("qformat.container.reader.MINOR", 6)
     assert "convert again" in invoke("inspect", minilm_qf).stderr
     assert "convert again" in invoke("verify", minilm_qf).stderr
 
@@ -319,7 +319,7 @@ def test_quantize_stats_of_tensors_without_elements_are_zero(tmp_path):
 def test_types_lists_every_type_for_weights_with_its_parameters():
     found = json.loads(invoke("types", "--json").stdout)["types"]
     assert [t["type"] for t in found] == sorted(types_for_weights())
-    assert not {"fp8", "ggml", "bool", "u8", "f8_e4m3"} & set(types_for_weights())
+    assert not {"fp8", "ggml", "scaled", "bool", "u8", "f8_e4m3"} & set(types_for_weights())
     assert next(t for t in found if t["type"] == "q4_0")["params"] == {
         "coded": [False, True],
         "search": ["table", "naive", "exact"],

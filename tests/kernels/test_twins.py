@@ -149,6 +149,27 @@ def lut(both: Kernels, x: np.ndarray) -> list[Any]:
     return results
 
 
+def scaled(both: Kernels, x: np.ndarray) -> list[Any]:
+    results: list[Any] = []
+    rng = np.random.default_rng(0)
+    for width in (1, 2, 3, 4, 5, 6, 8):
+        for count, cols, group in ((2, 32, 32), (3, 33, 7), (1, 70, 70), (2, 100, 64)):
+            codes = rng.integers(0, 1 << width, count * -(-cols // 32) * 32).astype(np.uint8)
+            stored, again = np.empty(codes.size // 8 * width, np.uint8), np.empty_like(codes)
+            both["packing"].pack(codes, stored, width)
+            both["packing"].unpack(stored, again, width)
+            assert np.array_equal(again, codes)
+            groups = 3 * -(-cols // group)
+            scales, zeros = np.resize(x, groups), np.resize(x[::-1], groups)
+            for subtract in (False, True):
+                values = np.empty((count, cols), np.float32)
+                bands = rng.integers(0, 3, count).astype(np.uint32)
+                both["scaled"].dequantize(scales, zeros, bands, stored, values, group, width, 1, subtract)
+                # which NaN comes of infinities differs between processors
+                results += [stored, np.where(np.isnan(values), np.float32(np.nan), values)]
+    return results
+
+
 def floats(both: Kernels, x: np.ndarray) -> list[Any]:
     results: list[Any] = []
     for part in (x[:0], x[:1], x[:31], x[:33], x[1:], x):
@@ -175,6 +196,7 @@ RUNS: dict[str, Callable[[Kernels, np.ndarray], list[Any]]] = {
     **{f"q4_1_{how}": partial(search, "q4_1", how) for how in ("als", "best")},
     **{f"nlm {mode} {block}": partial(nlm, mode, block) for mode in ("rmse", "maximum") for block in (32, 64, 128)},
     "floats": floats,
+    "scaled": scaled,
 }
 SLOW_RUNS = {"affine sym": partial(affine, sym=True), "affine": partial(affine, sym=False), "lut": lut}
 CASES = asymmetric_battery() | q4_0_battery()

@@ -15,8 +15,9 @@ from tests.helpers.reference import ROOT, load_script
 
 GOLDEN = ROOT / "spec" / "golden"
 # Listed here, so that a file that is lost is missed.
-FILES = [(version, name) for version in ("1.0", "1.1", "1.2", "1.3", "1.4") for name in ("tensors", "empty")]
-FILES += [("1.4", name) for name in ("copied", "head", "head-00001-of-00002", "head-00002-of-00002")]
+FILES = [(version, name) for version in ("1.0", "1.1", "1.2", "1.3", "1.4", "1.5") for name in ("tensors", "empty")]
+COPIED = ("copied", "head", "head-00001-of-00002", "head-00002-of-00002")
+FILES += [(version, name) for version in ("1.4", "1.5") for name in COPIED]
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

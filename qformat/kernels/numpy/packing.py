@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits in a string of bits, and rows in runs of 32, in numpy. Twin of the documented ``numba/packing.py``."""
+"""Codes of 1 to 6 or 8 bits in a string of bits, and rows in runs of 32, in numpy. Twin of the documented ``numba/packing.py``."""
 
 from __future__ import annotations
 
