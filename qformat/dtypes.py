@@ -63,6 +63,7 @@ DTYPES = {
         DType("i64", 8, "int64"),
         DType("f8_e4m3", 1, "uint8", 4, 3),
         DType("f8_e5m2", 1, "uint8", 5, 2),
+        DType("f8_e8m0", 1, "uint8", 8),
         DType("f16", 2, "float16", 5, 10),
         DType("bf16", 2, "uint16", 8, 7),
         DType("f32", 4, "float32", 8, 23),
@@ -193,6 +194,8 @@ def _f8_values(name: str) -> NDArray[np.float32]:
     import numpy as np
 
     code = np.arange(256)
+    if name == "f8_e8m0":
+        return np.append(np.ldexp(np.float32(1), code[:255] - 127), np.nan).astype(np.float32)
     mantissa_bits = 3 if name == "f8_e4m3" else 2
     bias = 7 if name == "f8_e4m3" else 15
     exponent = (code & 0x7F) >> mantissa_bits
@@ -216,7 +219,7 @@ def from_array(array: NDArray[Any]) -> Elements:
     """
     import numpy as np
 
-    aliases = {"bfloat16": "bf16", "float8_e4m3fn": "f8_e4m3", "float8_e5m2": "f8_e5m2"}
+    aliases = {"bfloat16": "bf16", "float8_e4m3fn": "f8_e4m3", "float8_e5m2": "f8_e5m2", "float8_e8m0fnu": "f8_e8m0"}
     by_storage = {dtype.storage: dtype for dtype in DTYPES.values() if dtype.native}
     name = array.dtype.name
     dtype = DTYPES[aliases[name]] if name in aliases else by_storage.get(name)

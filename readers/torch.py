@@ -35,6 +35,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "f32": torch.float32,
     "f64": torch.float64,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # since 2.7
+    TORCH_DTYPES["f8_e8m0"] = torch.float8_e8m0fnu
 _BY_TORCH = {dtype: DTYPES[name] for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -201,6 +203,8 @@ def _decode(decoder: TensorDecoder, dtype: torch.dtype | None, jobs: int) -> tor
     target = DTYPES[decoder.record.dtype]
     if target.floating and dtype in _BY_TORCH:
         target = _BY_TORCH[dtype]
+    if target.name not in TORCH_DTYPES:
+        target = DTYPES["f32"]
     _ = decoder.segments  # compares digests, also those of a tensor without elements
     tensor = torch.empty(decoder.matrix.elements, dtype=TORCH_DTYPES[target.name])
     if target is decoder.decoded or target.size > 1:

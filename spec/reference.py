@@ -208,7 +208,7 @@ def decode(tensor: Tensor, layers: int | None = None) -> npt.NDArray[Any]:
     -------
     numpy.ndarray
         The values in the tensor's shape. Raw and lossless codecs give numpy's dtype of the same name, or float32 where
-        numpy has none (`bf16`, `f8_e4m3`, `f8_e5m2`); quantized codecs and layers give float32.
+        numpy has none (`bf16`, `f8_…`); quantized codecs and layers give float32.
 
     Raises
     ------

@@ -28,6 +28,7 @@ T = TypeVar("T")
 FLOATING = {
     "f8_e4m3": (4, 3),
     "f8_e5m2": (5, 2),
+    "f8_e8m0": (8, 0),
     "f16": (5, 10),
     "bf16": (8, 7),
     "f32": (8, 23),
@@ -40,6 +41,7 @@ DTYPES = {
     **{f"i{8 * size}": f"<i{size}" for size in (1, 2, 4, 8)},
     "f8_e4m3": "u1",
     "f8_e5m2": "u1",
+    "f8_e8m0": "u1",
     "f16": "<f2",
     "bf16": "<u2",
     "f32": "<f4",
@@ -218,6 +220,8 @@ def _f8_table(exponent_bits: int, bias: int) -> Float32:
 F8_TABLES = {"f8_e4m3": _f8_table(4, 7), "f8_e5m2": _f8_table(5, 15)}
 F8_TABLES["f8_e4m3"][[0x7F, 0xFF]] = np.nan
 F8_TABLES["f8_e5m2"].reshape(2, 128)[:, 0x7C:] = [[np.inf, *[np.nan] * 3], [-np.inf, *[np.nan] * 3]]
+
+F8_TABLES["f8_e8m0"] = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.nan).astype(np.float32)
 
 
 def _decode_raw(codec: str, n: int, params: Params, segments: Segments, where: str) -> npt.NDArray[Any]:
@@ -501,6 +505,55 @@ def _decode_lut(rows: int, cols: int, params: Params, segments: Segments, where:
     return values.reshape(-1)
 
 
+# ---- codebook
+
+
+def _decode_codebook(rows: int, cols: int, params: Params, segments: Segments, where: str) -> Float32:
+    transposed = "transposed" in params
+    check_keys(params, ("bits", "group", "flat", "scale", "factor", *(["transposed"] if transposed else [])), where)
+    bits = _choice(params, "bits", (4, 8), where)
+    flat = get(params, "flat", bool, where)
+    scale = _choice(params, "scale", ("f32", "f16", "bf16", "f8_e4m3", "f8_e8m0"), where)
+    kind = _choice(params, "factor", ("none", "scale", "divisor", "value"), where)
+    group = max(cols, 1)
+    if flat or params.get("group") != "row":
+        group = get(params, "group", int, where)
+        if not 16 <= group <= 2**20 or group % 16:
+            fail(where, f"'group' {group} is not a multiple of 16 from 16 to 2^20")
+    inner = get(params, "transposed", int, where) if transposed else 1
+    if not 1 <= inner < 2**31 or cols % inner or (transposed and flat):
+        fail(where, f"'transposed' {inner} is not possible")
+    count = -(-rows * cols // group) if flat else rows * -(-cols // group)
+    layout = [("table", 4 << bits)]
+    if kind != "none":
+        layout.append(("factor", 4))
+    layout.append(("scales", count * np.dtype(DTYPES[scale]).itemsize))
+    if flat:
+        layout.append(("starts", 8 * rows))
+    layout.append(("codes", _packed_length(rows, cols, bits)))
+    found = dict(zip([name for name, _ in layout], _take(segments, layout, rows * cols, where), strict=True))
+    if not rows * cols:
+        return np.empty(0, np.float32)
+    table = _widen(np.frombuffer(found["table"], "<f4"), "entry", where)
+    stored = np.frombuffer(found["scales"], DTYPES[scale])
+    s = _widen(F8_TABLES[scale][stored] if scale in F8_TABLES else stored, "scale", where)
+    f = _widen(np.frombuffer(found.get("factor", b""), "<f4"), "factor", where)
+    column = np.arange(cols)
+    if flat:
+        starts = np.frombuffer(found["starts"], "<u8")
+        if (starts > max(0, count * group - cols)).any():
+            fail(where, "a row is beyond the last group")
+        number = (starts.astype(np.int64)[:, None] + column) // group
+    else:
+        number = np.arange(rows)[:, None] * -(-cols // group) + column // group
+    with np.errstate(all="ignore"):  # what overflows rounds to an infinity
+        s = {"scale": lambda: s * f, "divisor": lambda: s / f}.get(kind, lambda: s)()
+        values: Float32 = table[_unpack(found["codes"], rows, cols, bits)] * s[number]
+        if kind == "value":
+            values *= f
+    return values.reshape(rows, -1, inner).transpose(0, 2, 1).reshape(-1) if transposed else values.reshape(-1)
+
+
 # ---- ternary and levels
 
 
@@ -613,6 +666,7 @@ MATRIX_CODECS: dict[str, Callable[[int, int, Params, Segments, str], Float32]] =
     "ggml": _decode_ggml,
     "scaled": _decode_scaled,
     "lut": _decode_lut,
+    "codebook": _decode_codebook,
     **{codec: partial(_decode_levels, codec) for codec in ("ternary", "levels")},
 }
 

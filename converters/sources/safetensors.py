@@ -23,6 +23,7 @@ DTYPE_NAMES = {
     "BOOL": "bool",
     "F8_E4M3": "f8_e4m3",
     "F8_E5M2": "f8_e5m2",
+    "F8_E8M0": "f8_e8m0",
     "BF16": "bf16",
 } | {name.upper(): name for name in ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64", "f16", "f32", "f64")}
 

@@ -21,15 +21,17 @@ import numpy.typing as npt
 import qformat
 from qformat.codecs.affine import Affine
 from qformat.codecs.base import Codec
+from qformat.codecs.codebook import Codebook
 from qformat.codecs.fp8 import Fp8
 from qformat.codecs.ggml import Ggml
+from qformat.codecs.layout import Matrix
 from qformat.codecs.registry import parse_type
 from qformat.codecs.scaled import Scaled
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
-from qformat.dtypes import DTYPES, from_array
+from qformat.dtypes import DTYPES, Elements, from_array
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, SourceTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -156,9 +158,9 @@ def some_bytes(count: int, *, seed: int, below: int = 256) -> bytes:
     return ((weights(count, seed=seed) + 2) * 64 % below).astype(np.uint8).tobytes()
 
 
-def copied() -> list[Codes]:
+def copied() -> list[SourceTensor]:
     """Return tensors of the types that are only copied, and one of blocks, which can also be encoded from floats."""
-    tensors = []
+    tensors: list[SourceTensor] = []
 
     def add(name: str, kind: Codec, rows: int, cols: int, *segments: bytes) -> None:
         tensors.append(Codes(name, (rows, cols), kind, segments))
@@ -211,6 +213,35 @@ def copied() -> list[Codes]:
     q4_0 = np.frombuffer(some_bytes(5 * 2 * 18, seed=52), np.uint8).reshape(-1, 18).copy()
     q4_0[:, :2] = weights(10, seed=53).astype("<f2").view(np.uint8).reshape(-1, 2)
     add("q4_0", parse_type("q4_0"), 5, 64, q4_0.tobytes())
+    # (name, parameters of the codec, columns)
+    books: list[tuple[str, dict[str, Any], int]] = [
+        ("plain", {"group": 64}, 140),
+        ("short", {"group": 16, "scale": "f8_e4m3", "factor": "scale"}, 70),
+        ("divisor", {"group": 16, "scale": "f8_e4m3", "factor": "divisor"}, 64),
+        ("powers", {"group": 32, "scale": "f8_e8m0"}, 96),
+        ("row", {"bits": 8, "group": "row", "factor": "value"}, 33),
+        ("halves", {"group": 48, "scale": "f16", "factor": "value"}, 97),
+        ("flat", {"group": 64, "flat": True}, 50),
+        ("flat_bytes", {"bits": 8, "group": 32, "flat": True, "scale": "bf16"}, 7),
+        ("transposed", {"group": 32, "scale": "f8_e8m0", "transposed": 32}, 96),
+    ]
+    for number, (name, parameters, cols) in enumerate(books):
+        kind = Codebook(**parameters)
+        matrix = Matrix(6, cols)
+        sizes = {segment: length or 0 for segment, length in kind.segments(matrix)}
+        bytes_ = some_bytes(sizes["scales"], seed=80 + number, below=120)
+        if kind.scale in ("f32", "f16"):
+            bytes_ = scales(sizes["scales"] // DTYPES[kind.scale].size, DTYPES[kind.scale].storage, 80 + number)
+        contents = {
+            "table": scales(1 << kind.bits, "f4", 90 + number),
+            "factor": scales(1, "f4", 100 + number),
+            "scales": bytes_,
+            "starts": (np.arange(6) * cols).astype("<u8").tobytes(),
+            "codes": some_bytes(sizes["codes"], seed=110 + number),
+        }
+        add(f"codebook.{name}", kind, 6, cols, *(contents[segment] for segment in sizes))
+    add("codebook.none", Codebook(flat=True), 0, 70, b"", b"", b"", b"")
+    tensors.append(ArrayTensor("f8_e8m0", Elements(DTYPES["f8_e8m0"], np.arange(255, dtype=np.uint8).reshape(5, 51))))
     return tensors
 
 

@@ -20,7 +20,7 @@ from qformat.records import Segment, TensorRecord
 
 ENTROPY_CODED = ("ternary", "levels", "lossless", "scm")
 METRICS = ("max_rmse", "max_abs", "mean_abs")
-COPIED = ("fp8", "ggml", "scaled")  # never made of floats
+COPIED = ("fp8", "ggml", "scaled", "codebook")  # never made of floats
 
 
 def round_trip(tmp_path, array, types, **options):

@@ -170,6 +170,20 @@ def scaled(both: Kernels, x: np.ndarray) -> list[Any]:
     return results
 
 
+def codebook(both: Kernels, x: np.ndarray) -> list[Any]:
+    results: list[Any] = []
+    codes = np.resize(x.view(np.uint8), 5 * 352)
+    for cols, group, width in ((1, 16, 4), (33, 16, 8), (341, 48, 4), (341, 352, 8), (256, 64, 4)):
+        table, scales = np.resize(x, 1 << width), np.resize(x[::-1], 5 * 352)
+        packed = np.resize(codes, 5 * -(-cols // 32) * 4 * width)
+        for starts in (np.arange(5) * cols, np.arange(5) * (-(-cols // group) * group)):
+            for factor in (np.float32(1), np.float32(1 / 127)):
+                out = np.empty((5, cols), np.float32)
+                both["codebook"].dequantize(table, scales, factor, starts, packed, out, group, width)
+                results.append(np.where(np.isnan(out), np.float32(0), out))
+    return results
+
+
 def floats(both: Kernels, x: np.ndarray) -> list[Any]:
     results: list[Any] = []
     for part in (x[:0], x[:1], x[:31], x[:33], x[1:], x):
@@ -198,7 +212,12 @@ RUNS: dict[str, Callable[[Kernels, np.ndarray], list[Any]]] = {
     "floats": floats,
     "scaled": scaled,
 }
-SLOW_RUNS = {"affine sym": partial(affine, sym=True), "affine": partial(affine, sym=False), "lut": lut}
+SLOW_RUNS = {
+    "affine sym": partial(affine, sym=True),
+    "affine": partial(affine, sym=False),
+    "lut": lut,
+    "codebook": codebook,
+}
 CASES = asymmetric_battery() | q4_0_battery()
 
 modest = hnp.arrays(np.float32, 256, elements=st.floats(-(2.0**15), 2.0**15, width=32))

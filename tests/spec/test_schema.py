@@ -104,7 +104,7 @@ CASES = [("tensors", *case) for case in TENSORS.items()] + [("head", *case) for 
 
 @pytest.mark.parametrize(("file", "change"), [case[::2] for case in CASES], ids=[case[1] for case in CASES])
 def test_schema_refuses_a_changed_index(schema, file, change):
-    index = index_of(SPEC / "golden" / "1.4" / f"{file}.qf")
+    index = index_of(SPEC / "golden" / "1.5" / f"{file}.qf")
     mutant = deepcopy(index)
     change(mutant)
     assert mutant != index
