@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qformat.container.partial import PartialFile, writing_failed
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
+from qformat.converters.exports.quantization import stated
 from qformat.converters.exports.safetensors import write_safetensors
 from qformat.converters.sources.gguf import REST
 from qformat.converters.split import split
@@ -19,14 +19,12 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _CONFIG = "config.json"
-_QUANTIZATIONS = ("quantize_config.json", "quantization_config.json")
-_QUANTIZATION = "quantization_config"
 _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 def export_hf(job: Job, output: Path) -> Export:
     """Write a directory that transformers can load, if it could load the original."""
-    assets, warnings = _assets(job)
+    assets, metadata, warnings = _assets(job)
     outputs = [as_floats(tensor, job.dtype) for tensor in job.tensors.values()]
     shards = list(split(outputs, lambda output: output.nbytes, job.shard_size))
     if len(shards) > 1:
@@ -51,8 +49,8 @@ def export_hf(job: Job, output: Path) -> Export:
     return Export(output, files, outputs, warnings)
 
 
-def _assets(job: Job) -> tuple[dict[str, bytes], list[str]]:
-    """Return the files to write beside the weights, and warnings."""
+def _assets(job: Job) -> tuple[dict[str, bytes], Mapping[str, str], list[str]]:
+    """Return the files to write beside the weights, the metadata of headers, and warnings."""
     path, index = job.container.path, job.container.index
     names = [asset.name for asset in index.assets]
     if REST in names:
@@ -60,35 +58,15 @@ def _assets(job: Job) -> tuple[dict[str, bytes], list[str]]:
             f"{path}: was made from a GGUF file, so that its tensors have GGUF's names and there is no {_CONFIG}; use --to gguf, "
             "or --to safetensors for the tensors alone"
         )
-    assets = {name: job.container.asset(name) for name in names if name not in _QUANTIZATIONS}
-    left_out = [
-        f"{name} is left out, since the weights are plain numbers now" for name in names if name in _QUANTIZATIONS
-    ]
     for name in names:
         if name.endswith(".safetensors") or name == INDEX:
             raise SourceError(f"{path}: asset {name!r} has the name of a file of weights; use --to safetensors")
+    assets = {name: job.container.asset(name) for name in names}
+    true = stated(path, assets, index.metadata, job.tensors.values())
+    warnings = list(true.warnings)
     if _CONFIG not in assets:
-        return assets, [
-            *left_out,
-            f"{path.name} holds no {_CONFIG}: transformers cannot load the directory without one",
-        ]
-    plain = _without_quantization(assets[_CONFIG])
-    if plain is None:
-        return assets, left_out
-    assets[_CONFIG] = plain
-    return assets, [*left_out, f"{_QUANTIZATION} is left out of {_CONFIG}, since the weights are plain numbers now"]
-
-
-def _without_quantization(config: bytes) -> bytes | None:
-    """Return config.json without quantization, or None if there is nothing to remove."""
-    try:
-        values: Any = json.loads(config)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(values, dict) or _QUANTIZATION not in values:
-        return None
-    del values[_QUANTIZATION]
-    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"
+        warnings.append(f"{path.name} holds no {_CONFIG}: transformers cannot load the directory without one")
+    return dict(true.assets), true.metadata, warnings
 
 
 def _index(names: Sequence[str], shards: Sequence[Sequence[Output]]) -> bytes:
@@ -100,5 +78,5 @@ def _index(names: Sequence[str], shards: Sequence[Sequence[Output]]) -> bytes:
 
 def is_replaceable(assets: Sequence[str], name: str) -> bool:
     """Return whether a file of a directory is one that an export with these assets writes, so that it may be replaced."""
-    ours = name in assets and name not in _QUANTIZATIONS
+    ours = name in assets
     return ours or name in (SINGLE, INDEX) or bool(_SHARD.fullmatch(name))

@@ -18,7 +18,9 @@ _U8 = DTYPES["u8"]
 
 def is_bitnet(layer: Layer) -> bool:
     """Return whether a layer has weights in bytes and a scale."""
-    return layer.has("weight", "weight_scale") and layer.parts["weight"].dtype is _U8 and not layer.has("qweight")
+    if not layer.has("weight", "weight_scale") or layer.has("qweight"):
+        return False
+    return layer.parts["weight"].dtype is _U8 and layer.parts["weight_scale"].dtype in coded.SCALES
 
 
 def bitnet_tensor(layer: Layer, claims: Claims) -> CodedTensor:

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qformat.converters.quantized.statements import Statement, find
 from qformat.errors import SourceError
 
-_ALONE = ("quantize_config.json", "quantization_config.json")
-_WITHIN = ("quantization_config", "compression_config")  # in config.json
 # keys of options for single layers
 _PER_LAYER = ("dynamic", "extra_config")
 _METHOD = ("quant_method", "method")
@@ -36,15 +35,15 @@ class Claims:
 
     Attributes
     ----------
-    objects
-        (file, JSON object).
+    statements
+        What the files say.
     gptq_format
         The user's claim of how GPTQ's zero points are stored.
     metadata
         The strings in the headers of files of weights.
     """
 
-    objects: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    statements: Sequence[Statement] = ()
     gptq_format: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -55,14 +54,8 @@ class Claims:
         gptq_format: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Claims:
-        """Find the objects about quantization in configuration files."""
-        found: list[tuple[str, Any]] = [(name, configs[name]) for name in _ALONE if name in configs]
-        config = configs.get("config.json", {})
-        nested = [config, config.get("text_config")]
-        found += [("config.json", outer.get(key)) for outer in nested if isinstance(outer, Mapping) for key in _WITHIN]
-        return cls(
-            [(where, content) for where, content in found if isinstance(content, Mapping)], gptq_format, metadata or {}
-        )
+        """Find the statements in configuration files and headers."""
+        return cls(find(configs, metadata), gptq_format, metadata or {})
 
     def about(self, layer: str) -> Claims:  # noqa: ARG002
         """Return the claims about one layer, given its name: what is said for it alone stands instead of what is said for all."""
@@ -70,10 +63,15 @@ class Claims:
 
     def all(self, *keys: str) -> Iterator[Claim]:
         """Yield the values of all files under any of some equivalent keys, except null."""
-        for where, content in self.objects:
+        for statement in self.statements:
             for key in keys:
-                if content.get(key) is not None:
-                    yield Claim(where, key, content[key])
+                if statement.content.get(key) is not None:
+                    yield Claim(statement.file, key, statement.content[key])
+
+    def every(self) -> Iterator[Claim]:
+        """Yield all values."""
+        for statement in self.statements:
+            yield from (Claim(statement.file, key, value) for key, value in statement.content.items())
 
     def get(self, *keys: str) -> Claim | None:
         """Return the value under any of some equivalent keys; raise `SourceError` if files contradict each other."""

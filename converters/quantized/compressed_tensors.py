@@ -41,7 +41,8 @@ _MAX_BITS = 8  # of a packed code
 
 def is_packed(layer: Layer) -> bool:
     """Return whether the codes of a layer are in 32-bit words."""
-    return layer.has("weight_packed") and not layer.has("qweight")
+    packed = layer.parts.get("weight_packed")
+    return packed is not None and packed.dtype is coded.I32 and len(packed.shape) <= 2 and not layer.has("qweight")
 
 
 def is_bytes(layer: Layer) -> bool:

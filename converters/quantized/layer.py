@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.coded import CodedTensor
-from qformat.converters.quantized.roles import WEIGHT, holds_codes
+from qformat.converters.quantized.roles import WEIGHT, holds_codes, tells_of_codes
 from qformat.dtypes import DType
 from qformat.errors import SourceError
 from qformat.pipeline.source import SourceTensor
@@ -121,7 +121,7 @@ def _stems(parts: Mapping[str, SourceTensor]) -> set[str]:
     """Return the roles of codes that are not called weight, and with which other roles begin."""
     stems = set()
     for role, tensor in parts.items():
-        if role.startswith((WEIGHT, f"_{WEIGHT}")) or not holds_codes(tensor):
+        if role.startswith((WEIGHT, f"_{WEIGHT}")) or tells_of_codes(role) or not holds_codes(tensor):
             continue
         stem = role.removesuffix("_blocks") if role.removesuffix("_blocks") + "_scales" in parts else role
         if any(other.startswith(f"{stem}_") for other in parts if other != role):

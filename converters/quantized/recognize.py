@@ -12,7 +12,9 @@ from typing import Any
 from qformat.converters.quantized import awq, bitnet, compressed_tensors, fp8, gptq
 from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.layer import Layer, Layout, each, layers_of
-from qformat.converters.quantized.refused import check_readable
+from qformat.converters.quantized.meaning import check_keys
+from qformat.converters.quantized.refused import unreadable
+from qformat.converters.quantized.unknown import Unknown
 from qformat.converters.sources.options import SourceOptions
 from qformat.pipeline.source import SourceTensor
 
@@ -41,12 +43,24 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Recognized:
-    """The tensors of a checkpoint, with each quantized layer as one tensor."""
+    """The tensors of a checkpoint, with each quantized layer that is understood as one tensor.
+
+    Attributes
+    ----------
+    tensors
+        The tensors.
+    warnings
+        Warnings for the user, one line each.
+    layers
+        Whether a layer is quantized, in a known way or not.
+    claimed
+        Whether the configuration says so.
+    """
 
     tensors: list[SourceTensor]
     warnings: list[str]
-    quantized: bool  # whether a layer is quantized in a known layout
-    claimed: bool  # whether the configuration says so
+    layers: bool
+    claimed: bool
 
 
 def recognize(
@@ -55,7 +69,7 @@ def recognize(
     options: SourceOptions,
     metadata: Mapping[str, str] | None = None,
 ) -> Recognized:
-    """Join the tensors of each quantized layer.
+    """Join the tensors of each quantized layer that has a known layout, and keep all parts of the others.
 
     Parameters
     ----------
@@ -71,29 +85,34 @@ def recognize(
     Raises
     ------
     SourceError
-        If a layer is damaged, contradicts the configuration, or has an unknown format.
+        If a layer of a known layout is damaged, contradicts the configuration, or has parts that the layout has not.
     """
     claims = Claims.of(configs, options.gptq_format, metadata)
-    layers = layers_of(tensors)
-    for layer in layers:
-        check_readable(layer, claims)
     own: dict[Layout, list[Layer]] = {}
-    for layer in layers:
-        layout = next((layout for layout in LAYOUTS if layout.matches(layer)), None)
-        if layout:
+    refused: dict[str, str] = {}
+    for layer in layers_of(tensors):
+        format_ = unreadable(layer, claims.about(layer.name))
+        # no tool whose layout is known here has such names, but one whose scales divide
+        layout = None if "/" in layer.name else next((layout for layout in LAYOUTS if layout.matches(layer)), None)
+        if format_:
+            refused[layer.name] = format_
+        elif layout:
             own.setdefault(layout, []).append(layer)
     found = [layout.read(own[layout], claims) for layout in LAYOUTS if layout in own]
     coded = [tensor for part in found for tensor in part.tensors]
     replaced = {name for part in found for name in part.replaced}
     warnings = [warning for part in found for warning in part.warnings]
-    if not coded and claims.method:
-        warnings.append(
-            f"{claims.method}, but no tensor is quantized in a known layout: they stay as they are if no type is given"
-        )
+    if coded:
+        warnings += check_keys(claims)
+    plain = [tensor for tensor in tensors if tensor.name not in replaced]
+    unknown = Unknown(plain, claims, refused)
+    warnings += unknown.warnings()
+    if not coded and not unknown and claims.statements:
+        claim = claims.method or next(iter(claims.every()))
+        warnings.append(f"{claim}, but no tensor is quantized: they stay as they are if no type is given")
     model = configs.get("config.json", {}).get("model_type")
-    if model in _TRANSPOSED and any(map(gptq.is_gptq, layers)):
+    if model in _TRANSPOSED and any(layout.read is gptq.gptq_tensors for layout in own):
         warnings.append(
             f"GPTQ: models of type {model} keep some matrices as [in, out], and those of quantized layers are [out, in] here"
         )
-    plain = [tensor for tensor in tensors if tensor.name not in replaced]
-    return Recognized([*plain, *coded], warnings, bool(coded), claims.method is not None)
+    return Recognized([*unknown.kept(plain), *coded], warnings, bool(coded or unknown), bool(claims.statements))

@@ -10,6 +10,7 @@ from typing import Any
 
 from qformat.container.index import MAX_ASSET_BYTES, check_asset_name
 from qformat.converters.quantized.recognize import recognize
+from qformat.converters.quantized.statements import USUAL_FILES, may_state
 from qformat.converters.sources.files import WEIGHTS, read_object
 from qformat.converters.sources.options import SourceOptions
 from qformat.errors import FormatError, SourceError
@@ -30,17 +31,6 @@ _ASSETS = (
     "README.md",
 )
 _NOT_ASSETS = ("*.index.json",)
-# Files that may say how weights are quantized; those with any other name for it are found by pattern
-_CONFIGS = (
-    "config.json",
-    "quantize_config.json",
-    "quantization_config.json",
-    "hf_quant_config.json",
-    "quant_model_description.json",
-    "quanto_qmap.json",
-    "params.json",
-)
-_MORE_CONFIGS = ("*config*.json", "*quant*.json", "*qmap*.json")
 
 
 def with_assets(directory: Path, checkpoint: Checkpoint) -> Checkpoint:
@@ -83,7 +73,7 @@ def recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions) 
     """
     configs, damaged = _read_configs(directory)
     found = recognize(checkpoint.tensors, configs, options, checkpoint.metadata)
-    if found.quantized and damaged:
+    if found.layers and damaged:
         raise SourceError(
             f"{damaged[0]}: cannot be read as JSON, and may say how the weights beside it are quantized; download it again"
         )
@@ -91,7 +81,7 @@ def recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions) 
         checkpoint,
         tensors=found.tensors,
         warnings=[*checkpoint.warnings, *found.warnings],
-        quantized=found.quantized or found.claimed,
+        quantized=checkpoint.quantized or found.layers or found.claimed,
     )
 
 
@@ -99,8 +89,8 @@ def _read_configs(directory: Path) -> tuple[dict[str, Mapping[str, Any]], list[P
     """Return the JSON objects in configuration files, by file name, and the paths of damaged files."""
     configs: dict[str, Mapping[str, Any]] = {}
     damaged = []
-    others = (name for name in _names_in(directory) if any(fnmatchcase(name, pattern) for pattern in _MORE_CONFIGS))
-    for name in dict.fromkeys((*_CONFIGS, *others)):
+    others = (name for name in _names_in(directory) if may_state(name))
+    for name in dict.fromkeys((*USUAL_FILES, *others)):
         path = directory / name
         try:
             configs[name] = read_object(path)
@@ -108,7 +98,7 @@ def _read_configs(directory: Path) -> tuple[dict[str, Mapping[str, Any]], list[P
             continue
         except (OSError, ValueError) as error:
             # some servers answer "forbidden" for files that do not exist
-            if name in _CONFIGS and not (is_remote(path) and isinstance(error, OSError)):
+            if name in USUAL_FILES and not (is_remote(path) and isinstance(error, OSError)):
                 damaged.append(path)
     return configs, damaged
 

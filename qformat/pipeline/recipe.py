@@ -51,9 +51,23 @@ class Recipe:
         return cls(None if default is None else parse_type(default), parsed)
 
     def encoder_for(self, tensor: SourceTensor) -> Encoder:
-        """Return the encoder for a tensor; raise `SourceError` if the type that is given cannot hold the tensor's dtype."""
+        """Return the encoder for a tensor.
+
+        Raises
+        ------
+        SourceError
+            If the type that is given cannot hold the tensor's dtype, or the tensor stays as it is whatever type is given.
+        """
         copies = tensor.copies()
         keep = copies[0][1]
+        if tensor.fixed_because:
+            given = last_match(tensor.name, self.overrides, self.default)
+            if given is not None:
+                raise SourceError(
+                    f"tensor {tensor.name!r} {tensor.fixed_because}: it can only stay as it is; leave out {given}, or give it to "
+                    "other tensors by name"
+                )
+            return keep
         if not tensor.dtype.floating:
             return keep
         default = keep if self.default is None or len(tensor.shape) < 2 or tensor.kept else self.default
@@ -69,7 +83,11 @@ class Recipe:
 
     def check_patterns(self, tensors: Iterable[SourceTensor]) -> None:
         """Raise `TypeSpecError` if a pattern matches no floating tensor: it would be ignored silently."""
-        check_patterns(self.overrides, tensors, lambda tensor: tensor.dtype.floating, _never_encoded)
+        check_patterns(self.overrides, tensors, _may_be_encoded, _never_encoded)
+
+
+def _may_be_encoded(tensor: SourceTensor) -> bool:
+    return tensor.dtype.floating or bool(tensor.fixed_because)  # what is kept is refused with its reason
 
 
 def _never_encoded(tensor: SourceTensor) -> str:

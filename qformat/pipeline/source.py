@@ -38,12 +38,15 @@ class SourceTensor(ABC):
         Its shape.
     kept
         Whether it stays as it is under a type that is given for all tensors, so that only one that names it applies.
+    fixed_because
+        Why it stays as it is whatever type is asked for, as a clause about the tensor; empty if it may be given any type.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     kept: bool = False
+    fixed_because: str = ""
 
     @abstractmethod
     def read(self, elements: slice) -> Elements:
@@ -74,6 +77,35 @@ class SourceTensor(ABC):
         """Return the encoders that keep the tensor as it is; the first one is used if no type is given."""
         plain = raw(self.dtype)
         return ((plain, plain),)
+
+
+class FixedSource(SourceTensor):
+    """A tensor that stays as it is: it is no weight by itself, but a part of something that is not understood.
+
+    Parameters
+    ----------
+    source
+        The tensor.
+    because
+        Why, as `SourceTensor.fixed_because`.
+    """
+
+    def __init__(self, source: SourceTensor, because: str) -> None:
+        self.name, self.dtype, self.shape = source.name, source.dtype, source.shape
+        self.source, self.fixed_because = source, because
+
+    def read(self, elements: slice) -> Elements:
+        """Return some elements."""
+        return self.source.read(elements)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the checkpoint."""
+        return self.source.nbytes
+
+    def copies(self) -> tuple[Copy, ...]:
+        """Return the encoders that keep the tensor as it is."""
+        return self.source.copies()
 
 
 class QuantizedSource(SourceTensor):

@@ -406,7 +406,6 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     (V1 | {"qweight": np.zeros((0, 16), I32)}, "'a.b.qweight' has shape [0, 16]"),
     (V1 | {"qweight": np.zeros((8, 0), I32)}, "'a.b.qweight' has shape [8, 0]"),
     (V1 | {"qweight": np.zeros(16, I32)}, "'a.b.qweight' has shape [16]"),
-    (V1 | {"qweight": np.zeros((8, 17), I32)}, "'a.b.qweight' of shape [8, 17] with scales 16 wide"),
     (V1 | {"qzeros": np.zeros((3, 2), I32)}, "'a.b.qzeros' of shape [3, 2] does not fit 'a.b.scales'"),
     (V1 | {"qzeros": np.zeros((2, 1), I32)}, "'a.b.g_idx' of shape [64] does not fit"),
     (gptq(layer(4, 16, 64, 32), 4) | {"qzeros": np.zeros((2, 7), I32)}, "14-bit codes, but only 2, 3, 4 and 8 bits"),
@@ -421,7 +420,6 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     (PACKED | {"weight_shape": np.array([17, 64])}, "'a.b.weight_shape' says shape [17, 64]"),
     (PACKED | {"weight_shape": np.array([16, 64, 1])}, "'a.b.weight_shape' says shape [16, 64, 1]"),
     (PACKED | {"weight_shape": np.array([16, 2**62])}, "no number of bits puts"),
-    (PACKED | {"weight_packed": np.zeros((16, 8, 1), I32)}, "'a.b.weight_packed' has shape [16, 8, 1]"),
     (PACKED | {"weight_packed": np.zeros((16, 10), I32)}, "'a.b.weight_packed' has codes of 5 bits"),
     (PACKED | {"weight_packed": np.zeros((16, 80), I32)}, "no number of bits puts 64 columns into 80 words"),
     (PACKED | {"weight_scale": np.ones((15, 2), np.float32)}, "'a.b.weight_scale' has shape [15, 2]"),
@@ -431,14 +429,9 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     (PACKED | {"weight_zero_point": np.zeros((2, 2), np.int8)}, "'a.b.weight_zero_point' of shape [2, 2] does not fit"),
     (PACKED | {"weight_zero_point": np.zeros((0, 2), I32)}, "it has no elements"),
     (PACKED | {"weight_g_idx": np.full(64, 2, I32)}, "'a.b.weight_g_idx': a column is in group 2 of 2"),
-    (PACKED | {"weight_packed": np.zeros((16, 8), np.uint8)}, "format mxfp4-pack-quantized"),
-    (PACKED | {"weight_global_scale": np.ones(1, np.float32)}, "format nvfp4-pack-quantized"),
     (INT8 | {"weight_scale": np.ones((5, 1), np.float32)}, "'a.b.weight_scale' has shape"),
     (INT8 | {"weight_zero_point": np.ones(3, np.int8)}, "'a.b.weight_zero_point' of shape [3] does not fit"),
     (INT8 | {"weight": np.ones((4, 4), np.uint8)}, "only config.json says whether"),
-    ({"B": np.ones((4, 4), I32), "s": np.ones(1, np.float16)}, "'a.b.B' is in the format Marlin"),
-    ({"q_weight": np.ones((4, 4), I32), "q_scale_max": np.ones(1, np.float16)}, "format EXL2"),
-    ({"weight": np.ones((4, 4), np.uint8), "weight_scale": np.ones(4), "weight_scale_2": np.ones(1)}, "format NVFP4"),
 ]
 
 
@@ -467,23 +460,12 @@ CONFIG: list[tuple[Any, str]] = [
     ({"quant_method": "hqq"}, "says quant_method 'hqq'"),
     ({"quant_method": ["gptq"]}, "says quant_method a list"),
     ({"checkpoint_format": "gemm"}, f"its shape means GPTQ's layout, but {SAYS} checkpoint_format 'gemm'"),
-    ({"checkpoint_format": "marlin"}, f"'a.b.qweight' cannot be read: {SAYS} checkpoint_format 'marlin'"),
-    ({"checkpoint_format": "gptq_p"}, "format 'gptq_p', and only GPTQ (gptq, gptq_v2) and AWQ (gemm) can be"),
-    ({"checkpoint_format": 7}, "checkpoint_format 7"),
-    ({"version": "gemv"}, "version 'gemv'"),
-    ({"is_marlin_format": True}, "format Marlin"),
 ]
 
 
 @pytest.mark.parametrize(("config", "message"), CONFIG)
 def test_configurations_that_contradict_the_tensors_are_refused(config, message):
     assert message in refused(V1, config)
-
-
-@pytest.mark.parametrize("version", ["gemv", "gemv_fast", "marlin", "exllama"])
-def test_other_awq_layouts_are_refused(version):
-    parts = awq(layer(4, 16, 64, 32))
-    assert f"version '{version}'" in refused(parts, {"quant_method": "awq", "version": version})
 
 
 def test_configuration_files_that_contradict_each_other_are_refused():
@@ -539,18 +521,6 @@ def test_bitnet_layers_divided_by_a_zero_scale_are_refused(tmp_path):
         convert(Checkpoint([tensor]), tmp_path / "a.qf", Recipe.parse(None))
 
 
-def test_tensors_of_unknown_quantization_formats_stay_raw_with_a_warning():
-    parts = {"weight": np.ones((4, 4), np.uint8), "quant_map": np.ones(16, np.float32)}
-    found, warnings = recognized(parts, {"quant_method": "bitsandbytes"})
-    assert [tensor.name for tensor in found] == ["a.b.weight", "a.b.quant_map"]
-    assert len(warnings) == 1
-    assert warnings[0].startswith(
-        "quantize_config.json says quant_method 'bitsandbytes', but no tensor is quantized in a known layout"
-    )
-    floats = sources({"weight": np.ones((4, 4), np.float32)})
-    assert found_in(floats, {"config.json": {"model_type": "llama"}}, SourceOptions()) == (floats, [])
-
-
 WORDS = st.sampled_from(["gptq", "awq", "4", "128x128", "row", "online"])
 INNER_KEYS = st.sampled_from(["weights", "num_bits", "group_size", "block_structure", "a"])
 JSON = st.recursive(
@@ -593,14 +563,6 @@ def save(folder: Path, parts: Mapping[str, Any], config: Any) -> Path:
 
 def types(request: Request) -> dict[str, str]:
     return {plan.source.name: str(plan.encoder) for plan in request.plans()}
-
-
-def test_parts_of_unknown_quantized_weights_stay_raw_by_default(tmp_path):
-    parts = {"a.W_q": np.ones((8, 8), np.uint8), "a.scale": np.ones((8, 8), np.float16)}
-    config = {"quantization_config": {"quant_method": "hqq"}}
-    source = str(save(tmp_path / "m", parts, config))
-    assert types(Request(source)) == {"a.W_q": "u8", "a.scale": "f16"}
-    assert types(Request(source, type="q8_0"))["a.scale"] == "q8_0"
 
 
 def test_a_configuration_that_is_no_json_is_refused(tmp_path):
