@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qformat.converters.quantized import awq, bitnet, compressed_tensors, fp8, gptq
+from qformat.converters.quantized import awq, bitnet, bitsandbytes, compressed_tensors, fp8, gptq, microscaled
 from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.layer import Layer, Layout, each, layers_of
 from qformat.converters.quantized.meaning import check_keys
@@ -22,6 +22,27 @@ from qformat.pipeline.source import SourceTensor
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 LAYOUTS = (
+    Layout(
+        "bitsandbytes",
+        bitsandbytes.is_four_bit,
+        each(bitsandbytes.four_bit_tensor, bitsandbytes.ROLES),
+        bitsandbytes.ROLES,
+    ),
+    Layout(
+        "LLM.int8",
+        bitsandbytes.is_int8,
+        each(bitsandbytes.int8_tensor, bitsandbytes.INT8_ROLES),
+        bitsandbytes.INT8_ROLES,
+    ),
+    *(
+        Layout(name, matches, each(read, roles), roles)
+        for name, matches, read, roles in (
+            ("pack-quantized", microscaled.is_packed, microscaled.packed_tensor, microscaled.PACKED_ROLES),
+            ("NVFP4", microscaled.is_nvfp4, microscaled.nvfp4_tensor, microscaled.NVFP4_ROLES),
+            ("FP4", microscaled.is_signed, microscaled.signed_tensor, microscaled.SIGNED_ROLES),
+            ("MXFP4", microscaled.is_blocks, microscaled.block_tensor, microscaled.BLOCK_ROLES),
+        )
+    ),
     Layout(
         "pack-quantized",
         compressed_tensors.is_packed,
