@@ -52,8 +52,8 @@ def export_gguf(job: Job, output: Path) -> Export:
     path = job.container.path
     if any(asset.name == REST for asset in job.container.index.assets):
         return _again(job, output, f"{path}: asset {REST!r}")
-    header, outputs = _anew(job, str(path))
-    warnings = _unchanged(outputs, job.dtype)
+    header, outputs, warnings = _anew(job, str(path))
+    warnings += _unchanged(outputs, job.dtype)
     return Export(output, {output.name: _write(job, output, header, outputs)}, outputs, warnings)
 
 
@@ -94,30 +94,28 @@ def _write_tensors(job: Job, file: PartialFile, header: Header, outputs: Sequenc
     job.write(file, [(output, info.offset) for output, info in zip(outputs, header.tensors, strict=True)])
 
 
-def _anew(job: Job, label: str) -> tuple[Header, list[Output]]:
-    """Return the header of a new file from a Hugging Face model, and its tensors."""
+def _anew(job: Job, label: str) -> tuple[Header, list[Output], list[str]]:
+    """Return the header of a new file from a Hugging Face model, its tensors, and warnings."""
     assets = {asset.name: job.container.asset(asset.name) for asset in job.container.index.assets}
     model = Model(assets, label)
     named: dict[str, Output] = {}
     frequencies = model.frequencies()
     if frequencies is not None:
         named["rope_freqs.weight"] = Output(ArrayTensor("rope_freqs.weight", Elements(F32, frequencies)), raw(F32))
-    for name, place in model.places(job.tensors).items():
+    placed = model.places(job.tensors)
+    for name, place in placed.places.items():
         tensor = job.tensors[name]
         codec = codec_for(tensor, job.dtype, place.name) if len(tensor.shape) > 1 else raw(F32)
         if place.heads:
             check_heads(tensor, place.heads)
         named[place.name] = RotatedOutput(tensor, codec, place.heads) if place.heads else Output(tensor, codec)
-    embedding = named.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise SourceError(f"{label}: cannot become a GGUF file: there is no token embedding")
-    values = model.values(embedding.shape[0])
+    values, warnings = model.values(named["token_embd.weight"].shape[0])
     entries = [(name, type_name(tensor.codec), tensor.shape) for name, tensor in named.items()]
     most = _most((kind, math.prod(shape)) for _, kind, shape in entries)
     values[_FILE_TYPE] = _FILE_TYPES.get(most, _GUESSED)
     values["general.quantization_version"] = _QUANTIZATION_VERSION
     data = build(values, entries)
-    return parse(io.BytesIO(data), len(data), label), list(named.values())
+    return parse(io.BytesIO(data), len(data), label), list(named.values()), [*placed.warnings, *warnings]
 
 
 def _outputs(job: Job, header: Header, label: str) -> list[Output]:

@@ -5,36 +5,23 @@ For models like Llama with a byte-level BPE tokenizer. Keys and names are those 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.errors import SourceError
-
-JsonObject = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """GGUF's name of an architecture, and whether GGUF has the rows of query and key matrices in another order."""
-
-    name: str
-    permuted: bool
-
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("llama", permuted=True),
-    "MistralForCausalLM": Architecture("llama", permuted=True),
-    "Qwen2ForCausalLM": Architecture("qwen2", permuted=False),
-}
+from qformat.converters.exports.described import CONFIG, Description
+from qformat.converters.exports.gguf_config import Hyperparameters
+from qformat.converters.exports.gguf_tokenizer import tokenizer_values
+from qformat.converters.exports.roles import is_activation_scale
+from qformat.converters.wording import and_more
+from qformat.dtypes import F32
+from qformat.pipeline.source import SourceTensor, StoredSource
 
 # In the order of the file
-_BEFORE = {"model.embed_tokens": "token_embd"}
 _LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -46,14 +33,8 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_AFTER = {"model.norm": "output_norm", "lm_head": "output"}
+_EMBEDDING, _OUTPUT, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm"
 _COMPUTED = re.compile(r"(model\.layers\.[0-9]+\.self_attn|model)\.rotary_emb\.(inv_freq|\w+_cached)")
-
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-
-# How the tokenizers of GPT-4, Llama 3 and Qwen 2 split a text; they differ in the number of digits that stay together
-_CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CUTS = {_CUT.replace("DIGITS", "{1,3}"): "llama-bpe", _CUT.replace("DIGITS", ""): "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +45,14 @@ class Place:
     heads: int = 0
 
 
+@dataclass
+class Places:
+    """The place of each tensor in GGUF by its name, in the order of the file, and warnings about tensors that have none."""
+
+    places: dict[str, Place] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
 class Model:
     """A Hugging Face model, described by its files (config.json, tokenizer.json and others); `label` names it in messages.
 
@@ -71,226 +60,118 @@ class Model:
     """
 
     def __init__(self, assets: Mapping[str, bytes], label: str) -> None:
-        self._label = label
-        self._assets = assets
-        self._config = self._json("config.json") or self._refuse("there is no config.json")
-        names = self._config.get("architectures")
-        known = [name for name in names if name in ARCHITECTURES] if isinstance(names, list) else []
-        if not known:
-            self._refuse(f"it is of architecture {names}, and only {', '.join(ARCHITECTURES)} are supported")
-        self.architecture = ARCHITECTURES[known[0]]
+        self._description = Description(assets, label)
+        self._hyperparameters = Hyperparameters(self._description)
 
-    def places(self, names: Iterable[str]) -> dict[str, Place]:
-        """Return the place of each tensor, in the order of the file, leaving out those that are computed.
+    def places(self, tensors: Mapping[str, SourceTensor]) -> Places:
+        """Return the places of tensors, leaving out those that are computed, or that do nothing.
 
-        Raises `SourceError` if such a model has no tensor of some name.
+        Raises `SourceError` if such a model has no tensor of some name, or lacks one, or has one of another shape.
         """
-        left = {name for name in names if not _COMPUTED.fullmatch(name)}
-        layers = self._number("num_hidden_layers")
-        table = dict(_BEFORE)
-        for layer in range(layers):
-            table |= {f"model.layers.{layer}.{theirs}": f"blk.{layer}.{ours}" for theirs, ours in _LAYER.items()}
-        table |= _AFTER
-        found: dict[str, Place] = {}
-        for theirs, ours in table.items():
-            for kind in ("weight", "bias"):
-                if (name := f"{theirs}.{kind}") in left:
-                    left.remove(name)
-                    found[name] = Place(f"{ours}.{kind}", self._heads(ours))
+        found = Places()
+        left = {name: tensor for name, tensor in tensors.items() if not _COMPUTED.fullmatch(name)}
+        self._place_embedding(found, left)
+        for layer in range(self._hyperparameters.layers):
+            for theirs, ours in _LAYER.items():
+                self._place(found, left, f"model.layers.{layer}.{theirs}", f"blk.{layer}.{ours}")
+        self._place(found, left, _NORM, "output_norm")
+        self._place_output(found, left, tensors[_EMBEDDING])
+        self._leave_out(found, left, [name for name in left if is_activation_scale(name)], "only scales activations")
+        zeros = [name for name in left if name.endswith(".bias") and _is_zero(left[name])]
+        self._leave_out(found, left, zeros, "is zero")
         if left:
-            self._refuse(f"a {self.architecture.name} model has no tensor {min(left)!r}")
+            self._description.refuse(f"a {self._architecture} model has no tensor {min(left)!r}")
         return found
 
-    def _heads(self, name: str) -> int:
-        if not self.architecture.permuted or not name.endswith(("attn_q", "attn_k")):
-            return 0
-        return self._number("num_attention_heads") if name.endswith("q") else self._key_heads
-
-    @property
-    def _key_heads(self) -> int:
-        return self._number("num_key_value_heads", self._number("num_attention_heads"))
-
-    def values(self, vocabulary: int) -> dict[str, Any]:
-        """Return the value of each key, including the tokenizer's, given the number of rows of the embedding.
+    def values(self, vocabulary: int) -> tuple[dict[str, Any], list[str]]:
+        """Return the value of each key, including the tokenizer's, given the number of rows of the embedding; and warnings.
 
         Raises `SourceError` if something is missing or not supported.
         """
-        arch = self.architecture.name
-        heads, width = self._number("num_attention_heads"), self._number("hidden_size")
-        values: dict[str, Any] = {
-            "general.architecture": arch,
-            "general.type": "model",
-            f"{arch}.block_count": self._number("num_hidden_layers"),
-            f"{arch}.context_length": self._number("max_position_embeddings"),
-            f"{arch}.embedding_length": width,
-            f"{arch}.feed_forward_length": self._number("intermediate_size"),
-            f"{arch}.attention.head_count": heads,
-            f"{arch}.attention.head_count_kv": self._key_heads,
-            f"{arch}.attention.layer_norm_rms_epsilon": self._real("rms_norm_eps", self._config),
-            f"{arch}.vocab_size": vocabulary,
-        }
-        if self._head != width // heads:
-            values |= {f"{arch}.attention.{kind}_length": self._head for kind in ("key", "value")}
-        return values | self._rope(arch) | self._tokenizer(vocabulary)
-
-    @property
-    def _head(self) -> int:
-        """Elements of a head."""
-        return self._number("head_dim", self._number("hidden_size") // self._number("num_attention_heads"))
-
-    @property
-    def _rotation(self) -> tuple[str, JsonObject]:
-        """The type of rotary embeddings, and their parameters, which are under one of two keys."""
-        old, new = self._config.get("rope_scaling") or {}, self._config.get("rope_parameters") or {}
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            self._refuse("rope_parameters of config.json are invalid")
-        rope = {"rope_theta": self._config.get("rope_theta", 10000.0)} | old | new
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in ("default", "linear", "yarn", "llama3"):
-            self._refuse(f"rotary embeddings of type {kind!r} are not supported")
-        return str(kind), rope
-
-    def _rope(self, arch: str) -> dict[str, Any]:
-        kind, rope = self._rotation
-        values: dict[str, Any] = {
-            f"{arch}.rope.dimension_count": self._head,
-            f"{arch}.rope.freq_base": self._real("rope_theta", rope),
-        }
-        if kind in ("linear", "yarn"):
-            values[f"{arch}.rope.scaling.type"] = kind
-            values[f"{arch}.rope.scaling.factor"] = self._real("factor", rope)
-        if kind == "yarn":
-            length = self._real("original_max_position_embeddings", rope)
-            values[f"{arch}.rope.scaling.original_context_length"] = int(length)
-        return values
+        values = self._hyperparameters.values() | {f"{self._architecture}.vocab_size": vocabulary}
+        tokenizer, warnings = tokenizer_values(self._description, self._architecture, vocabulary)
+        return values | tokenizer, warnings
 
     def frequencies(self) -> NDArray[np.float32] | None:
         """Return the divisors of the frequencies of Llama 3's rotary embeddings, a tensor in GGUF; None for other models."""
-        kind, rope = self._rotation
-        if kind != "llama3":
-            return None
-        factor, low, high = (self._real(f"{key}factor", rope) for key in ("", "low_freq_", "high_freq_"))
-        length = self._real("original_max_position_embeddings", rope)
-        if low >= high:
-            self._refuse("low_freq_factor of config.json is not below high_freq_factor")
-        turns = length / (2 * np.pi * self._real("rope_theta", rope) ** (np.arange(0, self._head, 2) / self._head))
-        smooth = np.clip((turns - low) / (high - low), 0, 1)
-        return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+        return self._hyperparameters.frequencies()
 
-    def _tokenizer(self, vocabulary: int) -> dict[str, Any]:
-        tokenizer = self._json("tokenizer.json") or self._refuse("there is no tokenizer.json")
-        settings = self._json("tokenizer_config.json") or {}
-        model = tokenizer.get("model")
-        if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("byte_fallback"):
-            self._refuse("its tokenizer is not byte-level BPE, and no other is supported")
-        try:
-            ids = {str(token): int(number) for token, number in model["vocab"].items()}
-            added = {str(token["content"]): token for token in tokenizer.get("added_tokens") or []}
-            ids |= {content: int(token["id"]) for content, token in added.items()}
-            tokens, types = _tokens(ids, added, vocabulary)
-            merges = [_merge(merge) for merge in model["merges"]]
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            self._refuse("its tokenizer.json is invalid, or has more tokens than the embedding has rows")
-        values: dict[str, Any] = {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": self._pre(tokenizer),
-            "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.token_type": types,
-            "tokenizer.ggml.merges": merges,
-        }
-        for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-            number = self._special(key, settings, ids)
-            if number is not None and 0 <= number < vocabulary:
-                values[f"tokenizer.ggml.{name}_token_id"] = number
-        for key in ("add_bos_token", "add_eos_token"):
-            if isinstance(settings.get(key), bool):
-                values[f"tokenizer.ggml.{key}"] = settings[key]
-        template = self._template(settings)
-        return values | ({"tokenizer.chat_template": template} if template else {})
+    @property
+    def _architecture(self) -> str:
+        return self._hyperparameters.architecture.name
 
-    def _special(self, key: str, settings: JsonObject, ids: Mapping[str, int]) -> int | None:
-        """Return the number of a special token from the tokenizer, else from the model."""
-        token = settings.get(f"{key}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str) and content in ids:
-            return ids[content]
-        number = self._config.get(f"{key}_token_id")
-        first = number[0] if isinstance(number, list) and number else number
-        return int(first) if isinstance(first, int) else None
+    def _place(self, found: Places, left: dict[str, SourceTensor], theirs: str, ours: str) -> None:
+        """Place the weight of a module, and its bias if it has one."""
+        kind = ours.rpartition(".")[2]
+        shape = self._hyperparameters.shapes[kind]
+        heads = self._heads(kind)
+        self._take(found, left, f"{theirs}.weight", shape, Place(f"{ours}.weight", heads))
+        if kind in self._hyperparameters.biases:
+            self._take(found, left, f"{theirs}.bias", shape[:1], Place(f"{ours}.bias", heads))
 
-    def _template(self, settings: JsonObject) -> str | None:
-        file = self._assets.get("chat_template.jinja")
-        if file is not None:
-            return file.decode("utf-8", "replace")
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+    def _take(
+        self, found: Places, left: dict[str, SourceTensor], name: str, shape: tuple[int, ...], place: Place
+    ) -> None:
+        if name not in left:
+            self._description.refuse(f"tensor {name!r} is missing")
+        tensor = left.pop(name)
+        if tensor.shape != shape:
+            self._description.refuse(
+                f"tensor {name!r} is of shape {[*tensor.shape]}, and not {[*shape]} as {CONFIG} says"
+            )
+        if not tensor.dtype.floating:
+            self._description.refuse(f"tensor {name!r} holds integers of type {tensor.dtype.name}")
+        found.places[name] = place
 
-    def _pre(self, tokenizer: JsonObject) -> str:
-        """Return llama.cpp's name for how the tokenizer splits a text before merging tokens."""
-        pre = tokenizer.get("pre_tokenizer") or {}
-        steps: list[Any] = pre.get("pretokenizers") or [] if pre.get("type") == "Sequence" else [pre]
-        kinds = [step.get("type") for step in steps]
-        if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-            return "smollm"
-        if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-            cut = (steps[0].get("pattern") or {}).get("Regex")
-            if cut in _CUTS:
-                return _CUTS[cut]
-        return self._refuse("its tokenizer.json splits texts in a way that GGUF has no name for")
-
-    def _number(self, key: str, default: int | None = None) -> int:
-        value = self._config.get(key)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or not 0 < value < 1 << 31:
-            self._refuse(f"{key} of config.json is {value!r}, and not a positive integer")
-        return value
-
-    def _real(self, key: str, values: JsonObject) -> float:
-        value = values.get(key)
-        if type(value) not in (int, float) or not 0 < value < 1e30:  # type: ignore[operator]
-            self._refuse(f"{key} of config.json is {value!r}, and not a positive number")
-        return float(value)  # type: ignore[arg-type]
-
-    def _json(self, name: str) -> JsonObject | None:
-        if name not in self._assets:
-            return None
-        try:
-            value = json.loads(self._assets[name])
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            self._refuse(f"its {name} is not valid")
-        return value
-
-    def _refuse(self, cause: str) -> NoReturn:
-        raise SourceError(
-            f"{self._label}: cannot become a GGUF file: {cause}; export it --to hf and use llama.cpp's convert_hf_to_gguf.py"
+    def _place_embedding(self, found: Places, left: dict[str, SourceTensor]) -> None:
+        embedding = left.get(_EMBEDDING)
+        if embedding is None or len(embedding.shape) != 2:
+            self._description.refuse("there is no token embedding")
+        self._take(
+            found, left, _EMBEDDING, (embedding.shape[0], self._hyperparameters.width), Place("token_embd.weight")
         )
 
+    def _place_output(self, found: Places, left: dict[str, SourceTensor], embedding: SourceTensor) -> None:
+        """Place the output matrix, which is missing in models that use the embedding for it; some have it all the same."""
+        tied = self._hyperparameters.tied
+        if tied and _OUTPUT not in left:
+            pass
+        elif tied and _same(left[_OUTPUT], embedding):
+            self._leave_out(found, left, [_OUTPUT], "is the embedding again")
+        elif tied and not (_is_lossy(left[_OUTPUT]) or _is_lossy(embedding)):
+            self._description.refuse(
+                f"tensor {_OUTPUT!r} is not the embedding, as tie_word_embeddings of {CONFIG} says"
+            )
+        elif not tied and _OUTPUT not in left:
+            self._description.refuse(f"tensor {_OUTPUT!r} is missing, and tie_word_embeddings of {CONFIG} is not true")
+        else:
+            self._take(found, left, _OUTPUT, embedding.shape, Place("output.weight"))
 
-def _tokens(ids: Mapping[str, int], added: Mapping[str, JsonObject], count: int) -> tuple[list[str], list[int]]:
-    tokens = [f"[PAD{number}]" for number in range(count)]
-    types = [_UNUSED] * count
-    for token, number in ids.items():
-        if number < 0:
-            raise ValueError(number)
-        tokens[number] = token
-        types[number] = _NORMAL
-        if token in added:
-            special = added[token].get("special") or (token.startswith("<|") and token.endswith("|>"))
-            types[number] = _CONTROL if special else _USER_DEFINED
-    return tokens, types
+    def _leave_out(self, found: Places, left: dict[str, SourceTensor], names: list[str], reason: str) -> None:
+        for name in names:
+            del left[name]
+        if names:
+            found.warnings.append(f"tensor {names[0]!r}{and_more(names)} {reason}: left out")
+
+    def _heads(self, kind: str) -> int:
+        hyperparameters = self._hyperparameters
+        if not hyperparameters.architecture.permuted or kind not in ("attn_q", "attn_k"):
+            return 0
+        return hyperparameters.heads if kind == "attn_q" else hyperparameters.key_heads
 
 
-def _merge(merge: str | Sequence[str]) -> str:
-    """Return a pair in GGUF's notation, with spaces inside tokens as in byte-level BPE."""
-    if isinstance(merge, str):
-        return merge
-    left, right = merge
-    return f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}"
+def _same(one: SourceTensor, other: SourceTensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    chunks = one.matrix.chunks(1)
+    return all(
+        np.array_equal(one.read_chunk(c).cast(F32), other.read_chunk(c).cast(F32), equal_nan=True) for c in chunks
+    )
+
+
+def _is_lossy(tensor: SourceTensor) -> bool:
+    return isinstance(tensor, StoredSource) and bool(tensor.record.error)
+
+
+def _is_zero(tensor: SourceTensor) -> bool:
+    return not any(np.any(tensor.read_chunk(chunk).cast(F32)) for chunk in tensor.matrix.chunks(1))
