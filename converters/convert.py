@@ -9,18 +9,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from qformat.container.reader import ContainerReader
+from qformat.container.replaced import shards_of
+from qformat.container.target import suffixed
 from qformat.container.workspace import NullWorkspace, Workspace
 from qformat.converters.fingerprint import find_finished, fingerprint_of, mark_finished
-from qformat.converters.output import FileContents, FileResult, WriteOptions
+from qformat.converters.output import FileContents, WriteOptions, shard_records
 from qformat.converters.runners import Runner, ThreadRunner
 from qformat.converters.split import shard_paths, split, stored_bytes
-from qformat.errors import FormatError, TargetError
 from qformat.files import is_remote
 from qformat.pipeline.encode import Plan, make_plans
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint
-from qformat.records import TensorRecord
+from qformat.records import ShardRecord, TensorRecord
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Conversion:
         Number of tensors that an earlier run had finished.
     shards
         The files that hold the tensors, if it is not `output`.
-    orphaned_shards
-        Shards of a head that was replaced, which stay.
+    removed_shards, orphaned_shards
+        Shards of a head that was replaced: those that were removed, and those that stay, as another head needs them.
     """
 
     output: Path
@@ -60,6 +60,7 @@ class Conversion:
     seconds: float = 0.0
     resumed: int = 0
     shards: Sequence[Path] = ()
+    removed_shards: Sequence[Path] = ()
     orphaned_shards: Sequence[Path] = ()
 
     @property
@@ -97,6 +98,7 @@ class Conversion:
             "seconds": self.seconds,
             "resumed_tensors": self.resumed,
             "shards": [str(path) for path in self.shards],
+            "removed_shards": [str(path) for path in self.removed_shards],
             "left_shards": [str(path) for path in self.orphaned_shards],
         }
 
@@ -144,41 +146,41 @@ def convert(
     checkpoint = checkpoint if metadata is None else replace(checkpoint, metadata=metadata)
     if runner is None or options.dry_run:
         runner = ThreadRunner()
-    with _workspace(output, options) as workspace:
+    with _workspace(checkpoint, output, options) as workspace:
+        target = workspace.target
         plans = make_plans(checkpoint.tensors, recipe, allow_nonfinite=options.allow_nonfinite)
-        files = cut(checkpoint, plans, output, options, part_size=runner.part_size)
-        fingerprint, shards = files[-1].fingerprint, [output.with_name(name) for name in files[-1].shards]
-        _check_not_source(checkpoint, [*shards, output])
-        old = _shards_at(output) if options.overwrite else []
-        results = find_finished(output, fingerprint, options)
+        files = cut(checkpoint, plans, target, options, part_size=runner.part_size)
+        head = files[-1]
+        results = find_finished(target, head.fingerprint, options)
+        shards: Sequence[ShardRecord] = shards_of(target) if results else ()
         if not results:
-            workspace.claim([path.name for path in (*shards, output)], fingerprint)
+            workspace.claim(head.fingerprint)
             results = runner.write(files, plans, workspace.folder, options)
-            mark_finished(workspace.folder, output.name, fingerprint, results[output.name].root)
-            workspace.commit(fingerprint=fingerprint)
-    orphaned = [path for path in old if path not in shards and path.exists()]
-    return _conversion(output, plans, results, shards, orphaned, time.perf_counter() - start)
+            mark_finished(workspace.folder, target.name, head.fingerprint, results[target.name].root)
+            records = shard_records(head, results)
+            shards = [*records.values()]
+            workspace.commit(fingerprint=head.fingerprint, shards=records)
+    written = [results[name] for name in (*head.shards, target.name) if name in results]
+    return Conversion(
+        output,
+        plans,
+        records=[record for file in written for record in file.records],
+        assets=written[-1].assets,
+        nbytes=sum(file.nbytes for file in written),
+        root=written[-1].root,
+        seconds=time.perf_counter() - start,
+        resumed=sum(file.resumed for file in written),
+        shards=[target.with_name(shard.name) for shard in shards],
+        removed_shards=workspace.removed,
+        orphaned_shards=workspace.left,
+    )
 
 
-def _conversion(
-    output: Path,
-    plans: Sequence[Plan],
-    results: Mapping[str, FileResult],
-    shards: Sequence[Path],
-    orphaned: Sequence[Path],
-    seconds: float,
-) -> Conversion:
-    written = [results[path.name] for path in (*shards, output) if path.name in results]
-    records = [record for file in written for record in file.records]
-    nbytes, resumed = sum(file.nbytes for file in written), sum(file.resumed for file in written)
-    head = written[-1]
-    return Conversion(output, plans, records, head.assets, nbytes, head.root, seconds, resumed, shards, orphaned)
-
-
-def _workspace(output: Path, options: WriteOptions) -> Workspace | NullWorkspace:
+def _workspace(checkpoint: Checkpoint, output: Path, options: WriteOptions) -> Workspace | NullWorkspace:
+    sources = [path for path in checkpoint.files if not is_remote(path)]
     if options.dry_run:
-        return NullWorkspace(output)
-    return Workspace(output, overwrite=options.overwrite, resume=options.resume)
+        return NullWorkspace(output, sources)
+    return Workspace(output, overwrite=options.overwrite, resume=options.resume, sources=sources)
 
 
 def cut(
@@ -194,7 +196,7 @@ def cut(
         whole = replace(whole, shards=[path.name for path in paths])
     elif part_size:
         groups = list(split(plans, stored_bytes, part_size))
-        paths = [output.with_name(f"{output.name}.{number}") for number in range(len(groups))]
+        paths = [suffixed(output, f".{number}") for number in range(len(groups))]
         whole = replace(whole, parts=[path.name for path in paths])
     else:
         return [replace(whole, stop=len(plans))]
@@ -206,20 +208,3 @@ def cut(
         ),
         whole,
     ]
-
-
-def _shards_at(output: Path) -> list[Path]:
-    """Return the shards of a head that is about to be replaced. They stay: the head may be a copy, and theirs still needed."""
-    try:
-        with ContainerReader(output, alone=True) as head:
-            return [output.with_name(shard.name) for shard in head.index.shards]
-    except (FormatError, OSError):
-        return []
-
-
-def _check_not_source(checkpoint: Checkpoint, outputs: Sequence[Path]) -> None:
-    """Refuse to replace a file of the source, whatever `overwrite` says."""
-    sources = [path for path in checkpoint.files if not is_remote(path) and path.exists()]
-    for output in outputs:
-        if output.exists() and any(output.samefile(path) for path in sources):
-            raise TargetError(f"{output}: is a file of the checkpoint that is to be converted; give another name")

@@ -63,11 +63,13 @@ def find_finished(path: Path, fingerprint: str, options: WriteOptions) -> dict[s
 
     Raise `TargetError` if it is damaged and must not be replaced.
     """
+    if options.dry_run or not options.resume or not fingerprint:
+        return {}
     try:
         marked, _, root = os.getxattr(path, _ATTRIBUTE).decode("ascii", "replace").partition(" ")
     except (OSError, AttributeError):
         return {}
-    if options.dry_run or not options.resume or not fingerprint or marked != fingerprint:
+    if marked != fingerprint:
         return {}
     damaged = [report.path for report in verify([str(path)]) if not report.ok]
     if damaged and not options.overwrite:

@@ -10,6 +10,7 @@ from pathlib import Path
 from qformat.container.partial import Journal, NullTarget, PartialFile
 from qformat.container.reader import ContainerReader
 from qformat.container.writer import ContainerWriter
+from qformat.converters.split import with_digest
 from qformat.errors import FormatError
 from qformat.pipeline.encode import Plan, Progress, write_tensors
 from qformat.records import ShardRecord, TensorRecord
@@ -61,7 +62,7 @@ class FileContents:
     parts
         Names of files written before, whose tensors are copied into it instead.
     shards
-        Names of files written before, of which it is the head.
+        Names of files written before, of which it is the head; theirs get a digest when they are placed.
     assets, metadata
         As in `qformat.pipeline.source.Checkpoint`.
     """
@@ -109,9 +110,7 @@ def write_file(
         ContainerWriter(file, metadata=contents.metadata, journal=journal) as writer,
     ):
         resumed = len(writer.records)
-        writer.shards = [
-            ShardRecord(name, written[name].nbytes, written[name].root or _NO_ROOT) for name in contents.shards
-        ]
+        writer.shards = [*shard_records(contents, written).values()]
         for name in sorted(contents.assets)[len(writer.assets) :]:
             writer.asset(name, contents.assets[name]())
         if contents.parts and folder:
@@ -132,6 +131,12 @@ def write_file(
     sizes = {asset.name: asset.size for asset in writer.assets}
     records = [replace(record, error=None) for record in writer.records] if predicted else writer.records
     return FileResult(records, sizes, writer.file_size, writer.root if folder else None, resumed)
+
+
+def shard_records(head: FileContents, written: Mapping[str, FileResult]) -> dict[str, ShardRecord]:
+    """Return what a head says of its shards, which were written before, by the names under which they were written."""
+    roots = {name: written[name].root or _NO_ROOT for name in head.shards}
+    return {name: ShardRecord(with_digest(name, root), written[name].nbytes, root) for name, root in roots.items()}
 
 
 def _journal(contents: FileContents, path: Path | None, options: WriteOptions) -> Journal | nullcontext[None]:

@@ -96,7 +96,10 @@ class DaskRunner:
         """Write files; those of workers that are lost are written again by others. `SourceError` if the cluster fails."""
         assert folder is not None
         own = replace(options, jobs=1, progress=None)
-        tasks = [file for file in files if not (file.parts or file.shards)]
+        tasks: list[FileContents] = []
+        joined: list[FileContents] = []
+        for file in files:
+            (joined if file.parts or file.shards else tasks).append(file)
         written: dict[str, FileResult] = {}
         with self._client() as client:
             from distributed import as_completed
@@ -109,9 +112,8 @@ class DaskRunner:
                 written[file.path.name] = future.result()
                 if options.progress:
                     options.progress(sum(plan.matrix.elements for plan in plans[file.start : file.stop]))
-        for file in files:
-            if file not in tasks:
-                written[file.path.name] = write_file(file, plans, written, folder, replace(options, progress=None))
+        for file in joined:
+            written[file.path.name] = write_file(file, plans, written, folder, replace(options, progress=None))
         return written
 
     @contextmanager

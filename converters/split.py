@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 from qformat.container.layout import align
+from qformat.container.target import longest_name
 from qformat.errors import TargetError
 from qformat.pipeline.encode import Plan
 
 _T = TypeVar("_T")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_DIGITS = 12
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -52,13 +55,26 @@ def stored_bytes(plan: Plan) -> int:
 
 
 def shard_paths(output: Path, count: int) -> list[Path]:
-    """Return where the shards of a file stand: ``m-00001-of-00003.qf`` and so on beside ``m.qf``.
+    """Return the paths of the shards of a file without their digests: ``m-00001-of-00003.qf`` and so on beside ``m.qf``.
 
     Raises
     ------
     TargetError
-        If there are more than can be numbered.
+        If there are more than can be numbered, or their names are too long.
     """
     if count > 99999:
         raise TargetError(f"{output}: would have {count} shards; give a larger --shard-size")
-    return [output.with_name(f"{output.stem}-{i:05}-of-{count:05}{output.suffix}") for i in range(1, count + 1)]
+    paths = [output.with_name(f"{output.stem}-{i:05}-of-{count:05}{output.suffix}") for i in range(1, count + 1)]
+    excess = len(os.fsencode(with_digest(paths[0].name, "0" * _DIGITS))) - longest_name(output.parent)
+    if excess > 0:
+        raise TargetError(f"{output}: the names of its shards are too long; give a name that is {excess} bytes shorter")
+    return paths
+
+
+def with_digest(name: str, root: str) -> str:
+    """Return the name of a shard with the root digest of its content: ``m-00001-of-00003-0f1e2d3c4b5a.qf``.
+
+    So shards of different content never have one name, and those of the old head and of the new one stand side by side.
+    """
+    path = PurePath(name)
+    return f"{path.stem}-{root[:_DIGITS]}{path.suffix}"

@@ -9,7 +9,7 @@ from qformat.container.partial import PartialFile
 from qformat.container.reader import ContainerReader
 from qformat.container.workspace import Workspace
 from qformat.container.writer import ContainerWriter
-from qformat.converters.sources.container import check_layers, check_not_source
+from qformat.converters.sources.container import check_layers, files_of
 from qformat.quality import Quality
 from qformat.readers.decoder import Decoders
 
@@ -60,15 +60,14 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
         If the file cannot be written; nothing is left at `output` then.
     """
     with ContainerReader(source) as container:
-        check_not_source(container, output)
         check_layers(container, quality)
         index = container.index
         fingerprint = f"truncate {container.root} {quality}"
-        with Workspace(output, overwrite=overwrite) as workspace:
-            workspace.claim([output.name], fingerprint)
+        with Workspace(output, overwrite=overwrite, sources=files_of(container)) as workspace:
+            workspace.claim(fingerprint)
             decoders = [*Decoders(container, quality)]
             with (
-                PartialFile(workspace.folder / output.name, output) as file,
+                PartialFile(workspace.folder / workspace.target.name, output) as file,
                 ContainerWriter(file, metadata=index.metadata) as writer,
             ):
                 for asset in index.assets:

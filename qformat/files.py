@@ -99,6 +99,15 @@ def identity(path: Path) -> tuple[str | int, ...]:
     return (path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
+def beside(path: Path, name: str) -> Path:
+    """Return the path of a file in the folder of another one; in that of the file to which a link leads, if only there is one."""
+    own = path.with_name(name)
+    if path.is_symlink() and not own.exists():
+        linked = Path(os.path.realpath(path)).with_name(name)
+        return linked if linked.exists() else own
+    return own
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; a pipe would block, and a device might never end.
 

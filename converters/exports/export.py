@@ -17,7 +17,7 @@ from qformat.converters.exports.gguf import export_gguf
 from qformat.converters.exports.hf import export_hf, is_replaceable
 from qformat.converters.exports.outputs import DEFAULT_SHARD, Export, Job
 from qformat.converters.exports.safetensors import export_safetensors
-from qformat.converters.sources.container import ContainerTensor, check_layers, check_not_source
+from qformat.converters.sources.container import ContainerTensor, check_layers, files_of
 from qformat.errors import TypeSpecError
 from qformat.parallel import default_jobs
 from qformat.pipeline.encode import Progress
@@ -103,18 +103,18 @@ def export(
     chosen = None if dtype is None else _parse_dtype(dtype, to, format_.dtypes)
     asked = Quality.parse(quality)
     with ContainerReader(source) as container:
-        check_not_source(container, output)
         check_layers(container, asked)
         tensors = {decoder.record.name: ContainerTensor(decoder) for decoder in Decoders(container, asked)}
         names = [asset.name for asset in container.index.assets]
         replaceable = partial(format_.replaceable, names) if format_.replaceable else None
         fingerprint = f"export {container.root} {to} {chosen} {asked} {shard_size}"
-        with Workspace(output, overwrite=overwrite, replaceable=replaceable) as workspace:
-            workspace.claim([output.name], fingerprint)
+        sources = files_of(container)
+        with Workspace(output, overwrite=overwrite, replaceable=replaceable, sources=sources) as workspace:
+            workspace.claim(fingerprint)
             job = Job(container, tensors, workspace.folder, chosen, jobs or default_jobs(), progress, shard_size)
-            done = format_.write(job, output)
+            done = format_.write(job, workspace.target)
             workspace.commit(fingerprint=fingerprint)
-    return replace(done, seconds=time.perf_counter() - start)
+    return replace(done, output=output, seconds=time.perf_counter() - start)
 
 
 def _parse_dtype(dtype: str, to: Format, allowed: Sequence[str]) -> ChunkEncoder:

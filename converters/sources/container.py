@@ -18,7 +18,7 @@ from qformat.converters.llama_cpp import is_quantizable
 from qformat.converters.sources.gguf import REST
 from qformat.converters.wording import and_more
 from qformat.dtypes import Elements
-from qformat.errors import FormatError, QFormatError, QualityError, SourceError, TargetError
+from qformat.errors import FormatError, QFormatError, QualityError, SourceError
 from qformat.files import on_this_machine, reading
 from qformat.pipeline.source import Checkpoint, SourceTensor, StoredSource
 from qformat.quality import Quality
@@ -98,7 +98,7 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
     return Checkpoint(
         tensors,
         {asset.name: partial(_asset, container, asset.name) for asset in container.index.assets},
-        files=[path, *(shard.path for shard in container.shards)],
+        files=[path, *map(Path, (shard.path for shard in container.shards))],
         metadata=container.index.metadata,
         variant=str(quality),
         quantized=any(not isinstance(tensor.codec, Raw) for tensor in tensors),
@@ -115,10 +115,9 @@ def lossy_warning(tensors: Iterable[SourceTensor]) -> list[str]:
     return [f"tensor {name!r}{and_more(lossy)}: lossy already, of type {type_}; errors are against the decoded values"]
 
 
-def check_not_source(container: ContainerReader, output: Path) -> None:
-    """Raise `TargetError` if an output file is the container, or one of its shards."""
-    if output.exists() and any(output.samefile(home.path) for home in (container, *container.shards)):
-        raise TargetError(f"{output}: is the file that is to be read, or a part of it; give another name")
+def files_of(container: ContainerReader) -> list[Path]:
+    """Return the paths of a container and its shards."""
+    return [Path(home.path) for home in (container, *container.shards)]
 
 
 def check_layers(container: ContainerReader, quality: Quality) -> None:

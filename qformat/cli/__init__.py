@@ -53,6 +53,8 @@ class _Commands(click.Group):
             raise click.UsageError(str(error)) from None
         except QFormatError as error:
             raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt as interrupt:
+            ctx.exit(_interrupted(interrupt))
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -67,14 +69,24 @@ class _Commands(click.Group):
 def cli() -> None:
     """Model checkpoints in one small, versioned, checksummed file.
 
-    Every command has its own --help. Exit status: 0 success, 1 error, 2 wrong usage.
+    Every command has its own --help. Exit status: 0 success, 1 error, 2 wrong usage, 130 interrupted.
     """
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which unwinds as Ctrl-C does: what is not kept for a later run is removed."""
+
+
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    """Unwind as on Ctrl-C, so that the partial file is removed."""
     del signum, frame
-    raise KeyboardInterrupt
+    raise _Terminated
+
+
+def _interrupted(interrupt: KeyboardInterrupt) -> int:
+    """Say that a run was interrupted, and what it leaves; return the exit status, which is that of shells."""
+    notes = getattr(interrupt, "__notes__", [])
+    click.echo("; ".join(["Interrupted", *notes]).replace(";", ":", 1), err=True)
+    return 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
 
 
 def main() -> None:
@@ -85,9 +97,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         cli(prog_name="qformat")
-    except KeyboardInterrupt:  # during imports, outside of click's handler
-        click.echo("Aborted!", err=True)
-        sys.exit(1)
+    except KeyboardInterrupt as interrupt:  # outside of a command
+        sys.exit(_interrupted(interrupt))
     finally:
         _settle()
 

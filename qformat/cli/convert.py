@@ -141,7 +141,7 @@ def command(src: Path, dst: Path, *, verbose: bool, as_json: bool, **settings: A
     if result.orphaned_shards:
         warn(
             f"{plural(len(result.orphaned_shards), 'shard')} of the replaced {dst} left in place: "
-            f"{result.orphaned_shards[0]}{and_more(result.orphaned_shards)}; remove what no other head needs"
+            f"{result.orphaned_shards[0]}{and_more(result.orphaned_shards)}; another head needs them, or they were changed"
         )
     if as_json:
         more = {"dry_run": result.is_dry_run, "pruned_tensors": len(pruned), "pruned_weights": _zeros(pruned.values())}
@@ -206,6 +206,8 @@ def _echo_summary(result: Conversion, pruned: Collection[Pruned]) -> None:
         f"{result.bpw:.3f} bits/weight; {plural(len(result.assets), 'other file')}"
         + ("" if dry_run else f"; in {result.seconds:.1f} s")
     )
+    if result.removed_shards:
+        click.echo(f"{plural(len(result.removed_shards), 'shard')} of the replaced {dst} removed")
     if result.shards:
         click.echo(f"in {len(result.shards)} shards, {result.shards[0].name} and so on, and their head {dst.name}")
     if result.resumed:

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from qformat.container.index import parse_asset, parse_tensor
+from qformat.container.target import suffixed
 from qformat.errors import FormatError, TargetError
 from qformat.records import AssetRecord, TensorRecord
 
@@ -27,6 +28,7 @@ Record = AssetRecord | TensorRecord
 
 _SYNC_EVERY = 32 << 20
 _READ = 1 << 20
+_JOURNAL = ".journal"
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
@@ -48,9 +50,21 @@ def take_lock(fd: int, label: Path) -> None:
     """Lock an open file until it is closed; raise `TargetError` if another process has locked it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TargetError(f"{label}: another process is writing it; wait for it to end") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some network file systems have no locks
-            raise TargetError(f"{label}: another process is writing it; wait for it to end") from None
+            raise
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`; raise `OSError` if that fails."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        if not written:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        view, offset = view[written:], offset + written
 
 
 class NullTarget:
@@ -94,6 +108,9 @@ class PartialFile:
             raise writing_failed(label, error, kept=kept) from None
         try:
             take_lock(self._fd, label)  # the job of a cluster may run twice, if its first worker only seems to be lost
+        except OSError as error:
+            os.close(self._fd)
+            raise writing_failed(label, error, kept=kept) from None
         except BaseException:
             os.close(self._fd)
             raise
@@ -103,13 +120,9 @@ class PartialFile:
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of `data` at `offset`; raise `TargetError` if the disk is full or the write fails otherwise."""
-        view = memoryview(data)
         try:
-            while view:
-                written = os.pwrite(self._fd, view, offset)
-                view = view[written:]
-                offset += written
-                self._unsynced += written
+            write_all(self._fd, data, offset)
+            self._unsynced += len(data)
             if self._unsynced >= _SYNC_EVERY:
                 self._start_sync()
         except OSError as error:
@@ -152,15 +165,17 @@ class PartialFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
-                if self._sync is not None:
-                    self._sync.result()
-                os.fsync(self._fd)
+            try:
+                if kind is None:
+                    if self._sync is not None:
+                        self._sync.result()
+                    os.fsync(self._fd)
+            finally:
+                self._syncer.shutdown(cancel_futures=True)
+                os.close(self._fd)  # where network file systems report what could not be written
         except OSError as failure:
-            raise writing_failed(self._label, failure, kept=self._kept) from None
-        finally:
-            self._syncer.shutdown(cancel_futures=True)
-            os.close(self._fd)
+            if kind is None:
+                raise writing_failed(self._label, failure, kept=self._kept) from None
 
 
 class Journal:
@@ -182,13 +197,18 @@ class Journal:
     """
 
     def __init__(self, path: Path, label: Path, fingerprint: str, *, kept: bool = False) -> None:
-        self._path, self._label, self._kept = Path(f"{path}.journal"), label, kept
+        self._path, self._label, self._kept = suffixed(path, _JOURNAL), label, kept
         self._fingerprint = fingerprint
         self.records: list[Record] = []
+        self._size = 0
         self._ends = [0]  # the position after the first line, and after each record
         try:
-            self._fd = os.open(self._path, _FLAGS | os.O_APPEND, 0o666)
-            lines = self._path.read_bytes().splitlines(keepends=True)
+            self._fd = os.open(self._path, _FLAGS, 0o666)
+            try:
+                lines = self._path.read_bytes().splitlines(keepends=True)
+            except BaseException:
+                os.close(self._fd)
+                raise
         except OSError as error:
             raise writing_failed(self._label, error, kept=self._kept) from None
         if lines and _parse(lines[0]) == {"fingerprint": fingerprint}:
@@ -199,9 +219,10 @@ class Journal:
 
     def keep_first(self, count: int) -> None:
         """Keep the first records and drop the others; new ones follow. Raise `TargetError` if the journal cannot be written."""
-        with suppress(OSError):  # else the records stay, which are checked before they are believed
-            os.ftruncate(self._fd, self._ends[count])
-        if not self._ends[0]:
+        self._size = self._ends[count]
+        with suppress(OSError):  # else records stay after those that follow, which are checked before they are believed
+            os.ftruncate(self._fd, self._size)
+        if not self._size:
             self._write({"fingerprint": self._fingerprint})
 
     def add(self, record: Record) -> None:
@@ -211,16 +232,25 @@ class Journal:
 
     def _write(self, line: dict[str, Any]) -> None:
         text = json.dumps(line).encode()
+        data = _digest(text) + b" " + text + b"\n"
         try:
-            os.write(self._fd, _digest(text) + b" " + text + b"\n")
+            write_all(self._fd, data, self._size)
         except OSError as error:
             raise writing_failed(self._label, error, kept=self._kept) from None
+        self._size += len(data)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        with suppress(OSError):  # it is only needed after a failure
+            os.close(self._fd)
+
+
+def count_finished(folder: Path) -> int:
+    """Return how many tensors the journals in a folder record as finished."""
+    journals = [path for path in folder.iterdir() if path.name.endswith(_JOURNAL) and path.is_file()]
+    return sum(path.read_bytes().count(b' {"tensor": ') for path in journals)
 
 
 def _parse(line: bytes) -> Any:

@@ -13,6 +13,7 @@ from qformat.container.access import Access, MappedFile, RangedFile
 from qformat.container.index import MAX_INDEX_BYTES, Index, check_sorted
 from qformat.container.layout import HEADER_SIZE, MINOR, TRAILER_SIZE, Header, Trailer, align, check_records
 from qformat.errors import FormatError
+from qformat.files import beside
 from qformat.records import AssetRecord, Segment, ShardRecord, TensorRecord
 
 MAX_RECORDS_BYTES = 16 << 20
@@ -78,7 +79,7 @@ class ContainerReader:
         if not isinstance(self._access, MappedFile):
             raise FormatError(f"its tensors are in {len(self.index.shards)} other files: open it by its path")
         for shard in self.index.shards:
-            path = Path(self.path).parent / shard.name
+            path = beside(Path(self.path), shard.name)
             try:
                 self.shards.append(ContainerReader(path, alone=True))
             except OSError as error:

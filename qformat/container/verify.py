@@ -17,7 +17,7 @@ from qformat.container.index import check_sorted
 from qformat.container.layout import MAGIC, align
 from qformat.container.reader import ContainerReader
 from qformat.errors import FormatError, PathLike
-from qformat.files import open_regular
+from qformat.files import beside, open_regular
 from qformat.records import AssetRecord, Segment, ShardRecord
 
 #: called with the number of bytes that were just checked
@@ -151,12 +151,12 @@ def _verify_containers(path: str, pool: ThreadPoolExecutor, progress: Progress, 
     head, shards, names = _verify_container(path, pool, progress, quick=quick)
     reports = [head]
     for shard in shards:
-        beside = str(Path(path).parent / shard.name)
+        place = str(beside(Path(path), shard.name))
         try:
-            report, _, more = _verify_container(beside, pool, progress, quick=quick, shard=shard)
+            report, _, more = _verify_container(place, pool, progress, quick=quick, shard=shard)
             names += more
         except OSError as error:
-            report = FileReport(beside, [Damage(_cannot_read(error))])
+            report = FileReport(place, [Damage(_cannot_read(error))])
         reports.append(report)
     try:
         check_sorted("tensor", names)
@@ -305,7 +305,7 @@ def bytes_to_check(paths: list[str]) -> int:
                 targets = [target for _, _, target in _entries(path)]
             else:
                 with ContainerReader(path, alone=True) as container:
-                    shards = [Path(path).parent / shard.name for shard in container.index.shards]
+                    shards = [beside(Path(path), shard.name) for shard in container.index.shards]
                 targets = [Path(path), *shards]
             for target in targets:
                 with suppress(OSError, ValueError):

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from qformat import safe_open
+from qformat.container.reader import ContainerReader
 from qformat.container.verify import verify
 from qformat.converters.convert import convert
+from qformat.converters.exports.export import export
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.split import parse_size
 from qformat.converters.truncate import truncate
@@ -42,12 +44,22 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
+def shards(folder: Path, count: int, stem: str = "m") -> list[str]:
+    """Return the names of the shards of a head, which end in a digest of their content."""
+    names = [path.name for path in folder.glob(f"{stem}-?????-of-{count:05}-*.qf")]
+    assert len(names) == count
+    return sorted(names)
+
+
 def test_a_head_and_its_shards_hold_the_tensors_of_one_file(source, tmp_path):
     whole, output = tmp_path / "whole.qf", tmp_path / "m.qf"
     run(source, whole, size=None)
     result = run(source, output)
-    names = [f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
+    names = shards(tmp_path, 3)
     assert [path.name for path in result.shards] == names
+    for number, name in enumerate(names, 1):
+        with ContainerReader(tmp_path / name) as shard:
+            assert name == f"m-0000{number}-of-00003-{shard.root[:12]}.qf"
     assert files(tmp_path) == [*names, "m.qf", "whole.qf"]
     assert result.nbytes == sum((tmp_path / name).stat().st_size for name in (*names, "m.qf"))
     assert max((tmp_path / name).stat().st_size for name in names) < 4 * SIZE + 6000
@@ -93,9 +105,9 @@ def test_verify_checks_a_head_and_its_shards(source, tmp_path):
     output = tmp_path / "m.qf"
     run(source, output)
     reports = verify([str(output)])
-    assert [Path(report.path).name for report in reports] == ["m.qf", *(f"m-0000{i}-of-00003.qf" for i in (1, 2, 3))]
+    assert [Path(report.path).name for report in reports] == ["m.qf", *shards(tmp_path, 3)]
     assert all(report.ok for report in reports)
-    second = tmp_path / "m-00002-of-00003.qf"
+    second = tmp_path / shards(tmp_path, 3)[1]
     data = bytearray(second.read_bytes())
     data[2000] ^= 1
     second.write_bytes(data)
@@ -113,8 +125,8 @@ def test_another_file_in_the_place_of_a_shard_is_refused(source, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     run(source, other / "m.qf", "q8_0", size=8 * SIZE)
-    name = "m-00002-of-00003.qf"
-    (tmp_path / name).write_bytes((other / name).read_bytes())
+    name = shards(tmp_path, 3)[1]
+    (tmp_path / name).write_bytes((other / shards(other, 3)[1]).read_bytes())
     with pytest.raises(FormatError, match=f"{name}: is not the shard that its head names"):
         safe_open(output)
     (report,) = [report for report in verify([str(output)]) if not report.ok]
@@ -149,7 +161,7 @@ def test_a_conversion_resumes_in_the_middle_of_a_shard(source, tmp_path):
     assert files(tmp_path) == []
     first = (tmp_path / "m.qf.partial" / "m-00001-of-00003.qf").stat().st_ino
     assert run(source, tmp_path / "m.qf", resume=True).resumed >= 6
-    assert (tmp_path / "m-00001-of-00003.qf").stat().st_ino == first
+    assert (tmp_path / shards(tmp_path, 3)[0]).stat().st_ino == first
     assert files(tmp_path) == files(whole)
     for name in files(whole):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
@@ -221,7 +233,7 @@ def test_a_folder_with_the_name_of_the_workspace_of_shards_is_kept(source, tmp_p
 
 def test_a_shard_of_the_source_is_refused_as_a_target(source, tmp_path):
     run(source, tmp_path / "m.qf", "scm", size=150_000)
-    shard = tmp_path / "m-00001-of-00002.qf"
+    shard = tmp_path / shards(tmp_path, 2)[0]
     before = shard.read_bytes()
     with pytest.raises(TargetError, match="is a file of the checkpoint"):
         run(tmp_path / "m.qf", shard, overwrite=True)
@@ -233,7 +245,8 @@ def test_a_shard_of_the_source_is_refused_as_a_target(source, tmp_path):
 def test_a_tensor_in_two_shards_is_refused_and_found_by_verify(source, tmp_path):
     output = tmp_path / "m.qf"
     run(source, output)
-    second = shutil.copy(tmp_path / "m-00001-of-00003.qf", tmp_path / "m-00002-of-00003.qf").name
+    first, second = shards(tmp_path, 3)[:2]
+    shutil.copy(tmp_path / first, tmp_path / second)
     change(output, lambda index: index["shards"][1].update(index["shards"][0] | {"name": second}))
     with pytest.raises(FormatError, match="stands twice"):
         safe_open(output)
@@ -241,41 +254,96 @@ def test_a_tensor_in_two_shards_is_refused_and_found_by_verify(source, tmp_path)
     assert "its shards do not fit together" in bad.errors[0].what
 
 
-def test_existing_shards_are_not_replaced_without_force(source, tmp_path):
-    (tmp_path / "m-00003-of-00003.qf").write_bytes(b"mine")
-    with pytest.raises(TargetError, match=r"m-00003-of-00003\.qf: exists already"):
+def test_a_foreign_file_in_the_place_of_a_shard_is_kept_without_force(source, tmp_path):
+    run(source, tmp_path / "m.qf")
+    name = shards(tmp_path, 3)[2]
+    for path in tmp_path.glob("*.qf"):
+        path.unlink()
+    (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "m-00002-of-00003.qf").write_bytes(b"mine, too")
+    with pytest.raises(TargetError, match=f"{name}: exists already; move it away"):
         run(source, tmp_path / "m.qf")
-    assert files(tmp_path) == ["m-00003-of-00003.qf"]
+    assert files(tmp_path) == ["m-00002-of-00003.qf", name]
     run(source, tmp_path / "m.qf", overwrite=True)
+    assert all(report.ok for report in verify([str(tmp_path / "m.qf")]))
+    assert (tmp_path / "m-00002-of-00003.qf").read_bytes() == b"mine, too"
+
+
+def test_shards_whose_head_is_gone_are_taken_or_repaired(source, tmp_path):
+    first = run(source, tmp_path / "m.qf")
+    (tmp_path / "m.qf").unlink()
+    with first.shards[1].open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+    assert run(source, tmp_path / "m.qf").shards == first.shards
     assert all(report.ok for report in verify([str(tmp_path / "m.qf")]))
 
 
-def test_shards_of_a_replaced_head_stay_and_are_reported(source, tmp_path):
-    run(source, tmp_path / "m.qf")
-    old = [tmp_path / f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
-    (tmp_path / "copy.qf").write_bytes((tmp_path / "m.qf").read_bytes())
+def test_shards_of_a_replaced_head_are_removed(source, tmp_path):
+    old = run(source, tmp_path / "m.qf").shards
     result = run(source, tmp_path / "m.qf", size=6 * SIZE, overwrite=True)
-    assert result.orphaned_shards == old
-    assert all(report.ok for report in verify([str(tmp_path / "copy.qf"), str(tmp_path / "m.qf")]))
-    assert run(source, tmp_path / "m.qf", size=None, overwrite=True).orphaned_shards == result.shards
+    assert (result.removed_shards, result.orphaned_shards) == (old, [])
+    assert files(tmp_path) == sorted(["m.qf", *shards(tmp_path, 2)])
+    again = run(source, tmp_path / "m.qf", size=6 * SIZE, overwrite=True)
+    assert (again.removed_shards, again.shards) == ([], result.shards)
+    assert all(report.ok for report in verify([str(tmp_path / "m.qf")]))
+    assert run(source, tmp_path / "m.qf", size=None, overwrite=True).removed_shards == result.shards
+    assert files(tmp_path) == ["m.qf"]
+
+
+def test_shards_of_a_replaced_head_stay_if_another_head_names_them(source, tmp_path):
+    old = run(source, tmp_path / "m.qf").shards
+    (tmp_path / "copy of the head").write_bytes((tmp_path / "m.qf").read_bytes())
+    result = run(source, tmp_path / "m.qf", size=6 * SIZE, overwrite=True)
+    assert (result.removed_shards, result.orphaned_shards) == ([], old)
+    assert all(report.ok for report in verify([str(tmp_path / "copy of the head"), str(tmp_path / "m.qf")]))
+
+
+def test_another_file_with_the_name_of_a_replaced_shard_stays(source, tmp_path):
+    old = run(source, tmp_path / "m.qf").shards
+    old[1].write_bytes(b"mine")
+    result = run(source, tmp_path / "m.qf", size=None, overwrite=True)
+    assert (result.removed_shards, result.orphaned_shards) == ([old[0], old[2]], [old[1]])
+    assert old[1].read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("how", ["truncate", "export"])
+def test_every_command_that_replaces_a_head_removes_its_shards(source, tmp_path, how):
+    run(source, tmp_path / "whole.qf", "scm", size=None)
+    run(source, tmp_path / "m.qf")
+    if how == "truncate":
+        truncate(tmp_path / "whole.qf", tmp_path / "m.qf", Quality(bits=3), overwrite=True)
+    else:
+        export(tmp_path / "whole.qf", tmp_path / "m.qf", "safetensors", overwrite=True)
+    assert files(tmp_path) == ["m.qf", "whole.qf"]
 
 
 def test_a_shard_that_is_converted_over_its_own_head_stays(source, tmp_path):
-    run(source, tmp_path / "m.qf")
-    shard = tmp_path / "m-00002-of-00003.qf"
-    run(shard, tmp_path / "m.qf", size=None, overwrite=True)
-    assert all(report.ok for report in verify([str(shard), str(tmp_path / "m.qf")]))
+    first, second, third = run(source, tmp_path / "m.qf").shards
+    result = run(second, tmp_path / "m.qf", size=None, overwrite=True)
+    assert result.removed_shards == [first, third]
+    assert all(report.ok for report in verify([str(second), str(tmp_path / "m.qf")]))
+
+
+def test_the_longest_names_of_shards(source, tmp_path):
+    longest = "x" * (255 - len("-00001-of-00003-0123456789ab.qf"))
+    with pytest.raises(TargetError, match="the names of its shards are too long; give a name that is 1 bytes shorter"):
+        run(source, tmp_path / f"{longest}x.qf")
+    assert files(tmp_path) == []
+    run(source, tmp_path / f"{longest}.qf")
+    assert max(map(len, files(tmp_path))) == 255
 
 
 def test_commands_write_and_read_shards(source, tmp_path):
     output = str(tmp_path / "m.qf")
     shown = invoke("convert", source, output, "--shard-size", "15kB").output
-    assert "in 3 shards, m-00001-of-00003.qf and so on, and their head m.qf" in shown
+    names = shards(tmp_path, 3)
+    assert f"in 3 shards, {names[0]} and so on, and their head m.qf" in shown
     found = json.loads(invoke("inspect", output, "--json").output)
     assert len(found["tensors"]) == 10
-    assert list(found["shards"]) == [f"m-0000{i}-of-00003.qf" for i in (1, 2, 3)]
+    assert list(found["shards"]) == names
     assert found["file_bytes"] == sum(path.stat().st_size for path in tmp_path.glob("m*.qf"))
-    assert "shard m-00002-of-00003.qf (" in invoke("inspect", output).output
+    assert f"shard {names[1]} (" in invoke("inspect", output).output
     invoke("convert", output, tmp_path / "again.qf", "-t", "f32")
     wrong = invoke("convert", source, output, "--shard-size", "many", code=2)
     assert "'many' is not a size such as 5GB or 500MiB" in wrong.output
@@ -319,7 +387,8 @@ def test_the_reference_reads_a_head_and_its_shards(source, tmp_path, reference):
         assert list(file.tensors) == ours.keys()
         for name, tensor in file.tensors.items():
             assert np.array_equal(reference.decode(tensor), ours.get_tensor(name))
-    shutil.copy(tmp_path / "m-00001-of-00003.qf", tmp_path / "m-00002-of-00003.qf")
+    first, second = shards(tmp_path, 3)[:2]
+    shutil.copy(tmp_path / first, tmp_path / second)
     with pytest.raises(reference.SpecError):
         reference.read_path(output)
 

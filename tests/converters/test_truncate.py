@@ -135,7 +135,7 @@ def test_truncating_into_the_source_or_an_existing_file_is_refused(layered_qf, t
     for name in ("s.qf", "link.qf", "hard.qf"):
         with pytest.raises(TargetError) as caught:
             truncate(source, tmp_path / name, Quality(bits=3), overwrite=True)
-        assert "is the file that is to be read, or a part of it; give another name" in str(caught.value)
+        assert "is a file of the checkpoint that is to be read, or a part of it; give another name" in str(caught.value)
         assert source.read_bytes() == layered_qf.read_bytes()
     (tmp_path / "there.qf").write_bytes(b"precious")
     with pytest.raises(TargetError, match="exists"):
