@@ -181,7 +181,7 @@ def test_an_existing_export_is_not_replaced_without_force(tmp_path, to):
     with pytest.raises(TargetError, match="exists already; use --force"):
         export(path, tmp_path / "out", to)
     export(path, tmp_path / "out", to, overwrite=True)
-    with pytest.raises(TargetError, match="is the file that is to be read, or a part of it"):
+    with pytest.raises(TargetError, match="is a file of the checkpoint that is to be read, or a part of it"):
         export(path, path, to, overwrite=True)
     with pytest.raises(TargetError, match="does not exist"):
         export(path, tmp_path / "no" / "out", to)
