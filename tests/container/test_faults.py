@@ -1,4 +1,4 @@
-"""Commands that are killed, or whose disk fails, at any file-system call: the target is old or complete, and the next run goes on."""
+"""Commands that are killed, or whose disk fails, at any file-system call: the output is old or complete, and runs go on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(library: Path, folder: Path, stride: int, scenarios: str = "", faults: str = "") -> int:
     """Make the runs of scenarios, of which none must be broken, and return how many there were."""
     command = [sys.executable, "-m", "tests.helpers.fault_campaign", str(folder), str(stride), scenarios, faults]
-    fixed = {"LD_PRELOAD": str(library), "QFORMAT_KERNELS": "numpy", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    fixed = {
+        "LD_PRELOAD": str(library),
+        "QFORMAT_KERNELS": "numpy",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         command, env=os.environ | fixed, cwd=HELPERS.parents[1], capture_output=True, text=True, check=False
     )
