@@ -41,11 +41,14 @@ class Claims:
         The user's claim of how GPTQ's zero points are stored.
     metadata
         The strings in the headers of files of weights.
+    config
+        The model's config.json.
     """
 
     statements: Sequence[Statement] = ()
     gptq_format: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -55,7 +58,7 @@ class Claims:
         metadata: Mapping[str, str] | None = None,
     ) -> Claims:
         """Find the statements in configuration files and headers."""
-        return cls(find(configs, metadata), gptq_format, metadata or {})
+        return cls(find(configs, metadata), gptq_format, metadata or {}, configs.get("config.json", {}))
 
     def about(self, layer: str) -> Claims:  # noqa: ARG002
         """Return the claims about one layer, given its name: what is said for it alone stands instead of what is said for all."""

@@ -1,7 +1,8 @@
 """Integer layers of compressed-tensors: codes packed into 32-bit words (pack-quantized), or a byte each (int-quantized).
 
 ``weight_packed [out, …]``, ``weight_scale [out, groups]``, ``weight_shape [2]``, and maybe ``weight_zero_point`` packed down the
-columns and ``weight_g_idx [in]``; or ``weight [out, in]``, ``weight_scale`` and maybe ``weight_zero_point``, not packed.
+columns and ``weight_g_idx [in]``; or ``weight [out, in]``, ``weight_scale`` and maybe ``weight_zero_point``, not packed. ChatGLM's
+layers are like the latter, those of four bits with two codes in a byte.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ FORMATS = (
 
 I8, I64 = DTYPES["i8"], DTYPES["i64"]
 _MAX_BITS = 8  # of a packed code
+_NIBBLES: Width = 4  # bits of a code in ChatGLM's layers of two codes a byte; config.json has them as quantization_bit
 
 
 def is_packed(layer: Layer) -> bool:
@@ -91,6 +93,8 @@ def byte_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     """
     stored = layer.part("weight", "weight", [I8])
     rows, cols = stored.shape
+    if any(claim.value == _NIBBLES for claim in claims.all("quantization_bit")):
+        return _nibbles(layer, stored, claims)
 
     def packed(start: int, stop: int) -> U8:
         return _rows(stored, start, stop).view(np.uint8) ^ np.uint8(0x80)
@@ -99,6 +103,19 @@ def byte_tensor(layer: Layer, claims: Claims) -> CodedTensor:
         return _byte_zeros(tensor, stored, groups, 8)
 
     return _tensor(layer, claims, (rows, cols), 8, None, packed, zeros)
+
+
+def _nibbles(layer: Layer, stored: SourceTensor, claims: Claims) -> CodedTensor:
+    """Return the weights of a layer of ChatGLM: signed codes of four bits, two to a byte, the first in its high half."""
+
+    def packed(start: int, stop: int) -> U8:
+        pairs = _rows(stored, start, stop).view(np.uint8)
+        return ((pairs << np.uint8(4)) | (pairs >> np.uint8(4))) ^ np.uint8(0x88)
+
+    def zeros(tensor: SourceTensor, groups: int) -> U8:  # noqa: ARG001  ChatGLM has none
+        raise coded.disagree(tensor, stored)
+
+    return _tensor(layer, claims, (stored.shape[0], 2 * stored.shape[1]), _NIBBLES, None, packed, zeros)
 
 
 def _tensor(

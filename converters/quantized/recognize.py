@@ -9,8 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qformat.converters.quantized import awq, bitnet, bitsandbytes, compressed_tensors, fp8, gptq, microscaled
+from qformat.converters.quantized import (
+    awq,
+    bitnet,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq,
+    hqq,
+    microscaled,
+    mlx,
+    quanto,
+    tinygemm,
+    torchao,
+)
 from qformat.converters.quantized.claims import Claims
+from qformat.converters.quantized.integers import each_possible
 from qformat.converters.quantized.layer import Layer, Layout, each, layers_of
 from qformat.converters.quantized.meaning import check_keys
 from qformat.converters.quantized.refused import unreadable
@@ -55,6 +69,18 @@ LAYOUTS = (
         each(compressed_tensors.byte_tensor, compressed_tensors.BYTE_ROLES),
         compressed_tensors.BYTE_ROLES,
     ),
+    Layout("MLX", mlx.is_mlx, each_possible(mlx.mlx_tensor, mlx.ROLES), mlx.ROLES),
+    Layout("HQQ", hqq.is_hqq, each_possible(hqq.hqq_tensor, hqq.ROLES), hqq.ROLES),
+    Layout("torchao", torchao.is_torchao, torchao.torchao_tensors, torchao.ROLES),
+    Layout("quanto", quanto.is_quanto, each_possible(quanto.quanto_tensor, quanto.ROLES), quanto.ROLES),
+    Layout(
+        "quanto, packed",
+        quanto.is_packed,
+        each_possible(quanto.packed_tensor, quanto.PACKED_ROLES),
+        quanto.PACKED_ROLES,
+    ),
+    Layout("int4", tinygemm.is_tinygemm, each(tinygemm.tinygemm_layer, tinygemm.ROLES), tinygemm.ROLES),
+    Layout("int8", tinygemm.is_bytes, each(tinygemm.byte_layer, tinygemm.BYTE_ROLES), tinygemm.BYTE_ROLES),
     Layout("BitNet", bitnet.is_bitnet, each(bitnet.bitnet_tensor, bitnet.ROLES), bitnet.ROLES),
     Layout("FP8", fp8.is_fp8, fp8.fp8_tensors, fp8.ROLES),
     Layout("GPTQ", gptq.is_gptq, gptq.gptq_tensors, gptq.ROLES),
