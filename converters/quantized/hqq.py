@@ -43,17 +43,12 @@ _LONGEST_TEXT = 64
 
 
 def is_hqq(layer: Layer) -> bool:
-    """Return whether a layer has HQQ's codes."""
-    return layer.has("W_q", "scale", "zero")
+    """Return whether a layer has HQQ's codes, and what is needed to decode them."""
+    return layer.has(*_NEEDED)
 
 
 def hqq_tensor(layer: Layer, claims: Claims) -> CodedTensor:  # noqa: ARG001  a layer says all about itself
     """Return the weights of a layer; raise `SourceError` if its parts do not match."""
-    for role in _NEEDED:
-        if role not in layer.parts:
-            raise SourceError(
-                f"tensor {layer.named(role)!r} is missing, without which {layer.named('W_q')!r} cannot be decoded"
-            )
     for role in ("quant_scale", "quant_zero"):
         if _number(layer, role, 0):
             raise UnreadableLayerError(

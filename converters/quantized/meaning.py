@@ -20,7 +20,7 @@ _PACKING = """
     zp_dtype pack_impl mode weights bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_quant_storage bnb_4bit_compute_dtype
     llm_int8_threshold quant_config weight_quant_params tensor_names tensor_storage scale_fmt expert_dtype axis packing
     quantized_layers is_mx quantization quantization_config qformat_weight weight_scale_method compress_statistics block_size
-    quantized
+    quantized _type _data _tensor_data_names
 """
 _LAYERS = """
     ignore ignored_layers ignored_modules exclude_modules modules_to_not_convert modules_to_convert skip_modules lm_head
@@ -70,7 +70,7 @@ def check_keys(claims: Claims) -> list[str]:
     """
     unknown: list[Claim] = []
     for claim in claims.every():
-        if claim.key in _KNOWN or claim.key in _NEEDED or _is_neutral(claim) or not claim.key.isidentifier():
+        if claim.key in _KNOWN or claim.key in _NEEDED or _is_neutral(claim) or _is_layer(claim):
             continue
         if _CHANGES.search(claim.key.lower()) and claim.key not in _NEEDED:
             raise SourceError(
@@ -84,6 +84,12 @@ def check_keys(claims: Claims) -> list[str]:
 def needed_by_model(claims: Claims) -> Claim | None:
     """Return what a file says that a model needs to run, though its weights are plain numbers."""
     return next((claim for claim in claims.all(*_NEEDED) if not _is_neutral(claim)), None)
+
+
+def _is_layer(claim: Claim) -> bool:
+    """Return whether a key is the name of a layer, which its layout looks at."""
+    quanto = isinstance(claim.value, dict) and claim.value.keys() <= {"weights", "activations"}
+    return quanto or not claim.key.isidentifier()
 
 
 def _is_neutral(claim: Claim) -> bool:

@@ -31,6 +31,11 @@ ROLES = ("_*_qdata", "_*_scale", "_*_zero_point", "_*_scale_and_zero", "_*_act_q
 
 _F8 = (DTYPES["f8_e4m3"], DTYPES["f8_e5m2"])
 _NIBBLE = 15
+# The shape and size of groups, and how a program computes with the tensor and quantizes what it is multiplied by
+_ATTRIBUTES = frozenset(
+    {"block_size", "shape", "dtype", "target_dtype", "mm_config", "kernel_preference", "activation_quantization"}
+    | {"act_quant_kwargs", "activation_dtype", "reduce_range", "hp_value_lb", "hp_value_ub", "ntile_size"}
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,11 @@ def _stored(layer: Layer, role: str, claims: Claims) -> _Stored:
     kind = str(description.get("_type"))
     if kind not in _KINDS:
         raise UnreadableLayerError(f"tensor {name!r} is torchao's {kind[:40]}, which cannot be read: kept as it is")
+    unknown = sorted(key for key, value in description["_data"].items() if key not in _ATTRIBUTES and value is not None)
+    if unknown:
+        raise UnreadableLayerError(
+            f"tensor {name!r} of torchao has an attribute {unknown[0][:40]!r} that is not known: kept as it is"
+        )
     if "act_pre_scale" in parts:
         raise UnreadableLayerError(
             f"tensor {name!r} of torchao expects inputs scaled by {parts['act_pre_scale'].name!r}: kept as it is"

@@ -59,7 +59,7 @@ def hqq() -> Made:
     stored: Tensors = {}
     values: Tensors = {}
     cases = [(bits, 64, 1, False) for bits in (8, 4, 3, 2, 1)] + [
-        (4, 64, 0, False),
+        (4, 16, 0, False),
         (3, 16, 0, False),
         (4, 32, 1, True),
     ]
