@@ -38,12 +38,12 @@ class ExportFormat:
     dtypes
         Types that tensors may be given.
     replaceable
-        Of a format that is a directory: whether, with these assets, an export writes a file of this name.
+        Of a format that is a directory: whether an export of a container writes a file of this name.
     """
 
     write: Callable[[Job, Path], Export]
     dtypes: Sequence[str] = _FLOATS
-    replaceable: Callable[[Sequence[str], str], bool] | None = None
+    replaceable: Callable[[ContainerReader, str], bool] | None = None
 
 
 Format = Literal["gguf", "safetensors", "hf"]
@@ -105,8 +105,7 @@ def export(
     with ContainerReader(source) as container:
         check_layers(container, asked)
         tensors = {decoder.record.name: ContainerTensor(decoder) for decoder in Decoders(container, asked)}
-        names = [asset.name for asset in container.index.assets]
-        replaceable = partial(format_.replaceable, names) if format_.replaceable else None
+        replaceable = partial(format_.replaceable, container) if format_.replaceable else None
         fingerprint = f"export {container.root} {to} {chosen} {asked} {shard_size}"
         sources = files_of(container)
         with Workspace(output, overwrite=overwrite, replaceable=replaceable, sources=sources) as workspace:

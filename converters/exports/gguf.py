@@ -17,6 +17,7 @@ from qformat.container.partial import PartialFile
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.exports.hf_to_gguf import Model
 from qformat.converters.exports.outputs import Export, Job, Output
+from qformat.converters.exports.quantization import stated
 from qformat.converters.exports.rotated import RotatedOutput, check_heads
 from qformat.converters.llama_cpp import is_quantizable
 from qformat.converters.sources.container import ContainerTensor
@@ -97,7 +98,9 @@ def _write_tensors(job: Job, file: PartialFile, header: Header, outputs: Sequenc
 def _anew(job: Job, label: str) -> tuple[Header, list[Output], list[str]]:
     """Return the header of a new file from a Hugging Face model, its tensors, and warnings."""
     assets = {asset.name: job.container.asset(asset.name) for asset in job.container.index.assets}
-    model = Model(assets, label)
+    # what another tool has quantized has to be plain numbers now
+    true = stated(job.container.path, assets, job.container.index.metadata, job.tensors.values())
+    model = Model(true.assets, label)
     named: dict[str, Output] = {}
     frequencies = model.frequencies()
     if frequencies is not None:

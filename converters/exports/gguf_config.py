@@ -21,7 +21,7 @@ _READ = {
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "vocab_size", "tie_word_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window",
     "max_window_layers", "layer_types", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
-    "cls_token_id", "mask_token_id", "quantization_config", "compression_config",
+    "cls_token_id", "mask_token_id",
 }  # fmt: skip
 
 # Training, generation, bookkeeping, and how a program computes

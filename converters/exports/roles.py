@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
-# Scales that static quantization of activations and of the cache was calibrated to; none of them scales a weight
-_ACTIVATIONS = re.compile(
-    r"(?:.*\.)?(?:(?:input|output|activation|act)_(?:scale|zero_point|global_scale|amax)|(?:[qkv]|kv|prob)_scale"
-    r"|[kv]_zero_point|k_proj\.k_scale|v_proj\.v_scale)"
-)
+from qformat.converters.quantized.roles import is_activation_only
 
 
 def is_activation_scale(name: str) -> bool:
     """Return whether a tensor of this name only scales activations."""
-    return bool(_ACTIVATIONS.fullmatch(name))
+    *_, module, role = ("", "", *name.split("."))
+    return is_activation_only(role) or is_activation_only(f"{module}.{role}")

@@ -23,6 +23,7 @@ from qformat.converters.sources.options import SourceOptions
 from qformat.converters.sources.safetensors import is_safetensors, open_safetensors
 from qformat.converters.sources.torch import is_torch, open_torch, open_torch_shard
 from qformat.converters.sources.wrappers import unwrapped
+from qformat.converters.weights_name import named
 from qformat.errors import QFormatError, QualityError, SourceError
 from qformat.files import is_remote, open_regular, reading
 from qformat.pipeline.source import Checkpoint
@@ -102,7 +103,7 @@ def open_checkpoint(path: Path, options: SourceOptions | None = None) -> Checkpo
 
 def _open(path: Path, options: SourceOptions) -> Checkpoint:
     if path.is_dir():
-        return _open_directory(path, options)
+        return named(_open_directory(path, options))
     if not path.exists():
         raise SourceError(f"{path}: there is no such file or directory")
     kind = _kind_of(path, options)

@@ -515,6 +515,97 @@ def test_exports_to_unusable_directories_are_refused_or_give_a_warning(tmp_path)
     assert not (tmp_path / "gguf").exists()
 
 
+NAMES: dict[str, tuple[dict[str, Any], str]] = {
+    "diffusion_pytorch_model.safetensors": ({"config.json": {"_diffusers_version": "0.30"}}, "diffusion_pytorch_model.safetensors"),
+    "adapter_model.safetensors": ({"adapter_config.json": {"peft_type": "LORA"}}, "adapter_model.safetensors"),
+    "open_clip_model.safetensors": ({"open_clip_config.json": {}}, "open_clip_model.safetensors"),
+    "consolidated.safetensors": ({"params.json": {}}, "consolidated.safetensors"),
+    "diffusion_pytorch_model.fp16.safetensors": ({"config.json": {}}, "diffusion_pytorch_model.fp16.safetensors"),
+    "pytorch_lora_weights.safetensors": ({}, "pytorch_lora_weights.safetensors"),
+    "pytorch_model.bin": ({"config.json": {}}, "model.safetensors"),
+    "diffusion_pytorch_model.bin": ({"config.json": {}}, "diffusion_pytorch_model.safetensors"),
+    "open_clip_pytorch_model.bin": ({"open_clip_config.json": {}}, "open_clip_model.safetensors"),
+    "model.safetensors": ({"config.json": {}}, "model.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_weights_have_the_name_that_they_had(tmp_path, name):
+    files, expected = NAMES[name]
+    source, path = tmp_path / "source", tmp_path / "a.qf"
+    source.mkdir()
+    tensors = {"w": torch.randn(4, 64)}
+    if name.endswith(".bin"):
+        torch.save(tensors, source / name)
+    else:
+        safetensors.torch.save_file(tensors, source / name, metadata={"format": "pt", "made by": "us"})
+    for file, values_ in files.items():
+        (source / file).write_text(json.dumps(values_))
+    convert(open_checkpoint(source), path, Recipe())
+    for _ in range(2):  # and such a directory may be replaced
+        result = export(path, tmp_path / "out", "hf", overwrite=True)
+        assert set(result.files) == {expected, *files}
+        assert not result.warnings
+    with safetensors.safe_open(tmp_path / "out" / expected, "pt") as file:
+        assert file.metadata() == {"format": "pt"} | ({} if name.endswith(".bin") else {"made by": "us"})
+    export(path, tmp_path / "o.safetensors", "safetensors")
+    with safetensors.safe_open(tmp_path / "o.safetensors", "pt") as file:
+        assert "qformat.weights_name" not in file.metadata()
+
+
+@pytest.mark.parametrize(
+    ("assets", "single"),
+    [
+        ({"adapter_config.json": b"{}", "config.json": b"{}"}, "adapter_model.safetensors"),
+        ({"config.json": b'{"_diffusers_version": "0.30"}'}, "diffusion_pytorch_model.safetensors"),
+        ({"config.json": b"{"}, "model.safetensors"),
+        ({"params.json": b"{}"}, "consolidated.safetensors"),
+    ],
+)
+def test_files_beside_the_weights_give_them_their_name(tmp_path, assets, single):
+    for name in (None, "../x.safetensors", ".x.safetensors", "x.bin"):
+        metadata = {} if name is None else {"qformat.weights_name": name}
+        result = export(
+            q(tmp_path / "a.qf", {"w": W}, assets=assets, metadata=metadata), tmp_path / "out", "hf", overwrite=True
+        )
+        assert set(result.files) == {single, *assets}
+
+
+def test_shards_have_the_names_that_their_library_looks_for(tmp_path):
+    tensors = {"a": W, "b": W}
+    for name, files in {
+        "diffusion_pytorch_model": ["diffusion_pytorch_model-00001-of-00002", "diffusion_pytorch_model-00002-of-00002"],
+        "model.fp16": ["model.fp16-00001-of-00002", "model.fp16-00002-of-00002"],
+        "adapter_model": ["adapter_model"],
+    }.items():
+        path = q(tmp_path / "a.qf", tensors, metadata={"qformat.weights_name": f"{name}.safetensors"})
+        result = export(path, tmp_path / name, "hf", shard_size=W.nbytes)
+        stem, *variant = name.split(".")
+        index = [".".join((f"{stem}.safetensors.index", *variant, "json"))] if len(files) > 1 else []
+        assert sorted(result.files) == sorted([*(f"{file}.safetensors" for file in files), *index])
+
+
+def test_the_dtype_of_a_configuration_follows_the_one_that_is_asked_for(tmp_path):
+    config = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}, "name": "a"}
+    path = q(tmp_path / "a.qf", {"w": W}, "q8_0", assets={"config.json": json.dumps(config).encode()})
+    assert export(path, tmp_path / "same", "hf").warnings == []
+    assert json.loads((tmp_path / "same" / "config.json").read_bytes()) == config
+    result = export(path, tmp_path / "out", "hf", dtype="f16")
+    assert result.warnings == ["torch_dtype of config.json was 'bfloat16' and is 'float16' now, as --dtype says"]
+    expected = {"torch_dtype": "float16", "text_config": {"dtype": "float16"}, "name": "a"}
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes()) == expected
+
+
+def test_scales_of_activations_go_with_the_configuration_of_quantization(tmp_path):
+    config = json.dumps({"quantization_config": {"quant_method": "fp8"}}).encode()
+    tensors = {"a.weight": W, "a.input_scale": np.ones(1, np.float32), "b.scale": np.ones(3, np.float32)}
+    result = export(q(tmp_path / "a.qf", tensors, assets={"config.json": config}), tmp_path / "out", "hf")
+    assert "tensor 'a.input_scale' only scales activations: left out" in result.warnings
+    assert set(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")) == {"a.weight", "b.scale"}
+    export(q(tmp_path / "a.qf", tensors, assets={"config.json": b"{}"}), tmp_path / "all", "hf")
+    assert set(safetensors.numpy.load_file(tmp_path / "all" / "model.safetensors")) == tensors.keys()
+
+
 # --- command line ------------------------------------------------------------------------------------------------------------
 
 
