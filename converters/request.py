@@ -10,11 +10,12 @@ from qformat.converters.prune import Pruned, Pruning
 from qformat.converters.sources.container import lossy_warning
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
+from qformat.converters.wording import and_more
 from qformat.errors import TypeSpecError
 from qformat.files import source_path
 from qformat.pipeline.encode import Plan, make_plans
 from qformat.pipeline.recipe import Recipe
-from qformat.pipeline.source import Checkpoint, QuantizedSource, SourceTensor, StoredCopy, StoredSource
+from qformat.pipeline.source import Checkpoint, CodeCopy, QuantizedSource, SourceTensor, StoredCopy, StoredSource
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Request:
         if self.type is None and checkpoint.quantized:
             _check_none_grows(checkpoint, recipe)
             recipe = replace(recipe, default=None)
-        warnings = [*checkpoint.warnings, *lossy_warning(_made_anew(checkpoint, recipe))]
+        warnings = [*checkpoint.warnings, *_requantized(checkpoint, recipe)]
         return replace(checkpoint, warnings=warnings), recipe
 
     def plans(self) -> list[Plan]:
@@ -71,10 +72,27 @@ class Request:
         return make_plans(checkpoint.tensors, recipe, allow_nonfinite=self.allow_nonfinite)
 
 
-def _made_anew(checkpoint: Checkpoint, recipe: Recipe) -> list[StoredSource]:
-    """Return the tensors of a container that are given another type."""
-    stored = [tensor for tensor in checkpoint.tensors if isinstance(tensor, StoredSource)]
-    return [tensor for tensor in stored if not isinstance(recipe.encoder_for(tensor), StoredCopy)]
+def _requantized(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """Return warnings of tensors that are lossy already and are given another lossy type."""
+    again = [tensor for tensor in checkpoint.tensors if _is_requantized(tensor, recipe)]
+    stored = [tensor for tensor in again if isinstance(tensor, StoredSource)]
+    coded = [tensor for tensor in again if isinstance(tensor, QuantizedSource) and tensor not in stored]
+    warnings = lossy_warning(stored)
+    if coded:
+        warnings.append(
+            f"tensor {coded[0].name!r}{and_more(coded)}: quantized already, as {coded[0].codec}; quantized again from the decoded "
+            "values, which adds to the error; without a type for it, its codes are copied"
+        )
+    return warnings
+
+
+def _is_requantized(tensor: SourceTensor, recipe: Recipe) -> bool:
+    if not isinstance(tensor, QuantizedSource):
+        return False
+    encoder = recipe.encoder_for(tensor)
+    made_anew = not isinstance(encoder, (CodeCopy, StoredCopy))
+    # what a container file holds is decoded for a lossless type, too, and no error is recorded any more
+    return made_anew and (isinstance(tensor, StoredSource) or not encoder.is_lossless(tensor.dtype))
 
 
 def _check_none_grows(checkpoint: Checkpoint, recipe: Recipe) -> None:

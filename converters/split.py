@@ -15,17 +15,23 @@ from qformat.errors import TargetError
 from qformat.pipeline.encode import Plan
 
 _T = TypeVar("_T")
+_FEW = 100  # bytes that nobody wants
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 _DIGITS = 12
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as ``5GB``, ``500MiB`` or ``1000000``; raise `ValueError` if it is malformed."""
+    """Return the bytes of a size such as ``5GB``, ``500MiB`` or ``1000000``; raise `ValueError` if it is malformed.
+
+    A small number without a unit is refused: whoever writes 5 does not mean bytes.
+    """
     match = _SIZE.fullmatch(text.strip())
     size = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()] if match else 0
     if not 1 <= size < math.inf:
         raise ValueError(f"{text!r} is not a size such as 5GB or 500MiB")
+    if size < _FEW and text.strip()[-1].isdigit():
+        raise ValueError(f"{text} would be bytes; give a unit, as in {text}GB or {text}MB")
     return int(size)
 
 

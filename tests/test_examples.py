@@ -38,6 +38,22 @@ def test_the_example_load_in_inference_runs(minilm_qf):
     assert "model type bert, first rows of embeddings.word_embeddings.weight: (3, 384) float32" in done.stdout
 
 
+def test_the_example_load_in_inference_runs_on_a_file_without_configuration(tmp_path):
+    qformat.save_file({"w": np.ones((4, 8), np.float32)}, tmp_path / "x.qf", "f32")
+    done = run(sys.executable, EXAMPLES / "load_in_inference.py", tmp_path / "x.qf")
+    assert done.returncode == 0, done.stderr
+    assert "model type None, first rows of w: (3, 8) float32" in done.stdout
+
+
+def test_the_example_verify_in_ci_takes_names_literally(tmp_path):
+    qformat.save_file({"w": np.ones(3, np.float32)}, tmp_path / "model.qf")
+    sums = run(sys.executable, "-m", "qformat", "checksum", tmp_path / "model.qf").stdout.replace(f"{tmp_path}/", "")
+    (tmp_path / "SHA256SUMS").write_text(sums)
+    qformat.save_file({}, tmp_path / "mode..qf")
+    done = run(EXAMPLES / "verify_in_ci.sh", tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "mode..qf: not listed in SHA256SUMS")
+
+
 def test_the_example_verify_in_ci_finds_missing_and_changed_files(minilm_qf, tmp_path):
     shutil.copy(minilm_qf, tmp_path / "a.qf")
     sums = run(sys.executable, "-m", "qformat", "checksum", tmp_path / "a.qf").stdout.replace(f"{tmp_path}/", "")

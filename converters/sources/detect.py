@@ -105,12 +105,20 @@ def _open(path: Path, options: SourceOptions) -> Checkpoint:
     if path.is_dir():
         return named(_open_directory(path, options))
     if not path.exists():
-        raise SourceError(f"{path}: there is no such file or directory")
+        raise SourceError(f"{path}: there is no such file or directory{_hub_hint(path)}")
     kind = _kind_of(path, options)
     checkpoint = _open_model(path, kind, options)
     if not kind.open_shard:
         return checkpoint
     return replace(checkpoint, warnings=[*_warnings_alone(path), *checkpoint.warnings])
+
+
+def _hub_hint(path: Path) -> str:
+    """Return how to read a model of the Hugging Face Hub, if a path that does not exist is written like the name of one."""
+    name = path.as_posix().removeprefix(Path.cwd().as_posix() + "/")  # an absolute path may have been made of it
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or path.parent.exists():
+        return ""
+    return f"; for the model of that name on the Hugging Face Hub, give hf://{name} (with huggingface_hub installed)"
 
 
 def _open_directory(path: Path, options: SourceOptions) -> Checkpoint:

@@ -55,8 +55,9 @@ class _Commands(click.Group):
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt as interrupt:
             ctx.exit(_interrupted(interrupt))
-        except BrokenPipeError:
-            raise
+        except BrokenPipeError:  # the reader of the output has gone, as head does: no sign of damage
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            ctx.exit(128 + signal.SIGPIPE)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{where}{error.strerror or error}") from None
@@ -89,8 +90,22 @@ def _interrupted(interrupt: KeyboardInterrupt) -> int:
     return 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
 
 
+def _open_closed() -> None:
+    """Open standard streams that the calling process has closed: files would get their descriptors, and be written to."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def main() -> None:
     """Run the command line."""
+    _open_closed()
     signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the terminal may be unable to encode a name
@@ -105,8 +120,6 @@ def main() -> None:
 
 def _settle() -> None:
     """Discard output that cannot be written, so that the interpreter does not retry at exit and print a traceback."""
-    if sys.stdout is None:  # closed by the calling process
-        return
     try:
         sys.stdout.flush()
     except OSError:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from qformat.errors import QualityError
 from qformat.quality import Quality
+
+if TYPE_CHECKING:
+    _PathType = click.ParamType[Path]
+else:
+    _PathType = click.ParamType  # takes no parameters before click 8.4
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -22,7 +29,47 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 
-class _Source(click.ParamType[Path]):
+class Command(click.Command):
+    """A command that refuses an option given twice, where only one value can count."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments of the command."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for param, count in Counter(given).items():
+            if isinstance(param, click.Option) and count > 1 and not (param.multiple or param.is_flag):
+                raise click.UsageError(f"{max(param.opts, key=len)} is given {count} times; give it once", ctx)
+        return super().parse_args(ctx, args)
+
+
+# File names of other formats, with what makes such a file
+_OTHER_FORMATS = {
+    ".gguf": "qformat export --to gguf",
+    ".safetensors": "qformat export --to safetensors",
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".onnx", ".npz", ".zip"), ""),
+}
+
+
+class _Output(_PathType):
+    """The path of a container file to write."""
+
+    name = "path"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path, which is not that of a stream, nor named like a file of another format."""
+        path = Path(value)
+        if os.fspath(value) == "-":
+            self.fail("files cannot be written to stdout; give a name (./- for a file called -)", param, ctx)
+        suffix = path.suffix.lower()
+        if suffix in _OTHER_FORMATS:
+            way = f"; {_OTHER_FORMATS[suffix]} makes {suffix} files of .qf files" if _OTHER_FORMATS[suffix] else ""
+            self.fail(f"{path} would be a .qf file; name it {path.with_suffix('.qf').name}{way}", param, ctx)
+        return path
+
+
+OUTPUT = _Output()
+
+
+class _Source(_PathType):
     """A checkpoint: a path or a URL supported by fsspec."""
 
     name = "path or URL"

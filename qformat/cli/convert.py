@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat.cli.common import (
-    PATH,
+    OUTPUT,
     SOURCE,
+    Command,
     echo_json,
     echo_table,
     human_bytes,
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
     from qformat.converters.prune import Pruned
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("src", type=SOURCE)
-@click.argument("dst", type=PATH)
+@click.argument("dst", type=OUTPUT)
 @click.option(
     "-t",
     "--type",

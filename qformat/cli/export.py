@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.common import PATH, echo_json, human_bytes, jobs_option, parse_size, progress_bar, quality_option, warn
+from qformat.cli.common import (
+    PATH,
+    Command,
+    echo_json,
+    human_bytes,
+    jobs_option,
+    parse_size,
+    progress_bar,
+    quality_option,
+    warn,
+)
 from qformat.quality import Quality
 
 if TYPE_CHECKING:
     from qformat.converters.exports.export import Format
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("src", type=PATH)
 @click.argument("dst", type=PATH)
 @click.option("--to", required=True, type=click.Choice(["gguf", "safetensors", "hf"]), help="Format of DST.")

@@ -11,6 +11,7 @@ import click
 
 from qformat.cli.common import (
     PATH,
+    Command,
     echo_json,
     echo_table,
     human_bytes,
@@ -28,11 +29,13 @@ from qformat.records import Layer, TensorRecord, type_string
 _STEPS, _FINE = 4, 6  # the ladder has quarter-bit steps up to 6 bits, whole bits above
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("file", type=PATH)
-@click.option("--tensor", "pattern", default="*", metavar="GLOB", help="Show only tensors whose name matches.")
+@click.option(
+    "--tensor", "patterns", multiple=True, metavar="GLOB", help="Show only tensors whose name matches; may be repeated."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(file: Path, pattern: str, as_json: bool) -> None:
+def command(file: Path, patterns: tuple[str, ...], as_json: bool) -> None:
     """Show the contents of FILE: format version, root digest, assets, and tensors with their types, sizes and errors.
 
     Reads only the index; qformat verify checks the bytes of the tensors.
@@ -42,15 +45,20 @@ def command(file: Path, pattern: str, as_json: bool) -> None:
             warn(
                 f"{file} was written as format 1.{container.trailer.minor}, now 1.{MINOR}: convert again for better results"
             )
-        tensors = [tensor for tensor in container.tensors if fnmatchcase(tensor.name, pattern)]
+        tensors = [tensor for tensor in container.tensors if _is_shown(tensor.name, patterns)]
         tensors.sort(key=lambda tensor: natural_key(tensor.name))
-        if not tensors and pattern != "*":
-            raise click.ClickException(f"{file}: holds no tensor that matches {pattern!r}")
+        for pattern in patterns:
+            if not any(fnmatchcase(tensor.name, pattern) for tensor in tensors):
+                raise click.ClickException(f"{file}: holds no tensor that matches {pattern!r}")
         summary = _summary(container, tensors)
     if as_json:
         echo_json(summary)
     else:
         _echo(file, summary)
+
+
+def _is_shown(name: str, patterns: tuple[str, ...]) -> bool:
+    return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _summary(container: ContainerReader, tensors: list[TensorRecord]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 
 from qformat.cli.common import (
     SOURCE,
+    Command,
     echo_json,
     echo_table,
     jobs_option,
@@ -39,14 +41,19 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
     if value is not None and value != "-":
         if value.startswith("-"):
             raise click.BadParameter(f"needs a FILE, or - for stdout, before {value}", ctx, param)
-        if Path(value).exists():
+        if Path(value).is_file() and not _is_stream(value):
             raise click.BadParameter(f"{value} exists already; remove it first", ctx, param)
         if not Path(value).parent.is_dir():
             raise click.BadParameter(f"the directory {Path(value).parent} does not exist", ctx, param)
     return value
 
 
-@click.command()
+def _is_stream(file: str) -> bool:
+    """Return whether a path names an open stream or a device: it is written to, whatever stands behind it."""
+    return Path(file).is_absolute() and Path(os.path.normpath(file)).parts[1] in ("dev", "proc")
+
+
+@click.command(cls=Command)
 @click.argument("src", type=SOURCE)
 @click.option(
     "-t",
@@ -179,6 +186,9 @@ def _write_json(file: str, results: list[ErrorStats], sums: list[ErrorStats]) ->
     }
     if file == "-":
         echo_json(value)
+    elif _is_stream(file) or Path(file).is_fifo():
+        with Path(file).open("a") as stream:
+            stream.write(json.dumps(value, indent=1) + "\n")
     else:
         from qformat.container.workspace import write_bytes
 

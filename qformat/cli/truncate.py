@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from qformat.cli.common import PATH, echo_json, human_bytes, quality_option
+from qformat.cli.common import OUTPUT, PATH, Command, echo_json, human_bytes, quality_option
 from qformat.quality import Quality
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
+@click.argument("dst", type=OUTPUT)
 @quality_option("Quality that DST keeps", required=True)
 @click.option("-f", "--force", is_flag=True, help="Replace DST if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

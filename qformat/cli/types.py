@@ -8,12 +8,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from qformat.cli.common import echo_json, echo_table
+from qformat.cli.common import Command, echo_json, echo_table
 
 _SHAPE = (4096, 4096)  # the bits per weight hardly depend on it
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
     """List the weight types and their parameters; the first value of each parameter is its default.

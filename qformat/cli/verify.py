@@ -6,12 +6,12 @@ import sys
 
 import click
 
-from qformat.cli.common import echo_json, jobs_option, printable, progress_bar, warn
+from qformat.cli.common import Command, echo_json, jobs_option, printable, progress_bar, warn
 from qformat.container.verify import Damage, FileReport, bytes_to_check, verify
 from qformat.parallel import default_jobs
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("files", nargs=-1, required=True)
 @click.option(
     "--quick", is_flag=True, help="Check only the header, index and trailer of .qf files, not the bytes of the tensors."
@@ -32,12 +32,12 @@ def command(files: tuple[str, ...], quick: bool, as_json: bool, jobs: int | None
         echo_json({"ok": good, "files": [_to_json(report) for report in reports]})
     else:
         for report in reports:
-            _echo(report)
+            _echo(report, "index OK, tensors not checked" if quick and report.root else "OK")
     sys.exit(0 if good else 1)
 
 
-def _echo(report: FileReport) -> None:
-    click.echo(f"{printable(report.path)}: {'OK' if report.ok else 'FAILED'}")
+def _echo(report: FileReport, good: str) -> None:
+    click.echo(f"{printable(report.path)}: {good if report.ok else 'FAILED'}")
     for damage in report.errors:
         click.echo(f"  {_place(damage)}{damage.what}")
     if report.outdated:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Sequence
 from dataclasses import Field, fields
+from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -18,6 +20,11 @@ from qformat.records import TensorRecord
 
 _codecs: dict[str, type[Codec]] = {}
 _encoders: dict[str, type[Encoder]] = {}
+
+# Other names of types, without their punctuation; and types by bits of a code
+_OTHER_NAMES = {"fp16": "f16", "float16": "f16", "half": "f16", "bfloat16": "bf16", "fp32": "f32", "float32": "f32", "float": "f32",
+                "fp64": "f64", "float64": "f64", "double": "f64", "nf4": "lut", "zstd": "lossless"}  # fmt: skip
+_BY_BITS = {1: "ternary", 2: "affine:bits=2", 3: "affine:bits=3", 4: "q4_0", 5: "q5_0", 6: "q8_0", 7: "q8_0", 8: "q8_0"}
 _C = TypeVar("_C", bound=type[Codec] | type[Encoder])
 
 
@@ -92,7 +99,26 @@ def _lookup(id_: str, text: str) -> type[Encoder]:
         return encoder
     known = id_ in codecs()
     cause = f"{id_} holds only tensors that are quantized already" if known else f"there is no codec {id_!r}"
-    raise TypeSpecError(f"type {text!r}: {cause}; the types for weights are {', '.join(sorted(types_for_weights()))}")
+    near = _nearest(id_)
+    hint = f"did you mean {near}? " if near else ""
+    raise TypeSpecError(
+        f"type {text!r}: {cause}; {hint}the types for weights are {', '.join(sorted(types_for_weights()))}"
+    )
+
+
+def _nearest(id_: str) -> str:
+    """Return the type that is meant by a misspelt one, by another name of a float, or by a type that only llama.cpp makes."""
+    lower = id_.lower()
+    types = types_for_weights()
+    plain = re.sub(r"[^a-z0-9]", "", lower)
+    for name in types:
+        if re.sub(r"[^a-z0-9]", "", name) == plain:
+            return name
+    if plain in _OTHER_NAMES:
+        return _OTHER_NAMES[plain]
+    if match := re.fullmatch(r"(?:i?q|tq|int)([1-8])(?:_.*|)", lower):  # q4_K_M, iq3_xxs, int8
+        return _BY_BITS[int(match[1])]
+    return next(iter(get_close_matches(lower, types, 1)), "")
 
 
 def _parse_value(text: str, key: str, value: str, kind: Any) -> Any:

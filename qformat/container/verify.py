@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qformat.container import sums
 from qformat.container.index import check_sorted
 from qformat.container.layout import MAGIC, align
 from qformat.container.reader import ContainerReader
@@ -24,7 +24,6 @@ from qformat.records import AssetRecord, Segment, ShardRecord
 Progress = Callable[[int], None]
 
 _CHUNK = 1 << 20
-_SUM_LINE = re.compile(rb"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 _MAX_LIST_BYTES = 64 << 20
 
 
@@ -88,14 +87,6 @@ def sha256_of(path: PathLike, progress: Progress | None = None) -> str:
     return digest.hexdigest()
 
 
-def sums_line(path: str, digest: str) -> str:
-    r"""Return the line that ``sha256sum`` prints: names with a line end or backslash are escaped, which a leading ``\`` tells."""
-    if any(c in path for c in "\\\n\r"):
-        escaped = path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-        return f"\\{digest}  {escaped}"
-    return f"{digest}  {path}"
-
-
 def verify(
     paths: list[str], *, quick: bool = False, jobs: int = 1, progress: Progress | None = None
 ) -> list[FileReport]:
@@ -151,18 +142,25 @@ def _verify_containers(path: str, pool: ThreadPoolExecutor, progress: Progress, 
     head, shards, names = _verify_container(path, pool, progress, quick=quick)
     reports = [head]
     for shard in shards:
-        place = str(beside(Path(path), shard.name))
-        try:
-            report, _, more = _verify_container(place, pool, progress, quick=quick, shard=shard)
-            names += more
-        except OSError as error:
-            report = FileReport(place, [Damage(_cannot_read(error))])
+        report, more = _verify_shard(str(beside(Path(path), shard.name)), shard, pool, progress, quick=quick)
+        names += more
         reports.append(report)
     try:
         check_sorted("tensor", names)
     except FormatError as error:
         head.errors.append(Damage(f"its shards do not fit together: {error.cause}"))
     return reports
+
+
+def _verify_shard(
+    path: str, shard: ShardRecord, pool: ThreadPoolExecutor, progress: Progress, *, quick: bool
+) -> tuple[FileReport, list[str]]:
+    """Check a file that has to be a certain shard, and return the tensors that it names."""
+    try:
+        report, _, names = _verify_container(path, pool, progress, quick=quick, shard=shard)
+    except OSError as error:
+        return FileReport(path, [Damage(_cannot_read(error))]), []
+    return report, names
 
 
 def _verify_container(
@@ -242,50 +240,64 @@ def _check_segment(fd: int, segment: Segment, progress: Progress) -> str:
 
 
 def _is_list(path: str) -> bool:
-    """Return whether a file's first line is one of a SHA256SUMS list."""
     with open_regular(Path(path)) as file:
         start = file.read(1 << 16)
-    first = next((line for line in start.splitlines() if line.strip() and not line.startswith(b"#")), b"")
-    return not start.startswith(MAGIC[:4]) and _SUM_LINE.match(first) is not None
+    return not start.startswith(MAGIC[:4]) and sums.is_list(start)
 
 
 def _verify_list(path: str, pool: ThreadPoolExecutor, progress: Progress) -> list[FileReport]:
     reports: list[FileReport] = []
     checks = []
-    for number, digest, target in _entries(path):
-        if target is None:
-            reports.append(FileReport(path, [Damage(f"line {number} is not of the form 'SHA256  NAME'")]))
+    for entry in _entries(path):
+        if entry.problem:
+            reports.append(FileReport(path, [Damage(f"line {entry.number} {entry.problem}")]))
             continue
-        report = FileReport(str(target))
+        report = FileReport(str(_listed(path, entry)))
         reports.append(report)
-        checks.append((report, pool.submit(_check_sum, target, digest, progress)))
+        checks.append((report, pool.submit(_check_sum, Path(report.path), entry.digest, progress)))
     for report, check in checks:
         what = check.result()
         if what:
             report.errors.append(Damage(what))
+    listed = {os.path.normpath(report.path) for report, _ in checks}
+    for report, _ in checks:
+        if (
+            report.ok
+        ):  # the digests of a head's shards are in the head: they are checked even if the list is silent about them
+            reports += _verify_unlisted_shards(report, listed, pool, progress)
     return reports
 
 
-def _entries(path: str) -> Iterator[tuple[int, str, Path | None]]:
-    """Yield (line number, digest, file) of a list; the file is None for a line that is none of a list."""
-    if Path(path).stat().st_size > _MAX_LIST_BYTES:
-        raise OSError(errno.EFBIG, "the list is too long", path)
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        line = line.removesuffix(b"\r")  # noqa: PLW2901
-        if not line.strip() or line.startswith(b"#"):
-            continue
-        match = _SUM_LINE.fullmatch(line)
-        if match is None:
-            yield number, "", None
-        else:
-            escaped, digest, name = match.groups()
-            # beside the list, whatever the working directory
-            yield number, digest.decode().lower(), Path(path).parent / os.fsdecode(_unescape(name) if escaped else name)
+def _verify_unlisted_shards(
+    head: FileReport, listed: set[str], pool: ThreadPoolExecutor, progress: Progress
+) -> list[FileReport]:
+    with open_regular(Path(head.path)) as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            return []
+    try:
+        with ContainerReader(head.path, alone=True) as container:
+            shards = container.index.shards
+    except FormatError as error:
+        head.errors.append(Damage(error.cause))
+        return []
+    places = [(str(beside(Path(head.path), shard.name)), shard) for shard in shards]
+    return [
+        _verify_shard(path, shard, pool, progress, quick=False)[0]
+        for path, shard in places
+        if os.path.normpath(path) not in listed
+    ]
 
 
-def _unescape(name: bytes) -> bytes:
-    letters = {b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
-    return re.sub(rb"\\([nr\\])", lambda match: letters[match[1]], name)
+def _entries(path: str) -> list[sums.Entry]:
+    with open_regular(Path(path)) as file:
+        if os.fstat(file.fileno()).st_size > _MAX_LIST_BYTES:
+            raise OSError(errno.EFBIG, "the list is too long", path)
+        return list(sums.parse(file.read()))
+
+
+def _listed(path: str, entry: sums.Entry) -> Path:
+    """Return the file of an entry: beside the list, whatever the working directory."""
+    return Path(path).parent / entry.name
 
 
 def _check_sum(path: Path, digest: str, progress: Progress) -> str:
@@ -302,12 +314,12 @@ def bytes_to_check(paths: list[str]) -> int:
     for path in paths:
         with suppress(OSError, FormatError):
             if _is_list(path):
-                targets = [target for _, _, target in _entries(path)]
+                targets = [_listed(path, entry) for entry in _entries(path) if entry.name]
             else:
                 with ContainerReader(path, alone=True) as container:
                     shards = [beside(Path(path), shard.name) for shard in container.index.shards]
                 targets = [Path(path), *shards]
             for target in targets:
                 with suppress(OSError, ValueError):
-                    total += target.stat().st_size if target else 0
+                    total += target.stat().st_size
     return total

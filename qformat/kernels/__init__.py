@@ -42,6 +42,8 @@ def load(name: str) -> ModuleType:
 def _has_numba() -> bool:
     """Return whether numba can be imported; cached, so that a fallback is reported once per process."""
     try:
+        if import_module("numba").config.DISABLE_JIT:
+            raise ImportError("NUMBA_DISABLE_JIT is set")
         import_module("qformat.kernels.numba.compiler")
     except ImportError as error:
         _log.warning("numba cannot be used (%s): falling back to the slower numpy kernels", error)

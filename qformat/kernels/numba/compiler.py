@@ -1,15 +1,18 @@
 """Compile kernels once per user and machine.
 
-numba's own cache has four traps, and each decision here avoids one:
+numba's own cache has five traps, and each decision here avoids one:
 
 * It looks at a kernel's own file only, so it would run old machine code after a change in a helper or an intrinsic. The directory
   is therefore named after a digest of all sources and versions that machine code depends on.
+* It goes by the path of that file, so each virtual environment would compile everything anew. Here all of them share the directory.
 * It compiles at the first call, in whichever thread makes it, once for each combination of argument types. Kernels have fixed
   signatures instead and are compiled when their module is imported, so that all waiting (and all failing) is in one place.
-* With nowhere to write it raises at import, and a truncated file makes every later run fail. Here a missing cache costs time, and a
-  damaged one is deleted and made again.
-* Its files are pickles: whoever may write them runs code as the user. Only a directory that belongs to the user and that nobody
-  else may write is trusted.
+* With nowhere to write it raises at import, and a truncated file makes every later run fail. Here a missing cache costs time, one
+  that cannot be written is read all the same, and a damaged one is deleted and made again.
+* Its files are pickles: whoever may write them runs code as the user. Only a directory that belongs to the user or to root and that
+  nobody else may write is trusted.
+
+Compiling takes seconds, so it is announced, in programs that set up no logging as well.
 """
 
 from __future__ import annotations
@@ -21,21 +24,24 @@ import platform
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llvmlite.binding
+import llvmlite
 import numba
-from numba.core import config, types
+from numba.core import caching, event, types
 from numba.core.imputils import lower_constant
+from numba.core.registry import cpu_target
 from numba.extending import models, register_model, typeof_impl
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_lock = threading.RLock()  # numba's cache setting is global, and modules may be imported on several threads
+_lock = threading.RLock()  # modules may be imported on several threads
+_SILENCE = 60  # seconds after which compiling is announced again
 
 # Input arrays in signatures: one-dimensional, C-contiguous, read-only or not.
 _INPUTS = ("uint8", "uint16", "uint32", "float32", "float64")
@@ -57,14 +63,63 @@ def cache_directory() -> Path | None:
     except (OSError, RuntimeError) as error:
         _log.warning("no cache for compiled kernels (%s): they are compiled anew in each run", error)
         return None
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         _log.warning("%s is not safe to load code from: kernels are compiled anew in each run", directory)
         return None
-    if not os.access(directory, os.W_OK | os.X_OK):
+    if not os.access(directory, os.R_OK | os.X_OK):
+        _log.warning("%s cannot be read: kernels are compiled anew in each run", directory)
         return None
-    if not any(directory.iterdir()):
-        _log.info("compiling kernels, which happens once and takes a few seconds")
     return directory
+
+
+class _Locator(caching._CacheLocator):  # type: ignore[misc]  # noqa: SLF001
+    """Tells numba where machine code of this package is: in the directory of `cache_directory`, wherever the sources are."""
+
+    def __init__(self, function: Any, directory: Path) -> None:
+        self._line = function.__code__.co_firstlineno
+        self._directory = directory
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _Locator | None:  # noqa: ARG003
+        """Return the locator of a kernel; None for the user's own functions."""
+        directory = cache_directory() if py_func.__module__.startswith(__package__ + ".") else None
+        return cls(py_func, directory) if directory else None
+
+    def get_cache_path(self) -> str:
+        """Return the directory."""
+        return str(self._directory)
+
+    def get_source_stamp(self) -> str:
+        """Return a constant: another source means another directory."""
+        return ""
+
+    def get_disambiguator(self) -> str:
+        """Return what tells apart kernels of the same name in one module."""
+        return str(self._line)
+
+
+# the classes that numba asks in turn, for every function that is cached
+caching.CompileResultCacheImpl._locator_classes.insert(0, _Locator)  # noqa: SLF001
+
+
+class _Announcement(event.Listener):  # type: ignore[misc]
+    """Announces the compilation of kernels, unless that has just been done."""
+
+    def __init__(self) -> None:
+        self._last = -float(_SILENCE)
+
+    def on_start(self, event: Any) -> None:  # noqa: ARG002
+        """Announce it, if need be."""
+        if time.monotonic() - self._last > _SILENCE:
+            _log.warning("compiling kernels, which takes some seconds and happens once on this machine")
+        self._last = time.monotonic()
+
+    def on_end(self, event: Any) -> None:  # noqa: ARG002
+        """Take the time."""
+        self._last = time.monotonic()
+
+
+_announcement = _Announcement()
 
 
 def _digest() -> str:
@@ -78,17 +133,6 @@ def _digest() -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def _numba_cache(directory: Path) -> Iterator[None]:
-    """Point numba at `directory` while a function is compiled; the user's own functions keep their setting."""
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(directory)
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before
-
-
 def kernel(*signatures: str) -> Callable[[_Function], _Function]:
     """Compile a function for the given numba signatures, without the GIL and without fast-math.
 
@@ -97,16 +141,18 @@ def kernel(*signatures: str) -> Callable[[_Function], _Function]:
     """
 
     def compile_(function: _Function) -> _Function:
-        with _lock:
+        with _lock, event.install_listener("numba:compile", _announcement):
             directory = cache_directory()
             for _ in range(2):
                 if directory is None:
                     break
                 try:
-                    with _numba_cache(directory):
-                        compiled: _Function = numba.njit(list(signatures), nogil=True, cache=True)(function)
+                    compiled: _Function = numba.njit(list(signatures), nogil=True, cache=True)(function)
                 except numba.core.errors.NumbaError:
                     raise  # the kernel itself is wrong
+                except OSError as error:
+                    _log.info("kernels cannot be kept in %s: %s", directory, error)
+                    break
                 except Exception as error:  # noqa: BLE001  unpickling a damaged file may raise anything
                     _log.info("kernel cache in %s is damaged and made anew: %r", directory, error)
                     shutil.rmtree(directory, ignore_errors=True)
@@ -120,11 +166,16 @@ def kernel(*signatures: str) -> Callable[[_Function], _Function]:
     return compile_
 
 
+@cache
+def _features() -> frozenset[str]:
+    """Return the features of the processor that numba compiles for: the machine's, unless its settings name others."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return frozenset(features.split(","))
+
+
 def has_feature(name: str) -> bool:
-    """Return whether the processor that numba compiles for, the machine's unless its settings name another, has a feature."""
-    if config.CPU_FEATURES is not None:
-        return f"+{name}" in config.CPU_FEATURES
-    return config.CPU_NAME is None and bool(llvmlite.binding.get_host_cpu_features().get(name, False))
+    """Return whether the processor that numba compiles for has a feature."""
+    return f"+{name}" in _features()
 
 
 def inline(function: _Function) -> _Function:
