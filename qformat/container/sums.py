@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_PLAIN = re.compile(rb"(\\?)([0-9a-fA-F]{64})(?: [ *]|[ \t]+\*?)(.+)")
+_PLAIN = re.compile(rb"(\\?)([0-9a-fA-F]{64})(?: [ *]|[ \t]+\*?(?=\S))(.+)")
 _TAGGED = re.compile(rb"(\\?)SHA(?:2-)?256 ?\((.+)\) ?= ?([0-9a-fA-F]{64})")
 _NAMELESS = re.compile(rb"[0-9a-fA-F]{64}\s*")
 # other functions: MD5, SHA-1, SHA-224, SHA-384 and SHA-512, BLAKE2

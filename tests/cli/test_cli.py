@@ -174,7 +174,7 @@ def test_verify_accepts_the_list_that_checksum_prints(minilm_qf, tmp_path):
     assert re.fullmatch(r"[0-9a-f]{64}  \S+\n", lines)
     (tmp_path / "SHA256SUMS").write_text(lines)
     assert invoke("verify", tmp_path / "SHA256SUMS").stdout == f"{minilm_qf}: OK\n"
-    assert invoke("verify", minilm_qf, tmp_path / "SHA256SUMS", "--quick").stdout.count(": OK") == 2
+    assert invoke("verify", minilm_qf, tmp_path / "SHA256SUMS", "--quick").stdout.count("OK") == 2
 
 
 def imported(*args: object) -> tuple[set[str], int]:

@@ -350,7 +350,8 @@ def test_commands_write_and_read_shards(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("7", 7), ("2k", 2000), ("3tib", 3 << 40)]
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("700", 700), ("7B", 7), ("2k", 2000), ("3tib", 3 << 40)],
 )
 def test_shard_sizes_are_parsed(text, size):
     assert parse_size(text) == size

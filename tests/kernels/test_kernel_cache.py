@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import qformat
 
 SCRIPT = """
 import sys, numpy as np
@@ -33,7 +36,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     cache = tmp_path_factory.mktemp("cache")
     module, digest, stderr = run(cache)
     assert module == "qformat.kernels.numba.q4_0"
-    assert not stderr
+    assert stderr == "compiling kernels, which happens once and takes some seconds\n"
     return cache, digest
 
 
@@ -45,7 +48,7 @@ def test_machine_code_is_cached_and_reused(cached):
     cache, digest = cached
     before = {path: path.stat().st_mtime_ns for path in files(cache)}
     assert before
-    assert run(cache)[1] == digest
+    assert run(cache) == ("qformat.kernels.numba.q4_0", digest, "")
     assert {path: path.stat().st_mtime_ns for path in files(cache)} == before
     assert all((path.stat().st_mode & 0o077) == 0 for path in cache.glob("kernels-*"))
 
@@ -80,6 +83,37 @@ def test_a_kernel_cache_writable_by_others_is_not_used(cached, tmp_path):
     assert digest == cached[1]
     assert "not safe" in stderr
     assert all(path.read_bytes() == b"evil" for path in before)
+
+
+def test_a_kernel_cache_that_cannot_be_written_is_read(cached, tmp_path):
+    cache, digest = cached
+    (directory,) = shutil.copytree(cache, tmp_path / "cache").glob("kernels-*")
+    before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+    forbidden = "import numba.core.caching as c; c.IndexDataCacheFile._open_for_write = None\n"
+    assert run(tmp_path / "cache", forbidden + SCRIPT) == ("qformat.kernels.numba.q4_0", digest, "")
+    assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+
+
+def test_machine_code_is_shared_by_all_installations(cached, tmp_path):
+    cache, digest = cached
+    package = Path(qformat.__file__).parent
+    shutil.copytree(package, tmp_path / "qformat", ignore=shutil.ignore_patterns("__pycache__"))
+    before = {path: path.stat().st_mtime_ns for path in files(cache)}
+    assert run(cache, PYTHONPATH=str(tmp_path)) == ("qformat.kernels.numba.q4_0", digest, "")
+    assert {path: path.stat().st_mtime_ns for path in files(cache)} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["NUMBA_ENABLE_AVX=0", "NUMBA_BOUNDSCHECK=1"])
+def test_settings_of_numba_change_no_bytes(setting, cached, tmp_path):
+    name, _, value = setting.partition("=")
+    assert run(tmp_path, **{name: value})[:2] == ("qformat.kernels.numba.q4_0", cached[1])
+
+
+def test_with_compilation_disabled_the_numpy_kernels_are_used(cached):
+    module, digest, stderr = run(NUMBA_DISABLE_JIT="1")
+    assert (module, digest) == ("qformat.kernels.numpy.q4_0", cached[1])
+    assert stderr == "numba cannot be used (NUMBA_DISABLE_JIT is set): falling back to the slower numpy kernels\n"
 
 
 def test_kernels_for_a_generic_processor_give_the_same_bytes(cached, tmp_path):

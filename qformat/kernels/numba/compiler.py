@@ -111,7 +111,7 @@ class _Announcement(event.Listener):  # type: ignore[misc]
     def on_start(self, event: Any) -> None:  # noqa: ARG002
         """Announce it, if need be."""
         if time.monotonic() - self._last > _SILENCE:
-            _log.warning("compiling kernels, which takes some seconds and happens once on this machine")
+            _log.warning("compiling kernels, which happens once and takes some seconds")
         self._last = time.monotonic()
 
     def on_end(self, event: Any) -> None:  # noqa: ARG002
