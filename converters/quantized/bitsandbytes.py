@@ -42,7 +42,7 @@ _LONGEST = 1 << 16  # bytes of a state
 
 _THIRD = np.float32(1 / 3)
 _FP4 = np.array([0, _THIRD / 64, 2 * _THIRD, 1, _THIRD, 0.5, _THIRD / 2, 0.25], np.float32)
-# What the tool decodes with, whatever the map in a file says
+# What the tool's kernels decode with, whatever the map in a file says; it has 0 where they give -0
 _TABLES = {
     "nf4": np.array(
         [
@@ -115,8 +115,8 @@ def four_bit_tensor(layer: Layer, claims: Claims) -> CodedTensor:
             f"tensor {weight.name!r} of {prod(weight.shape) * weight.dtype.size} bytes does not hold the codes of shape "
             f"{list(state.shape)} that its state says"
         )
-    table = whole(layer.part("weight.quant_map", "weight", [F32], dims=1))
-    if not np.array_equal(table, _TABLES[state.kind]):
+    table = _TABLES[state.kind]
+    if not np.array_equal(whole(layer.part("weight.quant_map", "weight", [F32], dims=1)), table):
         raise SourceError(f"tensor {layer.named('weight.quant_map')!r} is not the table of {state.kind}")
     absmax = _absmax(layer, state, cuts(matrix.elements, state.block))
     flat = matrix.rows > 1 and matrix.cols % state.block > 0

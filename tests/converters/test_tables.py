@@ -25,11 +25,11 @@ from tests.helpers.codecs import chunks_of, decode
 
 RNG = np.random.default_rng(0)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-# Tables of bitsandbytes, as it saves them
+# Tables of bitsandbytes, as its kernels have them; files have 0.0 for -0.0
 MAPS = {
     "nf4": "-1.0 -0.6961928 -0.52507305 -0.3949175 -0.28444138 -0.18477343 -0.091050036 0.0 0.0795803 0.1609302 0.2461123"
     " 0.33791524 0.44070983 0.562617 0.72295684 1.0",
-    "fp4": "0.0 0.0052083335 0.6666667 1.0 0.33333334 0.5 0.16666667 0.25 0.0 -0.0052083335 -0.6666667 -1.0 -0.33333334 -0.5"
+    "fp4": "0.0 0.0052083335 0.6666667 1.0 0.33333334 0.5 0.16666667 0.25 -0.0 -0.0052083335 -0.6666667 -1.0 -0.33333334 -0.5"
     " -0.16666667 -0.25",
 }
 TABLES = {kind: np.array(text.split(), np.float32) for kind, text in MAPS.items()}
@@ -100,7 +100,7 @@ def four_bit(
     rng = np.random.default_rng(count + block)
     codes, blocks = rng.integers(0, 16, count), -(-count // block)
     absmax = rng.random(blocks).astype(np.float32) + np.float32(0.1)
-    parts: dict[str, Any] = {"weight.absmax": absmax, "weight.quant_map": TABLES[kind]}
+    parts: dict[str, Any] = {"weight.absmax": absmax, "weight.quant_map": TABLES[kind] + np.float32(0)}
     inner = None
     if nested:
         inner = (16, 0.0123456789)
