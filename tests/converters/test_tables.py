@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,14 @@ from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
 from qformat.converters.quantized.recognize import recognize
 from qformat.converters.sources.options import SourceOptions
+from qformat.converters.sources.safetensors import open_safetensors
 from qformat.dtypes import DTYPES, Elements, from_array
 from qformat.errors import SourceError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint, QuantizedSource
 from tests.helpers.codecs import chunks_of, decode
 
+DATA = Path(__file__).parents[1] / "data" / "tables"
 RNG = np.random.default_rng(0)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 # Tables of bitsandbytes, as its kernels have them; files have 0.0 for -0.0
@@ -80,6 +84,22 @@ def check(tensor: Any, expected: np.ndarray) -> None:
     for chunk in chunks_of(tensor.codec, tensor.shape):
         decoded = decode(tensor.codec, tensor.encoded(chunk), chunk.shape)
         assert decoded.tobytes() == flat[chunk.elements(matrix)].tobytes()
+
+
+# ---- real tools
+
+
+def test_layers_quantized_by_real_tools_have_the_values_that_these_compute(tmp_path):
+    found = recognize(open_safetensors(DATA / "layers.safetensors").tensors, {}, SourceOptions(), {})
+    assert found.warnings == []
+    digests = json.loads((DATA / "expected.json").read_bytes())
+    assert {tensor.name for tensor in found.tensors} == set(digests)
+    convert(Checkpoint(found.tensors), tmp_path / "a.qf", Recipe.parse(None))
+    with safe_open(tmp_path / "a.qf") as file:
+        for name, digest in digests.items():
+            assert file.info(name).codec in ("codebook", "fp8")
+            assert file.info(name).error.rmse == 0
+            assert hashlib.sha256(file.get_tensor(name).tobytes()).hexdigest() == digest, name
 
 
 # ---- bitsandbytes
