@@ -185,11 +185,10 @@ def test_fp8_scales_named_as_in_deepseek_checkpoints_are_recognized():
 
 
 def test_float8_tensors_without_scales_stay_raw():
-    parts = {"weight": codes((4, 4)), "input_scale": scales((1,)), "bias": scales((4,))}
+    parts = {"weight": codes((4, 4)), "bias": scales((4,))}
     found, warnings = recognized(parts)
     assert [(tensor.name, tensor.dtype.name) for tensor in found] == [
         ("a.weight", "f8_e4m3"),
-        ("a.input_scale", "f32"),
         ("a.bias", "f32"),
     ]
     assert warnings == []
