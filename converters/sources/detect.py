@@ -12,16 +12,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from qformat.converters.sources.assets import with_assets
 from qformat.converters.sources.container import is_container, open_container
 from qformat.converters.sources.ctranslate2 import is_ctranslate2, open_ctranslate2
-from qformat.converters.sources.files import Opener
+from qformat.converters.sources.files import Opener, missing
 from qformat.converters.sources.gguf import is_gguf, open_gguf
-from qformat.converters.sources.hf import is_hf, only_weights, open_hf
+from qformat.converters.sources.hf import advice_for, is_hf, open_hf, open_set, select
+from qformat.converters.sources.hub_cache import snapshot_in
+from qformat.converters.sources.listing import Folder
 from qformat.converters.sources.meta import is_meta, open_meta
-from qformat.converters.sources.model_files import recognized, with_assets
+from qformat.converters.sources.model_files import recognized
 from qformat.converters.sources.options import SourceOptions
+from qformat.converters.sources.parallel_parts import check_file, check_folder
+from qformat.converters.sources.pipelines import check_pipeline
 from qformat.converters.sources.safetensors import is_safetensors, open_safetensors
+from qformat.converters.sources.shards import open_indexed
 from qformat.converters.sources.torch import is_torch, open_torch, open_torch_shard
+from qformat.converters.sources.weight_files import weight_name
+from qformat.converters.sources.whole import check_alone, check_elements
 from qformat.converters.sources.wrappers import unwrapped
 from qformat.converters.weights_name import named
 from qformat.errors import QFormatError, QualityError, SourceError
@@ -41,10 +49,10 @@ class FileKind(NamedTuple):
 
 
 class DirectoryKind(NamedTuple):
-    """A layout of directories, which are opened with their path and a function that opens the files in them."""
+    """A layout of directories, which are opened with a function that opens the files in them."""
 
-    matches: Callable[[Path], bool]
-    open: Callable[[Path, Opener], Checkpoint]
+    matches: Callable[[Folder], bool]
+    open: Callable[[Folder, Opener], Checkpoint]
     may_be_quantized: bool  # whether other tools write quantized checkpoints in this layout
 
 
@@ -103,14 +111,20 @@ def open_checkpoint(path: Path, options: SourceOptions | None = None) -> Checkpo
 
 def _open(path: Path, options: SourceOptions) -> Checkpoint:
     if path.is_dir():
-        return named(_open_directory(path, options))
+        return named(_open_directory(Folder(snapshot_in(path)), options))
     if not path.exists():
-        raise SourceError(f"{path}: there is no such file or directory{_hub_hint(path)}")
+        raise SourceError(f"{missing(path)}{_hub_hint(path)}")
+    if (name := weight_name(path.name)) and name.is_index:
+        return named(_open_index(path, options))
+    parts = check_file(path)
     kind = _kind_of(path, options)
     checkpoint = _open_model(path, kind, options)
+    if parts:
+        check_alone(path, parts, checkpoint)
     if not kind.open_shard:
         return checkpoint
-    return replace(checkpoint, warnings=[*_warnings_alone(path), *checkpoint.warnings])
+    advice = advice_for(path)
+    return replace(checkpoint, warnings=[*([advice] if advice else []), *checkpoint.warnings])
 
 
 def _hub_hint(path: Path) -> str:
@@ -121,22 +135,56 @@ def _hub_hint(path: Path) -> str:
     return f"; for the model of that name on the Hugging Face Hub, give hf://{name} (with huggingface_hub installed)"
 
 
-def _open_directory(path: Path, options: SourceOptions) -> Checkpoint:
+def _open_index(path: Path, options: SourceOptions) -> Checkpoint:
+    """Open the shards that an index lists, and the files beside them."""
     _check_quality(path, options)
+    checkpoint = open_indexed(path, partial(_open_weights, options))
+    return _with_folder(Folder(path.parent), checkpoint, options)
+
+
+def _open_directory(folder: Folder, options: SourceOptions) -> Checkpoint:
+    path = folder.path
+    _check_quality(path, options)
+    check_pipeline(folder)
     for kind in DIRECTORIES:
-        if kind.matches(path):
-            checkpoint = kind.open(path, partial(_open_weights, options))
-            return recognized(unwrapped(checkpoint), path, options) if kind.may_be_quantized else checkpoint
-    file = only_weights(path)
-    file_kind = _kind_of(file, options)
-    checkpoint = _open_model(file, file_kind, options)
-    return with_assets(path, checkpoint) if file_kind.open_shard else checkpoint
+        if kind.matches(folder):
+            checkpoint = kind.open(folder, partial(_open_weights, options))
+            break
+    else:
+        check_folder(folder)
+        return _open_other(folder, options)
+    if kind.may_be_quantized:
+        return _with_folder(folder, checkpoint, options)
+    return with_assets(folder, check_elements(path, checkpoint), _is_weights)
+
+
+def _open_other(folder: Folder, options: SourceOptions) -> Checkpoint:
+    """Open the only weights in a directory, which have no usual name."""
+    chosen = select(folder)
+    whole = chosen.single or (chosen.shards[0] if chosen.suffix == ".gguf" else None)
+    if whole and not chosen.index:
+        kind = _kind_of(whole, options)
+        if not kind.open_shard:
+            return with_assets(folder, _open_model(whole, kind, options), _is_weights)
+    return _with_folder(folder, open_set(chosen, partial(_open_weights, options)), options)
+
+
+def _with_folder(folder: Folder, checkpoint: Checkpoint, options: SourceOptions) -> Checkpoint:
+    """Finish what was opened in a directory: names, quantized layers, and the files that belong to it."""
+    checkpoint = unwrapped(check_elements(folder.path, checkpoint))
+    return recognized(with_assets(folder, checkpoint, _is_weights), folder.path, options)
+
+
+def _is_weights(start: bytes) -> bool:
+    return any(kind.matches(start) for kind in FILES)
 
 
 def _open_model(path: Path, kind: FileKind, options: SourceOptions) -> Checkpoint:
     """Open a file that holds a whole model, as far as there is one."""
     checkpoint = kind.open(path, **{name: getattr(options, name) for name in kind.options})
-    return recognized(unwrapped(checkpoint), path.parent, options) if kind.open_shard else checkpoint
+    if not kind.open_shard:
+        return checkpoint
+    return recognized(unwrapped(check_elements(path, checkpoint)), path.parent, options)
 
 
 def _open_weights(options: SourceOptions, path: Path, *, shard: bool = True) -> Checkpoint:
@@ -186,13 +234,3 @@ def _check_quality(path: Path, options: SourceOptions) -> None:
             f"{path}: is not a .qf file, whose layered tensors can be read at a quality; to store weights at one, give it with "
             "the type, as in -t scm:bpw=3"
         )
-
-
-def _warnings_alone(path: Path) -> list[str]:
-    """Return a warning if a file is only a part of the model in its directory."""
-    shard = re.search(r"-[0-9]+-of-0*([0-9]+)\.", path.name)
-    if shard and int(shard[1]) > 1:
-        return [f"{path.name} is one shard of {shard[1]}: give its directory for the whole model"]
-    if (path.parent / "config.json").exists():
-        return [f"only the tensors of {path.name} are taken; give its directory to include config.json and tokenizer"]
-    return []

@@ -50,6 +50,13 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def missing(path: Path) -> SourceError:
+    """Return the error for a file that is not there, or for a link to such a file."""
+    if not is_remote(path) and path.is_symlink():
+        return SourceError(f"{path}: is a link to {path.readlink()}, where there is no file; download it again")
+    return SourceError(f"{path}: there is no such file or directory")
+
+
 class SharedFile:
     """A file that is opened at the first read, and shared by its tensors."""
 

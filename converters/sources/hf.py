@@ -1,15 +1,22 @@
-"""Model directories in Hugging Face's layout: weights in one file or in shards, and the files that belong to them."""
+"""Directories with weights in one file or in shards, in Hugging Face's layout or under other names.
+
+Which files are taken is decided by their names: those that transformers looks for, in its order, but an index before a single file
+that it does not list; then variants of them; then the only weights with another name.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from qformat.converters.sources.files import WEIGHTS, Opener
-from qformat.converters.sources.model_files import with_assets
+from qformat.converters.sources.files import WEIGHTS, Opener, missing
+from qformat.converters.sources.listing import Folder
 from qformat.converters.sources.shards import numbered, open_indexed, open_unlisted
+from qformat.converters.sources.weight_files import WeightSet, variant_of, weight_name, weight_sets
 from qformat.converters.wording import and_more
 from qformat.errors import SourceError
+from qformat.files import is_remote
 from qformat.pipeline.source import Checkpoint
 
 SINGLE = "model.safetensors"
@@ -23,70 +30,133 @@ _NAMES = (
     "diffusion_pytorch_model.bin",
     "consolidated.safetensors",  # Mistral's own
 )
+# Taken if there is nothing else
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-# State of a training run
-_NOT_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "random_states*")
+_COMPANIONS = ("*mmproj*.gguf", "*imatrix*.gguf")
 _SHOWN = 8
 
 
-def is_hf(directory: Path) -> bool:
-    """Return whether the weights in a directory have usual names, or are numbered shards."""
-    return bool(_find(directory))
+def is_hf(folder: Folder) -> bool:
+    """Return whether the weights in a directory have a usual name, or one of a variant."""
+    sets = _sets(folder)
+    return any(name in sets for name in _NAMES) or any(variant_of(name, _NAMES) for name in sets)
 
 
-def open_hf(directory: Path, open_file: Opener) -> Checkpoint:
-    """Return the checkpoint in a directory. Nothing is written there, and no file outside it is read.
+def _sets(folder: Folder) -> dict[str, WeightSet]:
+    """Return the sets of weights in a directory; folders with usual names count, since they stand in place of the files."""
+    usual = [entry for entry in folder.folders if entry.name in (*_NAMES, *(f"{name}.index.json" for name in _NAMES))]
+    return weight_sets([*folder.files, *usual])
 
-    Raises `SourceError` if a file is missing or damaged, or an index does not match the files.
+
+def open_hf(folder: Folder, open_file: Opener) -> Checkpoint:
+    """Return the checkpoint in a directory. Nothing is written there.
+
+    Raises `SourceError` if it is not clear which weights to take, a file is missing or damaged, or an index does not match it.
     """
-    files = _find(directory)
-    if files[0].name in _NAMES:
-        checkpoint = open_file(files[0], shard=False)
-    elif files[0].name.endswith(".index.json"):
-        checkpoint = open_indexed(files[0], open_file)
-    else:
-        checkpoint = open_unlisted(files, open_file)
-    return with_assets(directory, checkpoint)
+    chosen = select(folder)
+    warnings = []
+    if found := variant_of(chosen.name, _NAMES):
+        warnings.append(f"the variant {found[1]!r} is taken, there is no other: {chosen.entry.name}")
+    return with_warnings(open_set(chosen, open_file), warnings)
 
 
-def _find(directory: Path) -> list[Path]:
-    """Return the file of weights, the index of the shards, or the shards in order."""
+def open_set(chosen: WeightSet, open_file: Opener) -> Checkpoint:
+    """Return the checkpoint in a set of files; raise `SourceError` if it is incomplete or damaged."""
+    dangling = [path for path in chosen.paths if not is_remote(path) and path.is_symlink() and not path.exists()]
+    if dangling and not (chosen.index and chosen.index not in dangling):
+        raise missing(dangling[0])
+    if chosen.index:
+        return open_indexed(chosen.index, open_file, chosen.single)
+    if chosen.single:
+        return open_file(chosen.single, shard=False)
+    files = numbered(chosen.shards)
+    if chosen.suffix == ".gguf":  # the first part finds the others
+        return open_file(files[0], shard=False)
+    return open_unlisted(files, open_file)
+
+
+def with_warnings(checkpoint: Checkpoint, warnings: Sequence[str]) -> Checkpoint:
+    """Return a checkpoint with more warnings before its own."""
+    return Checkpoint(**(vars(checkpoint) | {"warnings": [*warnings, *checkpoint.warnings]}))
+
+
+def select(folder: Folder) -> WeightSet:
+    """Return the weights that are taken from a directory.
+
+    Raises `SourceError` if there are none, or none of several has a usual name.
+    """
+    sets = _sets(folder)
     for name in _NAMES:
-        for path in (directory / name, directory / f"{name}.index.json"):
-            if path.exists():
-                return [path]
-    files = [path for path in _weights_in(directory) if path.suffix != ".gguf"]
-    return numbered([path for path in files if path.suffix == ".safetensors"]) or numbered(files)
+        if name in sets:
+            return sets[name]
+    variants = {name: found for name in sets if (found := variant_of(name, _NAMES))}
+    if variants:
+        best = min(position for position, _ in variants.values())
+        return _only(folder, [sets[name] for name, (position, _) in variants.items() if position == best], "variant")
+    adapters = [sets.pop(name) for name in _ADAPTERS if name in sets]
+    companions = [name for name in sets if any(fnmatchcase(name.lower(), pattern) for pattern in _COMPANIONS)]
+    left = [sets[name] for name in sets if name not in companions] or list(sets.values())
+    for suffixes in ((".safetensors",), tuple(WEIGHTS)):
+        sharded = [own for own in left if own.suffix in suffixes and (own.index or own.shards)]
+        if sharded:
+            return _only(folder, sharded, "checkpoint")
+    left = left or adapters[:1]
+    if not left:
+        raise SourceError(f"{folder.path}: {_nothing(folder)}")
+    return _only(folder, left, "file")
 
 
-def only_weights(directory: Path) -> Path:
-    """Return the only file with weights in a directory, whatever its name; adapters count if there is nothing else.
-
-    Raises `SourceError` if there are none or several.
-    """
-    files = [path for path in _weights_in(directory) if path.name not in _ADAPTERS]
-    files = files or [directory / name for name in _ADAPTERS if (directory / name).exists()][:1]
-    if not files:
+def _only(folder: Folder, sets: Sequence[WeightSet], kind: str) -> WeightSet:
+    if len(sets) == 1:
+        return sets[0]
+    if not all(own.index or own.single for own in sets):  # one shard is nothing to give
+        names = sorted(path.name for own in sets for path in own.paths)
+        some = ", ".join(names[:_SHOWN]) + and_more(names, _SHOWN)
         raise SourceError(
-            f"{directory}: holds no weights: neither {SINGLE}, {INDEX} nor any {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]} "
-            "file; give a directory with weights, or a file"
+            f"{folder.path}: holds shards of several checkpoints, and no index: {some}; give a directory for each"
         )
-    if len(files) > 1:
-        names = ", ".join(path.name for path in files[:_SHOWN])
-        raise SourceError(
-            f"{directory}: holds several files with weights, and none has a usual name: {names}{and_more(files, _SHOWN)}; give one "
-            "of them"
-        )
-    return files[0]
-
-
-def _weights_in(directory: Path) -> list[Path]:
-    """Return the files whose names are those of weights."""
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if path.suffix in WEIGHTS
-        and not path.name.startswith(".")
-        and path.is_file()
-        and not any(fnmatchcase(path.name, no) for no in _NOT_WEIGHTS)
+    names = sorted(own.entry.name for own in sets)
+    what = {
+        "variant": "several variants of the weights, and none without one",
+        "checkpoint": "several indexes of weights, and none has a usual name",
+        "file": "several files with weights, and none has a usual name",
+    }[kind]
+    raise SourceError(
+        f"{folder.path}: holds {what}: {', '.join(names[:_SHOWN])}{and_more(names, _SHOWN)}; give one of them"
     )
+
+
+def _nothing(folder: Folder) -> str:
+    """Return what there is instead of weights."""
+    inner = [entry.name for entry in folder.folders if weight_sets(Folder(entry.path).files)]
+    if inner:
+        names = ", ".join(inner[:_SHOWN]) + and_more(inner, _SHOWN)
+        return f"holds no weights itself, but folders with weights: {names}; give one of them"
+    return (
+        f"holds no weights: neither {SINGLE}, {INDEX} nor any {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]} file; give a directory "
+        "with weights, or a file"
+    )
+
+
+def advice_for(path: Path) -> str | None:
+    """Return a warning if a file that is given alone is only a part of the model in its directory."""
+    folder = Folder(path.parent)
+    try:
+        chosen, whole = select(folder), True
+    except SourceError:
+        chosen, whole = None, False
+    own = next((each for each in weight_sets(folder.files).values() if path in each.paths), None)
+    name = weight_name(path.name)
+    if own and name and name.total > 1:
+        if whole and own == chosen:
+            way = "give its directory for the whole model"
+        elif own.index:
+            way = f"give {own.index.name} for the whole model"
+        else:
+            way = "move all of them to a directory of their own, and give that, for the whole model"
+        return f"{path.name} is one shard of {name.total}: {way}"
+    if "config.json" not in folder.names:
+        return None
+    if whole and own == chosen:
+        return f"only the tensors of {path.name} are taken; give its directory to include config.json and tokenizer"
+    return f"only the tensors of {path.name} are taken, without config.json and what else is beside it"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qformat.converters.sources.files import Opener, read_object
-from qformat.converters.sources.model_files import with_assets
+from qformat.converters.sources.listing import Folder
 from qformat.dtypes import Elements
 from qformat.errors import SourceError
 from qformat.pipeline.source import Checkpoint, SourceTensor
@@ -75,18 +75,18 @@ class Copies(SourceTensor):
         return first
 
 
-def is_meta(directory: Path) -> bool:
+def is_meta(folder: Folder) -> bool:
     """Return whether a directory holds weights under Meta's names: several files, or one beside params.json."""
-    shards = _shards(directory)
-    return len(shards) > 1 or (bool(shards) and (directory / PARAMS).exists())
+    shards = _shards(folder)
+    return len(shards) > 1 or (bool(shards) and PARAMS in folder.names)
 
 
-def open_meta(directory: Path, open_file: Opener) -> Checkpoint:
+def open_meta(folder: Folder, open_file: Opener) -> Checkpoint:
     """Return the checkpoint in a directory of Meta's layout.
 
     Raises `SourceError` if a shard is missing or damaged, shards do not belong together, or it is not known how to join a tensor.
     """
-    files = _complete(directory)
+    directory, files = folder.path, _complete(folder)
     shards = [open_file(path) for path in files]
     tables = [
         {tensor.name: tensor for tensor in shard.tensors if not tensor.name.endswith(_DROPPED)} for shard in shards
@@ -97,21 +97,21 @@ def open_meta(directory: Path, open_file: Opener) -> Checkpoint:
     tensors = [layout.merged([table[name] for table in tables]) for name in tables[0]]
     warnings = [warning for shard in shards for warning in shard.warnings]
     above = directory.absolute().parent / "tokenizer.model"
-    if not (directory / above.name).exists() and above.exists():
+    if above.name not in folder.names and above.exists():
         warnings.append(f"{above.name} of the parent directory is not taken along; copy it beside {PARAMS} first")
-    return with_assets(directory, Checkpoint(tensors, warnings=warnings, files=files))
+    return Checkpoint(tensors, warnings=warnings, files=files)
 
 
-def _shards(directory: Path) -> dict[int, Path]:
-    found = {path: match for path in directory.glob("consolidated*.pth") if (match := _SHARD.fullmatch(path.name))}
+def _shards(folder: Folder) -> dict[int, Path]:
+    found = {entry.path: match for entry in folder.files if (match := _SHARD.fullmatch(entry.name))}
     return {int(match[1] or 0): path for path, match in found.items()}
 
 
-def _complete(directory: Path) -> list[Path]:
-    shards = _shards(directory)
+def _complete(folder: Folder) -> list[Path]:
+    shards = _shards(folder)
     for number in range(max(shards)):
         if number not in shards:
-            raise SourceError(f"{directory}: shard consolidated.{number:02}.pth is missing; download it again")
+            raise SourceError(f"{folder.path}: shard consolidated.{number:02}.pth is missing; download it again")
     return [shards[number] for number in sorted(shards)]
 
 

@@ -1,69 +1,19 @@
-"""The files of a model beside its weights: those to take along, and the configuration that says how weights are quantized."""
+"""The configuration beside the weights of a model, which says how they are quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from qformat.container.index import MAX_ASSET_BYTES, check_asset_name
 from qformat.converters.quantized.recognize import recognize
 from qformat.converters.quantized.statements import USUAL_FILES, may_state
-from qformat.converters.sources.files import WEIGHTS, read_object
+from qformat.converters.sources.files import read_object
 from qformat.converters.sources.options import SourceOptions
-from qformat.errors import FormatError, SourceError
+from qformat.errors import SourceError
 from qformat.files import is_remote
 from qformat.pipeline.source import Checkpoint
-
-# Configuration, tokenizer, templates, licence
-_ASSETS = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.py",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-)
-_NOT_ASSETS = ("*.index.json",)
-
-
-def with_assets(directory: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint together with the files of its directory that belong to the model."""
-    found, warnings = _find_assets(directory)
-    inner = sorted(path.relative_to(directory).as_posix() for path in directory.glob("*/*") if path.suffix in WEIGHTS)
-    warnings += [f"{name} is not taken along: convert its directory separately" for name in inner]
-    return replace(
-        checkpoint,
-        assets={**checkpoint.assets, **{name: path.read_bytes for name, path in found.items()}},
-        warnings=[*checkpoint.warnings, *warnings],
-        files=[*checkpoint.files, *found.values()],
-    )
-
-
-def _find_assets(directory: Path) -> tuple[dict[str, Path], list[str]]:
-    """Return the files to take along, and warnings; of subdirectories (sentence-transformers has some), only config.json."""
-    found: dict[str, Path] = {}
-    warnings = []
-    for pattern in (*_ASSETS, "[!.]*/config.json"):
-        for path in sorted(directory.glob(pattern)):
-            name = path.relative_to(directory).as_posix()
-            if name.startswith(".") or not path.is_file() or any(fnmatchcase(path.name, no) for no in _NOT_ASSETS):
-                continue
-            try:
-                check_asset_name(name)
-                if path.stat().st_size > MAX_ASSET_BYTES:
-                    raise FormatError(f"{name} is larger than the limit for files that are taken along")
-            except FormatError as error:
-                warnings.append(f"{error.cause}: left out")
-            else:
-                found[name] = path
-    return found, warnings
 
 
 def recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions) -> Checkpoint:

@@ -31,6 +31,8 @@ DTYPE_NAMES = {
 METADATA = "__metadata__"
 #: the string of nearly all headers, which exports write by themselves
 FORMAT = ("format", "pt")
+# the string with the positions of the parts in the tensors
+_PARTS = "DCP_SHARDING_INFO"
 MAX_HEADER = 100_000_000  # the limit of the library
 
 
@@ -48,6 +50,11 @@ def open_safetensors(path: Path) -> Checkpoint:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
+    if _PARTS in header.get(METADATA, {}):
+        raise SourceError(
+            f"{path}: holds a part of each tensor ({_PARTS} in its header), as PyTorch's HuggingFaceStorageWriter saves them; join "
+            "them with torch.distributed.checkpoint's consolidate_safetensors_files, or save with enable_consolidation=True"
+        )
     shared = SharedFile(path)
     tensors = []
     for name, entry in header.items():

@@ -13,11 +13,11 @@ from qformat.errors import SourceError
 from qformat.files import open_regular, reading
 from qformat.pipeline.source import Checkpoint, SourceTensor
 
-_NUMBERED = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)(\.[a-z]+)")
+_NUMBERED = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)((?:\.\w+)+)")
 
 
-def open_indexed(index: Path, opener: Opener) -> Checkpoint:
-    """Return the tensors in the files that an index lists.
+def open_indexed(index: Path, opener: Opener, single: Path | None = None) -> Checkpoint:
+    """Return the tensors that an index lists, in the files that it says; `single` is a file beside it that would do without it.
 
     No file outside the directory of the index is read, whatever the index says; symbolic links, of which the hub's cache consists,
     are followed.
@@ -32,27 +32,26 @@ def open_indexed(index: Path, opener: Opener) -> Checkpoint:
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
             raise SourceError(f"{index}: names the file {shard!r}, which is not a plain file name; do not use it")
         if not (directory / shard).exists():
-            raise SourceError(f"{directory}: shard {shard} is missing, though {index.name} lists it; download it again")
+            way = f", or remove {index.name} to convert {single.name}" if single and single.exists() else ""
+            raise SourceError(
+                f"{directory}: shard {shard} is missing, though {index.name} lists it; download it again{way}"
+            )
     tensors: dict[str, SourceTensor] = {}
     unlisted = []
     opened_shards = [opener(directory / shard) for shard in shards]
     metadata, warnings = merged_headers(opened_shards)
     for shard, opened in zip(shards, opened_shards, strict=True):
         for tensor in opened.tensors:
-            if tensor.name not in weight_map:
+            home = weight_map.get(tensor.name)
+            if home is None:
                 unlisted.append(tensor.name)
-            if weight_map.get(tensor.name, shard) != shard:
-                continue
-            if tensor.name in tensors:
-                raise SourceError(
-                    f"{directory}: tensor {tensor.name!r} is in two shards and {index.name} does not list it"
-                )
-            tensors[tensor.name] = tensor
+            elif home == shard:
+                tensors[tensor.name] = tensor
     for name, shard in sorted(weight_map.items()):
         if name not in tensors:
             raise SourceError(f"{directory}: {index.name} says that {shard} holds tensor {name!r}, but it does not")
     if unlisted:
-        warnings.append(f"{index.name} does not list tensor {unlisted[0]!r}{and_more(unlisted)}; taken along")
+        warnings.append(f"{index.name} does not list tensor {unlisted[0]!r}{and_more(unlisted)}: left out")
     files = [index, *(directory / shard for shard in shards)]
     return Checkpoint(list(tensors.values()), warnings=warnings, files=files, metadata=metadata)
 

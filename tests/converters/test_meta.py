@@ -122,7 +122,7 @@ def test_converting_a_meta_checkpoint_keeps_names_and_assets(tmp_path, dtype):
     (source / "tokenizer.model").write_bytes(b"tokens")
     (source / "checklist.chk").write_bytes(b"sums")
     checkpoint = open_checkpoint(source)
-    assert set(checkpoint.assets) == {"params.json", "tokenizer.model"}
+    assert set(checkpoint.assets) == {"checklist.chk", "params.json", "tokenizer.model"}
     assert {path.name for path in checkpoint.files} >= {"consolidated.00.pth", "consolidated.03.pth", "params.json"}
     convert(checkpoint, tmp_path / "x.qf", Recipe.parse(None))
     stored = load_file(tmp_path / "x.qf")
