@@ -202,7 +202,7 @@ def _infinity(dtype: DType) -> int:
 
 
 def _prunable(tensor: SourceTensor) -> bool:
-    return tensor.dtype.floating and len(tensor.shape) >= 2
+    return tensor.dtype.floating and len(tensor.shape) >= 2 and not tensor.fixed_because
 
 
 def _not_prunable(tensor: SourceTensor) -> str:

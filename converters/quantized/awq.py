@@ -13,11 +13,15 @@ from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.coded import U8, CodedTensor, Encode
 from qformat.converters.quantized.gptq import claimed_group
 from qformat.converters.quantized.layer import Layer
+from qformat.pipeline.source import SourceTensor
 
 ROLES = ("qweight", "qzeros", "scales")
-METHODS = ("awq", "auto-round", "intel/auto-round")
+METHODS = (
+    *("awq", "awq_marlin", "autoawq", "auto_awq", "auto-awq", "llm-awq", "rtn"),
+    *("auto-round", "auto_round", "autoround", "intel/auto-round", "inc", "intel"),
+)
 #: labels of this layout in configuration files
-FORMATS = ("gemm", "awq", "auto_round:auto_awq", "auto_round:awq")
+FORMATS = ("gemm", "awq", "auto_round:auto_awq", "auto_round:awq", "awq_gemm")
 
 # Of four bytes, the low halves hold the rows 0, 4, 1, 5 of eight and the high halves 2, 6, 3, 7
 _LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
@@ -35,16 +39,16 @@ def awq_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     """Return the weights of a layer; raise `SourceError` if its parts do not match, or contradict the configuration."""
     claims.expect_layout(layer.named("qweight"), "AWQ", METHODS, FORMATS)
     qweight = layer.part("qweight", "qweight", [coded.I32])
-    qzeros = layer.part("qzeros", "qweight", [coded.I32])
+    qzeros = _zeros(layer, claims)
     scales = layer.part("scales", "qweight", coded.SCALES)
     (cols, words), (groups, rows) = qweight.shape, scales.shape
     if rows != 8 * words:
         raise coded.disagree(qweight, scales)
-    if qzeros.shape != (groups, words):
+    if qzeros and qzeros.shape != (groups, words):
         raise coded.disagree(qzeros, scales)
     claims.expect(qweight.name, "bits", 4, "bits", "w_bit")
     columns = coded.grouping(scales.name, cols, groups, claimed_group(scales, cols, claims), None)
-    sym = bool((coded.whole(qzeros) == np.uint32(0x88888888)).all())
+    sym = qzeros is None or bool((coded.whole(qzeros) == np.uint32(0x88888888)).all())
     codec = coded.affine_codec(qweight.name, 4, columns, sym=sym, scale=scales.dtype)
 
     def load() -> Encode:
@@ -57,10 +61,17 @@ def awq_tensor(layer: Layer, claims: Claims) -> CodedTensor:
             both: U8 = (pairs | (pairs >> 4)).astype(np.uint8)
             return both
 
-        zeros = None if sym else _unpack(coded.whole(qzeros))
+        zeros = None if sym or qzeros is None else _unpack(coded.whole(qzeros))
         return coded.affine_encode(codec, (rows, cols), coded.whole(scales).T, zeros, columns.places, packed)
 
     return CodedTensor(layer.named("weight"), (rows, cols), codec, load)
+
+
+def _zeros(layer: Layer, claims: Claims) -> SourceTensor | None:
+    """Return the zero points; None if all are in the middle, which only the configuration can say."""
+    if "qzeros" not in layer.parts and any(claim.value is False for claim in claims.all("zero_point")):
+        return None
+    return layer.part("qzeros", "qweight", [coded.I32])
 
 
 def _unpack(words: NDArray[np.uint32]) -> U8:

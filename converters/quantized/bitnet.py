@@ -20,7 +20,8 @@ def is_bitnet(layer: Layer) -> bool:
     """Return whether a layer has weights in bytes and a scale."""
     if not layer.has("weight", "weight_scale") or layer.has("qweight"):
         return False
-    return layer.parts["weight"].dtype is _U8 and layer.parts["weight_scale"].dtype in coded.SCALES
+    weight, scale = layer.parts["weight"], layer.parts["weight_scale"]
+    return weight.dtype is _U8 and scale.dtype in coded.SCALES and scale.shape in ((), (1,))
 
 
 def bitnet_tensor(layer: Layer, claims: Claims) -> CodedTensor:
@@ -33,10 +34,7 @@ def bitnet_tensor(layer: Layer, claims: Claims) -> CodedTensor:
             f"tensor {layer.named('weight')!r} has bytes and a scale, a layout that only BitNet is known for, but {claims.method}"
         )
     stored = layer.part("weight", "weight", [_U8])
-    given = layer.parts["weight_scale"].shape
-    scale = layer.part("weight_scale", "weight", coded.SCALES, dims=len(given))
-    if given not in ((), (1,)):
-        raise SourceError(f"tensor {scale.name!r} has shape {list(given)}, but a layer of BitNet has one scale")
+    scale = layer.part("weight_scale", "weight", coded.SCALES, dims=len(layer.parts["weight_scale"].shape))
     divides = _scale_divides(stored.name, claims)
     quarter, cols = stored.shape
     rows = 4 * quarter

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qformat.converters.quantized.layer_options import PER_LAYER, for_layer
 from qformat.converters.quantized.statements import Statement, find
 from qformat.errors import SourceError
 
 # keys of options for single layers
-_PER_LAYER = ("dynamic", "extra_config")
+_PER_LAYER = PER_LAYER
 _METHOD = ("quant_method", "method")
 #: keys of the labels of layouts that pack codes into words
 LABELS = ("checkpoint_format", "format", "packing_format", "version")
@@ -60,9 +61,12 @@ class Claims:
         """Find the statements in configuration files and headers."""
         return cls(find(configs, metadata), gptq_format, metadata or {}, configs.get("config.json", {}))
 
-    def about(self, layer: str) -> Claims:  # noqa: ARG002
+    def about(self, layer: str) -> Claims:
         """Return the claims about one layer, given its name: what is said for it alone stands instead of what is said for all."""
-        return self
+        own = [statement for statement in self.statements if _is_part(statement.scope, layer)]
+        if not own or len({statement.scope for statement in self.statements}) < 2:
+            own = list(self.statements)
+        return replace(self, statements=[replace(x, content=for_layer(x.content, layer)) for x in own])
 
     def all(self, *keys: str) -> Iterator[Claim]:
         """Yield the values of all files under any of some equivalent keys, except null."""
@@ -107,11 +111,18 @@ class Claims:
             if claim.value != value or isinstance(claim.value, bool) is not isinstance(value, bool):
                 raise contradiction(name, f"{what} {value}", claim)
 
+    def labels(self) -> Iterator[Claim]:
+        """Yield the labels of layouts that pack codes into words."""
+        yield from self.all(*LABELS)
+        for claim in self.all("backend"):  # until AutoRound 0.4
+            if isinstance(claim.value, str) and claim.value.startswith("auto_round"):
+                yield claim
+
     def expect_layout(self, name: str, layout: str, methods: Sequence[str], labels: Sequence[str]) -> None:
         """Raise `SourceError` if a file names another method than those of a layout, or another label."""
-        for claim in (*self.all(*_METHOD), *self.all(*LABELS)):
-            names, value = (methods, claim.value) if claim.key in _METHOD else (labels, str(claim.value).lower())
-            if value not in names:
+        for claim in (*self.all(*_METHOD), *self.labels()):
+            names = methods if claim.key in _METHOD else labels
+            if str(claim.value).lower() not in names:
                 raise contradiction(name, f"{layout}'s layout", claim)
 
     def weights(self) -> list[Mapping[str, Any]]:
@@ -123,6 +134,11 @@ class Claims:
                 if isinstance(weights, Mapping):
                     found.append(weights)
         return found
+
+
+def _is_part(scope: str, layer: str) -> bool:
+    """Return whether a layer is in a part of a composite model."""
+    return not scope or f".{scope}." in f".{layer}." or f".{scope}_model." in f".{layer}."
 
 
 def contradiction(name: str, found: str, claim: Claim) -> SourceError:

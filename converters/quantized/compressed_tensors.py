@@ -8,6 +8,7 @@ layers are like the latter, those of four bits with two codes in a byte.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,13 @@ from qformat.converters.quantized import coded
 from qformat.converters.quantized.claims import Claims, contradiction
 from qformat.converters.quantized.coded import U8, CodedTensor, Encode, Grouping, Width
 from qformat.converters.quantized.layer import Layer
-from qformat.dtypes import DTYPES
+from qformat.dtypes import DTYPES, Elements
 from qformat.errors import SourceError
 from qformat.pipeline.source import SourceTensor
 
 METHOD = "compressed-tensors"
 PACKED_ROLES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-BYTE_ROLES = ("weight", "weight_scale", "weight_zero_point")
+BYTE_ROLES = ("weight", "weight_scale", "weight_zero_point", "weight_offset", "comfy_quant")
 #: names in config.json of these formats, and of those that the same checkpoint may contain
 FORMATS = (
     "pack-quantized",
@@ -91,10 +92,10 @@ def byte_tensor(layer: Layer, claims: Claims) -> CodedTensor:
 
     Raises `SourceError` if its parts do not match, or contradict the configuration.
     """
-    stored = layer.part("weight", "weight", [I8])
-    rows, cols = stored.shape
+    stored = layer.part("weight", "weight", [I8], dims=max(2, len(layer.parts["weight"].shape)))
     if any(claim.value == _NIBBLES for claim in claims.all("quantization_bit")):
-        return _nibbles(layer, stored, claims)
+        return _nibbles(layer, layer.part("weight", "weight", [I8]), claims)
+    claims.expect(stored.name, "codes of 8 bits", 8, "quantization_bit")
 
     def packed(start: int, stop: int) -> U8:
         return _rows(stored, start, stop).view(np.uint8) ^ np.uint8(0x80)
@@ -102,7 +103,7 @@ def byte_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     def zeros(tensor: SourceTensor, groups: int) -> U8:
         return _byte_zeros(tensor, stored, groups, 8)
 
-    return _tensor(layer, claims, (rows, cols), 8, None, packed, zeros)
+    return _tensor(layer, claims, stored.shape, 8, None, packed, zeros)
 
 
 def _nibbles(layer: Layer, stored: SourceTensor, claims: Claims) -> CodedTensor:
@@ -121,18 +122,19 @@ def _nibbles(layer: Layer, stored: SourceTensor, claims: Claims) -> CodedTensor:
 def _tensor(
     layer: Layer,
     claims: Claims,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     bits: Width,
     places: NDArray[Any] | None,
     packed: Callable[[int, int], U8],
     zeros: Callable[[SourceTensor, int], U8],
 ) -> CodedTensor:
-    rows, cols = shape
-    scale, groups = _scale(layer, rows)
+    rows, cols = shape[0], prod(shape[1:])  # stacked matrices are rows
+    scale, groups = _scale(layer, shape)
     named_by = scale.name if places is None else layer.named("weight_g_idx")
-    columns = coded.grouping(named_by, cols, groups, _claimed_group(cols, groups, claims), places)
-    _check_group(scale, columns, cols, claims)
-    offsets = layer.parts.get("weight_zero_point")
+    length = _claimed_group(cols, groups, claims) if len(shape) == 2 else cols // groups if cols % groups == 0 else None
+    columns = coded.grouping(named_by, cols, groups, length, places)
+    _check_group(scale, columns, shape[-1], claims)
+    offsets = layer.parts.get("weight_zero_point") or layer.parts.get("weight_offset")
     if offsets is not None and 0 in offsets.shape:
         raise SourceError(f"tensor {offsets.name!r} has shape {list(offsets.shape)}: it has no elements")
     sym = offsets is None or bool((zeros(offsets, groups) == 1 << (bits - 1)).all())
@@ -141,7 +143,7 @@ def _tensor(
     def load() -> Encode:
         own = None if sym or offsets is None else zeros(offsets, groups)
         scales = np.broadcast_to(coded.whole(scale).reshape(-1, groups), (rows, groups))
-        return coded.affine_encode(codec, shape, scales, own, columns.places, packed)
+        return coded.affine_encode(codec, (rows, cols), scales, own, columns.places, packed)
 
     return CodedTensor(layer.named("weight"), shape, codec, load)
 
@@ -156,16 +158,28 @@ def _check_claims(name: str, claims: Claims) -> None:
 
 def _byte_zeros(tensor: SourceTensor, stored: SourceTensor, groups: int, bits: int) -> U8:
     """Return zero points that are signed bytes, for each row and group or for the tensor, in the range of the codes."""
-    rows = stored.shape[0]
-    possible = [(), (1,), (1, 1), (rows, groups), *([(rows,)] if groups == 1 else [])]
-    if tensor.dtype is not I8 or tensor.shape not in possible:
+    rows, stacked = stored.shape[0], stored.shape[:-1]
+    each = rows * groups // prod(stacked)
+    possible = [(), (1,), (1, 1), (rows, groups), (*stacked, each), *([stacked] if each == 1 else [])]
+    if tensor.dtype not in (I8, *coded.SCALES) or tensor.shape not in possible:
         raise coded.disagree(tensor, stored)
-    own = coded.whole(tensor).view(np.uint8) + np.uint8(1 << (bits - 1))
+    values = coded.whole(tensor) if tensor.dtype is I8 else _whole_numbers(tensor)
+    own = values.view(np.uint8) + np.uint8(1 << (bits - 1))
     return np.broadcast_to(own.reshape(-1, 1 if own.size == 1 else groups), (rows, groups))
 
 
+def _whole_numbers(tensor: SourceTensor) -> NDArray[np.int8]:
+    """Return the zero points in a tensor of floats."""
+    values = Elements(tensor.dtype, coded.whole(tensor)).to_f32()
+    with np.errstate(invalid="ignore"):
+        numbers = np.nan_to_num(np.clip(values, -128, 127)).astype(np.int8)
+    if not np.array_equal(numbers, values):
+        raise SourceError(f"tensor {tensor.name!r} holds zero points that are no whole numbers from -128 to 127")
+    return numbers
+
+
 def _rows(tensor: SourceTensor, start: int, stop: int) -> NDArray[Any]:
-    cols = tensor.shape[1]
+    cols = prod(tensor.shape[1:])
     return tensor.read(slice(start * cols, stop * cols)).data.reshape(stop - start, cols)
 
 
@@ -218,12 +232,17 @@ def _either(numbers: set[int]) -> str:
     return " or ".join(map(str, sorted(numbers)))
 
 
-def _scale(layer: Layer, rows: int) -> tuple[SourceTensor, int]:
+def _scale(layer: Layer, shape: tuple[int, ...]) -> tuple[SourceTensor, int]:
     """Return the scales, and the number of groups of columns."""
-    dims = min(len(layer.parts["weight_scale"].shape), 2) if layer.has("weight_scale") else 2
+    rows = shape[0]
+    dims = min(len(layer.parts["weight_scale"].shape), len(shape)) if layer.has("weight_scale") else 2
     scale = layer.part("weight_scale", "weight", coded.SCALES, dims=dims)
-    if np.prod(scale.shape, dtype=int) == 1 or scale.shape == (rows,):
+    if prod(scale.shape) == 1 or scale.shape == (rows,):
         return scale, 1
+    if len(shape) > 2 and scale.shape == shape[:-1]:
+        return scale, prod(shape[1:-1])
+    if len(shape) > 2 and scale.shape[:-1] == shape[:-1]:
+        return scale, prod(scale.shape[1:])
     if len(scale.shape) != 2 or scale.shape[0] != rows:
         raise SourceError(f"tensor {scale.name!r} has shape {list(scale.shape)}, which does not fit {rows} rows")
     return scale, scale.shape[1]

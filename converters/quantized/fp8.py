@@ -176,6 +176,18 @@ def _extents(
         wanted = "x".join(map(str, claimed[0]))
         raise _unfit(codes, scale, f" in blocks of {wanted}, the weight_block_size of the configuration")
     block = whole_blocks[0] if whole_blocks else (_USUAL, _USUAL)
+    length, rest = divmod(sizes[1], counts[1])
+    if (
+        not whole_blocks
+        and counts[1] > 1
+        and counts[0] == sizes[0]
+        and not rest
+        and length < _USUAL
+        and cuts(sizes[1], _USUAL) == counts[1]
+    ):
+        raise _unfit(
+            codes, scale, f" in groups of one length: of {length} or of {_USUAL}; set group_size in config.json"
+        )
     if not whole_blocks and scale.dtype in _EXPONENTS and counts == (sizes[0], cuts(sizes[1], MX_GROUP)):
         block = (1, MX_GROUP)
     rows, cols = map(_extent, sizes, counts, block)
@@ -235,7 +247,12 @@ def _unfit(codes: SourceTensor, scale: SourceTensor, more: str) -> SourceError:
 def _claimed(claims: Claims) -> list[tuple[int, int]]:
     """Return the blocks in the configuration, written as ``[128, 128]`` or ``128x128``."""
     found: list[Any] = [claim.value for claim in claims.all("weight_block_size")]
-    found += [weights.get("block_structure") for weights in claims.weights()]
+    for weights in claims.weights():
+        size = weights.get("group_size")
+        found += [
+            weights.get("block_structure"),
+            [1, size] if weights.get("strategy") in ("group", None) and size else None,
+        ]
     blocks = []
     for value in found:
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,7}x[0-9]{1,7}", value):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,26 @@ VERSIONS = {
     "auto_round:gptq": "v1",
     "auto_round:gptqmodel": "v2",
     "auto_round": "v2",
+    "auto_round:exllamav2": "v2",
+    "auto_round:triton": "v2",
+    "auto_round:marlin": "v2",
+    "auto_round:tritonv2": "v2",
 }
-METHODS = ("gptq", "auto-round", "intel/auto-round")
+METHODS = (
+    *(
+        "gptq",
+        "gptq_v2",
+        "optq",
+        "gptqmodel",
+        "autogptq",
+        "auto_gptq",
+        "auto-gptq",
+        "gptq_marlin",
+        "gptq_bitblas",
+        "rtn",
+    ),
+    *("auto-round", "auto_round", "autoround", "intel/auto-round", "inc", "intel"),
+)
 _CORRUPT = np.uint32(0xFFFF0000)
 
 
@@ -48,6 +66,7 @@ class _Layer:
     least: int  # zero point, as stored
     most: int
     corrupt: bool  # whether zero points look damaged
+    claims: Claims
 
     def tensor(self, version: str) -> CodedTensor:
         shape = self.qweight.shape[1], 32 * self.qweight.shape[0] // self.bits
@@ -62,7 +81,7 @@ class _Layer:
                 near = np.ascontiguousarray(words[:, start:stop])  # so that the transposition stays in cache
                 return np.ascontiguousarray(near.T).view(np.uint8)
 
-            zeros = None if sym else _read_zeros(self.qzeros, self.bits, version).T
+            zeros = None if sym else _read_zeros(self.qzeros, self.bits, version, whole=_by_words(self.claims)).T
             return coded.affine_encode(codec, shape, coded.whole(self.scales).T, zeros, self.grouping.places, packed)
 
         return CodedTensor(self.name, shape, codec, load)
@@ -77,20 +96,32 @@ def is_gptq(layer: Layer) -> bool:
 
 
 def gptq_tensors(layers: Sequence[Layer], claims: Claims) -> Found:
-    """Return the weights of all layers, whose zero points are stored in the same way.
+    """Return the weights of all layers.
 
     Raises `SourceError` if the parts of a layer do not match, or contradict the configuration.
     """
-    checked = [_checked(layer, claims) for layer in layers]
-    version, warnings = (claims.gptq_format, []) if claims.gptq_format else _version(checked, claims)
-    corrupt = [layer.qzeros.name for layer in checked if layer.corrupt]
-    if corrupt and version == "v1":
+    checked = [_checked(layer, claims.about(layer.name)) for layer in layers]
+    # other layers show that a quantizer is not symmetric, though all zero points of a small one may be equal
+    varied = any(layer.least != layer.most for layer in checked)
+    versions: list[str] = []
+    doubts: dict[_Doubt, list[str]] = {}
+    for layer in checked:
+        version, doubt = (claims.gptq_format, None) if claims.gptq_format else _version(layer, varied=varied)
+        versions.append(version)
+        if doubt:
+            doubts.setdefault(doubt, []).append(layer.name)
+    warnings = [_warning(doubt, names, whole=len(names) == len(checked)) for doubt, names in doubts.items()]
+    corrupt = [
+        layer.qzeros.name for layer, version in zip(checked, versions, strict=True) if layer.corrupt and version == "v1"
+    ]
+    if corrupt:
         warnings.append(
             f"tensor {corrupt[0]!r}{and_more(corrupt)} has words whose upper half is all ones, as AutoGPTQ up to 0.7 writes "
             "them if a zero point is 0: the bits below are lost, and weights may be wrong; quantize again with another tool"
         )
     replaced = {name for layer in layers for name in layer.names(ROLES)}
-    return Found([layer.tensor(version) for layer in checked], replaced, warnings)
+    tensors = [layer.tensor(version) for layer, version in zip(checked, versions, strict=True)]
+    return Found(tensors, replaced, warnings)
 
 
 def _checked(layer: Layer, claims: Claims) -> _Layer:
@@ -126,7 +157,7 @@ def _checked(layer: Layer, claims: Claims) -> _Layer:
     fields = coded.unpack(stored, width)
     corrupt = width != 3 and bool((stored >= _CORRUPT).any())
     name, least, most = layer.named("weight"), int(fields.min()), int(fields.max())
-    return _Layer(name, qweight, qzeros, scales, width, columns, least, most, corrupt)
+    return _Layer(name, qweight, qzeros, scales, width, columns, least, most, corrupt, claims)
 
 
 def claimed_group(scales: SourceTensor, cols: int, claims: Claims) -> int | None:
@@ -146,15 +177,26 @@ def claimed_group(scales: SourceTensor, cols: int, claims: Claims) -> int | None
     return None
 
 
-def _version(layers: Sequence[_Layer], claims: Claims) -> tuple[str, list[str]]:
-    """Return how zero points are stored: as the configuration says, unless their values prove it wrong.
+class _Doubt(NamedTuple):
+    """A reason to doubt how zero points are stored: the version of the label, the other one, the label, and which was chosen."""
 
-    A symmetric quantizer puts every zero point in the middle, 2^(bits - 1), so that all zero points of the checkpoint are equal. If
-    they are next to the middle when read as the label says, and in the middle when read the other way, then the label is wrong: no
-    asymmetric quantizer finds the same zero point for every group. Following the label would shift all weights by a step and leave
-    a model that talks nonsense. The label is believed only if the configuration says that zero points are asymmetric.
+    version: str
+    other: str
+    source: str
+    chosen: str
+
+
+def _version(layer: _Layer, *, varied: bool) -> tuple[str, _Doubt | None]:
+    """Return how the zero points of a layer are stored: as the configuration says, unless their values prove it wrong.
+
+    A symmetric quantizer puts every zero point in the middle, 2^(bits - 1), so that all of them are equal. If they are next to the
+    middle when read as the label says, and in the middle when read the other way, then the label is wrong: no asymmetric quantizer
+    finds the same zero point for every group. Following the label would shift all weights by a step and leave a model that talks
+    nonsense. The label is believed if the configuration says that zero points are asymmetric, or if those of other layers are
+    (`varied`) and it does not say that they are symmetric.
     """
-    labels = [claim for claim in claims.all("checkpoint_format", "packing_format", "format") if _version_of(claim)]
+    claims = layer.claims
+    labels = [claim for claim in claims.labels() if _version_of(claim)]
     for claim in labels:
         if _version_of(claim) != _version_of(labels[0]):
             raise SourceError(
@@ -162,28 +204,43 @@ def _version(layers: Sequence[_Layer], claims: Claims) -> tuple[str, list[str]]:
             )
     version = _version_of(labels[0]) if labels else "v1"
     other = "v2" if version == "v1" else "v1"
-    if not all(layer.least == layer.most == (1 << (layer.bits - 1)) - (other == "v1") for layer in layers):
-        return version, []
+    if not layer.least == layer.most == (1 << (layer.bits - 1)) - (other == "v1"):
+        return version, None
+    symmetric = [claim.value for claim in claims.all("sym")]
+    if varied and True not in symmetric:
+        return version, None
     source = str(labels[0]) if labels else "no file says checkpoint_format, which means v1"
-    finding = f"GPTQ: all zero points are in the middle if read as {other}, and next to it as {version}, but {source}"
-    if any(claim.value is False for claim in claims.all("sym")):
-        return version, [f"{finding}, and sym is false: read as {version}; --gptq-format {other} reads them as {other}"]
-    return other, [
+    chosen = version if False in symmetric else other
+    return chosen, _Doubt(version, other, source, chosen)
+
+
+def _warning(doubt: _Doubt, names: Sequence[str], *, whole: bool) -> str:
+    version, other, source, chosen = doubt
+    zeros = "all zero points" if whole else f"all zero points of {names[0]!r}{and_more(names)}"
+    finding = f"GPTQ: {zeros} are in the middle if read as {other}, and next to it as {version}, but {source}"
+    if chosen == version:
+        return f"{finding}, and sym is false: read as {version}; --gptq-format {other} reads them as {other}"
+    return (
         f"{finding}: read as with --gptq-format {other}; if that is wrong, convert again with --gptq-format {version}"
-    ]
+    )
 
 
 def _version_of(claim: Claim) -> str:
     return VERSIONS.get(claim.value.lower(), "") if isinstance(claim.value, str) else ""
 
 
-def _read_zeros(qzeros: SourceTensor, bits: int, version: str) -> NDArray[Any]:
+def _by_words(claims: Claims) -> bool:
+    """Return whether the tool subtracted one from words of zero points as a whole, and not from each, as GPTQModel does."""
+    return any("gptqmodel" in str(claim.value).lower() for claim in claims.all("meta", "quantizer", "provider"))
+
+
+def _read_zeros(qzeros: SourceTensor, bits: int, version: str, *, whole: bool) -> NDArray[Any]:
     """Return the zero point of each group and row."""
     words = coded.whole(qzeros)
     if version == "v2":
         return coded.unpack(words, bits)
-    if bits == 3:  # each field is stored less one
-        return (coded.unpack(words, 3) + np.uint8(1)) & np.uint8(7)
-    # the same, but the tools subtract from whole words: a zero point of 0 has borrowed from its neighbors
+    if bits == 3 or not whole:  # each field is stored less one
+        return (coded.unpack(words, bits) + np.uint8(1)) & np.uint8((1 << bits) - 1)
+    # a zero point of 0 has borrowed from its neighbors
     ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
     return coded.unpack(words + ones, bits)

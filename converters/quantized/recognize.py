@@ -5,7 +5,7 @@ To support another layout, write a module with the two functions of a row of `LA
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,11 @@ from qformat.converters.quantized.integers import each_possible
 from qformat.converters.quantized.layer import Layer, Layout, each, layers_of
 from qformat.converters.quantized.meaning import check_keys
 from qformat.converters.quantized.refused import unreadable
+from qformat.converters.quantized.roles import WEIGHT, is_activation_only, is_plain
 from qformat.converters.quantized.unknown import Unknown
 from qformat.converters.sources.options import SourceOptions
+from qformat.converters.wording import and_more
+from qformat.errors import SourceError
 from qformat.pipeline.source import SourceTensor
 
 # Models with layers whose code multiplies from the other side (transformers' Conv1D), which GPTQ's layout does not show
@@ -137,7 +140,9 @@ def recognize(
     claims = Claims.of(configs, options.gptq_format, metadata)
     own: dict[Layout, list[Layer]] = {}
     refused: dict[str, str] = {}
+    stale: dict[str, SourceTensor] = {}
     for layer in layers_of(tensors):
+        older = _remove_older(layer)
         format_ = unreadable(layer, claims.about(layer.name))
         # no tool whose layout is known here has such names, but one whose scales divide
         layout = None if "/" in layer.name else next((layout for layout in LAYOUTS if layout.matches(layer)), None)
@@ -145,12 +150,20 @@ def recognize(
             refused[layer.name] = format_
         elif layout:
             own.setdefault(layout, []).append(layer)
+            stale |= {tensor.name: tensor for tensor in older.values()}
     found = [layout.read(own[layout], claims) for layout in LAYOUTS if layout in own]
     coded = [tensor for part in found for tensor in part.tensors]
-    replaced = {name for part in found for name in part.replaced}
+    replaced = {name for part in found for name in part.replaced} | stale.keys()
     warnings = [warning for part in found for warning in part.warnings]
     if coded:
         warnings += check_keys(claims)
+        for layout, layers in own.items():
+            _check_parts(layout, layers, replaced)
+    if stale:
+        first = next(iter(stale))
+        warnings.append(
+            f"tensor {first!r}{and_more(stale)}: left out, since its layer has packed codes too, which count"
+        )
     plain = [tensor for tensor in tensors if tensor.name not in replaced]
     unknown = Unknown(plain, claims, refused)
     warnings += unknown.warnings()
@@ -163,3 +176,26 @@ def recognize(
             f"GPTQ: models of type {model} keep some matrices as [in, out], and those of quantized layers are [out, in] here"
         )
     return Recognized([*unknown.kept(plain), *coded], warnings, bool(coded or unknown), bool(claims.statements))
+
+
+def _remove_older(layer: Layer) -> dict[str, SourceTensor]:
+    """Remove the weight from the parts of a layer, and return it, if there are packed codes too, as in files saved over others."""
+    roles: Sequence[str] = ()
+    if layer.has("qweight", "scales"):
+        roles = (WEIGHT, "weight_scale", "weight_scale_inv")
+    elif layer.has("weight_packed"):
+        roles = (WEIGHT,)
+    return {role: layer.parts.pop(role) for role in roles if role in layer.parts}
+
+
+def _check_parts(layout: Layout, layers: Sequence[Layer], replaced: Container[str]) -> None:
+    """Raise `SourceError` if a layer that was read has parts that may change what its weights are."""
+    for layer in layers:
+        if not any(tensor.name in replaced for tensor in layer.parts.values()):
+            continue
+        for role, tensor in layer.parts.items():
+            if tensor.name not in replaced and not is_plain(role, tensor) and not is_activation_only(role):
+                raise SourceError(
+                    f"tensor {tensor.name!r} belongs to a layer in the format {layout.format}, and what it does to the weights "
+                    "there is not known; use the model as it was before quantization"
+                )

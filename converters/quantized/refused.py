@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from qformat.converters.quantized import awq, gptq
-from qformat.converters.quantized.claims import LABELS, Claims
+import re
+
+from qformat.converters.quantized import awq, comfy, gptq
+from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.coded import I32
 from qformat.converters.quantized.layer import Layer
 from qformat.converters.quantized.unknown import format_of
+from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 
 _STACKED = 3  # dimensions
+_BYTE = 8
+_I8 = DTYPES["i8"]
 
 
 def unreadable(layer: Layer, claims: Claims) -> str:
@@ -24,6 +29,8 @@ def unreadable(layer: Layer, claims: Claims) -> str:
         )
     if layer.has("weight_packed", "scale_packed"):
         return "marlin-24"
+    if "weight" in parts and parts["weight"].dtype is _I8:
+        return _narrow(layer, claims)
     if "qweight" not in parts:
         return ""
     qweight, scales = parts["qweight"], parts.get("scales")
@@ -42,7 +49,20 @@ def unreadable(layer: Layer, claims: Claims) -> str:
     )
 
 
+def _narrow(layer: Layer, claims: Claims) -> str:
+    """Return the format of signed bytes that are not the codes of a weight each, if a file says so."""
+    form = comfy.form_of(layer, claims)
+    if form not in ("", "int8_tensorwise"):
+        return f"{form} of ComfyUI" if form != comfy.UNKNOWN else "ComfyUI with more than a scale"
+    names = ("quant_algo", "model_quant_type", "quant_type", f"{layer.name}.weight")
+    for claim in claims.all(*names):
+        bits = re.match(r"(?:INT|W)_?(\d+)", str(claim.value).upper())
+        if bits and int(bits[1]) != _BYTE:
+            return str(claim.value)
+    return ""
+
+
 def _told(claims: Claims) -> str:
     """Return the label of a packing that is neither GPTQ's nor AWQ's."""
-    labels = (str(claim.value) for claim in claims.all(*LABELS))
+    labels = (str(claim.value) for claim in claims.labels())
     return next((label for label in labels if label.lower() not in (*gptq.VERSIONS, *awq.FORMATS)), "")

@@ -66,6 +66,11 @@ def is_weight(role: str) -> bool:
     return bool(_WEIGHT.fullmatch(role.lower()))
 
 
+def is_plain(role: str, tensor: SourceTensor) -> bool:
+    """Return whether a part of a layer is of no importance to its weights: a bias, or one for numbers of inputs and outputs."""
+    return len(tensor.shape) <= 1 and (role == "bias" or role.endswith("_bias")) and "quant" not in role
+
+
 def is_activation_only(role: str) -> bool:
     """Return whether a part concerns only the numbers that a model computes, so that its weights are the same without it.
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 
-from qformat.converters.quantized.claims import LABELS, Claims
+from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.layer import Layer, layers_of
 from qformat.converters.quantized.roles import (
     WEIGHT,
+    is_plain,
     is_weight,
     may_be_codes,
     tells_of_codes,
@@ -51,8 +52,6 @@ _FORMATS: Mapping[tuple[str, ...], str] = {
     ("weight", "scales_and_zeros"): "gpt-fast int4",
     ("weight", "comfy_quant"): "ComfyUI",
 }
-# Parts of no importance to the meaning of codes
-_PLAIN = re.compile(r"(\w*_)?bias(_g_idx)?|lora_\w+|num_batches_tracked|in_features|out_features")
 _U8 = DTYPES["u8"]
 
 
@@ -115,7 +114,7 @@ def _format(format_: str) -> str:
 
 def _is_unknown(layer: Layer, linked: Sequence[SourceTensor], claims: Claims) -> bool:
     codes = {role: tensor for role, tensor in layer.parts.items() if may_be_codes(role, tensor)}
-    others = [role for role, tensor in layer.parts.items() if role not in codes and not _is_plain(role, tensor)]
+    others = [role for role, tensor in layer.parts.items() if role not in codes and not is_plain(role, tensor)]
     telling = any(map(tells_of_codes, others))
     for role, tensor in codes.items():
         weight = layer.joined or is_weight(role)
@@ -129,10 +128,6 @@ def _is_unknown(layer: Layer, linked: Sequence[SourceTensor], claims: Claims) ->
     if floats is None or not floats.dtype.floating or len(floats.shape) < 2:
         return False
     return any(role.startswith(WEIGHT) and tells_of_codes(role) for role in others)
-
-
-def _is_plain(role: str, tensor: SourceTensor) -> bool:
-    return bool(_PLAIN.fullmatch(role)) and len(tensor.shape) <= 1
 
 
 def _linked(layers: Sequence[Layer]) -> dict[str, list[SourceTensor]]:
@@ -187,5 +182,5 @@ def format_of(layer: Layer, claims: Claims) -> str:
     if "weight_packed" in layer.parts and layer.parts["weight_packed"].dtype is _U8:
         return "mxfp4-pack-quantized"
     about = claims.about(layer.name)
-    named = [*about.all("quant_method", "method", "quant_algo"), *about.all(*LABELS)]
+    named = [*about.all("quant_method", "method", "quant_algo"), *about.labels()]
     return next((claim.value for claim in named if isinstance(claim.value, str)), "")

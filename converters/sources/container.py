@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,9 @@ from qformat.codecs.raw import Raw
 from qformat.container.layout import MAGIC
 from qformat.container.reader import ContainerReader
 from qformat.converters.llama_cpp import is_quantizable
+from qformat.converters.quantized.claims import Claims
+from qformat.converters.quantized.statements import may_state
+from qformat.converters.quantized.unknown import Unknown
 from qformat.converters.sources.gguf import REST
 from qformat.converters.wording import and_more
 from qformat.dtypes import Elements
@@ -92,17 +97,32 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
             of_gguf = any(asset.name == REST for asset in container.index.assets)
             tensors = [ContainerTensor(decoder, of_gguf=of_gguf) for decoder in Decoders(container, quality)]
         check_layers(container, quality)
+        claims = Claims.of(_configs(container), metadata=container.index.metadata)
+        unknown = Unknown([tensor for tensor in tensors if isinstance(tensor.codec, Raw)], claims)
     except QFormatError:
         container.close()
         raise
     return Checkpoint(
-        tensors,
+        unknown.kept(tensors),
         {asset.name: partial(_asset, container, asset.name) for asset in container.index.assets},
+        unknown.warnings(),
         files=[path, *map(Path, (shard.path for shard in container.shards))],
         metadata=container.index.metadata,
         variant=str(quality),
-        quantized=any(not isinstance(tensor.codec, Raw) for tensor in tensors),
+        quantized=bool(unknown) or any(not isinstance(tensor.codec, Raw) for tensor in tensors),
     )
+
+
+def _configs(container: ContainerReader) -> dict[str, dict[str, Any]]:
+    """Return the JSON objects in assets that may say something about quantization, by name."""
+    configs = {}
+    for asset in container.index.assets:
+        if may_state(asset.name):
+            with suppress(ValueError, RecursionError):
+                values = json.loads(_asset(container, asset.name))
+                if isinstance(values, dict):
+                    configs[asset.name] = values
+    return configs
 
 
 def lossy_warning(tensors: Iterable[SourceTensor]) -> list[str]:

@@ -126,6 +126,7 @@ def command(
         tensor
         for tensor in sorted(checkpoint.tensors, key=lambda tensor: natural_key(tensor.name))
         if tensor.dtype.floating
+        and not tensor.fixed_because
         and len(tensor.shape) >= 2
         and (not include or any(pattern.search(tensor.name) for pattern in include))
         and not any(pattern.search(tensor.name) for pattern in exclude)

@@ -53,11 +53,11 @@ def packed(rows: Any, bits: int, pack: Any = words_of) -> np.ndarray:
     return np.array([pack(row, bits) for row in rows], np.uint32).view(np.int32)
 
 
-def less_one(words: np.ndarray, zeros: np.ndarray, bits: int) -> np.ndarray:
-    """Return words of zeros as GPTQ v1 stores them."""
-    if bits == 3:
-        return packed((zeros - 1) % 8, 3)
-    return words - np.uint32(sum(1 << i for i in range(0, 32, bits))).view(np.int32)
+def less_one(zeros: np.ndarray, bits: int, *, whole: bool = False) -> np.ndarray:
+    """Return words of zeros as GPTQ v1 stores them: each of them less one, or whole words less one in each field (GPTQModel)."""
+    if whole and bits != 3:
+        return packed(zeros, bits) - np.uint32(sum(1 << i for i in range(0, 32, bits))).view(np.int32)
+    return packed((zeros - 1) % (1 << bits), bits)
 
 
 def awq_words_of(codes: Sequence[int]) -> list[int]:
@@ -117,7 +117,7 @@ def gptq(x: Layer, bits: int, version: str = "v1", *, g_idx: bool = True) -> dic
     words = packed(x.zeros.T, bits)
     parts = {
         "qweight": np.ascontiguousarray(packed(x.codes, bits).T),
-        "qzeros": less_one(words, x.zeros.T, bits) if version == "v1" else words,
+        "qzeros": less_one(x.zeros.T, bits) if version == "v1" else words,
         "scales": transposed(x.scales),
     }
     return parts | ({"g_idx": x.places.astype(np.int32)} if g_idx else {})
