@@ -68,7 +68,9 @@ def is_weight(role: str) -> bool:
 
 def is_plain(role: str, tensor: SourceTensor) -> bool:
     """Return whether a part of a layer is of no importance to its weights: a bias, or one for numbers of inputs and outputs."""
-    return len(tensor.shape) <= 1 and (role == "bias" or role.endswith("_bias")) and "quant" not in role
+    if role == "bias":
+        return len(tensor.shape) <= 2  # of stacked matrices
+    return len(tensor.shape) <= 1 and role.endswith("_bias") and "quant" not in role
 
 
 def is_activation_only(role: str) -> bool:

@@ -44,7 +44,6 @@ def fixed(parts: Mapping[str, Any], config: Any = None, metadata: Mapping[str, s
 
 # (parts of a layer, what the configuration says, the name of the format)
 FORMATS: list[tuple[dict[str, Any], Any, str]] = [
-    ({"weight": I8, "SCB": ONE, "weight_format": np.zeros((), np.uint8)}, None, "LLM.int8"),
     ({"W_q": U8, "scale": F16, "zero": F16}, {"quant_method": "hqq"}, "HQQ"),
     ({"W_q": F16, "scale": F16, "zero": F16}, None, "HQQ"),
     ({"codes": I8, "codebooks": F16, "scales": F16}, None, "AQLM"),
@@ -89,21 +88,21 @@ def test_layers_in_formats_that_cannot_be_read_are_kept_whole_and_named(parts, c
 
 
 def test_several_layers_of_one_format_are_one_warning():
-    parts = {f"{n}.{role}": part for n in "abc" for role, part in {"weight": I8, "SCB": ONE}.items()}
+    parts = {f"{n}.{role}": part for n in "abc" for role, part in {"weight": I8, "weight_scales": ONE}.items()}
     assert [warning[:40] for warning in found(parts).warnings] == ["layer 'a' and 2 more: quantized in the f"]
 
 
 def test_types_for_the_tensors_of_unknown_layers_are_refused():
-    parts = {"a.weight": I8, "a.SCB": F16, "b.weight": np.ones((4, 64), np.float32)}
+    parts = {"a.weight": I8, "a.weight_scales": F16, "b.weight": np.ones((4, 64), np.float32)}
     tensors = {tensor.name: tensor for tensor in found(parts).tensors}
     with pytest.raises(SourceError) as caught:
-        Recipe.parse("q4_0").encoder_for(tensors["a.SCB"])
+        Recipe.parse("q4_0").encoder_for(tensors["a.weight_scales"])
     assert str(caught.value) == (
-        "tensor 'a.SCB' belongs to layer 'a', which is quantized in the format LLM.int8, which cannot be read: it can only stay "
+        "tensor 'a.weight_scales' belongs to layer 'a', which is quantized in the format EETQ, which cannot be read: it can only stay "
         "as it is; leave out q4_0, or give it to other tensors by name"
     )
     by_name = Recipe.parse(None, ["b*=q4_0"])
-    assert [str(by_name.encoder_for(tensors[name])) for name in ("a.weight", "a.SCB", "b.weight")] == [
+    assert [str(by_name.encoder_for(tensors[name])) for name in ("a.weight", "a.weight_scales", "b.weight")] == [
         "i8",
         "f16",
         "q4_0",
@@ -287,10 +286,10 @@ def test_activation_scales_are_told_from_those_of_weights():
 
 
 def test_sources_of_all_kinds_keep_unknown_layers(tmp_path: Path):
-    folder = model(tmp_path / "m", {"a.weight": I8, "a.SCB": np.ones((4, 64), np.float32)}, config="{}")
+    folder = model(tmp_path / "m", {"a.weight": I8, "a.weight_scales": np.ones((4, 64), np.float32)}, config="{}")
     assert {plan.source.name: str(plan.encoder) for plan in Request(str(folder)).plans()} == {
         "a.weight": "i8",
-        "a.SCB": "f32",
+        "a.weight_scales": "f32",
     }
-    with pytest.raises(SourceError, match=r"format LLM\.int8"):
+    with pytest.raises(SourceError, match="format EETQ"):
         Request(str(folder), type="q8_0").plans()
