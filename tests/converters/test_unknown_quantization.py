@@ -98,8 +98,8 @@ def test_types_for_the_tensors_of_unknown_layers_are_refused():
     with pytest.raises(SourceError) as caught:
         Recipe.parse("q4_0").encoder_for(tensors["a.weight_scales"])
     assert str(caught.value) == (
-        "tensor 'a.weight_scales' belongs to layer 'a', which is quantized in the format EETQ, which cannot be read: it can only stay "
-        "as it is; leave out q4_0, or give it to other tensors by name"
+        "tensor 'a.weight_scales' belongs to layer 'a', which is quantized in the format EETQ, which cannot be read: it can only "
+        "stay as it is; leave out q4_0, or give it to other tensors by name"
     )
     by_name = Recipe.parse(None, ["b*=q4_0"])
     assert [str(by_name.encoder_for(tensors[name])) for name in ("a.weight", "a.weight_scales", "b.weight")] == [
