@@ -75,6 +75,17 @@ def stated(
     return _without(assets, metadata, statements, configs)
 
 
+def true_header(metadata: Mapping[str, str], tensors: Collection[ContainerTensor]) -> Stated:
+    """Return the header of a file of weights without what it says about tensors that are plain numbers now."""
+    statements = find({}, metadata)
+    unknown = Unknown(
+        [tensor for tensor in tensors if isinstance(tensor.codec, Raw)], Claims(statements, metadata=metadata)
+    )
+    plain = {tensor.name for tensor in tensors if _is_copied(tensor)}
+    false = [statement for statement in statements if not unknown or statement.path[0] in plain]
+    return _without({}, metadata, false, {})
+
+
 def _without(
     assets: Mapping[str, bytes],
     metadata: Mapping[str, str],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qformat.container.partial import PartialFile
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
+from qformat.converters.exports.quantization import true_header
 from qformat.converters.sources.safetensors import DTYPE_NAMES, FORMAT, MAX_HEADER, METADATA
 from qformat.converters.weights_name import KEY
 from qformat.converters.wording import and_more
@@ -21,10 +22,11 @@ def export_safetensors(job: Job, output: Path) -> Export:
     """Write a file that holds every tensor as elements, with the container's metadata."""
     outputs = [as_floats(tensor, job.dtype) for tensor in job.tensors.values()]
     metadata = {key: text for key, text in job.container.index.metadata.items() if key != KEY}
-    size = write_safetensors(job, output.name, outputs, metadata, output)
+    true = true_header(metadata, job.tensors.values())
+    size = write_safetensors(job, output.name, outputs, true.metadata, output)
     assets = [asset.name for asset in job.container.index.assets]
     warnings = [f"left out, as a .safetensors file holds tensors only: {assets[0]}{and_more(assets)}"] if assets else []
-    return Export(output, {output.name: size}, outputs, warnings)
+    return Export(output, {output.name: size}, outputs, [*warnings, *true.warnings])
 
 
 def write_safetensors(job: Job, name: str, outputs: Sequence[Output], metadata: Mapping[str, str], label: Path) -> int:

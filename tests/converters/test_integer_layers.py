@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open as safetensors_open
 
 from qformat import safe_open
 from qformat.converters.arrays import ArrayTensor
 from qformat.converters.convert import convert
+from qformat.converters.exports.export import export
 from qformat.converters.quantized.recognize import Recognized, recognize
 from qformat.converters.sources.detect import open_checkpoint
 from qformat.converters.sources.options import SourceOptions
@@ -495,3 +497,17 @@ def test_scales_that_are_not_finite_are_refused_by_name(tmp_path, name):
         changed = replaced(parts, **{role: Elements(broken.dtype, flat.reshape(broken.data.shape))})
         with pytest.raises(SourceError, match=r"tensor 'a.b.weight' holds NaN or infinity"):
             stored(only(changed, config, metadata), tmp_path)
+
+
+# ---- exports
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "hf"])
+def test_exports_of_torchao_layers_say_nothing_about_torchao(tmp_path, kind):
+    convert(open_checkpoint(DATA / "torchao"), tmp_path / "x.qf", Recipe.parse(None))
+    target = tmp_path / ("y" if kind == "hf" else "y.safetensors")
+    export(tmp_path / "x.qf", target, kind)
+    path = target / "model.safetensors" if kind == "hf" else target
+    with safetensors_open(path, "np") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == {"0.bias", *(f"{number}.weight" for number in range(6))}
