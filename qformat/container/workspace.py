@@ -179,7 +179,7 @@ class Workspace:
             keep = {self._lock}
             if count := count_finished(self.folder):
                 _log.warning(
-                    "%s: %d finished tensors of an interrupted run are discarded; --resume would have kept them",
+                    "%s: the finished tensors (%d) of an interrupted run are discarded; --resume would have kept them",
                     self._label,
                     count,
                 )
@@ -358,7 +358,7 @@ class Workspace:
             return f"{self._label} is complete"
         with suppress(OSError):
             if count := count_finished(self.folder):
-                kept = f"{self._label}: {count} finished tensors "
+                kept = f"{self._label}: the finished tensors ({count}) "
                 if self._resume:
                     return kept + "are kept; the same command goes on from there"
                 return kept + (

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file as save_safetensors
 from qformat.container.reader import ContainerReader
 from qformat.converters.convert import convert
 from qformat.converters.sources.detect import open_checkpoint
-from qformat.errors import SourceError, TargetError
+from qformat.errors import SourceError, TargetError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint, SourceTensor
 from tests.helpers.checkpoints import layers, model
@@ -160,6 +160,57 @@ def test_a_conversion_without_resume_starts_over_and_leaves_no_workspace(source,
     with pytest.raises(Stopped):
         run(source, output, progress=stop_after(3))
     assert leftovers(output) == []
+
+
+def test_a_run_without_resume_says_that_it_discards_the_work_of_an_earlier_one(source, tmp_path, caplog):
+    output = tmp_path / "m.qf"
+    interrupted(source, output, 8)
+    with pytest.raises(TypeSpecError):  # a mistake costs nothing
+        convert(open_checkpoint(source), output, Recipe.parse("q4_0", ["none=q4_1"]))
+    assert (output.with_name("m.qf.partial") / "m.qf.journal").exists()
+    assert run(source, output).resumed == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{output}: the finished tensors (8) of an interrupted run are discarded; --resume would have kept them"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("resume", "number", "note"),
+    [
+        (True, 8, "the finished tensors (8) are kept; the same command goes on from there"),
+        (False, 8, "the finished tensors (8) are discarded; with --resume they would be kept"),
+        (False, 0, None),
+    ],
+)
+def test_an_interrupted_conversion_says_what_it_leaves(source, tmp_path, resume, number, note):
+    output, left = tmp_path / "m.qf", [number]
+
+    def interrupt(amount: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(source, output, resume=resume, jobs=1, progress=interrupt)
+    assert caught.value.__notes__ == [f"{output}: {note}" if note else f"nothing was left at {output}"]
+    assert leftovers(output) == (["m.qf.partial"] if resume else [])
+
+
+@pytest.mark.usefixtures("marks")
+def test_a_conversion_that_is_interrupted_after_its_commit_says_that_it_is_complete(source, tmp_path, monkeypatch):
+    output = tmp_path / "m.qf"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("qformat.container.commit.remove_unneeded", interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            run(source, output)
+    assert caught.value.__notes__ == [f"{output} is complete"]
+    assert leftovers(output) == ["m.qf", "m.qf.partial"]
+    run(source, output)  # the same run again: not refused, although the output exists
+    assert leftovers(output) == ["m.qf"]
 
 
 @pytest.mark.parametrize(
