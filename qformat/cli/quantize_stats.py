@@ -41,8 +41,12 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
     if value is not None and value != "-":
         if value.startswith("-"):
             raise click.BadParameter(f"needs a FILE, or - for stdout, before {value}", ctx, param)
-        if Path(value).is_file() and not _is_stream(value):
-            raise click.BadParameter(f"{value} exists already; remove it first", ctx, param)
+        if not _is_stream(value):
+            from qformat.container.workspace import finish_interrupted
+
+            finish_interrupted(Path(value))
+            if Path(value).is_file():
+                raise click.BadParameter(f"{value} exists already; remove it first", ctx, param)
         if not Path(value).parent.is_dir():
             raise click.BadParameter(f"the directory {Path(value).parent} does not exist", ctx, param)
     return value
@@ -50,7 +54,8 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: str | None) 
 
 def _is_stream(file: str) -> bool:
     """Return whether a path names an open stream or a device: it is written to, whatever stands behind it."""
-    return Path(file).is_absolute() and Path(os.path.normpath(file)).parts[1] in ("dev", "proc")
+    parts = Path(os.path.normpath(file)).parts
+    return Path(file).is_absolute() and parts[1] in ("dev", "proc") and parts[2:3] != ("shm",)  # a folder in memory
 
 
 @click.command(cls=Command)

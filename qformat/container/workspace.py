@@ -369,6 +369,13 @@ class Workspace:
         return f"nothing was left at {self._label}"
 
 
+def finish_interrupted(path: Path) -> None:
+    """Finish or take back what a killed run to an output has begun, and remove its workspace."""
+    if there(suffixed(followed(path).absolute(), ".partial")):
+        with Workspace(path, overwrite=True):
+            pass
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Make a new file that holds `data`, or none; raise `TargetError` if that fails or there is a file already."""
     check_target(path, overwrite=False)

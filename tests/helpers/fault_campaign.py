@@ -62,7 +62,7 @@ class Scenario:
     command: Command
     before: Sequence[Command] = ()
     others: Sequence[Command] = ()
-    exchange: bool = True
+    plain: bool = False  # on a file system that knows neither renameat2 nor files without names
 
 
 def _convert(*options: str, source: str = "new.safetensors") -> Command:
@@ -99,7 +99,7 @@ SCENARIOS = {
     "shards over as many": Scenario(_convert("--shard-size", "3072", FORCE), [OLD_SHARDS], [(*OTHER, *SHARDS, FORCE)]),
     "shards over the same": Scenario(OLD_SHARDS, [OLD_SHARDS], [_convert(FORCE)]),
     "a file over shards": Scenario(_convert(FORCE), [OLD_SHARDS], [(*OTHER, *SHARDS, FORCE)]),
-    "shards, no renameat2": Scenario(_convert(*SHARDS), (), [OTHER], exchange=False),
+    "shards, plain": Scenario(_convert(*SHARDS), (), [OTHER], plain=True),
     "truncate": Scenario(("truncate", "{src}/layered.qf", "{dst}/m.qf", "-q", "3"), (), [OTHER]),
     "truncate --force": Scenario(
         ("truncate", "{src}/layered.qf", "{dst}/m.qf", "-q", "3", FORCE), [OLD_SHARDS], [(*OTHER, FORCE)]
@@ -125,10 +125,11 @@ SCENARIOS = {
     "hf shards --force": Scenario(
         _export("hf", "--shard-size", "2048", FORCE), [_export("hf", source="old.qf")], [_export("hf", FORCE)]
     ),
-    "hf --force, no exchange": Scenario(
-        _export("hf", FORCE), [_export("hf", source="old.qf")], [_export("hf", "-t", "f16", FORCE)], exchange=False
+    "hf --force, plain": Scenario(
+        _export("hf", FORCE), [_export("hf", source="old.qf")], [_export("hf", "-t", "f16", FORCE)], plain=True
     ),
     "json": Scenario(("quantize-stats", "{src}/new.safetensors", "--json", "{dst}/m.json", "-j1"), (), ()),
+    "json, plain": Scenario(("quantize-stats", "{src}/old.safetensors", "--json", "{dst}/m.json", "-j1"), plain=True),
 }
 
 
@@ -215,7 +216,7 @@ class Campaign:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore in the background
             try:
                 kind, value = FAULTS[fault]
-                _library.faults_arm(os.fsencode(self._place), kind, value, at, not self._scenario.exchange)
+                _library.faults_arm(os.fsencode(self._place), kind, value, at, self._scenario.plain)
                 main()
                 code = 0
             except SystemExit as done:
@@ -270,7 +271,7 @@ class Campaign:
 
     def _state(self, allowed: Sequence[str]) -> str:
         found = self._content()
-        absent = [""] if not self._scenario.exchange else []
+        absent = [""] if self._scenario.plain else []
         assert found in [*allowed, *absent], "neither old nor new" if found else "absent"
         assert all(path.read_bytes() == data for path, data in self._foreign.items()), "a foreign file is changed"
         return found

@@ -14,19 +14,20 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+/* `only_plain` leaves out what not every file system has: renameat2, and files without names. */
 enum { SIGNAL, ERROR, ERRORS, SHORT }; /* what happens: a signal, one error, errors from then on, a short write */
 
 static char below[PATH_MAX];
 static size_t length;
-static int kind, value, no_exchange;
+static int kind, value, plain;
 static long at;
 static atomic_long calls;
 static atomic_char ours[65536];
 
-void faults_arm(const char *path, int what, int with, long number, int without_renameat2) {
+void faults_arm(const char *path, int what, int with, long number, int only_plain) {
     length = strlen(path);
     memcpy(below, path, length + 1);
-    kind = what, value = with, at = number, no_exchange = without_renameat2;
+    kind = what, value = with, at = number, plain = only_plain;
     atomic_store(&calls, 0);
 }
 
@@ -65,6 +66,7 @@ static size_t allowed(size_t count) { /* of a write in SHORT mode */
     int name parameters { \
         MODE \
         int mine = path_ours(folder, path); \
+        if (mine && plain && (flags & __O_TMPFILE) == __O_TMPFILE) { errno = EOPNOTSUPP; return -1; } \
         if (mine && fails(flags & (O_CREAT | O_TRUNC))) return -1; \
         int fd = REAL(name) arguments; \
         if (fd >= 0 && fd < 65536) ours[fd] = mine; \
@@ -129,7 +131,7 @@ DIR *opendir(const char *path) {
 }
 
 int renameat2(int from, const char *old, int to, const char *new, unsigned flags) {
-    if (no_exchange && length) {
+    if (plain && length) {
         errno = ENOSYS;
         return -1;
     }
