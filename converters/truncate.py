@@ -9,9 +9,8 @@ from qformat.container.partial import PartialFile
 from qformat.container.reader import ContainerReader
 from qformat.container.workspace import Workspace
 from qformat.container.writer import ContainerWriter
-from qformat.converters.sources.container import check_layers, files_of
+from qformat.converters.sources.container import decoders_of, files_of
 from qformat.quality import Quality
-from qformat.readers.decoder import Decoders
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,9 @@ class Truncation:
     root: str
 
 
-def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = False) -> Truncation:
+def truncate(
+    source: Path, output: Path, quality: Quality, *, root: str | None = None, overwrite: bool = False
+) -> Truncation:
     """Write a file whose layered tensors have no more layers than a quality needs; everything else is copied.
 
     The result is, byte for byte, what converting the same weights to the same layers gives.
@@ -47,6 +48,8 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
         The file to write.
     quality
         Which layers to keep.
+    root
+        The root that the source must have.
     overwrite
         Replace a file at `output`.
 
@@ -59,13 +62,12 @@ def truncate(source: Path, output: Path, quality: Quality, *, overwrite: bool = 
     TargetError
         If the file cannot be written; nothing is left at `output` then.
     """
-    with ContainerReader(source) as container:
-        check_layers(container, quality)
+    with ContainerReader(source, root=root) as container:
+        decoders = [*decoders_of(container, quality)]
         index = container.index
         fingerprint = f"truncate {container.root} {quality}"
         with Workspace(output, overwrite=overwrite, sources=files_of(container)) as workspace:
             workspace.claim(fingerprint)
-            decoders = [*Decoders(container, quality)]
             with (
                 PartialFile(workspace.folder / workspace.target.name, output) as file,
                 ContainerWriter(file, metadata=index.metadata) as writer,

@@ -15,8 +15,16 @@ def install_hint(extra: str) -> str:
     return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
+def printable(text: str) -> str:
+    """Return text that may come from a file with everything escaped that is not printable, such as a terminal's control codes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class QFormatError(Exception):
-    """Base class of all exceptions that qformat raises on purpose."""
+    """Base class of all exceptions that qformat raises on purpose. Names in the message are escaped: they may be hostile."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class FormatError(QFormatError, ValueError):
@@ -39,6 +47,10 @@ class FormatError(QFormatError, ValueError):
         where = f"{self.path}: " if self.path is not None else ""
         at = f" (at byte {offset})" if offset is not None else ""
         super().__init__(f"{where}{cause}{at}")
+
+
+class IntegrityError(FormatError):
+    """A file is another one than was asked for, or was changed while it was open."""
 
 
 class SourceError(QFormatError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
 
@@ -13,10 +14,14 @@ from numpy.typing import DTypeLike, NDArray
 from qformat.codecs.levels import LevelCodec
 from qformat.container.reader import ContainerReader
 from qformat.dtypes import DTYPES, DType
+from qformat.errors import QualityError
 from qformat.parallel import default_jobs, for_each
 from qformat.quality import Quality
 from qformat.readers.decoder import Decoders, TensorDecoder
 from qformat.records import TensorRecord
+
+# Of tensors whose bytes are kept for the next read, rows of an embedding say
+_KEPT_BYTES = 64 << 20
 
 
 class Codes(NamedTuple):
@@ -41,7 +46,9 @@ class Codes(NamedTuple):
 class safe_open:  # noqa: N801  named after the function of safetensors that it stands in for
     """A container file opened for reading, as a context manager.
 
-    The file is mapped into memory: it must not be changed or cut short while it is open.
+    What is decoded is a copy of the file's bytes, and it is the copy that is compared with the digests: a file that is changed or
+    cut short while it is open ends in `IntegrityError`. A handle can be used in forked processes, and pickled: it is opened again
+    by its path.
 
     Parameters
     ----------
@@ -52,16 +59,24 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         ``"max_rmse=0.01"``, ``"max_abs=0.05"`` or ``"mean_abs=0.01"`` for an error relative to the range of the tensor;
         ``"lossless"``; None is everything that there is. See `qformat.quality.Quality`.
     verify
-        Compare the bytes of a tensor with their SHA-256 when it is first read.
+        Compare the bytes of a tensor with their SHA-256 whenever they are read from the file.
     jobs
         Threads that decode one tensor; None is one for each processor.
+    root
+        The root that the file must have, as `root` or ``qformat inspect`` give it: that of a file which was verified before. The
+        root of a head covers its shards.
+    max_bytes
+        The most bytes that one tensor or asset may take in memory. None is 256 MiB, or 64 times the bytes that it has in the file
+        if that is more: a small file cannot ask for all memory.
 
     Raises
     ------
     FormatError
         If the file is damaged or no container.
+    IntegrityError
+        If its root is not `root`.
     QualityError
-        If the quality is malformed. (When a tensor is read: if its layers do not reach it.)
+        If the quality is malformed, or the file has no layered tensors. (When a tensor is read: if its layers do not reach it.)
 
     Examples
     --------
@@ -76,11 +91,30 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         quality: float | str | Quality | None = None,
         verify: bool = True,
         jobs: int | None = None,
+        root: str | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         chosen = Quality.parse(quality)
-        self._container = ContainerReader(path)
-        self._decoders = Decoders(self._container, chosen, verify=verify)
+        self._container = ContainerReader(path, root=root)
+        try:
+            self._decoders = Decoders(
+                self._container, chosen, verify=verify, keep_bytes=_KEPT_BYTES, max_bytes=max_bytes
+            )
+        except QualityError:
+            self._container.close()
+            raise
         self._jobs = jobs or default_jobs()
+        self._path = Path(
+            self._container.path
+        ).absolute()  # the working directory may change before the handle is pickled
+        self._options = {"quality": chosen, "verify": verify, "jobs": jobs, "max_bytes": max_bytes}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self._container.has_path:
+            raise TypeError(
+                f"{self._container.path} was opened as a file object, which cannot be pickled; open it by its path"
+            )
+        return _reopen, (self._path, {**self._options, "root": self.root})
 
     @property
     def root(self) -> str:
@@ -120,6 +154,8 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         FormatError
             If it is damaged.
         """
+        record = self._container.asset_record(name)
+        self._decoders.check_amount(record.label, record.size, record.segment.length)
         return self._container.asset(name)
 
     def get_tensor(self, name: str, dtype: DTypeLike | None = None, *, copy: bool = True) -> NDArray[Any]:
@@ -133,7 +169,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
             float16, float32 or float64 for a floating tensor. None is the stored dtype for raw tensors, and float32 for
             quantized ones and for those that numpy has no dtype for (bfloat16, float8).
         copy
-            If False, a tensor that is stored in the requested dtype is returned as a read-only view of the file.
+            If False, a tensor that is stored in the requested dtype is returned as a read-only view of the bytes that were read.
 
         Raises
         ------
@@ -151,8 +187,9 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
             view = decoder.view()
             if view is not None:
                 return view.reshape(shape)
+        decoder.check_amount(target)
         flat = np.empty(decoder.matrix.elements, target.storage)
-        for_each(lambda chunk: decoder.decode_into(flat, target, chunk), decoder.chunks(), self._jobs)
+        decoder.decode_all(flat, target, self._jobs)
         return flat.reshape(shape)
 
     def get_rows(
@@ -190,6 +227,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         shape = decoder.record.shape
         if len(shape) < 2:
             raise IndexError(f"tensor {name!r} of shape {shape} has no rows")
+        _ = decoder.segments  # also if no row is chosen
         chosen, lead = _choose(rows, shape[0])
         return decoder.rows(np.asarray(chosen, np.intp), target).reshape(lead + shape[1:])
 
@@ -213,14 +251,13 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         decoder = self._decoder(name)
         if not isinstance(decoder.codec, LevelCodec):
             raise TypeError(f"tensor {name!r} of type {decoder.codec.id} has no codes that name levels")
+        decoder.check_amount(DTYPES["i8"])
         codec, flat = decoder.codec, np.empty(decoder.matrix.elements, np.int8)
         for_each(lambda chunk: decoder.decode_codes(codec, flat, chunk), decoder.chunks(), self._jobs)
         return Codes(flat.reshape(decoder.record.shape), *decoder.levels(codec))
 
     def _decoder(self, name: str) -> TensorDecoder:
-        decoder = self._decoders.of(self._container.tensor(name))
-        _ = decoder.segments  # compares digests, also those of a tensor without elements
-        return decoder
+        return self._decoders.of(self._container.tensor(name))
 
     def close(self) -> None:
         """Close the file."""
@@ -233,6 +270,10 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _reopen(path: Path, options: Mapping[str, Any]) -> safe_open:
+    return safe_open(path, **options)
 
 
 def _target(decoder: TensorDecoder, dtype: DTypeLike | None) -> DType:

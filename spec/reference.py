@@ -41,6 +41,8 @@ TRAILER_SIZE = 128
 MAX_INTEGER = 2**53 - 1
 MAX_INDEX = 64 << 20
 MAX_ASSET = 256 << 20
+MAX_ASSETS = 4 << 30
+MAX_BRACKETS, MAX_COMMAS = 1 << 21, 1 << 22
 MAX_RECORDS = 16 << 20
 MAX_COMPONENTS = 16
 MAX_DEPTH = 32
@@ -138,6 +140,8 @@ def read(data: bytes) -> File:
     if not all(isinstance(value, str) for value in metadata.values()):
         fail("metadata", "contains a value that is not a string")
     tensors, assets = _named_records(top, "tensors"), _named_records(top, "assets")
+    if sum(get(asset, "size", int, "assets") for asset in assets) > MAX_ASSETS:
+        fail("assets", f"their sizes add up to more than {MAX_ASSETS}")
     _check_folders(assets)
     _check_layout(data, tensors, assets, header_size, index_offset)
     return File(
@@ -334,6 +338,8 @@ def _check_trailer(data: bytes) -> tuple[int, int, bytes]:
 
 def _parse_index(index: bytes) -> Record:
     """Parse the index and check that it is in canonical form."""
+    if index.count(b"{") + index.count(b"[") > MAX_BRACKETS or index.count(b",") > MAX_COMMAS:
+        fail("index", f"more than {MAX_BRACKETS} brackets or {MAX_COMMAS} commas")
     try:
         text = index.decode("utf-8")
         top = json.loads(text, parse_int=_integer, parse_float=_integer, parse_constant=_integer)

@@ -17,12 +17,11 @@ from qformat.converters.exports.gguf import export_gguf
 from qformat.converters.exports.hf import export_hf, is_replaceable
 from qformat.converters.exports.outputs import DEFAULT_SHARD, Export, Job
 from qformat.converters.exports.safetensors import export_safetensors
-from qformat.converters.sources.container import ContainerTensor, check_layers, files_of
+from qformat.converters.sources.container import ContainerTensor, decoders_of, files_of
 from qformat.errors import TypeSpecError
 from qformat.parallel import default_jobs
 from qformat.pipeline.encode import Progress
 from qformat.quality import Quality
-from qformat.readers.decoder import Decoders
 
 _FLOATS = ("f32", "f16", "bf16")
 
@@ -62,6 +61,7 @@ def export(
     *,
     dtype: str | None = None,
     quality: Quality | float | str | None = None,
+    root: str | None = None,
     shard_size: int = DEFAULT_SHARD,
     overwrite: bool = False,
     jobs: int | None = None,
@@ -82,6 +82,8 @@ def export(
         type such as ``q8_0``. None is the dtype that each tensor had in its source, for ``gguf`` ``f16``.
     quality
         How much to read of layered tensors.
+    root
+        The root that the container must have.
     shard_size
         Most bytes of tensors in one file of an ``hf`` directory; a larger tensor has a file for itself.
     overwrite
@@ -102,9 +104,8 @@ def export(
     format_ = FORMATS[to]
     chosen = None if dtype is None else _parse_dtype(dtype, to, format_.dtypes)
     asked = Quality.parse(quality)
-    with ContainerReader(source) as container:
-        check_layers(container, asked)
-        tensors = {decoder.record.name: ContainerTensor(decoder) for decoder in Decoders(container, asked)}
+    with ContainerReader(source, root=root) as container:
+        tensors = {decoder.record.name: ContainerTensor(decoder) for decoder in decoders_of(container, asked)}
         replaceable = partial(format_.replaceable, container) if format_.replaceable else None
         fingerprint = f"export {container.root} {to} {chosen} {asked} {shard_size}"
         sources = files_of(container)

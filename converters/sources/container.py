@@ -23,7 +23,7 @@ from qformat.converters.quantized.unknown import Unknown
 from qformat.converters.sources.gguf import REST
 from qformat.converters.wording import and_more
 from qformat.dtypes import Elements
-from qformat.errors import FormatError, QFormatError, QualityError, SourceError
+from qformat.errors import FormatError, QFormatError, SourceError
 from qformat.files import on_this_machine, reading
 from qformat.pipeline.source import Checkpoint, SourceTensor, StoredSource
 from qformat.quality import Quality
@@ -80,8 +80,8 @@ def is_container(start: bytes) -> bool:
     return start.startswith(MAGIC)
 
 
-def open_container(path: Path, quality: Quality) -> Checkpoint:
-    """Return the checkpoint in a container file.
+def open_container(path: Path, quality: Quality, root: str | None = None) -> Checkpoint:
+    """Return the checkpoint in a container file, which must have a certain root if one is given.
 
     Raises
     ------
@@ -91,12 +91,11 @@ def open_container(path: Path, quality: Quality) -> Checkpoint:
         If a quality is given and there are no layered tensors, or their layers do not reach it.
     """
     with _as_source_errors(), reading(path), on_this_machine(path) as here:
-        container = ContainerReader(here)
+        container = ContainerReader(here, root=root)
     try:
         with _as_source_errors():
             of_gguf = any(asset.name == REST for asset in container.index.assets)
-            tensors = [ContainerTensor(decoder, of_gguf=of_gguf) for decoder in Decoders(container, quality)]
-        check_layers(container, quality)
+            tensors = [ContainerTensor(decoder, of_gguf=of_gguf) for decoder in decoders_of(container, quality)]
         claims = Claims.of(_configs(container), metadata=container.index.metadata)
         unknown = Unknown([tensor for tensor in tensors if isinstance(tensor.codec, Raw)], claims)
     except QFormatError:
@@ -140,10 +139,12 @@ def files_of(container: ContainerReader) -> list[Path]:
     return [Path(home.path) for home in (container, *container.shards)]
 
 
-def check_layers(container: ContainerReader, quality: Quality) -> None:
-    """Raise `QualityError` if a quality is given and no tensor is layered."""
-    if quality != Quality() and not any(record.layers for record in container.tensors):
-        raise QualityError(f"{container.path}: holds no layered tensors (type scm), so there is no quality to choose")
+def decoders_of(container: ContainerReader, quality: Quality) -> Decoders:
+    """Return the decoders of a container whose tensors are read chunk by chunk on several threads.
+
+    Raises `QualityError` if a quality is given and no tensor is layered.
+    """
+    return Decoders(container, quality, keep=3)  # tasks of a tensor's last chunks and of the next ones run at a time
 
 
 def _asset(container: ContainerReader, name: str) -> bytes:

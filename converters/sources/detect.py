@@ -58,7 +58,7 @@ class DirectoryKind(NamedTuple):
 
 SAFETENSORS = FileKind(is_safetensors, open_safetensors, open_safetensors)
 FILES = (
-    FileKind(is_container, open_container, None, ("quality",)),
+    FileKind(is_container, open_container, None, ("quality", "root")),
     FileKind(is_gguf, open_gguf, None),
     FileKind(is_torch, open_torch, open_torch_shard, ("state_dict_key",)),
     SAFETENSORS,
@@ -137,14 +137,14 @@ def _hub_hint(path: Path) -> str:
 
 def _open_index(path: Path, options: SourceOptions) -> Checkpoint:
     """Open the shards that an index lists, and the files beside them."""
-    _check_quality(path, options)
+    _check_no_container(path, options)
     checkpoint = open_indexed(path, partial(_open_weights, options))
     return _with_folder(Folder(path.parent), checkpoint, options)
 
 
 def _open_directory(folder: Folder, options: SourceOptions) -> Checkpoint:
     path = folder.path
-    _check_quality(path, options)
+    _check_no_container(path, options)
     check_pipeline(folder)
     for kind in DIRECTORIES:
         if kind.matches(folder):
@@ -205,7 +205,7 @@ def _kind_of(path: Path, options: SourceOptions) -> FileKind:
             raise SourceError(f"{path}: {description}")
     kind = next((kind for kind in FILES if kind.matches(start)), SAFETENSORS if path.suffix == ".safetensors" else None)
     if kind is None or "quality" not in kind.options:
-        _check_quality(path, options)
+        _check_no_container(path, options)
     if kind is not None:
         if options.state_dict_key is not None and "state_dict_key" not in kind.options:
             raise SourceError(
@@ -228,7 +228,10 @@ def _unknown(path: Path) -> SourceError:
     )
 
 
-def _check_quality(path: Path, options: SourceOptions) -> None:
+def _check_no_container(path: Path, options: SourceOptions) -> None:
+    """Raise an error if options are given that only a container file can have."""
+    if options.root is not None:
+        raise SourceError(f"{path}: is not a .qf file, so it has no root; give --root only for one")
     if options.quality != Quality():
         raise QualityError(
             f"{path}: is not a .qf file, whose layered tensors can be read at a quality; to store weights at one, give it with "

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +13,7 @@ from qformat.container.index import MAX_ASSET_BYTES
 from qformat.dtypes import DType, Elements
 from qformat.errors import SourceError
 from qformat.files import is_remote, open_regular, read_range, reading
+from qformat.local_file import LocalFile
 from qformat.pipeline.source import Checkpoint, SourceTensor
 
 #: suffixes by which files with weights are found in a directory
@@ -58,12 +56,15 @@ def missing(path: Path) -> SourceError:
 
 
 class SharedFile:
-    """A file that is opened at the first read, and shared by its tensors."""
+    """A file that is shared by its tensors, which must not be changed from the reading of its header on, when this is made.
+
+    Raises `SourceError` if it cannot be opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
-        self._fd: int | None = None
+        with reading(path):
+            self._file = None if is_remote(path) else LocalFile(path, one_of_many=True)
 
     def read(self, offset: int, length: int) -> memoryview:
         """Return the bytes at a position; raise `SourceError` if they cannot be read, or the file is shorter now."""
@@ -78,29 +79,20 @@ class SharedFile:
         return Elements(dtype, np.frombuffer(data, dtype.storage))
 
     def _read_into(self, buffer: memoryview, offset: int) -> None:
-        if is_remote(self.path):
+        if self._file is None:
             data = read_range(self.path, offset, len(buffer))
             if len(data) < len(buffer):
                 raise self._shorter()
             buffer[:] = data
             return
-        with self._lock:
-            if self._fd is None:
-                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        while buffer:
-            count = os.preadv(self._fd, [buffer], offset)
-            if count == 0:
-                raise self._shorter()
-            buffer = buffer[count:]
-            offset += count
+        count = self._file.read_into(buffer, offset)
+        if count < len(buffer):
+            raise self._shorter()
+        if self._file.is_changed():
+            raise SourceError(f"{self.path}: the file was changed while it was read; begin again")
 
     def _shorter(self) -> SourceError:
         return SourceError(f"{self.path}: the file became shorter while it was read")
-
-    # os.close as a default argument, since modules are cleared before the last objects when Python exits
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if self._fd is not None:
-            close(self._fd)
 
 
 @dataclass(frozen=True)

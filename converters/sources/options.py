@@ -21,11 +21,14 @@ class SourceOptions:
         everything.
     gptq_format
         How the zero points of GPTQ are stored, whatever the checkpoint says.
+    root
+        The root that a container file must have.
     """
 
     quality: Quality = field(default_factory=Quality)
     state_dict_key: str | None = None
     gptq_format: Literal["v1", "v2"] | None = None
+    root: str | None = None
 
     def __str__(self) -> str:
         """Return the options that decide what tensors hold; empty for the defaults."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from qformat import QFormatError, TypeSpecError, __version__
+from qformat.errors import printable
 
 _COMMANDS = {
     "convert": "Convert a checkpoint to one .qf file.",
@@ -49,6 +50,9 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = printable(error.message)  # type: ignore[misc]
+            raise
         except TypeSpecError as error:
             raise click.UsageError(str(error)) from None
         except QFormatError as error:
@@ -60,7 +64,7 @@ class _Commands(click.Group):
             ctx.exit(128 + signal.SIGPIPE)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{where}{error.strerror or error}") from None
+            raise click.ClickException(printable(f"{where}{error.strerror or error}")) from None
         except MemoryError:
             raise click.ClickException("not enough memory; try a smaller --jobs") from None
 

@@ -9,11 +9,11 @@ from contextlib import suppress
 
 import click
 
-from qformat.cli.common import Command, printable
+from qformat.cli.common import Command
 from qformat.container.reader import ContainerReader
 from qformat.container.sums import sums_line
 from qformat.container.verify import sha256_of
-from qformat.errors import FormatError
+from qformat.errors import FormatError, printable
 
 
 @click.command(cls=Command)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qformat.errors import QualityError
+from qformat.errors import QualityError, printable
 from qformat.quality import Quality
 
 if TYPE_CHECKING:
@@ -108,6 +108,13 @@ jobs_option = click.option(
 )
 
 
+root_option = click.option(
+    "--root",
+    metavar="SHA256",
+    help="Refuse SRC unless it is the .qf file with this root, which inspect shows; that of a head covers its shards.",
+)
+
+
 def _parse_quality(ctx: click.Context, param: click.Parameter, value: str | None) -> Quality:
     try:
         return Quality.parse(value)
@@ -159,11 +166,6 @@ def human_count(count: float) -> str:
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Return a key that sorts ``layers.2`` before ``layers.10``."""
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"([0-9]+)", name)]
-
-
-def printable(text: str) -> str:
-    """Return text from a file with control characters and other non-printable characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def echo_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:

@@ -23,7 +23,6 @@ from qformat.cli.common import (
     natural_key,
     parse_size,
     plural,
-    printable,
     progress_bar,
     warn,
 )
@@ -31,6 +30,7 @@ from qformat.cli.source import source_options
 from qformat.converters import DEFAULT_TYPE
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.wording import and_more
+from qformat.errors import printable
 
 if TYPE_CHECKING:
     from qformat.converters.convert import Conversion

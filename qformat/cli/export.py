@@ -16,6 +16,7 @@ from qformat.cli.common import (
     parse_size,
     progress_bar,
     quality_option,
+    root_option,
     warn,
 )
 from qformat.quality import Quality
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     "[default: the source dtype of each tensor; for gguf f16]",
 )
 @quality_option("Quality at which layered tensors are read")
+@root_option
 @click.option(
     "--shard-size",
     default="5GB",
@@ -55,6 +57,7 @@ def command(
     to: Format,
     dtype: str | None,
     quality: Quality,
+    root: str | None,
     shard_size: int,
     force: bool,
     as_json: bool,
@@ -75,7 +78,7 @@ def command(
     from qformat.container.reader import ContainerReader
     from qformat.converters.exports.export import export
 
-    with ContainerReader(src) as container:
+    with ContainerReader(src, root=root) as container:
         total = sum(record.elements for record in container.tensors)
     with progress_bar(f"exporting {src.name}", total) as advance:
         result = export(
@@ -84,6 +87,7 @@ def command(
             to,
             dtype=dtype,
             quality=quality,
+            root=root,
             shard_size=shard_size,
             overwrite=force,
             jobs=jobs,

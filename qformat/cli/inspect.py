@@ -18,11 +18,11 @@ from qformat.cli.common import (
     human_count,
     natural_key,
     plural,
-    printable,
     warn,
 )
 from qformat.container.layout import MAJOR, MINOR
 from qformat.container.reader import ContainerReader
+from qformat.errors import printable
 from qformat.quality import Metric, Quality, relative
 from qformat.records import Layer, TensorRecord, type_string
 
@@ -144,7 +144,9 @@ def _step(name: str, quality: Quality, tensors: list[TensorRecord], layered: lis
 
 def _echo(file: Path, summary: dict[str, Any]) -> None:
     version = summary["format"]
-    click.echo(f"{file}: qformat {version['major']}.{version['minor']}, {human_bytes(summary['file_bytes'])}")
+    click.echo(
+        f"{printable(str(file))}: qformat {version['major']}.{version['minor']}, {human_bytes(summary['file_bytes'])}"
+    )
     click.echo(f"root sha256 {summary['root_sha256']}")
     for name, size in summary["shards"].items():
         click.echo(f"shard {printable(name)} ({human_bytes(size)})")

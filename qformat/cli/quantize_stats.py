@@ -19,12 +19,12 @@ from qformat.cli.common import (
     echo_table,
     jobs_option,
     natural_key,
-    printable,
     progress_bar,
     warn,
 )
 from qformat.cli.source import source_options
 from qformat.converters.sources.options import SourceOptions
+from qformat.errors import printable
 
 if TYPE_CHECKING:
     from qformat.pipeline.measure import ErrorStats

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qformat.cli.common import quality_option
+from qformat.cli.common import quality_option, root_option
 from qformat.converters.sources.options import SourceOptions
 
 
@@ -27,9 +27,10 @@ def source_options(quality_purpose: str) -> Callable[[Callable[..., None]], Call
             type=click.Choice(["v1", "v2"]),
             help="How a GPTQ checkpoint stores its zeros, if its own statement is wrong.",
         )
+        @root_option
         @wraps(command)
-        def with_options(*, quality: Any, state_dict_key: Any, gptq_format: Any, **others: Any) -> None:
-            command(options=SourceOptions(quality, state_dict_key, gptq_format), **others)
+        def with_options(*, quality: Any, state_dict_key: Any, gptq_format: Any, root: Any, **others: Any) -> None:
+            command(options=SourceOptions(quality, state_dict_key, gptq_format, root), **others)
 
         return with_options
 

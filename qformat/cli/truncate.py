@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qformat.cli.common import OUTPUT, PATH, Command, echo_json, human_bytes, quality_option
+from qformat.cli.common import OUTPUT, PATH, Command, echo_json, human_bytes, quality_option, root_option
 from qformat.quality import Quality
 
 
@@ -14,9 +14,10 @@ from qformat.quality import Quality
 @click.argument("src", type=PATH)
 @click.argument("dst", type=OUTPUT)
 @quality_option("Quality that DST keeps", required=True)
+@root_option
 @click.option("-f", "--force", is_flag=True, help="Replace DST if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(src: Path, dst: Path, quality: Quality, force: bool, as_json: bool) -> None:
+def command(src: Path, dst: Path, quality: Quality, root: str | None, force: bool, as_json: bool) -> None:
     """Copy the .qf file SRC to DST with fewer layers of its layered tensors (type scm).
 
     Nothing is decoded or encoded again: DST is byte for byte the file that converting the original weights to these layers gives.
@@ -24,7 +25,7 @@ def command(src: Path, dst: Path, quality: Quality, force: bool, as_json: bool) 
     """
     from qformat.converters.truncate import truncate
 
-    result = truncate(src, dst, quality, overwrite=force)
+    result = truncate(src, dst, quality, root=root, overwrite=force)
     if as_json:
         echo_json(
             {

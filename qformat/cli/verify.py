@@ -6,8 +6,9 @@ import sys
 
 import click
 
-from qformat.cli.common import Command, echo_json, jobs_option, printable, progress_bar, warn
+from qformat.cli.common import Command, echo_json, jobs_option, progress_bar, warn
 from qformat.container.verify import Damage, FileReport, bytes_to_check, verify
+from qformat.errors import printable
 from qformat.parallel import default_jobs
 
 
@@ -39,7 +40,7 @@ def command(files: tuple[str, ...], quick: bool, as_json: bool, jobs: int | None
 def _echo(report: FileReport, good: str) -> None:
     click.echo(f"{printable(report.path)}: {good if report.ok else 'FAILED'}")
     for damage in report.errors:
-        click.echo(f"  {_place(damage)}{damage.what}")
+        click.echo(f"  {printable(_place(damage) + damage.what)}")
     if report.outdated:
         warn(f"{report.path} was written as an older format version: convert again for better results")
 

@@ -1,20 +1,18 @@
-"""The bytes of a file: mapped into memory if it has a path, or read range by range from an open file object."""
+"""The bytes of a file: of one with a path, or of an open file object. They are copied into memory of this process, never mapped."""
 
 from __future__ import annotations
 
-import mmap
+import io
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from qformat.container.layout import align
-from qformat.errors import FormatError
-from qformat.files import open_regular
+from qformat.errors import IntegrityError, SourceError
+from qformat.local_file import LocalFile
+from qformat.locks import ForkLock
 from qformat.records import Segment
-
-_MOST_AT_ONCE = 1 << 30  # the system reads no more than 2 GiB in one call
 
 
 class Access(Protocol):
@@ -26,73 +24,112 @@ class Access(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes from an offset on; fewer than asked for at the end of the file."""
 
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from an offset on; raise `IntegrityError` if the file ends before."""
+
     def segments(self, segments: Sequence[Segment]) -> list[memoryview]:
-        """Return the bytes of some segments of one owner, in order."""
+        """Return the bytes of some segments of one owner, in order; raise `IntegrityError` if the file ends before."""
+
+    def is_changed(self) -> bool:
+        """Return whether the file is known to have changed since it was opened."""
 
     def close(self) -> None:
-        """Let the file go. Views of segments that are still in use stay valid."""
+        """Let the file go. The bytes of segments that are still in use stay valid."""
 
 
-class MappedFile:
-    """A file with a path. Segments are views of the mapping, without a copy."""
+def open_access(path: str | os.PathLike[str] | BinaryIO, *, one_of_many: bool = False) -> Access:
+    """Return the bytes of a file, or of an open file object."""
+    if isinstance(path, (str, os.PathLike)):
+        return PathFile(Path(path), one_of_many=one_of_many)
+    return RangedFile(path)
 
-    def __init__(self, path: Path) -> None:
+
+class PathFile:
+    """A file with a path; `one_of_many` is as in `LocalFile`."""
+
+    def __init__(self, path: Path, *, one_of_many: bool = False) -> None:
         self.name = path
-        self._map: mmap.mmap | None = None
-        self._file = open_regular(path)
-        self.size = os.fstat(self._file.fileno()).st_size
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):  # it could be opened
-            self._file.close()
-
-    def fileno(self) -> int:
-        """Return the descriptor of the open file."""
-        return self._file.fileno()
+        self._file = LocalFile(path, one_of_many=one_of_many)
+        self.size = self._file.size
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes from an offset on."""
-        parts = []
-        while length and (part := os.pread(self._file.fileno(), min(length, _MOST_AT_ONCE), offset)):
-            parts.append(part)
-            offset += len(part)
-            length -= len(part)
-        return b"".join(parts)
+        return self._file.read(offset, length)
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from an offset on."""
+        done = self._file.read_into(buffer, offset)
+        if done < len(buffer):
+            raise _shorter(self.name, offset + done)
 
     def segments(self, segments: Sequence[Segment]) -> list[memoryview]:
         """Return the bytes of some segments."""
-        if self._map is None:
-            self._map = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
-        return [memoryview(self._map)[segment.offset : segment.stop] for segment in segments]
+        return [self._segment(segment) for segment in segments]
+
+    def _segment(self, segment: Segment) -> memoryview:
+        data = self._file.read(segment.offset, segment.length)
+        if len(data) < segment.length:
+            raise _shorter(self.name, segment.offset + len(data))
+        return memoryview(data)
+
+    def is_changed(self) -> bool:
+        """Return whether length or time of modification are others than when the file was opened."""
+        return self._file.is_changed()
 
     def close(self) -> None:
         """Let the file go."""
-        self._map = None
         self._file.close()
 
 
 class RangedFile:
     """An open file object that can seek: no more is read of it than is needed, neighbouring segments at once.
 
-    It is not closed, for it is not ours; it must not be used by others meanwhile.
+    It is not closed, for it is not ours; it must not be used by others meanwhile. One of the system's own files is read by its
+    descriptor, without moving its position, so that it can be used in forked processes as well.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self.name = Path(str(getattr(file, "name", None) or getattr(file, "path", None) or "the file"))
         self._file = file
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
+        self._process = os.getpid()
         with self._lock:
             self.size = file.seek(0, os.SEEK_END)
+        self._by_descriptor = _is_plain(file)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes from an offset on."""
-        parts = []
+        buffer = memoryview(bytearray(length))
+        return bytes(buffer[: self._read_into(buffer, offset)])
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from an offset on."""
+        done = self._read_into(buffer, offset)
+        if done < len(buffer):
+            raise _shorter(self.name, offset + done)
+
+    def _read_into(self, buffer: memoryview, offset: int) -> int:
+        if self._by_descriptor:
+            return self._read_by_descriptor(buffer, offset)
+        if os.getpid() != self._process and not isinstance(self._file, io.BytesIO):
+            raise SourceError(
+                f"{self.name}: the open file belongs to another process, with which its position is shared; "
+                "give the path, or open it again in this process"
+            )
+        done = 0
         with self._lock:
             self._file.seek(offset)
-            while length and (part := self._file.read(length)):
-                parts.append(part)
-                length -= len(part)
-        return b"".join(parts)
+            while done < len(buffer) and (part := self._file.read(len(buffer) - done)):
+                buffer[done : done + len(part)] = part
+                done += len(part)
+        return done
+
+    def _read_by_descriptor(self, buffer: memoryview, offset: int) -> int:
+        done, descriptor = 0, self._file.fileno()
+        while done < len(buffer) and (part := os.pread(descriptor, min(len(buffer) - done, 1 << 30), offset + done)):
+            buffer[done : done + len(part)] = part
+            done += len(part)
+        return done
 
     def segments(self, segments: Sequence[Segment]) -> list[memoryview]:
         """Return the bytes of some segments."""
@@ -108,10 +145,26 @@ class RangedFile:
     def _span(self, segments: Sequence[Segment]) -> list[memoryview]:
         """Return the bytes of segments that follow each other."""
         start, stop = segments[0].offset, segments[-1].stop
-        data = memoryview(self.read(start, stop - start))
-        if len(data) != stop - start:
-            raise FormatError("the file became shorter while it was read", path=self.name, offset=start + len(data))
+        data = memoryview(bytearray(stop - start))
+        self.fill(data, start)
+        data = data.toreadonly()
         return [data[segment.offset - start : segment.stop - start] for segment in segments]
+
+    def is_changed(self) -> bool:
+        """Return that nothing is known."""
+        return False
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def _is_plain(file: BinaryIO) -> bool:
+    """Return whether a file object has the bytes of its descriptor; that of ``gzip``, for one, has others."""
+    if isinstance(file, io.BufferedRandom):
+        file.flush()
+    raw = file.raw if isinstance(file, (io.BufferedReader, io.BufferedRandom)) else file
+    return type(raw) is io.FileIO
+
+
+def _shorter(path: Path, end: int) -> IntegrityError:
+    return IntegrityError("the file became shorter while it was read", path=path, offset=end)

@@ -16,10 +16,14 @@ from qformat.records import AssetRecord, JsonObject, MeasuredError, Params, Segm
 
 MAX_INDEX_BYTES = 64 << 20
 MAX_ASSET_BYTES = 256 << 20
+MAX_ASSETS_BYTES = 4 << 30  # of all together
 MAX_INTEGER = 2**53 - 1
 MAX_DIMENSIONS = 16
 _MAX_NAME_BYTES = 1024
 _MAX_DEPTH = 32
+# Objects take some 25 times their bytes of JSON in memory: counted before anything is parsed, strings included
+_MAX_BRACKETS = 1 << 21
+_MAX_COMMAS = 1 << 22
 _MAX_FOLDERS = 16
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -75,6 +79,8 @@ class Index:
         check_sorted("tensor", (tensor.name for tensor in index.tensors))
         check_sorted("asset", (asset.name for asset in index.assets))
         check_folders(asset.name for asset in index.assets)
+        if sum(asset.size for asset in index.assets) > MAX_ASSETS_BYTES:
+            raise FormatError(f"the assets claim more than {MAX_ASSETS_BYTES} bytes together")
         return index
 
     def segments(self) -> list[tuple[TensorRecord | AssetRecord, Segment]]:
@@ -105,6 +111,14 @@ class Index:
                 )
         if expected != index_offset:
             raise FormatError(f"the index should begin at byte {expected}", offset=index_offset)
+
+
+def check_index_size(data: bytes) -> None:
+    """Raise `FormatError` if an index is too long, or holds too many values."""
+    if len(data) > MAX_INDEX_BYTES:
+        raise FormatError(f"the index would be {len(data)} bytes, more than an index may have")
+    if data.count(b"{") + data.count(b"[") > _MAX_BRACKETS or data.count(b",") > _MAX_COMMAS:
+        raise FormatError("the index holds more values than an index may have")
 
 
 def canonical_json(value: JsonObject) -> bytes:
@@ -159,6 +173,7 @@ def _check_name(name: str, what: str) -> None:
 
 
 def _parse_canonical(data: bytes) -> JsonObject:
+    check_index_size(data)
     try:
         value = json.loads(data.decode("utf-8"))
         if not isinstance(value, dict):

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from qformat.container.access import Access, MappedFile, RangedFile
+from qformat.container.access import PathFile, open_access
 from qformat.container.index import MAX_INDEX_BYTES, Index, check_sorted
 from qformat.container.layout import HEADER_SIZE, MINOR, TRAILER_SIZE, Header, Trailer, align, check_records
-from qformat.errors import FormatError
+from qformat.errors import FormatError, IntegrityError
 from qformat.files import beside
 from qformat.records import AssetRecord, Segment, ShardRecord, TensorRecord
 
 MAX_RECORDS_BYTES = 16 << 20
 
 
-def _open(path: str | os.PathLike[str] | BinaryIO) -> Access:
-    if isinstance(path, (str, os.PathLike)):
-        return MappedFile(Path(path))
-    return RangedFile(path)
-
-
 class ContainerReader:
     """A container file opened for reading.
 
     Opening checks the header, the trailer, the digest of the index and every record in it, and nothing else: it takes time and
-    memory in proportion to the index. The bytes of segments are memory-mapped, or read when they are needed.
+    memory in proportion to the index. The bytes of segments are read when they are needed.
 
     Parameters
     ----------
@@ -37,6 +32,10 @@ class ContainerReader:
         The file; or an open binary file object that can seek, one of ``fsspec`` say, of which only what is needed is read.
     alone
         Do not open the shards that the file names, if it is the head of some.
+    root
+        The root that the file must have, as `root` returned it before; that of a head covers its shards.
+    one_of_many
+        As in `qformat.local_file.LocalFile`.
 
     Attributes
     ----------
@@ -51,37 +50,50 @@ class ContainerReader:
     ------
     FormatError
         If the file is damaged or not a container.
+    IntegrityError
+        If its root is another one.
     OSError
         If it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | BinaryIO, *, alone: bool = False) -> None:
-        self._access = _open(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | BinaryIO,
+        *,
+        alone: bool = False,
+        root: str | None = None,
+        one_of_many: bool = False,
+    ) -> None:
+        wanted = None if root is None else _parse_root(root)
+        self._access = open_access(path, one_of_many=one_of_many)
         self.path = self._access.name
         self.shards: list[ContainerReader] = []
         try:
-            self._open()
+            self._open(wanted)
             if self.index.shards and not alone:
                 self._open_shards()
         except FormatError as error:
             self.close()
-            raise FormatError(error.cause, path=error.path or self.path, offset=error.offset) from None
+            raise type(error)(error.cause, path=error.path or self.path, offset=error.offset) from None
         except BaseException:
             self.close()
             raise
+        # by the number of the shard rather than the shard: without a reference to this object it is freed with its last user
         self._tensors = {
-            record.name: (record, home) for home in (self.shards or [self]) for record in home.index.tensors
+            record.name: (record, number)
+            for number, home in enumerate(self.shards or [self])
+            for record in home.index.tensors
         }
         self._assets = {asset.name: asset for asset in self.index.assets}
 
     def _open_shards(self) -> None:
         """Open the shards, which stand beside the file, and check that they are the ones that it names."""
-        if not isinstance(self._access, MappedFile):
+        if not self.has_path:
             raise FormatError(f"its tensors are in {len(self.index.shards)} other files: open it by its path")
         for shard in self.index.shards:
             path = beside(Path(self.path), shard.name)
             try:
-                self.shards.append(ContainerReader(path, alone=True))
+                self.shards.append(ContainerReader(path, alone=True, one_of_many=True))
             except OSError as error:
                 raise FormatError(f"shard {shard.name} cannot be read: {error.strerror or error}") from None
             self.shards[-1].check_is(shard)
@@ -92,12 +104,14 @@ class ContainerReader:
         if (self.root, self.file_size) != (shard.root, shard.nbytes) or self.index.shards:
             raise FormatError("is not the shard that its head names: it was replaced or made again", path=self.path)
 
-    def _open(self) -> None:
+    def _open(self, root: str | None) -> None:
         self.file_size = self._access.size
         self.header = Header.parse(self._access.read(0, HEADER_SIZE))
         at = max(0, self.file_size - TRAILER_SIZE)
         self.trailer = Trailer.parse(self._access.read(at, TRAILER_SIZE), self.file_size)
         trailer = self.trailer
+        if root not in (None, self.root):
+            raise IntegrityError(f"its root is {self.root}, not {root}: it is not the file that was verified")
         if trailer.index_length > MAX_INDEX_BYTES:
             raise FormatError(f"the index claims {trailer.index_length} bytes, more than an index may have")
         if align(trailer.index_offset) != trailer.index_offset or trailer.index_offset < self.header.header_size:
@@ -128,6 +142,11 @@ class ContainerReader:
         return self.trailer.index_sha256.hex()
 
     @property
+    def has_path(self) -> bool:
+        """Whether it was opened by its path rather than as a file object."""
+        return isinstance(self._access, PathFile)
+
+    @property
     def outdated(self) -> bool:
         """Whether an older writer made the file, so that making it again may give a better one."""
         return self.trailer.minor < MINOR
@@ -151,25 +170,42 @@ class ContainerReader:
 
     def home(self, name: str) -> ContainerReader:
         """Return the file that holds the bytes of a tensor: this one, or a shard."""
-        return self._tensors[name][1]
+        number = self._tensors[name][1]
+        return self.shards[number] if self.shards else self
 
-    def fileno(self) -> int:
-        """Return the descriptor of the open file, which must have been given by its path."""
-        assert isinstance(self._access, MappedFile)
-        return self._access.fileno()
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from an offset on; raise `IntegrityError` if the file ends before."""
+        self._access.fill(buffer, offset)
+
+    def check_unchanged(self) -> None:
+        """Raise `IntegrityError` if the file is known to have changed since it was opened."""
+        if self._access.is_changed():
+            raise IntegrityError("the file was changed while it was open: open it again", path=self.path)
 
     def segments(self, segments: Sequence[Segment]) -> list[memoryview]:
-        """Return the bytes of some segments of one owner, without a copy if the file is mapped."""
+        """Return the bytes of some segments of one owner."""
         return self._access.segments(segments)
 
     def check(self, segment: Segment, data: memoryview, owner: str) -> None:
         """Compare a segment's bytes with its digest; raise `FormatError` if they differ; it names `owner` and the segment."""
-        if hashlib.sha256(data).hexdigest() != segment.sha256:
+        self.check_digest(segment, hashlib.sha256(data).hexdigest(), owner)
+
+    def check_digest(self, segment: Segment, digest: str, owner: str) -> None:
+        """Compare the digest of a segment's bytes with the recorded one, as `check` does."""
+        if digest != segment.sha256:
+            self.check_unchanged()
             raise FormatError(
                 f"{owner}, segment {segment.name!r} is damaged: its SHA-256 does not match",
                 path=self.path,
                 offset=segment.offset,
             )
+
+    def asset_record(self, name: str) -> AssetRecord:
+        """Return the record of an asset; raise `KeyError` if there is none of this name."""
+        try:
+            return self._assets[name]
+        except KeyError:
+            raise KeyError(f"{self.path} holds no asset {name!r}") from None
 
     def asset(self, name: str) -> bytes:
         """Return the decoded bytes of an asset, checked against its digests.
@@ -181,10 +217,7 @@ class ContainerReader:
         FormatError
             If it is damaged.
         """
-        try:
-            record = self._assets[name]
-        except KeyError:
-            raise KeyError(f"{self.path} holds no asset {name!r}") from None
+        record = self.asset_record(name)
         if record.refusal:
             raise FormatError(record.refusal, path=self.path)
         (stored,) = self.segments([record.segment])
@@ -214,7 +247,7 @@ class ContainerReader:
         return data
 
     def close(self) -> None:
-        """Close the file, unless it was given open. Views of segments that are still in use keep their memory mapped."""
+        """Close the file, unless it was given open. The bytes of segments that are still in use stay valid."""
         for shard in self.shards:
             shard.close()
         self._access.close()
@@ -226,3 +259,9 @@ class ContainerReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _parse_root(root: object) -> str:
+    if not isinstance(root, str) or not re.fullmatch("[0-9a-fA-F]{64}", root):
+        raise IntegrityError(f"root {root!r} is not a SHA-256 in hexadecimal; give the one that inspect shows")
+    return root.lower()

@@ -16,7 +16,7 @@ from qformat.container import sums
 from qformat.container.index import check_sorted
 from qformat.container.layout import MAGIC, align
 from qformat.container.reader import ContainerReader
-from qformat.errors import FormatError, PathLike
+from qformat.errors import FormatError, IntegrityError, PathLike
 from qformat.files import beside, open_regular
 from qformat.records import AssetRecord, Segment, ShardRecord
 
@@ -185,6 +185,10 @@ def _verify_container(
         if not quick:
             _check_segments(container, report, pool, progress)
             _check_assets(container, report)
+            try:
+                container.check_unchanged()
+            except IntegrityError as error:
+                report.errors.append(Damage(error.cause))
         return report, container.index.shards, [record.name for record in container.index.tensors]
 
 
@@ -193,7 +197,7 @@ def _check_segments(
 ) -> None:
     # The longest first, so that no thread ends long after the others
     owned = sorted(container.index.segments(), key=lambda item: -item[1].length)
-    found = pool.map(lambda item: _check_segment(container.fileno(), item[1], progress), owned)
+    found = pool.map(lambda item: _check_segment(container, item[1], progress), owned)
     damaged = [(owner, segment, what) for (owner, segment), what in zip(owned, found, strict=True) if what]
     for owner, segment, cause in sorted(damaged, key=lambda item: item[1].offset):
         what = f"{cause} (its bytes are {segment.offset} to {segment.stop - 1})"
@@ -214,7 +218,7 @@ def _check_assets(container: ContainerReader, report: FileReport) -> None:
                 report.errors.append(Damage(error.cause, asset=asset.name))
 
 
-def _check_segment(fd: int, segment: Segment, progress: Progress) -> str:
+def _check_segment(container: ContainerReader, segment: Segment, progress: Progress) -> str:
     """Return what is wrong with a segment or the padding after it, or an empty string."""
     digest = hashlib.sha256()
     buffer = bytearray(min(_CHUNK, segment.length))
@@ -223,18 +227,19 @@ def _check_segment(fd: int, segment: Segment, progress: Progress) -> str:
     try:
         while position < stop:
             view = memoryview(buffer)[: stop - position]
-            count = os.preadv(fd, [view], position)
-            if count == 0:
-                return "the file became shorter while it was read"
-            digest.update(view[:count])
-            position += count
-            progress(count)
-        padding = os.pread(fd, padding_size, stop)
+            container.fill(view, position)
+            digest.update(view)
+            position += len(view)
+            progress(len(view))
+        padding = bytearray(padding_size)
+        container.fill(memoryview(padding), stop)
     except OSError as error:
         return _cannot_read(error)
+    except IntegrityError as error:
+        return error.cause
     if digest.hexdigest() != segment.sha256:
         return "SHA-256 does not match: it is damaged"
-    if any(padding) or len(padding) != padding_size:
+    if any(padding):
         return "the padding after it is not zero: bytes were changed"
     return ""
 

@@ -10,10 +10,11 @@ from typing import Self
 
 from qformat.container.index import (
     MAX_ASSET_BYTES,
-    MAX_INDEX_BYTES,
+    MAX_ASSETS_BYTES,
     Index,
     check_asset_name,
     check_folders,
+    check_index_size,
     check_shape,
     check_tensor_name,
 )
@@ -199,6 +200,8 @@ class ContainerWriter:
             raise ValueError(f"asset {name!r} does not come in its order")
         if len(data) > MAX_ASSET_BYTES:
             raise SourceError(f"asset {name!r}: {len(data)} bytes are more than an asset may have")
+        if len(data) + sum(asset.size for asset in self.assets) > MAX_ASSETS_BYTES:
+            raise SourceError(f"asset {name!r}: with it all assets have more than {MAX_ASSETS_BYTES} bytes")
         encoding, stored = compress_asset(data)
         segment = Segment(name, self._position, len(stored), hashlib.sha256(stored).hexdigest())
         self._target.write(stored, segment.offset)
@@ -268,8 +271,10 @@ class ContainerWriter:
             self._metadata,
             tuple(self.shards),
         ).encode()
-        if len(index) > MAX_INDEX_BYTES:
-            raise SourceError(f"the index would be {len(index)} bytes, more than an index may have")
+        try:
+            check_index_size(index)
+        except FormatError as error:
+            raise SourceError(str(error)) from None
         digest = hashlib.sha256(index)
         trailer = Trailer(self._position, len(index), digest.digest())
         self._target.write(index + trailer.pack(), self._position)

@@ -94,6 +94,9 @@ for text in (
     "e\u0301",
 ):
     CASES.fine(f"string: {text.encode('unicode_escape').decode()}", replace_text("a test", text))
+for what, values in (("objects", ["{}"] * (1 << 21)), ("numbers", ["0"] * ((1 << 22) + 2))):
+    text = '{"@":[' + ",".join(values) + '],"assets"'
+    CASES.refused(f"too many {what}", replace_text('{"assets"', text), "more values")
 CASES.fine("32 levels", replace_text('{"assets"', '{"@":' + nested(31, "") + ',"assets"'))
 CASES.fine("32 levels around a number", replace_text('{"assets"', '{"@":' + nested(31, "0") + ',"assets"'))
 CASES.fine("32 levels around a string", replace_text('{"assets"', '{"@":' + nested(31, '"x"') + ',"assets"'))
