@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 from qformat.container.partial import PartialFile
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
 from qformat.converters.exports.quantization import true_header
-from qformat.converters.sources.safetensors import DTYPE_NAMES, FORMAT, MAX_HEADER, METADATA
+from qformat.converters.sources.safetensors import (
+    DTYPE_NAMES,
+    FORMAT,
+    MAX_HEADER,
+    METADATA,
+    OPAQUE,
+    OPAQUE_BITS,
+    opaque_entries,
+)
 from qformat.converters.weights_name import KEY
 from qformat.converters.wording import and_more
 from qformat.errors import SourceError
@@ -34,7 +43,9 @@ def write_safetensors(job: Job, name: str, outputs: Sequence[Output], metadata: 
 
     They stand in the order in which the library writes them, large elements first, so that all are aligned.
     """
-    header: dict[str, object] = {METADATA: dict([FORMAT]) | dict(metadata)}
+    texts = {key: text for key, text in metadata.items() if not key.startswith(OPAQUE)}
+    opaque = opaque_entries(metadata)
+    header: dict[str, object] = {METADATA: dict([FORMAT]) | texts}
     places: list[tuple[Output, int]] = []
     at = 0
     for output in sorted(outputs, key=lambda output: (-output.element_size, output.name)):
@@ -42,9 +53,12 @@ def write_safetensors(job: Job, name: str, outputs: Sequence[Output], metadata: 
             raise SourceError(
                 f"{label}: tensor {output.name!r} cannot be in a .safetensors file, where it means metadata"
             )
+        dtype, shape = opaque.get(output.name, ("", []))
+        if output.codec.id != "u8" or not dtype or prod(shape) * OPAQUE_BITS[dtype] != 8 * output.nbytes:
+            dtype, shape = _NAMES[output.codec.id], list(output.shape)
         header[output.name] = {
-            "dtype": _NAMES[output.codec.id],
-            "shape": list(output.shape),
+            "dtype": dtype,
+            "shape": shape,
             "data_offsets": [at, at + output.nbytes],
         }
         places.append((output, at))

@@ -27,11 +27,14 @@ def recognized(checkpoint: Checkpoint, directory: Path, options: SourceOptions) 
         raise SourceError(
             f"{damaged[0]}: cannot be read as JSON, and may say how the weights beside it are quantized; download it again"
         )
+    fixed = any(
+        tensor.fixed_because for tensor in checkpoint.tensors
+    )  # of a dtype that only quantized checkpoints have
     return replace(
         checkpoint,
         tensors=found.tensors,
         warnings=[*checkpoint.warnings, *found.warnings],
-        quantized=checkpoint.quantized or found.layers or found.claimed,
+        quantized=checkpoint.quantized or found.layers or found.claimed or fixed,
     )
 
 

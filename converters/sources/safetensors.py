@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from qformat.converters.sources.files import FileTensor, SharedFile
+from qformat.converters.wording import and_more
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.files import is_remote, reading
-from qformat.pipeline.source import Checkpoint
+from qformat.pipeline.source import Checkpoint, FixedSource, SourceTensor
 
 #: our names of the format's dtypes
 DTYPE_NAMES = {
@@ -33,6 +37,11 @@ METADATA = "__metadata__"
 FORMAT = ("format", "pt")
 # the string with the positions of the parts in the tensors
 _PARTS = "DCP_SHARDING_INFO"
+#: the format's other dtypes, and their bits; bytes of such tensors are stored, for their numbers cannot be used
+OPAQUE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64}
+#: the beginning of the keys of metadata that tell dtype and shape of such a tensor, before its name
+OPAQUE = "safetensors.dtype."
+_NEVER_WEIGHTS = ("C64",)
 MAX_HEADER = 100_000_000  # the limit of the library
 
 
@@ -44,7 +53,7 @@ def is_safetensors(start: bytes) -> bool:
 def open_safetensors(path: Path) -> Checkpoint:
     """Return the tensors of a .safetensors file, with the strings in its header as metadata.
 
-    Raises `SourceError` if it is missing, cut short, damaged, or holds a dtype that cannot be stored.
+    Raises `SourceError` if it is missing, cut short or damaged.
     """
     _check(path)
     with path.open("rb") as file:
@@ -56,16 +65,45 @@ def open_safetensors(path: Path) -> Checkpoint:
             "them with torch.distributed.checkpoint's consolidate_safetensors_files, or save with enable_consolidation=True"
         )
     shared = SharedFile(path)
-    tensors = []
+    tensors: list[SourceTensor] = []
+    opaque: dict[str, list[str]] = {}
+    metadata = {key: text for key, text in header.get(METADATA, {}).items() if (key, text) != FORMAT}
     for name, entry in header.items():
         if name == METADATA:
             continue
-        if entry["dtype"] not in DTYPE_NAMES:
-            raise SourceError(f"{path}: tensor {name!r} is of dtype {entry['dtype']}, which cannot be stored")
-        dtype = DTYPES[DTYPE_NAMES[entry["dtype"]]]
-        tensors.append(FileTensor(name, dtype, tuple(entry["shape"]), shared, 8 + length + entry["data_offsets"][0]))
-    metadata = {key: text for key, text in header.get(METADATA, {}).items() if (key, text) != FORMAT}
-    return Checkpoint(tensors, files=[path], metadata=metadata)
+        begin, end = entry["data_offsets"]
+        stored, shape = DTYPE_NAMES.get(entry["dtype"]), tuple(entry["shape"])
+        if stored:
+            tensors.append(FileTensor(name, DTYPES[stored], shape, shared, 8 + length + begin))
+            continue
+        tensor = FileTensor(name, DTYPES["u8"], _shape_of_bytes(shape, end - begin), shared, 8 + length + begin)
+        because = f"is of dtype {entry['dtype']}, which is stored as bytes"
+        tensors.append(tensor if entry["dtype"] in _NEVER_WEIGHTS else FixedSource(tensor, because))
+        opaque.setdefault(entry["dtype"], []).append(name)
+        metadata[OPAQUE + name] = json.dumps([entry["dtype"], entry["shape"]])
+    warnings = [
+        f"{path.name}: tensor {names[0]!r}{and_more(names)}: of dtype {dtype}, whose numbers are not known here; stored as bytes"
+        for dtype, names in opaque.items()
+    ]
+    return Checkpoint(tensors, files=[path], metadata=metadata, warnings=warnings)
+
+
+def _shape_of_bytes(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return the shape of the bytes of a tensor: its own, with the bytes of a row as the last dimension."""
+    rows = prod(shape[:-1])
+    return (*shape[:-1], count // rows) if shape and rows and count % rows == 0 else (count,)
+
+
+def opaque_entries(metadata: Mapping[str, str]) -> dict[str, tuple[str, list[int]]]:
+    """Return dtype and shape of the tensors of which a container stores the bytes, by name."""
+    found = {}
+    for key, text in metadata.items():
+        with suppress(ValueError, RecursionError):
+            if key.startswith(OPAQUE) and isinstance(entry := json.loads(text), list) and len(entry) == 2:
+                dtype, shape = entry
+                if dtype in OPAQUE_BITS and isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape):
+                    found[key.removeprefix(OPAQUE)] = (dtype, shape)
+    return found
 
 
 def _check(path: Path) -> None:
