@@ -74,9 +74,10 @@ def hqq_tensor(layer: Layer, claims: Claims) -> CodedTensor:  # noqa: ARG001  a 
     else:
         height, width = (size, rows * cols // size) if axis == 0 else (rows * cols // size, size)
     items = -(-height // len(shifts))
-    if stored.nbytes != items * width * np.dtype(item).itemsize or len(stored.shape) != 2:
-        raise SourceError(
-            f"tensor {stored.name!r} of shape {list(stored.shape)} is not {rows} x {cols} codes of packing {name}"
+    # codes may be viewed as floats, which are wider
+    if stored.nbytes != items * width * np.dtype(item).itemsize or stored.shape[:-1] != (items,):
+        raise UnreadableLayerError(
+            f"tensor {stored.name!r} of shape {list(stored.shape)} is not {rows} x {cols} codes of packing {name}: kept as it is"
         )
     if len(shifts) * items != height and bits != 3:
         raise SourceError(f"tensor {stored.name!r}: {height} rows of codes cannot be packed by {len(shifts)}")

@@ -21,6 +21,7 @@ from qformat.dtypes import DTYPES
 ROLES = ("weight", "scales", "biases")
 _U32 = DTYPES["u32"]
 _BITS = (2, 3, 4, 5, 6, 8)
+_DEFAULTS = {"bits": 4, "group_size": 64, "mode": "affine"}  # where the object of a layer does not say it
 
 
 def is_mlx(layer: Layer) -> bool:
@@ -63,10 +64,10 @@ def mlx_tensor(layer: Layer, claims: Claims) -> CodedTensor:
 
 
 def _setting(layer: Layer, key: str, claims: Claims, *, needed: bool = True) -> Any:
-    """Return what the configuration says for a layer, or for all: an object under the layer's name stands before the rest."""
+    """Return what the configuration says for a layer, or for all: an object under the layer's name stands instead of the rest."""
     for own in claims.all(layer.name):
-        if isinstance(own.value, Mapping) and own.value.get(key) is not None:
-            return Claim(own.where, f"{layer.name}.{key}", own.value[key])
+        if isinstance(own.value, Mapping):
+            return Claim(own.where, f"{layer.name}.{key}", own.value.get(key, _DEFAULTS[key]))
         if own.value is False:
             raise contradiction(layer.named("weight"), "MLX's layout", own)
     claim = claims.get(key)
