@@ -61,11 +61,14 @@ def export_gguf(job: Job, output: Path) -> Export:
 def _again(job: Job, output: Path, label: str) -> Export:
     """Write the file that the container was made from, or one with other tensor types."""
     rest = job.container.asset(REST)
+    others = [asset.name for asset in job.container.index.assets if asset.name != REST]
     header = parse(io.BytesIO(rest), len(rest), label)
     size = len(rest) + sum(tensor.nbytes for tensor in header.tensors)
     check_layout(header, size, label)
     outputs = _outputs(job, header, label)
     warnings = _unchanged(outputs, job.dtype)
+    if others:
+        warnings.append(f"left out, as a GGUF file holds none: {others[0]}{and_more(others)}")
     types = [TYPE_NUMBERS[type_name(tensor.codec)] for tensor in outputs]
     if types != [TYPE_NUMBERS[tensor.type.name] for tensor in header.tensors]:
         size = _write(job, output, retyped(header, types), outputs)

@@ -30,6 +30,7 @@ MAX_TOTAL = 256 << 20
 MAX_FILES = 1000
 
 _DEEPEST = 8
+_MOST_ENTRIES = 20_000
 _SHOWN = 20
 # Weights and programs of other frameworks, archives, and whatever else is no small text
 _OTHERS = (
@@ -60,18 +61,16 @@ class _Found:
         """Return a line for each reason."""
         found = []
         if self.weights:
-            others = f"; nor {self.beside} other files in their folders" if self.beside else ""
+            others = f"; nor the other files in their folders ({self.beside})" if self.beside else ""
             found.append(f"not taken along: {_listed(self.weights)}{others}")
+        limits = f"more than {MAX_BYTES >> 20} MiB, or {MAX_TOTAL >> 20} MiB and {MAX_FILES} files together"
         reasons = (
-            (self.dangling, "leads to a file that is not there, and is left out; download it again"),
-            (self.leading_out, "leads out of the directory, and is left out; copy the file itself there"),
-            (self.special, "is no regular file, and is left out"),
-            (
-                self.large,
-                f"is left out: more than {MAX_BYTES >> 20} MiB, or {MAX_TOTAL >> 20} MiB and {MAX_FILES} files together",
-            ),
+            ("links to files that are not there", self.dangling, "; download them again"),
+            ("links that lead out of the directory", self.leading_out, "; copy the files themselves there"),
+            ("no regular files", self.special, ""),
+            (f"too large ({limits})", self.large, ""),
         )
-        found += [f"{_listed(names)} {reason}" for names, reason in reasons if names]
+        found += [f"left out, {reason}: {_listed(names)}{advice}" for reason, names, advice in reasons if names]
         return [*found, *(f"{cause}: left out" for cause in self.badly_named)]
 
 
@@ -101,7 +100,7 @@ class _Search:
         self.found = _Found()
         self._is_weights = is_weights
         self._used = {str(path) for path in checkpoint.files}
-        self._size = 0
+        self._size = self._seen = 0
         self._modules = _modules(folder)
         self._root, self._stores = folder.path, set[Path]()
         if not is_remote(folder.path):
@@ -121,15 +120,22 @@ class _Search:
                 self.found.leading_out.append(name)
                 continue
             inner = Folder(entry.path)
-            if depth or name in self._modules or not (weights := list(self._weights_below(inner, f"{name}/"))):
+            if self._is_too_much(inner):
+                self.found.large.append(name)
+            elif depth or name in self._modules or not (weights := list(self._weights_below(inner, f"{name}/"))):
                 self.visit(inner, f"{name}/", depth + 1)
             else:
                 self.found.weights += weights
 
+    def _is_too_much(self, folder: Folder) -> bool:
+        self._seen += len(folder.entries)
+        return self._seen > _MOST_ENTRIES or len(self.found.taken) == MAX_FILES
+
     def _weights_below(self, folder: Folder, prefix: str, depth: int = 0) -> Iterable[str]:
         """Yield the names of the files of weights in a folder and those in it, and count the others if there are any."""
         found = [prefix + entry.name for entry in folder.files if self._holds_weights(entry)]
-        for entry in folder.folders if depth < _DEEPEST else ():
+        for entry in folder.folders if depth < _DEEPEST and self._seen < _MOST_ENTRIES else ():
+            self._seen += 1
             found += self._weights_below(Folder(entry.path), f"{prefix}{entry.name}/", depth + 1)
         if found:
             self.found.beside += sum(not self._holds_weights(entry) for entry in folder.files)

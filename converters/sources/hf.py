@@ -6,6 +6,7 @@ that it does not list; then variants of them; then the only weights with another
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,6 +34,8 @@ _NAMES = (
 # Taken if there is nothing else
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _COMPANIONS = ("*mmproj*.gguf", "*imatrix*.gguf")
+# Weights that only other frameworks read
+_FRAMEWORKS = (".msgpack", ".h5", ".keras", ".onnx", ".ot", ".tflite", ".npz", ".pdparams", ".pkl", ".pb")
 _SHOWN = 8
 
 
@@ -121,9 +124,13 @@ def _only(folder: Folder, sets: Sequence[WeightSet], kind: str) -> WeightSet:
         "checkpoint": "several indexes of weights, and none has a usual name",
         "file": "several files with weights, and none has a usual name",
     }[kind]
-    raise SourceError(
-        f"{folder.path}: holds {what}: {', '.join(names[:_SHOWN])}{and_more(names, _SHOWN)}; give one of them"
+    alike = len({re.sub("[0-9]+", "", name) for name in names}) < len(names)
+    way = (
+        "give one of them if each is a whole model, or join them to one file if they are parts"
+        if alike
+        else "give one of them"
     )
+    raise SourceError(f"{folder.path}: holds {what}: {', '.join(names[:_SHOWN])}{and_more(names, _SHOWN)}; {way}")
 
 
 def _nothing(folder: Folder) -> str:
@@ -132,6 +139,15 @@ def _nothing(folder: Folder) -> str:
     if inner:
         names = ", ".join(inner[:_SHOWN]) + and_more(inner, _SHOWN)
         return f"holds no weights itself, but folders with weights: {names}; give one of them"
+    models = [entry.name for entry in folder.folders if entry.name.startswith("models--")]
+    if models:
+        return (
+            f"is the cache of the hub; give one of its models: {', '.join(models[:_SHOWN])}{and_more(models, _SHOWN)}"
+        )
+    others = [entry.name for entry in folder.files if entry.path.suffix in _FRAMEWORKS]
+    if others:
+        names = ", ".join(others[:_SHOWN]) + and_more(others, _SHOWN)
+        return f"holds no weights that can be read, but {names}, of another framework; save the model with safetensors or torch"
     return (
         f"holds no weights: neither {SINGLE}, {INDEX} nor any {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]} file; give a directory "
         "with weights, or a file"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from qformat.converters.sources.files import Opener
+from qformat.converters.sources.weight_files import NUMBER
 from qformat.converters.wording import and_more
 from qformat.errors import SourceError
 from qformat.files import open_regular, reading
 from qformat.pipeline.source import Checkpoint, SourceTensor
-
-_NUMBERED = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)((?:\.\w+)+)")
 
 
 def open_indexed(index: Path, opener: Opener, single: Path | None = None) -> Checkpoint:
@@ -57,24 +55,24 @@ def open_indexed(index: Path, opener: Opener, single: Path | None = None) -> Che
 
 
 def numbered(files: Sequence[Path]) -> list[Path]:
-    """Return the files that are numbered as shards, NAME-00001-of-00003.safetensors, in order.
+    """Return the shards of one checkpoint, NAME-00001-of-00003.safetensors, in order.
 
-    Raises `SourceError` if they belong to several checkpoints, or one is missing.
+    Raises `SourceError` if their names give different totals, or one is missing.
     """
-    found = [(match, path) for path in files if (match := _NUMBERED.fullmatch(path.name))]
-    kinds = {(match[1], match[3], match[4]) for match, _ in found}
-    if len(kinds) > 1:
-        some = ", ".join(sorted(path.name for _, path in found)[:8])
+    found = {path: match for path in files for match in list(NUMBER.finditer(path.name))[-1:]}
+    totals = {int(match[2]) for match in found.values()}
+    if len(totals) > 1:
+        some = ", ".join(sorted(path.name for path in found)[:8])
         raise SourceError(
-            f"{found[0][1].parent}: holds shards of several checkpoints, and no index: {some}; give a directory for each"
+            f"{files[0].parent}: holds shards of several checkpoints, and no index: {some}; give a directory for each"
         )
-    shards = {int(match[2]): path for match, path in found}
-    if shards:
-        count, first = int(found[0][0][3]), min(1, *shards)
-        for number in range(first, first + count):
-            if number not in shards:
-                name = f"{found[0][0][1]}-{number:0{len(found[0][0][2])}}-of-{found[0][0][3]}{found[0][0][4]}"
-                raise SourceError(f"{found[0][1].parent}: shard {name} is missing; download it again")
+    shards = {int(match[1]): path for path, match in found.items()}
+    first = min(1, *shards)
+    for number in range(first, first + max(totals)):
+        if number not in shards:
+            path, match = next(iter(found.items()))
+            name = f"{path.name[: match.start(1)]}{number:0{len(match[1])}}{path.name[match.end(1) :]}"
+            raise SourceError(f"{path.parent}: shard {name} is missing; download it again")
     return [shards[number] for number in sorted(shards)]
 
 

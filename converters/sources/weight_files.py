@@ -17,7 +17,8 @@ from typing import NamedTuple
 from qformat.converters.sources.files import WEIGHTS
 from qformat.converters.sources.listing import Entry
 
-_NUMBER = re.compile(r"-([0-9]+)-of-([0-9]+)(?=\.)")
+#: the number of a shard in its name, and how many there are
+NUMBER = re.compile(r"[-_.]([0-9]+)[-_]of[-_]([0-9]+)(?=\.)")
 # State of a training run
 _STATE = (
     "training_args.bin",
@@ -54,7 +55,7 @@ def weight_name(name: str) -> WeightName | None:
         return None
     if not parts or f".{parts[-1]}" not in WEIGHTS:
         return None
-    numbers = list(_NUMBER.finditer(name))
+    numbers = list(NUMBER.finditer(name))
     if not numbers:
         return WeightName(name)
     found = numbers[-1]

@@ -116,9 +116,9 @@ def command(src: Path, dst: Path, *, verbose: bool, as_json: bool, **settings: A
 
     SRC is a Hugging Face directory (safetensors or pytorch_model.bin, sharded or not), a Meta directory (params.json and
     consolidated.*.pth, which are joined under Meta's names), or one file: safetensors, torch (.pth, .pt, .bin, .ckpt),
-    CTranslate2, GGUF or .qf, recognized by its content. It may be a URL. From a directory, the files that belong to the model
-    (*.json, *.txt, *.model, *.jinja, *.py, licences, README.md, config.json of subdirectories) are stored in DST as well. DST
-    appears only when it is complete.
+    CTranslate2, GGUF or .qf, recognized by its content, or the index of shards. It may be a URL. From a directory, the other files
+    are stored in DST as well, up to 64 MiB each; weights that are not taken, large files, and links that lead out of it are named.
+    DST appears only when it is complete.
 
     From a torch checkpoint, the state dict with the most weights is read; --state-dict-key selects another one. Small values
     beside it are stored in DST as checkpoint.json where JSON can represent them. Code in a pickle is never run.

@@ -171,6 +171,8 @@ def test_variants_may_stand_in_any_place_of_names(suffix: str, shard: str, list_
     [
         ("model.safetensors", "model.safetensors", (1, 1)),
         ("model-00002-of-00003.safetensors", "model.safetensors", (2, 3)),
+        ("model_2-of-3.safetensors", "model.safetensors", (2, 3)),
+        ("model.02-of-03.bin", "model.bin", (2, 3)),
         ("Qwen2.5-7B-00002-of-00003.safetensors", "Qwen2.5-7B.safetensors", (2, 3)),
         ("model.safetensors.index.json", "model.safetensors", None),
         ("a.b.bin.index.json", "a.b.bin", None),
@@ -212,6 +214,40 @@ def test_several_weights_without_usual_names_are_refused_and_each_can_be_given(t
         "DIR: holds shards of several checkpoints, and no index: x-00001-of-00001.safetensors, y-00001-of-00001.safetensors; give "
         "a directory for each"
     )
+
+
+@pytest.mark.parametrize("pattern", ["model_{}-of-2.safetensors", "x.0{}-of-02.bin"])
+def test_numbers_of_shards_may_be_spelled_otherwise(pattern: str, tmp_path: Path) -> None:
+    one, two = pattern.format(1), pattern.format(2)
+    source = write(tmp_path / "m", {one: "a", two: "b"})
+    checkpoint = open_checkpoint(source)
+    assert taken(checkpoint) == ["a", "b"]
+    assert list(checkpoint.warnings) == [f"no index lists the tensors of the 2 shards {one} to {two}; all are taken"]
+    (source / one).unlink()
+    assert refused(source) == f"DIR: shard {one} is missing; download it again"
+
+
+def test_files_that_differ_in_a_number_are_not_recommended_as_whole_models(tmp_path: Path) -> None:
+    source = write(tmp_path / "m", {"part_1.pt": "a", "part_2.pt": "b"})
+    assert refused(source) == (
+        "DIR: holds several files with weights, and none has a usual name: part_1.pt, part_2.pt; give one of them if each is a "
+        "whole model, or join them to one file if they are parts"
+    )
+
+
+def test_weights_of_other_frameworks_are_named_where_there_are_no_others(tmp_path: Path) -> None:
+    source = write(tmp_path / "m", {})
+    (source / "flax_model.msgpack").write_bytes(b"x")
+    (source / "tf_model.h5").write_bytes(b"x")
+    assert refused(source) == (
+        "DIR: holds no weights that can be read, but flax_model.msgpack, tf_model.h5, of another framework; save the model with "
+        "safetensors or torch"
+    )
+
+
+def test_the_hub_cache_itself_is_refused_with_its_models(tmp_path: Path) -> None:
+    cached(tmp_path / "models--x--y", {"r1": "a"})
+    assert refused(tmp_path) == "DIR: is the cache of the hub; give one of its models: models--x--y"
 
 
 def test_the_only_weights_given_alone_advise_their_directory(tmp_path: Path) -> None:
@@ -273,7 +309,7 @@ def test_dangling_links_are_named(tmp_path: Path) -> None:
         (tmp_path / "models--x--y" / "blobs" / f"r1-{name}").unlink()
     checkpoint = open_checkpoint(snapshot)
     assert list(checkpoint.warnings) == [
-        "config.json, tokenizer.json leads to a file that is not there, and is left out; download it again"
+        "left out, links to files that are not there: config.json, tokenizer.json; download them again"
     ]
     (tmp_path / "models--x--y" / "blobs" / "r1-model.safetensors").unlink()
     says = "is a link to ../../blobs/r1-model.safetensors, where there is no file; download it again"
@@ -313,9 +349,11 @@ def test_weights_are_known_by_content_and_folders_with_weights_are_left(tmp_path
     (source / "flax_model.msgpack").write_bytes(b"x")
     (source / "onnx" / "notes.txt").write_text("x")
     checkpoint = open_checkpoint(source)
-    assert list(checkpoint.warnings) == [
-        "not taken along: backup, flax_model.msgpack, 2_Dense/model.safetensors, onnx/model.pt; nor 1 other files in their folders"
-    ]
+    (warning,) = checkpoint.warnings
+    assert warning == (
+        "not taken along: backup, flax_model.msgpack, 2_Dense/model.safetensors, onnx/model.pt; nor the other files in their folders "
+        "(1)"
+    )
     assert set(checkpoint.assets) == {"2_Dense/config.json", "config.json", "modules.json"}
 
 
@@ -330,8 +368,8 @@ def test_links_are_followed_inside_a_directory_only(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source)
     assert set(checkpoint.assets) == {"config.json", "inside.txt", "real.txt"}
     assert list(checkpoint.warnings) == [
-        "memory.txt, notes.txt, folder leads out of the directory, and is left out; copy the file itself there",
-        "pipe.txt is no regular file, and is left out",
+        "left out, links that lead out of the directory: memory.txt, notes.txt, folder; copy the files themselves there",
+        "left out, no regular files: pipe.txt",
     ]
 
 
@@ -344,8 +382,12 @@ def test_too_large_files_are_left_out_and_named(tmp_path: Path, monkeypatch: pyt
     checkpoint = open_checkpoint(source)
     assert set(checkpoint.assets) == {"config.json", "small.txt"}
     assert list(checkpoint.warnings) == [
-        "large.txt, z.txt is left out: more than 0 MiB, or 0 MiB and 1000 files together"
+        "left out, too large (more than 0 MiB, or 0 MiB and 1000 files together): large.txt, z.txt"
     ]
+    monkeypatch.setattr(assets, "MAX_FILES", 2)
+    (source / "sub").mkdir()
+    (source / "sub" / "y.txt").write_text("")
+    assert open_checkpoint(source).warnings[0].endswith(": large.txt, z.txt, sub")
     (source / "small.txt").write_text("x" * 100)
     with pytest.raises(SourceError, match=r"small\.txt: has grown beyond 0 MiB while it was read"):
         checkpoint.assets["small.txt"]()
