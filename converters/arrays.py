@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from qformat.converters.output import WriteOptions
 from qformat.converters.prune import Pruning
 from qformat.dtypes import Elements, from_array
 from qformat.errors import FormatError, SourceError
+from qformat.files import as_path
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint, SourceTensor
 
@@ -34,7 +34,7 @@ class ArrayTensor(SourceTensor):
 
 def save_file(
     tensors: Mapping[str, NDArray[Any]],
-    path: str | os.PathLike[str],
+    path: str | bytes | os.PathLike[str],
     types: str | Mapping[str, str] | None = None,
     *,
     prune: float | Mapping[str, float] = 0.0,
@@ -88,7 +88,7 @@ def save_file(
     pruning = Pruning.parse(0.0, prune) if isinstance(prune, Mapping) else Pruning.parse(prune)
     checkpoint = pruning.apply(_checkpoint(tensors, assets or {}, metadata or {}))
     options = WriteOptions(overwrite=overwrite, jobs=jobs, allow_nonfinite=allow_nonfinite, allow_zeroed=allow_zeroed)
-    result = convert(checkpoint, Path(path), recipe, options)
+    result = convert(checkpoint, as_path(path), recipe, options)
     assert result.root is not None  # it was no dry run
     return result.root
 

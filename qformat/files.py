@@ -18,6 +18,15 @@ _AT_ONCE = 8 << 20  # bytes per request
 _CHANGES = ("size", "mtime", "LastModified", "Last-Modified", "ETag", "Content-MD5", "Digest")  # keys of fsspec
 
 
+def as_path(value: object) -> Path:
+    """Return the path that a caller has given; raise `TypeError` if it is none."""
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"give a path (str, bytes or os.PathLike); this is {type(value).__module__}.{type(value).__qualname__}"
+        )
+    return Path(os.fsdecode(value))
+
+
 def source_path(text: str) -> Path:
     """Return the path of a checkpoint; for a URL, an object with the interface of a path (see `is_remote`).
 

@@ -86,7 +86,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | BinaryIO,
+        path: str | bytes | os.PathLike[str] | BinaryIO,
         *,
         quality: float | str | Quality | None = None,
         verify: bool = True,

@@ -17,7 +17,7 @@ from qformat.readers.torch_tensors import TORCH_DTYPES, decode, parse_dtype, tar
 
 
 def load_file(
-    path: str | os.PathLike[str] | BinaryIO,
+    path: str | bytes | os.PathLike[str] | BinaryIO,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,

@@ -68,7 +68,7 @@ class Placement(tuple[list[str], list[str]]):  # noqa: SLOT001  which have a thi
 
 def load_model(
     model: torch.nn.Module,
-    path: str | os.PathLike[str] | BinaryIO,
+    path: str | bytes | os.PathLike[str] | BinaryIO,
     *,
     strict: bool = True,
     device: str | torch.device | None = None,

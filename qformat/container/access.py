@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import BinaryIO, Protocol
 
 from qformat.container.layout import align
 from qformat.errors import IntegrityError, SourceError
+from qformat.files import as_path
 from qformat.local_file import LocalFile
 from qformat.locks import ForkLock
 from qformat.records import Segment
@@ -37,11 +39,25 @@ class Access(Protocol):
         """Let the file go. The bytes of segments that are still in use stay valid."""
 
 
-def open_access(path: str | os.PathLike[str] | BinaryIO, *, one_of_many: bool = False) -> Access:
-    """Return the bytes of a file, or of an open file object."""
-    if isinstance(path, (str, os.PathLike)):
-        return PathFile(Path(path), one_of_many=one_of_many)
+def open_access(path: str | bytes | os.PathLike[str] | BinaryIO, *, one_of_many: bool = False) -> Access:
+    """Return the bytes of a file, or of an open file object; raise `TypeError` for anything else."""
+    if isinstance(path, (str, bytes, os.PathLike)):
+        return PathFile(as_path(path), one_of_many=one_of_many)
+    if not _can_be_read(path):
+        raise TypeError(
+            "give a path, or a binary file object that can be read and can seek, such as open(path, 'rb') or io.BytesIO(data); "
+            f"this is {type(path).__module__}.{type(path).__qualname__}"
+        )
     return RangedFile(path)
+
+
+def _can_be_read(file: object) -> bool:
+    """Return whether an object is an open binary file that can be read at any position."""
+    if isinstance(file, (io.TextIOBase, mmap.mmap)) or not all(hasattr(file, name) for name in ("read", "seek")):
+        return False
+    if getattr(file, "closed", False):
+        return True  # which the file says better itself
+    return all(not hasattr(file, name) or getattr(file, name)() for name in ("readable", "seekable"))
 
 
 class PathFile:

@@ -58,7 +58,7 @@ class ContainerReader:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | BinaryIO,
+        path: str | bytes | os.PathLike[str] | BinaryIO,
         *,
         alone: bool = False,
         root: str | None = None,
