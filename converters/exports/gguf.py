@@ -7,6 +7,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qformat.codecs.base import Codec
@@ -46,13 +47,15 @@ _FILE_TYPES = {
 }  # fmt: skip
 _GUESSED = 1024
 _QUANTIZATION_VERSION = 2
+_MAX_NAME_BYTES = 63
 
 
 def export_gguf(job: Job, output: Path) -> Export:
     """Write a GGUF file. Tensors of types that GGUF has are copied; the others become what `Job.dtype` says, float16 by default."""
     path = job.container.path
     if any(asset.name == REST for asset in job.container.index.assets):
-        return _again(job, output, f"{path}: asset {REST!r}")
+        done = _again(job, output, f"{path}: asset {REST!r}")
+        return replace(done, warnings=[*done.warnings, *_too_long(job.tensors)])
     header, outputs, warnings = _anew(job, str(path))
     warnings += _unchanged(outputs, job.dtype)
     return Export(output, {output.name: _write(job, output, header, outputs)}, outputs, warnings)
@@ -148,6 +151,14 @@ def _unchanged(outputs: Iterable[Output], dtype: Codec | None) -> list[str]:
     return [
         f"tensor {name!r}{and_more(kept)}: stays {type_}, since --dtype does not encode the codes of a GGUF type again"
     ]
+
+
+def _too_long(names: Iterable[str]) -> list[str]:
+    """Return a warning if llama.cpp does not read a file with these names."""
+    found = [name for name in names if len(name.encode()) > _MAX_NAME_BYTES]
+    if not found:
+        return []
+    return [f"tensor {found[0]!r}{and_more(found)}: llama.cpp reads no names of more than {_MAX_NAME_BYTES} bytes"]
 
 
 def _keeps_codes(output: Output, dtype: Codec | None) -> bool:

@@ -18,6 +18,7 @@ from qformat.converters.sources.container import ContainerTensor
 from qformat.converters.wording import and_more
 from qformat.errors import SourceError
 
+_SHOWN = 3
 # Tensors by which activations are multiplied because the weights after them were divided
 _MULTIPLIED = ("*.act.scales", "act.scales")
 
@@ -96,7 +97,8 @@ def _without(
     rest, header, warnings = dict(assets), dict(metadata), []
     for name in dict.fromkeys(statement.file for statement in statements):
         own = [statement for statement in statements if statement.file == name]
-        keys = ", ".join(dict.fromkeys(statement.path[-1] for statement in own if statement.path))
+        named = list(dict.fromkeys(statement.path[-1] for statement in own if statement.path))
+        keys = f"{', '.join(named[:_SHOWN])}{and_more(named, _SHOWN)}"
         if name == HEADER:
             header = {
                 key: value for key, value in header.items() if (key,) not in [statement.path for statement in own]

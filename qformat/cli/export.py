@@ -67,11 +67,13 @@ def command(
 
     gguf: the GGUF file that SRC was converted from, byte for byte as long as no tensor has changed its type; or a new GGUF file
     of a Hugging Face model (Llama, Mistral or Qwen2 with a byte-level BPE tokenizer). Types known to GGUF are copied; the others
-    become TYPE, f16 by default. With --dtype, unquantized matrices become TYPE, too. One-dimensional tensors become f32.
+    become TYPE, f16 by default. With --dtype, unquantized matrices become TYPE, too; what llama.cpp reads as floats stays as it is,
+    and otherwise becomes f32.
 
     safetensors: one file with all tensors, decoded.
 
-    hf: a directory with safetensors files and the assets of SRC (configuration, tokenizer), which transformers can load.
+    hf: a directory with safetensors files and the assets of SRC (configuration, tokenizer), with the names that its library looks
+    for, such as transformers, diffusers or PEFT.
 
     safetensors and hf keep the dtype of tensors that SRC holds unquantized or lossless. DST appears only when it is complete.
     """

@@ -168,8 +168,12 @@ def _check_name(name: str, what: str) -> None:
         size = len(name.encode())
     except UnicodeEncodeError:
         raise FormatError(f"{what} name {name!r} is not valid Unicode") from None
-    if not 0 < size <= _MAX_NAME_BYTES or _CONTROL.search(name):
-        raise FormatError(f"{what} name {name[:80]!r} is empty, too long or holds control characters")
+    if not size:
+        raise FormatError(f"{what} name '' is empty")
+    if size > _MAX_NAME_BYTES:
+        raise FormatError(f"{what} name {name[:40]!r}... is {size} bytes, more than {_MAX_NAME_BYTES}")
+    if _CONTROL.search(name):
+        raise FormatError(f"{what} name {name[:80]!r} holds control characters")
 
 
 def _parse_canonical(data: bytes) -> JsonObject:

@@ -425,6 +425,17 @@ def test_codes_that_a_dtype_does_not_change_are_named(tmp_path):
     assert result.warnings == [message]
 
 
+def test_names_that_llama_cpp_does_not_read_are_named(tmp_path):
+    names = ["v" * 63, "w" * 64, "x" * 1000]
+    source = write(tmp_path / "m.gguf", dict.fromkeys(names, (W, "f32")))
+    result = export(store(source), tmp_path / "out.gguf", "gguf")
+    assert result.warnings == [f"tensor {names[1]!r} and 1 more: llama.cpp reads no names of more than 63 bytes"]
+    assert (tmp_path / "out.gguf").read_bytes() == source.read_bytes()
+    with pytest.raises(SourceError) as caught:
+        store(write(tmp_path / "n.gguf", {"y" * 1100: (W, "f32")}))
+    assert str(caught.value) == f"tensor name {'y' * 40!r}... is 1100 bytes, more than 1024"
+
+
 def test_gguf_exports_keep_large_alignments(tmp_path):
     source = tmp_path / "m.gguf"
     keys = [u32("general.alignment", 1 << 20), pair("general.name", 8, string("x"))]
