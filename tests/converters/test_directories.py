@@ -351,8 +351,8 @@ def test_weights_are_known_by_content_and_folders_with_weights_are_left(tmp_path
     checkpoint = open_checkpoint(source)
     (warning,) = checkpoint.warnings
     assert warning == (
-        "not taken along: backup, flax_model.msgpack, 2_Dense/model.safetensors, onnx/model.pt; nor the other files in their folders "
-        "(1)"
+        "not taken along: backup, flax_model.msgpack, 2_Dense/model.safetensors, onnx/model.pt; nor the other files in their "
+        "folders (1)"
     )
     assert set(checkpoint.assets) == {"2_Dense/config.json", "config.json", "modules.json"}
 
