@@ -7,11 +7,13 @@ read here.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -19,7 +21,7 @@ from qformat.converters.sources.files import FileTensor, SharedFile
 from qformat.converters.wording import and_more
 from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
-from qformat.files import is_remote, reading
+from qformat.files import open_regular, reading
 from qformat.pipeline.source import Checkpoint, FixedSource, SourceTensor
 
 #: our names of the format's dtypes
@@ -55,10 +57,7 @@ def open_safetensors(path: Path) -> Checkpoint:
 
     Raises `SourceError` if it is missing, cut short or damaged.
     """
-    _check(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    header, length = _header(path)
     if _PARTS in header.get(METADATA, {}):
         raise SourceError(
             f"{path}: holds a part of each tensor ({_PARTS} in its header), as PyTorch's HuggingFaceStorageWriter saves them; join "
@@ -106,46 +105,50 @@ def opaque_entries(metadata: Mapping[str, str]) -> dict[str, tuple[str, list[int
     return found
 
 
-def _check(path: Path) -> None:
-    """Validate header, offsets and length with the library."""
-    with reading(path):
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a file and its length, after the library has validated it with the offsets and the file's length."""
+    with reading(path), open_regular(path) as file:
         size = path.stat().st_size
-        if size == 0:
-            raise SourceError(f"{path}: the file is empty; download it again")
-        try:
-            if is_remote(path):
-                _check_remote(path, size)
-                return
-            with safe_open(path, framework="np"):
-                return
-        except SafetensorError as error:
-            expected = _expected_size(path)
-            cause = f"not a valid safetensors file: {error}"
-            if expected > size:
-                cause = f"is cut short: it has {size} bytes of at least {expected}; download it again"
-            elif 0 < expected < size:
-                cause = f"has {size} bytes, but {expected} by its header; download it again"
-            raise SourceError(f"{path}: {cause}") from None
+        data = file.read(8)
+        data += file.read(min(int.from_bytes(data, "little"), MAX_HEADER))
+    if size == 0:
+        raise SourceError(f"{path}: the file is empty; download it again")
+    try:
+        # Not the file itself, which the library would map: it may be cut short meanwhile, or be on a file system that cannot map
+        with _sparse(data, size) as copy, safe_open(copy, framework="np"):
+            pass
+    except SafetensorError as error:
+        expected = _expected_size(data)
+        cause = f"not a valid safetensors file: {error}"
+        if expected > size:
+            cause = f"is cut short: it has {size} bytes of at least {expected}; download it again"
+        elif 0 < expected < size:
+            cause = f"has {size} bytes, but {expected} by its header; download it again"
+        raise SourceError(f"{path}: {cause}") from None
+    return json.loads(data[8:]), len(data) - 8
 
 
-def _check_remote(path: Path, size: int) -> None:
-    """Validate a sparse local file that has the same header and length."""
-    with path.open("rb") as file, tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
-        length = file.read(8)
-        copy.write(length + file.read(min(int.from_bytes(length, "little"), MAX_HEADER)))
-        copy.truncate(size)
-        copy.flush()
-        with safe_open(copy.name, framework="np"):
-            return
+@contextmanager
+def _sparse(start: bytes, size: int) -> Iterator[str]:
+    """Yield the name of a file in memory, or a temporary one, that begins so, has this size, and takes no room for the rest."""
+    with ExitStack() as stack:
+        if hasattr(os, "memfd_create") and Path("/proc/self/fd").exists():
+            file = stack.enter_context(os.fdopen(os.memfd_create("header"), "wb", buffering=0))
+            name = f"/proc/self/fd/{file.fileno()}"
+        else:
+            file = stack.enter_context(tempfile.NamedTemporaryFile(buffering=0))  # type: ignore[assignment]
+            name = file.name
+        file.write(start[:size])
+        file.truncate(size)
+        yield name
 
 
-def _expected_size(path: Path) -> int:
-    """Return the length of a file by its header, which may be cut short, or 0 if the header is invalid."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8).ljust(8, b"\0"), "little")
-        if length > MAX_HEADER:
-            return 0
-        header = file.read(length)
+def _expected_size(start: bytes) -> int:
+    """Return the length of a file by its beginning, with a header that may be cut short, or 0 if the header is invalid."""
+    length = int.from_bytes(start[:8].ljust(8, b"\0"), "little")
+    if length > MAX_HEADER:
+        return 0
+    header = start[8:]
     if len(header) < length or not header:
         return 8 + max(length, 2)
     try:
