@@ -99,6 +99,7 @@ class _Search:
     def __init__(self, folder: Folder, checkpoint: Checkpoint, is_weights: IsWeights) -> None:
         self.found = _Found()
         self._is_weights = is_weights
+        self._given = checkpoint.assets
         self._used = {str(path) for path in checkpoint.files}
         self._size = self._seen = 0
         self._modules = _modules(folder)
@@ -168,6 +169,8 @@ class _Search:
         else:
             try:
                 check_asset_name(name)
+                if name in self._given:
+                    raise FormatError(f"{name} has the name of what is stored of the weights")
             except FormatError as error:
                 self.found.badly_named.append(error.cause)
                 return

@@ -30,6 +30,8 @@ _NAMES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
     "consolidated.safetensors",  # Mistral's own
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
 # Taken if there is nothing else
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -106,7 +108,17 @@ def select(folder: Folder) -> WeightSet:
     left = left or adapters[:1]
     if not left:
         raise SourceError(f"{folder.path}: {_nothing(folder)}")
-    return _only(folder, left, "file")
+    return _only(folder, _plainest(left), "file")
+
+
+def _plainest(sets: Sequence[WeightSet]) -> Sequence[WeightSet]:
+    """Return the weights of which all others are variants, or the same in another format, if there are such; else all."""
+    by_suffix = sorted(sets, key=lambda own: WEIGHTS.index(own.suffix))
+    for own in by_suffix:
+        stem = own.name.removesuffix(own.suffix)
+        if all(other.name.startswith(f"{stem}.") for other in sets) and own.suffix == by_suffix[0].suffix:
+            return [own]
+    return sets
 
 
 def _only(folder: Folder, sets: Sequence[WeightSet], kind: str) -> WeightSet:

@@ -14,11 +14,15 @@ from typing import NamedTuple
 
 from qformat.converters.sources.files import WEIGHTS
 from qformat.converters.sources.listing import Folder
+from qformat.converters.sources.weight_files import weight_sets
 from qformat.converters.wording import and_more
 from qformat.errors import SourceError
 from qformat.files import is_remote
 
 _SHOWN = 3
+# How far parts are looked for in folders
+_DEEPEST = 3
+_MOST_FOLDERS = 100
 
 
 class Format(NamedTuple):
@@ -98,6 +102,7 @@ _FORMATS = (
         "join them with the tool that wrote them, or save the model again as a whole",
     ),
 )
+_META = re.compile(r"consolidated\.([0-9]+)\.pth")
 # A file in pieces: made-up.gguf.part1of2, made-up.gguf-split-a, made-up.gguf.partaa, made-up.gguf.001
 _PIECE = re.compile(r"(.+?\.\w+?)[.-](?:(?:part|split)[.-]?([0-9]+of[0-9]+|[0-9]+|[a-z]{1,2})|([0-9]{3}))")
 
@@ -115,6 +120,8 @@ def check_file(path: Path) -> Format | None:
     piece = _PIECE.fullmatch(path.name)
     if piece and Path(piece[1]).suffix in WEIGHTS:
         raise SourceError(f"{path}: {_joining(path, piece[1])}")
+    if (meta := _META.fullmatch(path.name)) and (int(meta[1]) or _others(path)):
+        raise SourceError(f"{path}: holds a part of each tensor, in Meta's layout; give its directory, with all parts")
     absolute = path if is_remote(path) else path.absolute()
     found = format_of(path.name) or (format_of(absolute.parent.name) if _RANK.fullmatch(absolute.parent.name) else None)
     if found is None or found.proof:
@@ -122,12 +129,17 @@ def check_file(path: Path) -> Format | None:
     raise part_error(path, found)
 
 
+def _others(path: Path) -> bool:
+    """Return whether there are other parts of Meta's layout beside a file."""
+    return path.with_name("consolidated.01.pth").exists()
+
+
 def part_error(path: Path, found: Format) -> SourceError:
     """Return the error for a file that is a part in some format."""
     return SourceError(f"{path}: is one part of a model, in the format of {found.name}; {_advice(found, path.parent)}")
 
 
-def check_folder(folder: Folder, *, nested: bool = True) -> None:
+def check_folder(folder: Folder, depth: int = 0) -> None:
     """Raise `SourceError` if a folder without whole weights, or a folder in it, holds parts."""
     absolute = folder.path if is_remote(folder.path) else folder.path.absolute()
     names = [entry.name for entry in folder.entries if entry.kind in ("file", "folder")]
@@ -144,8 +156,9 @@ def check_folder(folder: Folder, *, nested: bool = True) -> None:
         piece = _PIECE.fullmatch(pieces[0])
         assert piece is not None
         raise SourceError(f"{folder.path}: {pieces[0]} {_joining(folder.path / pieces[0], piece[1])}")
-    for entry in folder.folders if nested else ():
-        check_folder(Folder(entry.path), nested=False)
+    if depth < _DEEPEST and not weight_sets(folder.files):
+        for entry in folder.folders[:_MOST_FOLDERS]:
+            check_folder(Folder(entry.path), depth + 1)
 
 
 def _is_weights(name: str, folder: Folder) -> bool:

@@ -44,6 +44,8 @@ OPAQUE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FN
 #: the beginning of the keys of metadata that tell dtype and shape of such a tensor, before its name
 OPAQUE = "safetensors.dtype."
 _NEVER_WEIGHTS = ("C64",)
+# a container's index has at most 64 MiB for everything
+_MAX_METADATA = 16 << 20
 MAX_HEADER = 100_000_000  # the limit of the library
 
 
@@ -66,7 +68,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     shared = SharedFile(path)
     tensors: list[SourceTensor] = []
     opaque: dict[str, list[str]] = {}
-    metadata = {key: text for key, text in header.get(METADATA, {}).items() if (key, text) != FORMAT}
+    metadata, dropped = _bounded({key: text for key, text in header.get(METADATA, {}).items() if (key, text) != FORMAT})
     for name, entry in header.items():
         if name == METADATA:
             continue
@@ -84,7 +86,22 @@ def open_safetensors(path: Path) -> Checkpoint:
         f"{path.name}: tensor {names[0]!r}{and_more(names)}: of dtype {dtype}, whose numbers are not known here; stored as bytes"
         for dtype, names in opaque.items()
     ]
+    if dropped:
+        what = f"metadata {dropped[0][:60]!r}{and_more(dropped)}"
+        warnings.append(f"{path.name}: {what} left out, since all together is more than {_MAX_METADATA >> 20} MiB")
     return Checkpoint(tensors, files=[path], metadata=metadata, warnings=warnings)
+
+
+def _bounded(metadata: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Return the metadata without its longest strings, if it is too long, and the keys of these."""
+    left = sum(len(key) + len(text) for key, text in metadata.items())
+    dropped = []
+    for key in sorted(metadata, key=lambda key: (-len(metadata[key]), key)):
+        if left <= _MAX_METADATA:
+            break
+        left -= len(key) + len(metadata[key])
+        dropped.append(key)
+    return {key: text for key, text in metadata.items() if key not in set(dropped)}, dropped
 
 
 def _shape_of_bytes(shape: tuple[int, ...], count: int) -> tuple[int, ...]:

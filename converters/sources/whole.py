@@ -16,6 +16,9 @@ _WORLD_SIZE = "mp_world_size"
 _EXTRAS = "checkpoint.json"
 
 
+_LONGEST = 1 << 14  # bytes of the state of a generator of random numbers
+
+
 def check_elements(path: Path, checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint; raise `SourceError` if it holds no weights, or placeholders of some."""
     tensors = checkpoint.tensors
@@ -27,7 +30,9 @@ def check_elements(path: Path, checkpoint: Checkpoint) -> Checkpoint:
         )
     if tensors and not any(math.prod(tensor.shape) for tensor in tensors):
         raise SourceError(f"{path}: holds no weights: none of its {len(tensors)} tensors has an element")
-    if tensors and all(tensor.dtype.name == "u8" and len(tensor.shape) == 1 for tensor in tensors):
+    if tensors and all(
+        tensor.dtype.name == "u8" and len(tensor.shape) == 1 <= tensor.shape[0] < _LONGEST for tensor in tensors
+    ):
         raise SourceError(
             f"{path}: holds no weights, only bytes such as the state of random numbers ({tensors[0].name!r}{and_more(tensors)})"
         )

@@ -119,6 +119,18 @@ WHICH = {
             "not taken along: pytorch_model.fp16.bin",
         ],
     ),
+    "safetensors and torch file of the same other name, and a variant": (
+        {"x.safetensors": "a", "x.ckpt": "b", "x.fp16.safetensors": "c"},
+        {},
+        "a",
+        ["not taken along: x.ckpt, x.fp16.safetensors"],
+    ),
+    "open_clip's names": (
+        {"open_clip_model.safetensors": "a", "open_clip_pytorch_model.bin": "b"},
+        {},
+        "a",
+        ["not taken along: open_clip_pytorch_model.bin"],
+    ),
     "index of another name": (
         {"x-00001-of-00001.safetensors": "ab", "y.pt": "c"},
         {"x.safetensors.index.json": index(a="x-00001-of-00001.safetensors")},
@@ -355,6 +367,14 @@ def test_weights_are_known_by_content_and_folders_with_weights_are_left(tmp_path
         "folders (1)"
     )
     assert set(checkpoint.assets) == {"2_Dense/config.json", "config.json", "modules.json"}
+
+
+def test_a_file_with_the_name_of_a_part_of_the_source_does_not_replace_it(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.ones(2)}, "step": 3}, tmp_path / "x.pt")
+    (tmp_path / "checkpoint.json").write_text("other")
+    checkpoint = open_checkpoint(tmp_path)
+    assert json.loads(checkpoint.assets["checkpoint.json"]()) == {"step": 3}
+    assert list(checkpoint.warnings) == ["checkpoint.json has the name of what is stored of the weights: left out"]
 
 
 def test_links_are_followed_inside_a_directory_only(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors import safe_open as open_theirs
 from safetensors.numpy import save_file
 
 import qformat
+from qformat.converters.sources import safetensors
 from qformat.converters.sources.detect import open_checkpoint
 from tests.helpers.checkpoints import weights
 from tests.helpers.cli import invoke
@@ -56,3 +57,16 @@ def test_the_headers_of_shards_are_merged_and_differences_named(indexed: bool, t
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.metadata == {"a": "1", "b": "2", "both": "x"}
     assert checkpoint.warnings[-1] == "metadata 'both' differs between the shards; taken from the first: 'x'"
+
+
+def test_headers_that_are_too_long_for_an_index_lose_their_longest_strings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors, "_MAX_METADATA", 1 << 20)
+    header = {"tags": "x" * (1 << 20), "more tags": "y" * (1 << 20), "dim": "8"}
+    save_file({"a": weights(0, 8)}, tmp_path / "m.safetensors", metadata=header)
+    checkpoint = open_checkpoint(tmp_path / "m.safetensors")
+    assert checkpoint.metadata == {"dim": "8"}
+    assert list(checkpoint.warnings) == [
+        "m.safetensors: metadata 'more tags' and 1 more left out, since all together is more than 1 MiB"
+    ]

@@ -164,6 +164,22 @@ def test_pieces_of_a_file_are_refused_with_the_command_that_joins_them(names: tu
     assert [tensor.name for tensor in open_checkpoint(tmp_path / "m.gguf").tensors] == ["w"]
 
 
+def test_parts_in_metas_layout_are_refused_alone(tmp_path: Path) -> None:
+    one = part(tmp_path / "consolidated.00.pth")
+    assert [tensor.name for tensor in open_checkpoint(one).tensors] == ["w"]
+    for path in (part(tmp_path / "consolidated.01.pth"), one):
+        assert refused(path) == "DIR: holds a part of each tensor, in Meta's layout; give its directory, with all parts"
+
+
+def test_old_parts_below_whole_weights_do_not_matter(tmp_path: Path) -> None:
+    part(tmp_path / "any.safetensors")
+    part(tmp_path / "old" / "global_step5" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    checkpoint = open_checkpoint(tmp_path)
+    assert [tensor.name for tensor in checkpoint.tensors] == ["w"]
+    (tmp_path / "any.safetensors").unlink()
+    assert "DeepSpeed ZeRO" in refused(tmp_path)
+
+
 def test_placeholders_without_elements_are_refused(tmp_path: Path) -> None:
     state = OrderedDict((f"l.{i}.weight", torch.empty(0)) for i in range(4)) | {"norm.bias": torch.ones(3)}
     torch.save(state, tmp_path / "pytorch_model.bin")
