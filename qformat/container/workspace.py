@@ -70,7 +70,7 @@ class Workspace:
     overwrite
         Whether to replace what stands there.
     resume
-        Keep the files of an earlier run that was killed, and those of this one if it raises.
+        Keep the files of an earlier run that was killed, and those of this one if it raises; None if no run can go on with them.
     replaceable
         As for `check_target`.
     sources
@@ -96,16 +96,17 @@ class Workspace:
         target: Path,
         *,
         overwrite: bool,
-        resume: bool = False,
+        resume: bool | None = None,
         replaceable: Callable[[str], bool] | None = None,
         sources: Collection[Path] = (),
     ) -> None:
         self._label, self.target = target, followed(target)
-        self._overwrite, self._resume, self._replaceable, self._sources = overwrite, resume, replaceable, sources
+        self._overwrite, self._replaceable, self._sources = overwrite, replaceable, sources
+        self._resume, self._resumable = bool(resume), resume is not None
         self._target = self.target.absolute()
         check_not_source(target, sources)
         self.folder = suffixed(self._target, ".partial")
-        check_target(target, replaceable, overwrite=overwrite or resume or os.path.lexists(self.folder))
+        check_target(target, replaceable, overwrite=overwrite or self._resume or os.path.lexists(self.folder))
         lock, commit, draft = (
             suffixed(self.folder / self._target.name, f".{name}") for name in ("lock", "commit", "draft")
         )
@@ -117,7 +118,7 @@ class Workspace:
         self._fd: int | None = self._take()
         try:
             self._recover()
-            check_target(target, replaceable, overwrite=overwrite or resume or bool(self._finished))
+            check_target(target, replaceable, overwrite=overwrite or self._resume or bool(self._finished))
         except BaseException:
             self._end(keep=True)
             raise
@@ -356,17 +357,16 @@ class Workspace:
         """Return what an interrupted run leaves."""
         if self._placed:
             return f"{self._label} is complete"
+        count = 0
         with suppress(OSError):
-            if count := count_finished(self.folder):
-                kept = f"{self._label}: the finished tensors ({count}) "
-                if self._resume:
-                    return kept + "are kept; the same command goes on from there"
-                return kept + (
-                    "are kept; the same command goes on from there, with --resume"
-                    if not self._claimed
-                    else "are discarded; with --resume they would be kept"
-                )
-        return f"nothing was left at {self._label}"
+            count = count_finished(self.folder)
+        kept = self._resume or not self._claimed
+        state = f"nothing was left at {self._label}"
+        if count:
+            state = f"{self._label}: the finished tensors ({count}) are {'kept' if kept else 'discarded'}"
+        if kept:
+            return f"{state}; the same command with --resume goes on from there" if count else state
+        return f"{state}; with --resume, a run keeps what it has finished" if self._resumable else state
 
 
 def finish_interrupted(path: Path) -> None:

@@ -175,15 +175,15 @@ def test_a_run_without_resume_says_that_it_discards_the_work_of_an_earlier_one(s
 
 
 @pytest.mark.parametrize(
-    ("resume", "number", "note"),
+    ("resume", "count", "note"),
     [
-        (True, 8, "the finished tensors (8) are kept; the same command goes on from there"),
-        (False, 8, "the finished tensors (8) are discarded; with --resume they would be kept"),
-        (False, 0, None),
+        (True, 8, "the finished tensors (8) are kept; the same command with --resume goes on from there"),
+        (False, 8, "the finished tensors (8) are discarded; with --resume, a run keeps what it has finished"),
+        (False, 0, "with --resume, a run keeps what it has finished"),
     ],
 )
-def test_an_interrupted_conversion_says_what_it_leaves(source, tmp_path, resume, number, note):
-    output, left = tmp_path / "m.qf", [number]
+def test_an_interrupted_conversion_says_what_it_leaves(source, tmp_path, resume, count, note):
+    output, left = tmp_path / "m.qf", [count]
 
     def interrupt(amount: int) -> None:
         left[0] -= 1
@@ -192,7 +192,7 @@ def test_an_interrupted_conversion_says_what_it_leaves(source, tmp_path, resume,
 
     with pytest.raises(KeyboardInterrupt) as caught:
         run(source, output, resume=resume, jobs=1, progress=interrupt)
-    assert caught.value.__notes__ == [f"{output}: {note}" if note else f"nothing was left at {output}"]
+    assert caught.value.__notes__ == [f"{output}: {note}" if count else f"nothing was left at {output}; {note}"]
     assert leftovers(output) == (["m.qf.partial"] if resume else [])
 
 

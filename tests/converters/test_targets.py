@@ -265,7 +265,10 @@ def test_an_interrupted_conversion_leaves_no_new_files(number: signal.Signals, f
     process.send_signal(signal.SIGCONT)
     result = cli_finish(process)
     assert result.code == 128 + number
-    assert result.err.strip() == f"Interrupted: nothing was left at {target}"
+    assert (
+        result.err.strip()
+        == f"Interrupted: nothing was left at {target}; with --resume, a run keeps what it has finished"
+    )
     assert not Path(f"{target}.partial").exists()
     if force:
         assert target.read_bytes() == b"precious"
