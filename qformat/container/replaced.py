@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from qformat.errors import FormatError
 from qformat.files import open_regular
 from qformat.records import ShardRecord
 
+_NUMBERED = re.compile(r".+-[0-9]{5}-of-[0-9]{5}(-[0-9a-f]+)?(\.[^.]*)?", re.DOTALL)
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EISDIR)
 
 
@@ -49,11 +51,15 @@ def needed_in(folder: Path) -> set[str]:
 
 
 def remove_unneeded(folder: Path, shards: Iterable[ShardRecord]) -> None:
-    """Remove shards of a head that is gone, but not one that another head in the folder names, nor another file of that name."""
+    """Remove shards of a head that is gone.
+
+    One that another head in the folder names stays, and so does another file of that name; nor does a head, which may be hostile,
+    have files removed that are not called as shards are.
+    """
     shards = [shard for shard in shards if there(folder / shard.name)]
     needed = needed_in(folder) if shards else set()
     for shard in shards:
-        if shard.name not in needed and is_shard(folder / shard.name, shard):
+        if _NUMBERED.fullmatch(shard.name) and shard.name not in needed and is_shard(folder / shard.name, shard):
             (folder / shard.name).unlink(missing_ok=True)
 
 

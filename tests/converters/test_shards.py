@@ -307,6 +307,16 @@ def test_another_file_with_the_name_of_a_replaced_shard_stays(source, tmp_path):
     assert old[1].read_bytes() == b"mine"
 
 
+def test_a_head_that_names_another_file_as_its_shard_does_not_have_it_removed(source, tmp_path):
+    run(source, tmp_path / "precious.qf", size=None)
+    run(source, tmp_path / "m.qf", size=8 * SIZE)
+    with ContainerReader(tmp_path / "precious.qf") as file:
+        shard = {"name": "precious.qf", "bytes": file.file_size, "root_sha256": file.root}
+    change(tmp_path / "m.qf", lambda index: index.update(shards=[shard]))
+    result = run(source, tmp_path / "m.qf", size=None, overwrite=True)
+    assert (result.removed_shards, result.orphaned_shards) == ([], [tmp_path / "precious.qf"])
+
+
 @pytest.mark.parametrize("how", ["truncate", "export"])
 def test_every_command_that_replaces_a_head_removes_its_shards(source, tmp_path, how):
     run(source, tmp_path / "whole.qf", "scm", size=None)
