@@ -89,8 +89,6 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 def _interrupted(interrupt: KeyboardInterrupt) -> int:
     """Say that a run was interrupted, and what it leaves; return the exit status, which is that of shells."""
-    from qformat.cli.common import printable
-
     notes = "; ".join(getattr(interrupt, "__notes__", []))
     click.echo(f"Interrupted: {printable(notes)}" if notes else "Interrupted", err=True)
     return 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)

@@ -142,7 +142,7 @@ def command(src: Path, dst: Path, *, verbose: bool, as_json: bool, **settings: A
     if result.orphaned_shards:
         warn(
             f"{plural(len(result.orphaned_shards), 'shard')} of the replaced {dst} left in place: "
-            f"{result.orphaned_shards[0]}{and_more(result.orphaned_shards)}; another head needs them, or they were changed or renamed"
+            f"{result.orphaned_shards[0]}{and_more(result.orphaned_shards)}; another head needs them, or they were changed"
         )
     if as_json:
         more = {"dry_run": result.is_dry_run, "pruned_tensors": len(pruned), "pruned_weights": _zeros(pruned.values())}
