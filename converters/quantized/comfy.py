@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.converters.quantized import compressed_tensors
 from qformat.converters.quantized.claims import Claims
-from qformat.converters.quantized.coded import whole
+from qformat.converters.quantized.coded import CodedTensor, whole
+from qformat.converters.quantized.integers import UnreadableLayerError
 from qformat.converters.quantized.layer import Layer
 from qformat.dtypes import DTYPES
 
 ROLE = "comfy_quant"
+INT8_ROLES = ("weight", "weight_scale", ROLE)
 _HEADER = "_quantization_metadata"
 # Keys that leave the weights as they are: how a layer is computed
 _NEUTRAL = ("format", "full_precision_matrix_mult", "format_version")
@@ -29,6 +32,20 @@ def form_of(layer: Layer, claims: Claims) -> str:
     if not found:
         return ""
     return found[0] if len(set(found)) == 1 else UNKNOWN
+
+
+def is_int8(layer: Layer) -> bool:
+    """Return whether a layer has signed bytes and ComfyUI's statement about them."""
+    return layer.has(*INT8_ROLES) and layer.parts["weight"].dtype is DTYPES["i8"]
+
+
+def int8_tensor(layer: Layer, claims: Claims) -> CodedTensor:
+    """Return the weights of a layer of signed bytes times a scale; raise `SourceError` if it is another one."""
+    if form_of(layer, claims) != "int8_tensorwise":
+        raise UnreadableLayerError(
+            f"tensor {layer.named('weight')!r} has ComfyUI's int8 codes, of a kind that is not known: kept as it is"
+        )
+    return compressed_tensors.byte_tensor(layer, claims)
 
 
 def _form(content: Any) -> str:

@@ -6,7 +6,7 @@
 * ComfyUI: the same names, but another order of codes and scales
 * DeepSeek: ``weight [out, in / 2]`` of signed bytes, and ``scale [out, in / 32]``, exponents
 * gpt-oss: ``X_blocks [experts, out, in / 32, 16]`` and ``X_scales [experts, out, in / 32]``, of which models take the transposed
-  matrices, ``X [experts, in, out]``
+  matrices, ``X [experts, in, out]``; in OpenAI's own files ``X.blocks`` and ``X.scales``, of matrices as they are
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from qformat.converters.quantized import comfy
 from qformat.converters.quantized.claims import Claims, contradiction
 from qformat.converters.quantized.coded import U8, CodedTensor, disagree, whole
 from qformat.converters.quantized.fp8 import E4M3, MX_GROUP
+from qformat.converters.quantized.integers import UnreadableLayerError
 from qformat.converters.quantized.layer import Layer
 from qformat.converters.quantized.tables import E2M1, nibbles, table_tensor
 from qformat.dtypes import DTYPES, F32, DType
-from qformat.errors import SourceError
 from qformat.pipeline.source import SourceTensor
 
 PACKED_ROLES = ("weight_packed", "weight_scale", "weight_global_scale")
 NVFP4_ROLES = ("weight", "weight_scale", "weight_scale_2", comfy.ROLE)
 SIGNED_ROLES = ("weight", "scale", "weight_scale_inv")
 BLOCK_ROLES = ("weight_blocks", "weight_scales")
+ORIGINAL_ROLES = ("blocks", "scales")
 
 _U8, _I8, _E8M0 = DTYPES["u8"], DTYPES["i8"], DTYPES["f8_e8m0"]
 _EXPONENTS = (_U8, _E8M0)
@@ -76,6 +77,11 @@ def is_blocks(layer: Layer) -> bool:
     return _has(layer, "weight_blocks", _U8) and _has(layer, "weight_scales", *_EXPONENTS)
 
 
+def is_original(layer: Layer) -> bool:
+    """Return whether a layer is of OpenAI's own file of gpt-oss."""
+    return _has(layer, "blocks", _U8) and _has(layer, "scales", _U8) and len(layer.parts["blocks"].shape) > 3
+
+
 def packed_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     """Return the weights of a layer of compressed-tensors; raise `SourceError` if its parts do not match."""
     _expect(layer, claims, "weight_packed", "compressed-tensors")
@@ -90,7 +96,9 @@ def nvfp4_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     form = comfy.form_of(layer, claims)
     stored = layer.parts["weight"]
     if form not in ("", "nvfp4"):
-        raise SourceError(f"tensor {stored.name!r} has the parts of NVFP4, but its {comfy.ROLE} says something else")
+        raise UnreadableLayerError(
+            f"tensor {stored.name!r} has the parts of NVFP4, but ComfyUI's statement says something else"
+        )
     return _nvfp4(layer, stored, "weight_scale_2", "scale", swizzled=form == "nvfp4")
 
 
@@ -104,17 +112,28 @@ def signed_tensor(layer: Layer, claims: Claims) -> CodedTensor:
 def block_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     """Return the weights of a layer of gpt-oss; raise `SourceError` if its parts do not match."""
     _expect(layer, claims, "weight_blocks", "mxfp4")
-    blocks = layer.part("weight_blocks", "weight_blocks", [_U8], dims=4)
-    scales = layer.part("weight_scales", "weight_blocks", list(_EXPONENTS), dims=3)
+    return _blocks(layer, layer.named("weight"), BLOCK_ROLES, transposed=True)
+
+
+def original_tensor(layer: Layer, claims: Claims) -> CodedTensor:
+    """Return the weights of a layer of OpenAI's own file of gpt-oss; raise `SourceError` if its parts do not match."""
+    _expect(layer, claims, "blocks", "mxfp4")
+    return _blocks(layer, layer.name, ORIGINAL_ROLES, transposed=False)
+
+
+def _blocks(layer: Layer, name: str, roles: tuple[str, str], *, transposed: bool) -> CodedTensor:
+    """Return a tensor of blocks of 16 bytes, each with an exponent."""
+    blocks = layer.part(roles[0], roles[0], [_U8], dims=4)
+    scales = layer.part(roles[1], roles[0], list(_EXPONENTS), dims=3)
     number, rows, groups, size = blocks.shape
     if size != _BLOCK_BYTES or scales.shape != (number, rows, groups):
         raise disagree(blocks, scales)
     cols = groups * MX_GROUP
-    shape = (number, cols, rows)
-    codec = Codebook(4, MX_GROUP, scale="f8_e8m0", transposed=cols)
+    shape = (number, cols, rows) if transposed else (number, rows, cols)
+    codec = Codebook(4, MX_GROUP, scale="f8_e8m0", transposed=cols if transposed else 0)
     matrix = Matrix.of(shape)
     return table_tensor(
-        layer.named("weight"),
+        name,
         shape,
         codec,
         lambda: [E2M1, whole(scales)],

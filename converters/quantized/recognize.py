@@ -13,6 +13,7 @@ from qformat.converters.quantized import (
     awq,
     bitnet,
     bitsandbytes,
+    comfy,
     compressed_tensors,
     fp8,
     gptq,
@@ -37,6 +38,7 @@ from qformat.pipeline.source import SourceTensor
 
 # Models with layers whose code multiplies from the other side (transformers' Conv1D), which GPTQ's layout does not show
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_OUTPUTS_FIRST = ("GPTQ", "bitsandbytes", "LLM.int8")  # which turn such matrices round
 
 LAYOUTS = (
     Layout(
@@ -52,12 +54,13 @@ LAYOUTS = (
         bitsandbytes.INT8_ROLES,
     ),
     *(
-        Layout(name, matches, each(read, roles), roles)
+        Layout(name, matches, each_possible(read, roles), roles)
         for name, matches, read, roles in (
             ("pack-quantized", microscaled.is_packed, microscaled.packed_tensor, microscaled.PACKED_ROLES),
             ("NVFP4", microscaled.is_nvfp4, microscaled.nvfp4_tensor, microscaled.NVFP4_ROLES),
             ("FP4", microscaled.is_signed, microscaled.signed_tensor, microscaled.SIGNED_ROLES),
             ("MXFP4", microscaled.is_blocks, microscaled.block_tensor, microscaled.BLOCK_ROLES),
+            ("MXFP4", microscaled.is_original, microscaled.original_tensor, microscaled.ORIGINAL_ROLES),
         )
     ),
     Layout(
@@ -66,6 +69,7 @@ LAYOUTS = (
         each(compressed_tensors.packed_tensor, compressed_tensors.PACKED_ROLES),
         compressed_tensors.PACKED_ROLES,
     ),
+    Layout("ComfyUI int8", comfy.is_int8, each_possible(comfy.int8_tensor, comfy.INT8_ROLES), comfy.INT8_ROLES),
     Layout(
         "int-quantized",
         compressed_tensors.is_bytes,
@@ -171,10 +175,12 @@ def recognize(
         claim = claims.method or next(iter(claims.every()))
         warnings.append(f"{claim}, but no tensor is quantized: they stay as they are if no type is given")
     model = configs.get("config.json", {}).get("model_type")
-    if model in _TRANSPOSED and any(layout.read is gptq.gptq_tensors for layout in own):
-        warnings.append(
-            f"GPTQ: models of type {model} keep some matrices as [in, out], and those of quantized layers are [out, in] here"
-        )
+    for layout in own if model in _TRANSPOSED else ():
+        if layout.format in _OUTPUTS_FIRST:
+            warnings.append(
+                f"{layout.format}: models of type {model} keep some matrices as [in, out], and those of quantized layers are "
+                "[out, in] here"
+            )
     return Recognized([*unknown.kept(plain), *coded], warnings, bool(coded or unknown), bool(claims.statements))
 
 

@@ -70,7 +70,8 @@ class Recipe:
             return keep
         if not tensor.dtype.floating:
             return keep
-        default = keep if self.default is None or len(tensor.shape) < 2 or tensor.kept else self.default
+        kept = tensor.kept or not tensor.dtype.mantissa  # powers of two are scales
+        default = keep if self.default is None or len(tensor.shape) < 2 or kept else self.default
         encoder = last_match(tensor.name, self.overrides, default)
         for codec, copy in copies:
             if _is_fulfilled(encoder, codec):

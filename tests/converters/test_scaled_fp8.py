@@ -14,6 +14,7 @@ from qformat.converters.quantized.recognize import recognize
 from qformat.converters.sources.options import SourceOptions
 from qformat.dtypes import DTYPES, Elements, from_array
 from qformat.errors import SourceError
+from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import QuantizedSource
 
 LAYER = "blocks.0.to_q"
@@ -202,3 +203,20 @@ def test_comfyui_mxfp8_has_scales_in_the_order_of_tensor_cores():
     same(found_in(parts, metadata=header)[f"{LAYER}.weight"], weight.to_f32() * each)
     with pytest.raises(SourceError, match=r"weight_scale' of shape \[160, 6\] does not fit"):
         found_in(parts | {f"{LAYER}.weight_scale": scale}, metadata=header)
+
+
+def test_comfyui_int8_has_one_scale_unless_more_is_stated():
+    weight, scale = np.random.default_rng(0).integers(-128, 128, (16, 64)).astype(np.int8), floats()
+    parts = layer(weight=weight, weight_scale=scale, comfy_quant=told(format="int8_tensorwise"))
+    same(found_in(parts)[f"{LAYER}.weight"], weight.astype(np.float32) * scale)
+    for statement in (told(format="int8_tensorwise", convrot=True), told(format="int8_blockwise", group_size=128)):
+        found = found_in(parts | {f"{LAYER}.comfy_quant": statement})
+        assert sorted(found) == sorted(parts)
+        assert not any(isinstance(tensor, QuantizedSource) for tensor in found.values())
+
+
+def test_powers_of_two_are_no_weights_unless_named():
+    tensor = ArrayTensor("a", powers(64, 64))
+    keep = Recipe.parse("q4_0").encoder_for(tensor)
+    assert str(keep) == "f8_e8m0"
+    assert str(Recipe.parse(None, ["a=f32"]).encoder_for(tensor)) == "f32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,15 @@ def test_gpt_oss_experts_are_the_transposed_matrices_that_models_take(tmp_path, 
         assert np.array_equal(file.get_rows(name, [2, 0]), values.transpose(0, 2, 1)[[2, 0]])
 
 
+def test_experts_of_openais_own_files_are_matrices_as_they_are():
+    codes, exponents = RNG.integers(0, 16, (2, 12, 64)), RNG.integers(100, 140, (2, 12, 2))
+    name = "block.0.mlp.mlp1_weight"
+    parts = {f"{name}.blocks": packed_rows(codes).reshape(2, 12, 2, 16), f"{name}.scales": exponents.astype(np.uint8)}
+    tensor = only(parts)
+    assert tensor.name == name
+    check(tensor, E2M1[codes] * np.repeat(np.ldexp(np.float32(1), exponents - 127), 32, axis=2))
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -353,3 +363,55 @@ def test_nvfp4_experts_with_factors_of_their_own_are_kept(number):
     found = found_in(parts)
     assert sorted(tensor.name for tensor in found.tensors) == sorted(parts)
     assert not any(isinstance(tensor, QuantizedSource) for tensor in found.tensors)
+
+
+# ---- what holds for all of them
+
+
+def every_layer() -> dict[str, dict[str, Any]]:
+    """Return a layer of each tool, as it was saved."""
+    layers: dict[str, dict[str, Any]] = {}
+    for tensor in open_safetensors(DATA / "layers.safetensors").tensors:
+        prefix = tensor.name.split(".weight")[0] if ".weight" in tensor.name else tensor.name.rpartition(".")[0]
+        if not prefix.startswith("experts"):
+            layers.setdefault(prefix, {})[tensor.name] = tensor.read(slice(0, int(np.prod(tensor.shape))))
+            data = layers[prefix][tensor.name]
+            layers[prefix][tensor.name] = Elements(data.dtype, data.data.reshape(tensor.shape))
+    return layers
+
+
+@pytest.mark.parametrize("name", every_layer())
+@pytest.mark.parametrize("role", ["pre_quant_scale", "weight_offset", "weight_perm", "codebook"])
+def test_parts_that_are_not_understood_refuse_a_layer(name, role):
+    parts = every_layer()[name]
+    assert all(isinstance(tensor, QuantizedSource) for tensor in found_in(parts).tensors)
+    with pytest.raises(SourceError, match=rf"'{re.escape(name)}\.{role}' belongs to a layer in the format"):
+        found_in(parts | {f"{name}.{role}": scales(64)})
+
+
+@pytest.mark.parametrize("name", every_layer())
+def test_biases_and_scales_of_inputs_do_not_matter(name):
+    others = {f"{name}.bias": scales(16), f"{name}.input_scale": scales()}
+    found = {tensor.name: tensor for tensor in found_in(every_layer()[name] | others).tensors}
+    assert sorted(found) == sorted([*others, f"{name}.weight"])
+    assert isinstance(found[f"{name}.weight"], QuantizedSource)
+
+
+def test_layers_convert_to_types_for_weights_from_their_values(tmp_path):
+    parts, values = four_bit()
+    convert(Checkpoint(found_in(parts).tensors), tmp_path / "a.qf", Recipe.parse("f32"))
+    convert(Checkpoint(found_in(parts).tensors), tmp_path / "b.qf", Recipe.parse("q8_0"))
+    with safe_open(tmp_path / "a.qf") as a, safe_open(tmp_path / "b.qf") as b:
+        assert a.get_tensor("a.b.weight").tobytes() == values.tobytes()
+        assert 0 < np.abs(b.get_tensor("a.b.weight") - values).max() < 0.01
+
+
+@pytest.mark.parametrize("parts", [four_bit()[0], {"a.b.weight": np.ones((4, 8), np.int8), "a.b.SCB": scales(4)}])
+def test_matrices_that_a_model_keeps_the_other_way_round_are_warned_of(parts):
+    tensors = [
+        ArrayTensor(name, part if isinstance(part, Elements) else from_array(np.asarray(part)))
+        for name, part in parts.items()
+    ]
+    found = recognize(tensors, {"config.json": {"model_type": "gpt2"}}, SourceOptions(), {})
+    (warning,) = found.warnings
+    assert "models of type gpt2 keep some matrices as [in, out], and those of quantized layers are [out, in]" in warning
