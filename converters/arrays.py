@@ -1,13 +1,14 @@
-"""Save numpy arrays in a container file."""
+"""Save arrays of numpy and tensors of torch in a container file."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
 
 from qformat.container.index import check_asset_name
 from qformat.converters.convert import convert
@@ -33,7 +34,7 @@ class ArrayTensor(SourceTensor):
 
 
 def save_file(
-    tensors: Mapping[str, NDArray[Any]],
+    tensors: Mapping[str, Any],
     path: str | bytes | os.PathLike[str],
     types: str | Mapping[str, str] | None = None,
     *,
@@ -50,7 +51,8 @@ def save_file(
     Parameters
     ----------
     tensors
-        The arrays by name: any shape; float16/32/64, integers, bool, or ``ml_dtypes`` bfloat16 and float8.
+        The arrays of numpy or tensors of torch by name: any shape and strides; floats (also bfloat16 and float8 of torch or
+        ``ml_dtypes``), integers, bool.
     path
         The file to write.
     types
@@ -93,14 +95,28 @@ def save_file(
     return result.root
 
 
-def _checkpoint(
-    tensors: Mapping[str, NDArray[Any]], assets: Mapping[str, bytes], metadata: Mapping[str, str]
-) -> Checkpoint:
+def _elements(array: Any) -> Elements:
+    """Return the elements of an array of numpy, or a tensor of torch; raise `TypeError` if it is neither, or cannot be stored."""
+    torch = sys.modules.get("torch")  # where there is a tensor, it is imported
+    if torch is not None and isinstance(array, torch.Tensor):
+        from qformat.converters.torch_arrays import elements_of
+
+        return elements_of(array)
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError("a masked array cannot be stored; fill it first, as with array.filled(0)")
+    if not isinstance(array, np.ndarray | np.generic):
+        raise TypeError(f"a {type(array).__name__} is no array; give numpy.asarray of it, or a torch tensor")
+    return from_array(np.asarray(array))
+
+
+def _checkpoint(tensors: Mapping[str, Any], assets: Mapping[str, bytes], metadata: Mapping[str, str]) -> Checkpoint:
     sources = []
     for name, array in tensors.items():
+        if not isinstance(name, str):
+            raise SourceError(f"names of tensors are strings, not {name!r} ({type(name).__name__})")
         try:
-            sources.append(ArrayTensor(name, from_array(array)))
-        except (TypeError, AttributeError) as error:
+            sources.append(ArrayTensor(name, _elements(array)))
+        except TypeError as error:
             raise SourceError(f"tensor {name!r}: {error}") from None
     for name in assets:
         try:

@@ -49,6 +49,8 @@ class Conversion:
         The files that hold the tensors, if it is not `output`.
     removed_shards, orphaned_shards
         Shards of a head that was replaced: those that were removed, and those that stay, as another head needs them.
+    nonfinite
+        Names of tensors whose codes were copied, and decode to NaN or infinity; without those of an earlier run.
     """
 
     output: Path
@@ -62,6 +64,7 @@ class Conversion:
     shards: Sequence[Path] = ()
     removed_shards: Sequence[Path] = ()
     orphaned_shards: Sequence[Path] = ()
+    nonfinite: Sequence[str] = ()
 
     @property
     def is_dry_run(self) -> bool:
@@ -173,6 +176,7 @@ def convert(
         shards=[target.with_name(shard.name) for shard in shards],
         removed_shards=workspace.removed,
         orphaned_shards=workspace.left,
+        nonfinite=[name for file in written for name in file.nonfinite],
     )
 
 

@@ -79,13 +79,17 @@ class FileContents:
 
 @dataclass(frozen=True)
 class FileResult:
-    """A file that was written; `root` is None in a dry run, `resumed` the number of tensors that an earlier run had written."""
+    """A file that was written; `root` is None in a dry run, `resumed` the number of tensors that an earlier run had written.
+
+    `nonfinite` has the names of tensors whose codes were copied, and decode to NaN or infinity.
+    """
 
     records: Sequence[TensorRecord]
     assets: Mapping[str, int]
     nbytes: int
     root: str | None
     resumed: int = 0
+    nonfinite: Sequence[str] = ()
 
 
 def write_file(
@@ -103,6 +107,7 @@ def write_file(
     plans = plans[contents.start : contents.stop]
     drafts = [draft for plan in plans if (draft := plan.draft)] if folder is None else []
     predicted = folder is None and len(drafts) == len(plans)
+    nonfinite: list[str] = []
     path = folder / contents.path.name if folder else None
     with (
         PartialFile(path, contents.path, kept=options.resume) if path else NullTarget() as file,
@@ -116,11 +121,12 @@ def write_file(
         if contents.parts and folder:
             _join(writer, [folder / name for name in contents.parts])
             resumed = sum(written[name].resumed for name in contents.parts)
+            nonfinite = [tensor for name in contents.parts for tensor in written[name].nonfinite]
         elif predicted:
             for draft in drafts:
                 writer.reserve(draft)
         else:
-            write_tensors(
+            nonfinite = write_tensors(
                 writer,
                 plans,
                 jobs=options.jobs,
@@ -130,7 +136,7 @@ def write_file(
             )
     sizes = {asset.name: asset.size for asset in writer.assets}
     records = [replace(record, error=None) for record in writer.records] if predicted else writer.records
-    return FileResult(records, sizes, writer.file_size, writer.root if folder else None, resumed)
+    return FileResult(records, sizes, writer.file_size, writer.root if folder else None, resumed, nonfinite)
 
 
 def shard_records(head: FileContents, written: Mapping[str, FileResult]) -> dict[str, ShardRecord]:

@@ -57,7 +57,7 @@ class Request:
         QualityError
             If the checkpoint does not reach the quality.
         """
-        recipe = Recipe.parse(DEFAULT_TYPE if self.type is None else self.type, self.overrides)
+        recipe = replace(Recipe.parse(DEFAULT_TYPE if self.type is None else self.type, self.overrides), sparing=True)
         pruning = Pruning.parse(self.prune, self.prune_overrides)
         checkpoint = pruning.apply(open_checkpoint(source_path(self.source), self.options))
         if self.type is None and checkpoint.quantized:

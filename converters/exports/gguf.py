@@ -22,20 +22,21 @@ from qformat.converters.exports.quantization import stated
 from qformat.converters.exports.rotated import RotatedOutput, check_heads
 from qformat.converters.llama_cpp import is_quantizable
 from qformat.converters.sources.container import ContainerTensor
-from qformat.converters.sources.gguf import REST
+from qformat.converters.sources.gguf import REST, original_shape
 from qformat.converters.sources.gguf_file import (
     TYPE_NUMBERS,
     TYPES,
     UINT32,
     Header,
-    TensorInfo,
     align,
     build,
     check_layout,
     parse,
+    type_number,
+    unknown_type,
 )
 from qformat.converters.wording import and_more
-from qformat.dtypes import F16, F32, Elements
+from qformat.dtypes import DTYPES, F16, F32, Elements
 from qformat.errors import SourceError
 
 _FILE_TYPE = "general.file_type"
@@ -65,15 +66,19 @@ def _again(job: Job, output: Path, label: str) -> Export:
     """Write the file that the container was made from, or one with other tensor types."""
     rest = job.container.asset(REST)
     others = [asset.name for asset in job.container.index.assets if asset.name != REST]
-    header = parse(io.BytesIO(rest), len(rest), label)
+    header = _sized(parse(io.BytesIO(rest), len(rest), label), job)
     size = len(rest) + sum(tensor.nbytes for tensor in header.tensors)
     check_layout(header, size, label)
     outputs = _outputs(job, header, label)
     warnings = _unchanged(outputs, job.dtype)
     if others:
         warnings.append(f"left out, as a GGUF file holds none: {others[0]}{and_more(others)}")
-    types = [TYPE_NUMBERS[type_name(tensor.codec)] for tensor in outputs]
-    if types != [TYPE_NUMBERS[tensor.type.name] for tensor in header.tensors]:
+    before = [type_number(tensor.type.name) for tensor in header.tensors]
+    types = [
+        number if info.is_opaque else TYPE_NUMBERS[type_name(output.codec)]
+        for output, info, number in zip(outputs, header.tensors, before, strict=True)
+    ]
+    if types != before:
         size = _write(job, output, retyped(header, types), outputs)
         return Export(output, {output.name: size}, outputs, warnings)
     with PartialFile(job.folder / output.name, output) as file:
@@ -129,17 +134,35 @@ def _anew(job: Job, label: str) -> tuple[Header, list[Output], list[str]]:
 
 def _outputs(job: Job, header: Header, label: str) -> list[Output]:
     """Return the tensors to write, in the order of the header."""
-    listed = {tensor.name: tensor.shape for tensor in header.tensors}
+    listed = {
+        tensor.name: {tensor.shape, original_shape(header, tensor)} for tensor in header.tensors if not tensor.is_opaque
+    }
+    listed |= {tensor.name: {(tensor.nbytes,)} for tensor in header.tensors if tensor.is_opaque}
     there = {name: tensor.shape for name, tensor in job.tensors.items()}
     for name in sorted({*listed, *there}):
-        if listed.get(name) != there.get(name):
+        if there.get(name) not in listed.get(name, ()):
             raise SourceError(
                 f"{label} does not fit the tensors: {name!r} is missing on one side, or has another shape"
             )
     return [
-        Output(job.tensors[tensor.name], codec_for(job.tensors[tensor.name], job.dtype, tensor.name))
+        Output(
+            job.tensors[tensor.name],
+            raw(DTYPES["u8"]) if tensor.is_opaque else codec_for(job.tensors[tensor.name], job.dtype, tensor.name),
+        )
         for tensor in header.tensors
     ]
+
+
+def _sized(header: Header, job: Job) -> Header:
+    """Return a header in which tensors that the container has as bytes are of unknown types, and as long as those."""
+    tensors = []
+    for info in header.tensors:
+        there = job.tensors.get(info.name)
+        if there is not None and there.dtype is DTYPES["u8"]:  # which GGUF does not have
+            number = type_number(info.type.name)
+            info = replace(info, type=unknown_type(number), size=there.shape[0] if there.shape else 0)  # noqa: PLW2901
+        tensors.append(info)
+    return replace(header, tensors=tuple(tensors))
 
 
 def _unchanged(outputs: Iterable[Output], dtype: Codec | None) -> list[str]:
@@ -213,7 +236,8 @@ def retyped(header: Header, numbers: Sequence[int]) -> Header:
     tensors = []
     for tensor, number in zip(header.tensors, numbers, strict=True):
         struct.pack_into("<IQ", data, tensor.at, number, offset - header.data_start)
-        tensors.append(TensorInfo(tensor.name, TYPES[number], tensor.shape, offset, tensor.at))
+        type_ = tensor.type if tensor.is_opaque else TYPES[number]
+        tensors.append(replace(tensor, type=type_, offset=offset))
         offset = align(tensors[-1].stop, header.alignment)
     before, after = (
         _most((tensor.type.name, tensor.elements) for tensor in every) for every in (header.tensors, tensors)

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 
 from qformat.container.partial import PartialFile
+from qformat.converters.exports.gguf_header import shapes_before_gguf
 from qformat.converters.exports.outputs import Export, Job, Output, as_floats
 from qformat.converters.exports.quantization import true_header
 from qformat.converters.sources.safetensors import (
@@ -45,6 +46,7 @@ def write_safetensors(job: Job, name: str, outputs: Sequence[Output], metadata: 
     """
     texts = {key: text for key, text in metadata.items() if not key.startswith(OPAQUE)}
     opaque = opaque_entries(metadata)
+    shapes = shapes_before_gguf(job)
     header: dict[str, object] = {METADATA: dict([FORMAT]) | texts}
     places: list[tuple[Output, int]] = []
     at = 0
@@ -55,7 +57,7 @@ def write_safetensors(job: Job, name: str, outputs: Sequence[Output], metadata: 
             )
         dtype, shape = opaque.get(output.name, ("", []))
         if output.codec.id != "u8" or not dtype or prod(shape) * OPAQUE_BITS[dtype] != 8 * output.nbytes:
-            dtype, shape = _NAMES[output.codec.id], list(output.shape)
+            dtype, shape = _NAMES[output.codec.id], list(shapes.get(output.name, output.shape))
         header[output.name] = {
             "dtype": dtype,
             "shape": shape,

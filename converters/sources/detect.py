@@ -16,6 +16,7 @@ from qformat.converters.sources.assets import with_assets
 from qformat.converters.sources.container import is_container, open_container
 from qformat.converters.sources.ctranslate2 import is_ctranslate2, open_ctranslate2
 from qformat.converters.sources.files import Opener, missing
+from qformat.converters.sources.foreign import check_directory, check_known
 from qformat.converters.sources.gguf import is_gguf, open_gguf
 from qformat.converters.sources.hf import advice_for, is_hf, open_hf, open_set, select
 from qformat.converters.sources.hub_cache import snapshot_in
@@ -27,7 +28,8 @@ from qformat.converters.sources.parallel_parts import check_file, check_folder
 from qformat.converters.sources.pipelines import check_pipeline
 from qformat.converters.sources.safetensors import is_safetensors, open_safetensors
 from qformat.converters.sources.shards import open_indexed
-from qformat.converters.sources.torch import is_torch, open_torch, open_torch_shard
+from qformat.converters.sources.torch import open_torch, open_torch_shard
+from qformat.converters.sources.torch_file import is_torch
 from qformat.converters.sources.weight_files import weight_name
 from qformat.converters.sources.whole import check_alone, check_elements
 from qformat.converters.sources.wrappers import unwrapped
@@ -69,12 +71,6 @@ DIRECTORIES = (
     DirectoryKind(is_meta, open_meta, may_be_quantized=False),
 )  # others may have a single file of weights, with any name
 
-# Failed downloads, and other files that are mistaken for weights
-_MISTAKEN = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with git lfs pull",
-    b"<!doctype": "is a web page; download the file itself",
-    b"<html": "is a web page; download the file itself",
-}
 _PICKLE = b"\x80"
 
 
@@ -160,7 +156,11 @@ def _open_directory(folder: Folder, options: SourceOptions) -> Checkpoint:
 
 def _open_other(folder: Folder, options: SourceOptions) -> Checkpoint:
     """Open the only weights in a directory, which have no usual name."""
-    chosen = select(folder)
+    try:
+        chosen = select(folder)
+    except SourceError:
+        check_directory(folder.path)
+        raise
     whole = chosen.single or (chosen.shards[0] if chosen.suffix == ".gguf" else None)
     if whole and not chosen.index:
         kind = _kind_of(whole, options)
@@ -200,9 +200,7 @@ def _kind_of(path: Path, options: SourceOptions) -> FileKind:
     """Return the kind of a file, after checking that the options apply to it."""
     with reading(path), open_regular(path) as file:
         start = file.read(32)
-    for prefix, description in _MISTAKEN.items():
-        if start.lower().startswith(prefix):
-            raise SourceError(f"{path}: {description}")
+    check_known(path, start)
     kind = next((kind for kind in FILES if kind.matches(start)), SAFETENSORS if path.suffix == ".safetensors" else None)
     if kind is None or "quality" not in kind.options:
         _check_no_container(path, options)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import struct
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from qformat.codecs.ggml import GGML_BLOCKS
-from qformat.container.index import MAX_ASSET_BYTES, MAX_INTEGER
+from qformat.container.index import MAX_ASSET_BYTES, MAX_DIMENSIONS, MAX_INTEGER
 from qformat.errors import SourceError
 
 MAGIC = b"GGUF"
@@ -26,7 +28,7 @@ SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 18
-_MAX_DIMENSIONS = 4
+_MAX_DIMENSIONS = MAX_DIMENSIONS  # ggml has 4, but video models have more
 _MAX_KEY_BYTES = (1 << 16) - 1
 _MAX_NESTING = 4
 _READ = 1 << 20
@@ -64,6 +66,37 @@ TYPES = _types()
 TYPE_NUMBERS = {type_.name: number for number, type_ in TYPES.items()}
 
 
+# Types that are not known here, and where their numbers are used
+_UNKNOWN = {
+    4: "q4_2, which ggml has removed", 5: "q4_3, which ggml has removed", 31: "q4_0_4_4, which llama.cpp has removed",
+    32: "q4_0_4_8, which llama.cpp has removed", 33: "q4_0_8_8, which llama.cpp has removed",
+    36: "iq4_nl_4_4, which llama.cpp has removed, or i2_s of bitnet.cpp", 37: "iq4_nl_4_8, which llama.cpp has removed",
+    38: "iq4_nl_8_8, which llama.cpp has removed, or tl1 of bitnet.cpp", 42: "q2_0 of newer versions of llama.cpp",
+}  # fmt: skip
+_OF_IK_LLAMA = range(97, 512)
+# Numbers that forks have given to other types
+_CONTESTED = {39: "tl2 of bitnet.cpp", 40: "an older q1_0 of another fork", 41: "another type of a fork"}
+
+
+def unknown_type(number: int) -> TensorType:
+    """Return a type of which only the number is known."""
+    return TensorType(str(number), 1, 0)
+
+
+def type_number(name: str) -> int:
+    """Return the number of a type, known or not."""
+    return TYPE_NUMBERS[name] if name in TYPE_NUMBERS else int(name)
+
+
+def describe_type(type_: TensorType) -> str:
+    """Return words for a type that is not known."""
+    number = int(type_.name)
+    if number in _CONTESTED:
+        return f"{number} with another size than that of {TYPES[number].name} ({_CONTESTED[number]}?)"
+    words = _UNKNOWN.get(number) or ("a type of ik_llama.cpp" if number in _OF_IK_LLAMA else "unknown here")
+    return f"{number} ({words})"
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """The entry of a tensor in a header."""
@@ -73,6 +106,12 @@ class TensorInfo:
     shape: tuple[int, ...]  # the length of a row last
     offset: int  # of its data in the file
     at: int  # offset of its type and offset in the header
+    size: int | None = None  # of its data, if the type does not say it
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether the type is not known, so that its data are only bytes."""
+        return self.type.name not in TYPE_NUMBERS
 
     @property
     def elements(self) -> int:
@@ -82,6 +121,8 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of its data, without padding."""
+        if self.size is not None:
+            return self.size
         return self.elements // self.type.block * self.type.nbytes
 
     @property
@@ -111,12 +152,15 @@ class Header:
         The tensors in the order of their entries.
     alignment
         Of the offsets of tensors.
+    pairs
+        (start, stop) of each key and its value in the header.
     """
 
     data: bytes
     values: Mapping[str, Value]
     tensors: tuple[TensorInfo, ...]
     alignment: int
+    pairs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def data_start(self) -> int:
@@ -131,6 +175,25 @@ class Header:
             return None
         number: int = struct.unpack_from(f"<{code}", self.data, value.at)[0]
         return number
+
+    def integers(self, key: str) -> tuple[int, ...] | None:
+        """Return the value of a key, if it is an array of integers."""
+        value = self.values.get(key)
+        if value is None or value.kind != ARRAY:
+            return None
+        kind, count = _KIND_AND_COUNT.unpack_from(self.data, value.at)
+        code = SCALARS.get(kind, "?")
+        if code in "fd?":
+            return None
+        return struct.unpack_from(f"<{count}{code}", self.data, value.at + _KIND_AND_COUNT.size)
+
+    def text(self, key: str) -> str:
+        """Return the value of a key, if it is a string, or nothing."""
+        value = self.values.get(key)
+        if value is None or value.kind != STRING:
+            return ""
+        (length,) = _U64.unpack_from(self.data, value.at)
+        return self.data[value.at + _U64.size :][:length].decode("utf-8", "replace")
 
     def gaps(self, size: int) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of every range of a file of this size that belongs to no tensor; the first is the header."""
@@ -169,6 +232,47 @@ def parse(file: BinaryIO, size: int, label: str) -> Header:
     return _Parser(file, size, label).header()
 
 
+def with_sizes(header: Header, size: int, label: str) -> Header:
+    """Return a header in which tensors of unknown types have the bytes up to the next tensor, or the end of a file of this size.
+
+    A number that forks use for other types is unknown if the size of ggml's type does not fit. Raises `SourceError` if tensors of
+    unknown types overlap.
+    """
+    ordered = sorted(tensor.offset for tensor in header.tensors if tensor.elements)
+    places = Counter(ordered)
+    extents: dict[str, int] = {}
+    for tensor in header.tensors:
+        next_one = bisect_right(ordered, tensor.offset)
+        end = ordered[next_one] if next_one < len(ordered) else max(size, tensor.offset)
+        extents[tensor.name] = end - tensor.offset if tensor.elements else 0
+    numbers = {tensor.name: TYPE_NUMBERS.get(tensor.type.name) for tensor in header.tensors}
+    foreign = {
+        numbers[tensor.name]
+        for tensor in header.tensors
+        if numbers[tensor.name] in _CONTESTED
+        and tensor.elements
+        and not tensor.nbytes <= extents[tensor.name] < tensor.nbytes + header.alignment
+    }
+    found = []
+    for tensor in header.tensors:
+        number = numbers[tensor.name]
+        if number is not None and number in foreign:
+            tensor = replace(tensor, type=unknown_type(number))  # noqa: PLW2901
+        if tensor.is_opaque:
+            if tensor.elements and tensor.offset >= size:
+                raise SourceError(
+                    f"{label}: tensor {tensor.name!r} would begin at byte {tensor.offset}, but the file has {size}: it is cut "
+                    "short or damaged; get it again"
+                )
+            if places[tensor.offset] > 1:
+                raise SourceError(
+                    f"{label}: tensor {tensor.name!r} overlaps another; the file is damaged (at byte {tensor.offset})"
+                )
+            tensor = replace(tensor, size=extents[tensor.name])  # noqa: PLW2901
+        found.append(tensor)
+    return replace(header, tensors=tuple(found))
+
+
 def check_layout(header: Header, size: int, label: str) -> None:
     """Raise `SourceError` if tensors are misaligned, overlap, or exceed a file of this size."""
     end = 0
@@ -184,7 +288,10 @@ def check_layout(header: Header, size: int, label: str) -> None:
                 f"{where} would end at byte {tensor.stop}, but the file has {size}: it is cut short or damaged; get it again"
             )
         if tensor.offset < end:
-            raise SourceError(f"{where} overlaps tensor {before!r}; the file is damaged (at byte {tensor.offset})")
+            raise SourceError(
+                f"{where} overlaps tensor {before!r}; the file is damaged, or of a program with other types than llama.cpp "
+                f"(at byte {tensor.offset})"
+            )
         end, before = tensor.stop, tensor.name
 
 
@@ -201,6 +308,7 @@ class _Parser:
     def header(self) -> Header:
         tensors, keys = self._counts()
         values: dict[str, Value] = {}
+        pairs: dict[str, tuple[int, int]] = {}
         for _ in range(keys):
             start = self._at
             key = self._text("a key", _MAX_KEY_BYTES)
@@ -209,6 +317,7 @@ class _Parser:
             kind = self._unpack(_U32, "a key's type")[0]
             values[key] = Value(kind, self._at)
             self._skip(kind, f"key {key!r}")
+            pairs[key] = start, self._at
         alignment = self._alignment(values)
         found = [self._tensor() for _ in range(tensors)]
         start = align(self._at, alignment)
@@ -219,7 +328,7 @@ class _Parser:
             names.add(tensor.name)
         placed = tuple(replace(tensor, offset=start + tensor.offset) for tensor in found)
         self._load(0, self._at, "the header")
-        return Header(bytes(self._data[: self._at]), values, placed, alignment)
+        return Header(bytes(self._data[: self._at]), values, placed, alignment, pairs)
 
     def _counts(self) -> tuple[int, int]:
         """Check magic and version, and return the numbers of tensors and keys."""
@@ -262,13 +371,13 @@ class _Parser:
         shape = self._unpack(struct.Struct(f"<{dimensions}Q"), "a tensor's entry")[::-1]
         at = self._at
         number, offset = self._unpack(_TYPE_AND_OFFSET, "a tensor's entry")
-        if number not in TYPES:
-            self._fail(f"tensor {name!r} is of unknown type {number}", at)
-        type_ = TYPES[number]
+        type_ = TYPES.get(number) or unknown_type(number)
         if max(shape, default=0) > MAX_INTEGER or math.prod(shape) > MAX_INTEGER or offset > MAX_INTEGER:
             self._fail(f"tensor {name!r} is larger than any file", start)
         row = shape[-1] if shape else 1
-        if row % type_.block:
+        if row % type_.block and number in _CONTESTED:
+            type_ = unknown_type(number)
+        elif row % type_.block:
             self._fail(
                 f"tensor {name!r} has rows of {row} elements, not a multiple of the blocks of {type_.name}", start
             )

@@ -138,6 +138,12 @@ def command(src: Path, dst: Path, *, verbose: bool, as_json: bool, **settings: A
     for plan in result.plans:
         if plan.note:
             warn(plan.note)
+    _tell_of_kept(result)
+    if result.nonfinite:
+        names = result.nonfinite
+        warn(
+            f"copied codes that decode to NaN or infinity: tensor {names[0]!r}{and_more(names)}; make sure that it is not damaged"
+        )
     _warn_of_nothing_left(pruned.values())
     if result.orphaned_shards:
         warn(
@@ -222,6 +228,17 @@ def _echo_summary(result: Conversion, pruned: Collection[Pruned]) -> None:
         )
     if result.root:
         click.echo(f"root sha256 {result.root}")
+
+
+def _tell_of_kept(result: Conversion) -> None:
+    """Say which tensors stay as they are though there is a type for all: in one line, with the first of each reason."""
+    kept: dict[str, list[str]] = {}
+    for plan in result.plans:
+        if plan.kept_because:
+            kept.setdefault(plan.kept_because, []).append(plan.source.name)
+    if kept:
+        texts = [f"{names[0]!r}{and_more(names)} ({because})" for because, names in kept.items()]
+        warn(f"kept as in the source, unless --tensor-type names it: tensor {', '.join(texts)}")
 
 
 def _warn_of_growth(result: Conversion) -> None:

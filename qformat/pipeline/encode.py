@@ -15,8 +15,9 @@ from qformat.container.index import check_shape, check_tensor_name
 from qformat.container.writer import ContainerWriter
 from qformat.errors import FormatError, SourceError
 from qformat.parallel import default_jobs, prefetch
+from qformat.pipeline.numbers import unlike_weights
 from qformat.pipeline.recipe import Recipe, override_for
-from qformat.pipeline.source import SourceTensor
+from qformat.pipeline.source import CodeCopy, SourceTensor
 from qformat.records import TensorRecord
 
 #: callback; receives the number of weights that were just processed
@@ -25,11 +26,24 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """A source tensor and the encoder chosen for it; `note` explains an unexpected choice."""
+    """A source tensor and the encoder chosen for it.
+
+    Attributes
+    ----------
+    source
+        The tensor.
+    encoder
+        Makes its bytes in the file.
+    note
+        A sentence about an unexpected choice.
+    kept_because
+        Why it stays as it is though a type is given for all tensors, as a clause about it; empty if it does not.
+    """
 
     source: SourceTensor
     encoder: Encoder
     note: str = ""
+    kept_because: str = ""
 
     @property
     def matrix(self) -> Matrix:
@@ -81,12 +95,17 @@ def make_plans(tensors: Iterable[SourceTensor], recipe: Recipe, *, allow_nonfini
             check_shape(tensor.shape, f"tensor {tensor.name!r}")
         except FormatError as error:
             raise SourceError(error.cause) from None
-        encoder, note = recipe.encoder_for(tensor), ""
+        encoder, note, because = recipe.encoder_for(tensor), "", ""
+        if recipe.spares(tensor):
+            because = unlike_weights(tensor, encoder)
+            encoder = tensor.copies()[0][1] if because else encoder
         if allow_nonfinite and not encoder.accepts_nonfinite(tensor.dtype) and not _all_finite(tensor):
-            kept = raw(tensor.dtype)
+            kept = tensor.copies()[0][1]
+            if not kept.accepts_nonfinite(tensor.dtype):
+                kept = raw(tensor.dtype)
             note = f"tensor {tensor.name!r} holds NaN or infinity and is kept as {kept}, not {encoder}"
             encoder = kept
-        plans.append(Plan(tensor, encoder, note))
+        plans.append(Plan(tensor, encoder, note, because))
     return plans
 
 
@@ -112,7 +131,7 @@ def write_tensors(
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
     allow_zeroed: bool = False,
-) -> None:
+) -> list[str]:
     """Encode tensors and write them.
 
     The bytes do not depend on `jobs`. Memory is bounded by a few chunks for each job, and by two tensors with layers.
@@ -132,6 +151,11 @@ def write_tensors(
     allow_zeroed
         Accept blocks whose scale is too small for its format, so that their weights become zero.
 
+    Returns
+    -------
+    list of str
+        The names of tensors whose codes were copied, and decode to NaN or infinity.
+
     Raises
     ------
     SourceError
@@ -144,6 +168,7 @@ def write_tensors(
     if progress and done:
         progress(sum(plan.matrix.elements for plan in plans[:done]))
     plans = plans[done:]
+    nonfinite: list[str] = []
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="qformat-encode")
     try:
         window = 3 * jobs + 1
@@ -153,9 +178,12 @@ def write_tensors(
             if encoded is None:
                 encoded = (next(waiting).result() for _ in _chunks(plan, encoder))
             checked = _checked(plan, encoded, allow_nonfinite=allow_nonfinite, allow_zeroed=allow_zeroed)
+            if isinstance(plan.encoder, CodeCopy):
+                checked = _noted(plan, checked, nonfinite)
             _write(writer, plan, encoder, checked, progress)
     finally:
         pool.shutdown(cancel_futures=True)
+    return nonfinite
 
 
 def _tasks(plans: Sequence[Plan], run: Run) -> Iterator[Callable[[], Any]]:
@@ -230,12 +258,22 @@ def _write(
     writer.finish(tensor.finish(None if encoder.record.error is None else total))
 
 
+def _noted(plan: Plan, encoded: Iterable[EncodedChunk], nonfinite: list[str]) -> Iterator[EncodedChunk]:
+    """Yield encoded chunks, and add the tensor to a list if one decodes to NaN or infinity."""
+    noted = False
+    for result in encoded:
+        if not result.finite and not noted:
+            nonfinite.append(plan.source.name)
+            noted = True
+        yield result
+
+
 def _checked(
     plan: Plan, encoded: Iterable[EncodedChunk], *, allow_nonfinite: bool, allow_zeroed: bool
 ) -> Iterator[EncodedChunk]:
     """Yield encoded chunks; raise `SourceError` for one that lost values."""
     name, type_ = plan.source.name, plan.encoder
-    nonfinite = allow_nonfinite and type_.accepts_nonfinite(plan.source.dtype)
+    nonfinite = (allow_nonfinite or isinstance(type_, CodeCopy)) and type_.accepts_nonfinite(plan.source.dtype)
     for result in encoded:
         if not result.finite and not nonfinite:
             raise SourceError(

@@ -25,10 +25,14 @@ class Recipe:
         All other tensors are stored as they are: raw, or with the codes that they have.
     overrides
         (pattern, codec): for floating tensors of any shape whose name matches the shell pattern; the last match wins.
+    sparing
+        Whether tensors stay as they are that the default would make larger, or whose numbers are not weights
+        (`qformat.pipeline.numbers`).
     """
 
     default: Encoder | None = None
     overrides: Sequence[tuple[str, Encoder]] = ()
+    sparing: bool = False
 
     @classmethod
     def parse(cls, default: str | None, overrides: Iterable[str] | Mapping[str, str] = ()) -> Recipe:
@@ -81,6 +85,16 @@ class Recipe:
                 f"tensor {tensor.name!r}: type {encoder} cannot hold {tensor.dtype.name}; choose another type"
             )
         return encoder
+
+    def spares(self, tensor: SourceTensor) -> bool:
+        """Return whether a tensor gets the default type only if its numbers are weights, and it does not become larger."""
+        changed = self.sparing and self.default is not None and not tensor.kept and not tensor.fixed_because
+        return (
+            changed
+            and tensor.dtype.floating
+            and len(tensor.shape) >= 2
+            and last_match(tensor.name, self.overrides, None) is None
+        )
 
     def check_patterns(self, tensors: Iterable[SourceTensor]) -> None:
         """Raise `TypeSpecError` if a pattern matches no floating tensor: it would be ignored silently."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from qformat.codecs.base import Codec, EncodedChunk, Encoder, ErrorSum, Readable, Run, TensorEncoder, draft_record
 from qformat.codecs.blocks import BlockCodec
+from qformat.codecs.ggml import Ggml
 from qformat.codecs.layout import Buffer, Chunk, Matrix
 from qformat.codecs.raw import raw
 from qformat.dtypes import DType, Elements
@@ -202,6 +203,10 @@ class CodeCopy(Encoder):
     def is_lossless(self, dtype: DType) -> bool:
         """Return whether the codec is, for tensors of this dtype."""
         return self.codec.is_lossless(dtype)
+
+    def accepts_nonfinite(self, dtype: DType) -> bool:
+        """Return whether the codes may decode to NaN and infinity: blocks as a GGUF file has them."""
+        return isinstance(self.codec, BlockCodec | Ggml)
 
     def draft(self, tensor: Readable) -> TensorRecord | None:
         """Return the record of the tensor; None if values decide its size."""
