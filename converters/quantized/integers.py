@@ -104,7 +104,7 @@ def bytes_tensor(
     scale
         The scales: one, or for each row one or one for each group.
     zeros
-        The zero points, integers in the same shape, if there are any.
+        The zero points, integers or floats in the same shape, if there are any.
     """
     matrix = Matrix.of(stored.shape)
     rows, cols = _extents(stored, scale, matrix)
@@ -118,10 +118,18 @@ def bytes_tensor(
             codec,
             lambda: encode_with(codec, matrix, [coded.whole(scale)], plain_codes(stored, matrix)),
         )
-    if zeros is not None and (zeros.dtype not in _INTEGERS or math.prod(zeros.shape) != math.prod(scale.shape)):
+    if zeros is not None and math.prod(zeros.shape) != math.prod(scale.shape):
         raise coded.disagree(zeros, scale)
+    if zeros is not None and zeros.dtype not in (*coded.SCALES, *_INTEGERS):
+        raise SourceError(f"tensor {zeros.name!r} is of dtype {zeros.dtype.name}, where numbers are needed")
     if zeros is not None and not any(coded.as_bytes(coded.whole(zeros))):
         zeros = None
+    if zeros is not None and zeros.dtype.floating:
+        floats = [coded.whole(scale), coded.whole(zeros)]
+        kind = Scaled(8, rows, cols, scale.dtype.name, zeros.dtype.name, "sub", _ONE_BYTE_CODES)  # type: ignore[arg-type]
+        return CodedTensor(
+            name, stored.shape, kind, lambda: encode_with(kind, matrix, floats, signed_codes(stored, matrix))
+        )
     codec = integer_codec(8, rows, cols, scale.dtype, zeros=zeros is not None)
 
     def load() -> Encode:

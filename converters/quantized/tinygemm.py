@@ -19,7 +19,7 @@ from qformat.errors import SourceError
 from qformat.pipeline.source import SourceTensor
 
 ROLES = ("weight", "scales_and_zeros")
-BYTE_ROLES = ("weight", "scales")
+BYTE_ROLES = ("weight", "scales", "zeros")
 
 # Columns of the eight codes of a word, the lowest first, within two tiles; plus twice the number of the thread modulo 4
 _COLUMNS = np.array([0, 8, 16, 24, 1, 9, 17, 25])
@@ -80,13 +80,16 @@ def _unpack(words: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]) -> U8:
 
 
 def is_bytes(layer: Layer) -> bool:
-    """Return whether a layer has bytes with a scale for each row, as gpt-fast's int8 layers have."""
-    if not layer.has(*BYTE_ROLES) or layer.parts["weight"].dtype is not I8:
+    """Return whether a layer has bytes with a scale for each row or group of columns, as gpt-fast's int8 layers have."""
+    if not layer.has("weight", "scales") or layer.parts["weight"].dtype is not I8:
         return False
     weight, scales = layer.parts["weight"].shape, layer.parts["scales"].shape
-    return len(weight) == 2 and scales in (weight[:1], (weight[0], 1))
+    return len(weight) == 2 and len(scales) in (1, 2) and scales[0] == weight[0]
 
 
 def byte_layer(layer: Layer, claims: Claims) -> CodedTensor:  # noqa: ARG001  shapes say all
-    """Return the weights of a layer of bytes."""
-    return bytes_tensor(layer, layer.named("weight"), layer.parts["weight"], layer.parts["scales"])
+    """Return the weights of a layer of bytes: (code − zero) × scale; zeros, which some layers of fewer bits have, may be floats."""
+    weight, scales, zeros = (layer.parts.get(role) for role in BYTE_ROLES)
+    assert weight is not None
+    assert scales is not None
+    return bytes_tensor(layer, layer.named("weight"), weight, scales, zeros)

@@ -318,6 +318,20 @@ def test_int8_layers_of_gpt_fast_have_the_values_of_their_codes(tmp_path, shape)
     assert tensor.codec.id == "affine"
 
 
+@pytest.mark.parametrize("dtype", ["f32", "i8"])
+@pytest.mark.parametrize("group", [32, 16])
+def test_groups_and_zero_points_of_bytes_have_the_values_of_their_codes(tmp_path, dtype, group):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (6, 64)).astype(np.int8)
+    scales = random_scales(rng, (6, 64 // group), "f32")
+    zeros = random_scales(rng, (6, 64 // group)) if dtype == "f32" else rng.integers(-8, 8, (6, 64 // group))
+    zeros = zeros.to_f32() if dtype == "f32" else zeros.astype(np.int8)
+    values = (codes.astype(np.float32) - zeros.astype(np.float32).repeat(group, 1)) * each(scales, 64)
+    check(only({"weight": codes, "scales": scales, "zeros": zeros}), values, tmp_path)
+    check(only({"weight": codes, "scales": scales}), codes.astype(np.float32) * each(scales, 64), tmp_path)
+    assert "does not fit" in refused({"weight": codes, "scales": scales, "zeros": zeros[:, :1]})
+
+
 # ---- ChatGLM
 
 
