@@ -531,3 +531,10 @@ def test_exports_of_torchao_layers_say_nothing_about_torchao(tmp_path, kind):
     with safetensors_open(path, "np") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == {"0.bias", *(f"{number}.weight" for number in range(6))}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_with_a_part_that_is_not_known_are_refused(name):
+    parts, config, metadata = LAYERS[name]()
+    message = refused(replaced(parts, smooth_factor=np.ones(128, np.float32)), config, metadata)
+    assert message.startswith("tensor 'a.b.smooth_factor' belongs to a layer in the format")
