@@ -8,7 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qformat.errors import FormatError, QFormatError, QualityError, SourceError, TargetError, TypeSpecError
+from qformat.errors import (
+    FormatError,
+    IntegrityError,
+    QFormatError,
+    QualityError,
+    SourceError,
+    TargetError,
+    TypeSpecError,
+)
 
 if TYPE_CHECKING:
     from qformat.converters.arrays import save_file
@@ -18,6 +26,7 @@ __version__ = "0.6.0"
 
 __all__ = [
     "FormatError",
+    "IntegrityError",
     "QFormatError",
     "QualityError",
     "SourceError",

@@ -17,7 +17,8 @@ from qformat.locks import ForkLock
 
 # Shards and checkpoints of many files have more than a process may have open (256 on macOS, 1024 on Linux)
 _MOST_OPEN = 32
-_MOST_AT_ONCE = 1 << 30  # the system reads no more than 2 GiB in one call
+#: bytes to read in one call, of which the system allows no more than 2 GiB
+MOST_AT_ONCE = 1 << 30
 
 
 class ReplacedError(OSError):
@@ -82,8 +83,8 @@ class LocalFile:
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes from an offset on, fewer at the end of the file."""
         descriptor, parts = self._descriptor(), []
-        with self._naming():  # one call is enough, but for more than _MOST_AT_ONCE
-            while length and (part := os.pread(descriptor.fd, min(length, _MOST_AT_ONCE), offset)):
+        with self._naming():  # one call is enough, but for more than MOST_AT_ONCE
+            while length and (part := os.pread(descriptor.fd, min(length, MOST_AT_ONCE), offset)):
                 parts.append(part)
                 offset += len(part)
                 length -= len(part)
@@ -93,7 +94,7 @@ class LocalFile:
         """Fill a buffer of bytes with those from an offset on, and return their number, which is smaller at the end of the file."""
         descriptor, done = self._descriptor(), 0
         while done < len(buffer):
-            part = buffer[done : done + _MOST_AT_ONCE]
+            part = buffer[done : done + MOST_AT_ONCE]
             with self._naming():
                 count = os.preadv(descriptor.fd, [part], offset + done)
             if not count:

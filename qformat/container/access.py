@@ -12,7 +12,7 @@ from typing import BinaryIO, Protocol
 from qformat.container.layout import align
 from qformat.errors import IntegrityError, SourceError
 from qformat.files import as_path
-from qformat.local_file import LocalFile
+from qformat.local_file import MOST_AT_ONCE, LocalFile
 from qformat.locks import ForkLock
 from qformat.records import Segment
 
@@ -83,6 +83,10 @@ class PathFile:
         return [self._segment(segment) for segment in segments]
 
     def _segment(self, segment: Segment) -> memoryview:
+        if segment.length > MOST_AT_ONCE:  # without joining parts, which would take twice the memory
+            buffer = memoryview(bytearray(segment.length))
+            self.fill(buffer, segment.offset)
+            return buffer.toreadonly()
         data = self._file.read(segment.offset, segment.length)
         if len(data) < segment.length:
             raise _shorter(self.name, segment.offset + len(data))
@@ -142,7 +146,9 @@ class RangedFile:
 
     def _read_by_descriptor(self, buffer: memoryview, offset: int) -> int:
         done, descriptor = 0, self._file.fileno()
-        while done < len(buffer) and (part := os.pread(descriptor, min(len(buffer) - done, 1 << 30), offset + done)):
+        while done < len(buffer) and (
+            part := os.pread(descriptor, min(len(buffer) - done, MOST_AT_ONCE), offset + done)
+        ):
             buffer[done : done + len(part)] = part
             done += len(part)
         return done

@@ -132,6 +132,16 @@ def test_zstd_bombs_are_refused_in_little_memory(tmp_path: Path, small: bytes) -
         assert list(content.errors) == [("asset", "x.bin")]
 
 
+def test_assets_that_claim_more_than_4_gib_together_are_refused(tmp_path: Path) -> None:
+    for count, refused in ((16, False), (17, True)):
+        draft = Draft(
+            assets=[raw_asset(f"{number:02}", b"") | {"encoding": "zstd", "size": 1 << 28} for number in range(count)]
+        )
+        content, _ = compare_readers(tmp_path / "f.qf", draft.pack())
+        assert bool(content.refused) == refused
+        assert len(content.errors) == (0 if refused else count)
+
+
 def sparse(path: Path, head: bytes, size: int, tail: bytes) -> None:
     with path.open("wb") as file:
         file.write(head)
