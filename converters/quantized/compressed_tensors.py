@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.codecs.layout import Matrix
 from qformat.codecs.packed import cuts
+from qformat.codecs.scaled import Scaled
 from qformat.converters.quantized import coded
 from qformat.converters.quantized.claims import Claims, contradiction
 from qformat.converters.quantized.coded import U8, CodedTensor, Encode, Grouping, Width
+from qformat.converters.quantized.integers import encode_with, signed_codes
 from qformat.converters.quantized.layer import Layer
-from qformat.dtypes import DTYPES, Elements
+from qformat.dtypes import DTYPES
 from qformat.errors import SourceError
 from qformat.pipeline.source import SourceTensor
 
@@ -96,6 +99,8 @@ def byte_tensor(layer: Layer, claims: Claims) -> CodedTensor:
     if any(claim.value == _NIBBLES for claim in claims.all("quantization_bit")):
         return _nibbles(layer, layer.part("weight", "weight", [I8]), claims)
     claims.expect(stored.name, "codes of 8 bits", 8, "quantization_bit")
+    if layer.has("weight_offset"):
+        return _with_offset(layer, stored)
 
     def packed(start: int, stop: int) -> U8:
         return _rows(stored, start, stop).view(np.uint8) ^ np.uint8(0x80)
@@ -104,6 +109,23 @@ def byte_tensor(layer: Layer, claims: Claims) -> CodedTensor:
         return _byte_zeros(tensor, stored, groups, 8)
 
     return _tensor(layer, claims, stored.shape, 8, None, packed, zeros)
+
+
+def _with_offset(layer: Layer, stored: SourceTensor) -> CodedTensor:
+    """Return the weights of a layer of Ascend's tools: zero points are floats, and need not be those of any code."""
+    matrix = Matrix.of(stored.shape)
+    scale, groups = _scale(layer, stored.shape)
+    offset = layer.part("weight_offset", "weight", coded.SCALES, dims=len(layer.parts["weight_offset"].shape))
+    if prod(offset.shape) != prod(scale.shape) or matrix.cols % groups or 0 in offset.shape:
+        raise coded.disagree(offset, scale)
+    rows = "all" if prod(scale.shape) == 1 else 1
+    cols = "all" if groups == 1 else matrix.cols // groups
+    codec = Scaled(8, rows, cols, scale.dtype.name, offset.dtype.name, "sub", 1 << 7)  # type: ignore[arg-type]
+
+    def load() -> Encode:
+        return encode_with(codec, matrix, [coded.whole(scale), coded.whole(offset)], signed_codes(stored, matrix))
+
+    return CodedTensor(stored.name, stored.shape, codec, load)
 
 
 def _nibbles(layer: Layer, stored: SourceTensor, claims: Claims) -> CodedTensor:
@@ -134,7 +156,7 @@ def _tensor(
     length = _claimed_group(cols, groups, claims) if len(shape) == 2 else cols // groups if cols % groups == 0 else None
     columns = coded.grouping(named_by, cols, groups, length, places)
     _check_group(scale, columns, shape[-1], claims)
-    offsets = layer.parts.get("weight_zero_point") or layer.parts.get("weight_offset")
+    offsets = layer.parts.get("weight_zero_point")
     if offsets is not None and 0 in offsets.shape:
         raise SourceError(f"tensor {offsets.name!r} has shape {list(offsets.shape)}: it has no elements")
     sym = offsets is None or bool((zeros(offsets, groups) == 1 << (bits - 1)).all())
@@ -161,21 +183,10 @@ def _byte_zeros(tensor: SourceTensor, stored: SourceTensor, groups: int, bits: i
     rows, stacked = stored.shape[0], stored.shape[:-1]
     each = rows * groups // prod(stacked)
     possible = [(), (1,), (1, 1), (rows, groups), (*stacked, each), *([stacked] if each == 1 else [])]
-    if tensor.dtype not in (I8, *coded.SCALES) or tensor.shape not in possible:
+    if tensor.dtype is not I8 or tensor.shape not in possible:
         raise coded.disagree(tensor, stored)
-    values = coded.whole(tensor) if tensor.dtype is I8 else _whole_numbers(tensor)
-    own = values.view(np.uint8) + np.uint8(1 << (bits - 1))
+    own = coded.whole(tensor).view(np.uint8) + np.uint8(1 << (bits - 1))
     return np.broadcast_to(own.reshape(-1, 1 if own.size == 1 else groups), (rows, groups))
-
-
-def _whole_numbers(tensor: SourceTensor) -> NDArray[np.int8]:
-    """Return the zero points in a tensor of floats."""
-    values = Elements(tensor.dtype, coded.whole(tensor)).to_f32()
-    with np.errstate(invalid="ignore"):
-        numbers = np.nan_to_num(np.clip(values, -128, 127)).astype(np.int8)
-    if not np.array_equal(numbers, values):
-        raise SourceError(f"tensor {tensor.name!r} holds zero points that are no whole numbers from -128 to 127")
-    return numbers
 
 
 def _rows(tensor: SourceTensor, start: int, stop: int) -> NDArray[Any]:

@@ -150,7 +150,7 @@ def recognize(
         format_ = unreadable(layer, claims.about(layer.name))
         # no tool whose layout is known here has such names, but one whose scales divide
         layout = None if "/" in layer.name else next((layout for layout in LAYOUTS if layout.matches(layer)), None)
-        if format_:
+        if format_ is not None:
             refused[layer.name] = format_
         elif layout:
             own.setdefault(layout, []).append(layer)

@@ -17,8 +17,8 @@ _BYTE = 8
 _I8 = DTYPES["i8"]
 
 
-def unreadable(layer: Layer, claims: Claims) -> str:
-    """Return the format of a layer that no layout reads, though it has the parts of one; empty for other layers.
+def unreadable(layer: Layer, claims: Claims) -> str | None:
+    """Return the format of a layer that no layout reads, though it has the parts of one, empty if unknown; None for other layers.
 
     Raises `SourceError` if it is incomplete.
     """
@@ -32,7 +32,7 @@ def unreadable(layer: Layer, claims: Claims) -> str:
     if "weight" in parts and parts["weight"].dtype is _I8:
         return _narrow(layer, claims)
     if "qweight" not in parts:
-        return ""
+        return None
     qweight, scales = parts["qweight"], parts.get("scales")
     if len(qweight.shape) == _STACKED:
         return f"{_told(claims) or claims.text('quant_method') or 'GPTQ or AWQ'} of stacked experts"
@@ -40,17 +40,19 @@ def unreadable(layer: Layer, claims: Claims) -> str:
         return _told(claims) or format_of(layer, claims)
     if any(claim.value is True for claim in claims.all("is_marlin_format")):
         return "Marlin"
-    label = _told(claims)
+    label = _told(claims) or _other_method(claims)
     if label:
         return label
     widths = [tensor.shape[1] if tensor and len(tensor.shape) == 2 else 0 for tensor in (qweight, scales)]
-    return (
-        "" if 0 in widths or widths[1] in (widths[0], 8 * widths[0]) else "packed for a certain kernel, such as Marlin"
-    )
+    if 0 in widths or widths[1] in (widths[0], 8 * widths[0]):
+        return None
+    return "packed for a certain kernel, such as Marlin"
 
 
-def _narrow(layer: Layer, claims: Claims) -> str:
+def _narrow(layer: Layer, claims: Claims) -> str | None:
     """Return the format of signed bytes that are not the codes of a weight each, if a file says so."""
+    if layer.has("deq_scale"):
+        return format_of(layer, claims)
     form = comfy.form_of(layer, claims)
     if form not in ("", "int8_tensorwise"):
         return f"{form} of ComfyUI" if form != comfy.UNKNOWN else "ComfyUI with more than a scale"
@@ -59,7 +61,13 @@ def _narrow(layer: Layer, claims: Claims) -> str:
         bits = re.match(r"(?:INT|W)_?(\d+)", str(claim.value).upper())
         if bits and int(bits[1]) != _BYTE:
             return str(claim.value)
-    return ""
+    return None
+
+
+def _other_method(claims: Claims) -> str:
+    """Return the tool or scheme, if it is none of those whose layers have the layout of GPTQ or AWQ."""
+    method = claims.text("quant_method", "method")
+    return "" if method in (*gptq.METHODS, *awq.METHODS) else method
 
 
 def _told(claims: Claims) -> str:

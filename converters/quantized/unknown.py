@@ -48,6 +48,7 @@ _FORMATS: Mapping[tuple[str, ...], str] = {
     ("weight", "weight_scale", "deq_scale"): "W8A8 (Ascend)",
     ("weight", "quant_bias", "deq_scale"): "W8A8 (Ascend)",
     ("weight", "weights_scaling_factor"): "TensorRT-LLM",
+    ("W_q", "scale2"): "SINQ",
     ("W_q", "scale"): "HQQ",
     ("weight", "scales_and_zeros"): "gpt-fast int4",
     ("weight", "comfy_quant"): "ComfyUI",
@@ -161,15 +162,13 @@ def _above(name: str) -> Iterator[str]:
         yield name
 
 
-_WORDS = frozenset(
-    {"weight", "weights", "w", "inv", "data", "factor", "point", "points", "map", "meta", "and", "packed", "qdata"}
-)
+_WORDS = re.compile(r"weights?|w|inv|data|factor|points?|map|meta|and|packed|qdata|(fp|u?int)\d+")
 
 
 def _essence(name: str) -> str:
     """Return a name without the words for weights and their companions, and without separators."""
     words = re.split(r"[._/:\-]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
-    return ".".join(word for word in words if word and word not in _WORDS and not tells_of_codes(word))
+    return ".".join(word for word in words if word and not _WORDS.fullmatch(word) and not tells_of_codes(word))
 
 
 def format_of(layer: Layer, claims: Claims) -> str:

@@ -164,16 +164,19 @@ def test_groups_of_float8_of_two_possible_lengths_are_refused():
         found({"a.weight": codes, "a.weight_scale": np.ones((64, 2), np.float32)})
 
 
-def test_zero_points_of_signed_bytes_may_be_floats():
+@pytest.mark.parametrize("shape", [(8, 1), (8,), (8, 4), (1,)])
+def test_offsets_of_signed_bytes_are_subtracted(shape):
     rng = np.random.default_rng(0)
-    codes, zeros = rng.integers(-128, 128, (8, 32)).astype(np.int8), rng.integers(-128, 128, (8, 1)).astype(np.float32)
-    scales = rng.uniform(0.5, 2, (8, 1)).astype(np.float32)
-    parts = {"a.weight": codes, "a.weight_scale": scales, "a.weight_offset": zeros}
-    assert values(found(parts), "a.weight").tobytes() == ((codes - zeros) * scales).tobytes()
-    with pytest.raises(
-        SourceError, match=r"'a\.weight_offset' holds zero points that are no whole numbers from -128 to 127"
-    ):
-        found(parts | {"a.weight_offset": zeros + np.float32(0.5)})
+    codes, offsets = rng.integers(-128, 128, (8, 32)).astype(np.int8), rng.normal(-100, 200, shape).astype(np.float32)
+    scales = rng.uniform(0.5, 2, shape).astype(np.float32)
+    result = found({"a.weight": codes, "a.weight_scale": scales, "a.weight_offset": offsets})
+    full = [
+        part.reshape(1, 1) if shape == (1,) else part.reshape(8, -1).repeat(32 // (part.size // 8), 1)
+        for part in (offsets, scales)
+    ]
+    assert values(result, "a.weight").tobytes() == ((codes - full[0]) * full[1]).tobytes()
+    with pytest.raises(SourceError, match=r"'a\.weight_offset' of shape \[3\] does not fit"):
+        found({"a.weight": codes, "a.weight_scale": scales, "a.weight_offset": offsets.reshape(-1)[:1].repeat(3)})
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 1), (2, 8), (2, 8, 4), (1,)])

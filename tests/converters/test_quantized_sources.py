@@ -457,7 +457,6 @@ CONFIG: list[tuple[Any, str]] = [
     ({"group_size": -1}, "says group_size -1"),
     ({"group_size": 0}, "says group_size 0"),
     ({"quant_method": "awq"}, f"its shape means GPTQ's layout, but {SAYS} quant_method 'awq'"),
-    ({"quant_method": "hqq"}, "says quant_method 'hqq'"),
     ({"quant_method": ["gptq"]}, "says quant_method a list"),
     ({"checkpoint_format": "gemm"}, f"its shape means GPTQ's layout, but {SAYS} checkpoint_format 'gemm'"),
 ]

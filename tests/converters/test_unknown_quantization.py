@@ -46,6 +46,7 @@ def fixed(parts: Mapping[str, Any], config: Any = None, metadata: Mapping[str, s
 FORMATS: list[tuple[dict[str, Any], Any, str]] = [
     ({"W_q": U8, "scale": F16, "zero": F16}, {"quant_method": "hqq"}, "HQQ"),
     ({"W_q": F16, "scale": F16, "zero": F16}, None, "HQQ"),
+    ({"W_q": U8, "scale": F16, "zero": F16, "scale2": F16[0]}, {"quant_method": "sinq"}, "SINQ"),
     ({"codes": I8, "codebooks": F16, "scales": F16}, None, "AQLM"),
     ({"weight": I8, "weight_scales": ONE}, None, "EETQ"),
     ({"qweight": U8, "scales": U8, "forward_hadamard_matrix": F16}, None, "FP-Quant"),
@@ -67,6 +68,9 @@ FORMATS: list[tuple[dict[str, Any], Any, str]] = [
     (PACKED | {"weight_packed": np.ones((2, 16, 8), np.int32)}, None, ""),
     (V1 | {"qweight": np.zeros((8, 17), np.int32)}, None, "packed for a certain kernel, such as Marlin"),
     (V1, {"checkpoint_format": "marlin"}, "marlin"),
+    (V1, {"quant_method": "squeezellm"}, "squeezellm"),
+    ({"qweight": I8, "scales": F16, "s2_zeros": F16}, None, ""),
+    ({"weight": I8, "weight_scale": ONE, "quant_bias": I32[0], "deq_scale": F16[0]}, None, "W8A8 (Ascend)"),
     (V1, {"checkpoint_format": "gptq_p"}, "gptq_p"),
     (V1, {"is_marlin_format": True}, "Marlin"),
     (AWQ, {"quant_method": "awq", "version": "gemv"}, "gemv"),
@@ -172,7 +176,15 @@ SPELLINGS = (
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize(
-    "name", ["a.0.q_proj.{}", "a.0.q_proj_{}", "{}.a.0.q_proj.weight", "a.0.q_proj.weight.{}", "a.0.q_proj.weight_{}"]
+    "name",
+    [
+        "a.0.q_proj.{}",
+        "a.0.q_proj_{}",
+        "{}.a.0.q_proj.weight",
+        "a.0.q_proj.weight.{}",
+        "fp8_{}_a_0_q_proj",
+        "a.0.q_proj.weight_{}",
+    ],
 )
 def test_companions_under_any_prefix_belong_to_the_codes(spelling, name):
     parts = {
