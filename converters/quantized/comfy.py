@@ -24,14 +24,16 @@ _NEUTRAL = ("format", "full_precision_matrix_mult", "format_version")
 _LONGEST = 1 << 16  # bytes of a statement
 
 UNKNOWN = "?"  # a statement that is not understood
+UNLISTED = object()  # statements about other layers only
 
 
 def form_of(layer: Layer, claims: Claims) -> str:
     """Return the format that ComfyUI states for a layer; empty without a statement, `UNKNOWN` if it says more than is known."""
-    found = [_form(content) for content in (_in_tensor(layer), _in_header(layer, claims)) if content is not None]
-    if not found:
-        return ""
-    return found[0] if len(set(found)) == 1 else UNKNOWN
+    own, header = _in_tensor(layer), _in_header(layer, claims)
+    if header is UNLISTED:  # beside layers that are
+        header = None if own is not None else UNKNOWN
+    found = {_form(content) for content in (own, header) if content is not None}
+    return (found.pop() if len(found) == 1 else UNKNOWN) if found else ""
 
 
 def is_int8(layer: Layer) -> bool:
@@ -72,9 +74,9 @@ def _in_header(layer: Layer, claims: Claims) -> Any:
     layers = content.get("layers") if isinstance(content, Mapping) else None
     if not isinstance(layers, Mapping):
         return UNKNOWN
-    # a file may hold several models, each under a prefix that the statement leaves out
-    ends = [key for key in layers if layer.name == key or layer.name.endswith(f".{key}")]
-    return layers[max(ends, key=len)] if ends else None
+    # the names there, or those of the tensors, may have the prefix of one of several models in a file
+    alike = [key for key in layers if f".{layer.name}".endswith(f".{key}") or f".{key}".endswith(f".{layer.name}")]
+    return layers[max(alike, key=len)] if alike else UNLISTED
 
 
 def _parsed(text: str | bytes) -> Any:

@@ -205,6 +205,22 @@ def test_comfyui_mxfp8_has_scales_in_the_order_of_tensor_cores():
         found_in(parts | {f"{LAYER}.weight_scale": scale}, metadata=header)
 
 
+@pytest.mark.parametrize("listed", ["to_q", LAYER, f"model.{LAYER}"])
+def test_comfyui_statements_in_headers_are_found_under_any_prefix(listed):
+    parts = layer(weight=codes(128, 128), weight_scale=Elements(DTYPES["u8"], np.full((128, 4), 127, np.uint8)))
+    for form, quantized in (("mxfp8", True), ("other", False)):
+        header = {"_quantization_metadata": json.dumps({"layers": {listed: {"format": form}}})}
+        assert isinstance(found_in(parts, metadata=header)[f"{LAYER}.weight"], QuantizedSource) is quantized
+
+
+def test_layers_that_comfyui_does_not_list_beside_others_are_kept():
+    parts = layer(weight=codes(128, 128), weight_scale=floats())
+    header = {"_quantization_metadata": json.dumps({"layers": {"other": {"format": "float8_e4m3fn"}}})}
+    assert not isinstance(found_in(parts, metadata=header)[f"{LAYER}.weight"], QuantizedSource)
+    parts |= layer(comfy_quant=told(format="float8_e4m3fn"))
+    assert isinstance(found_in(parts, metadata=header)[f"{LAYER}.weight"], QuantizedSource)
+
+
 def test_comfyui_int8_has_one_scale_unless_more_is_stated():
     weight, scale = np.random.default_rng(0).integers(-128, 128, (16, 64)).astype(np.int8), floats()
     parts = layer(weight=weight, weight_scale=scale, comfy_quant=told(format="int8_tensorwise"))
