@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -184,7 +185,8 @@ def echo_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) ->
 def progress_bar(description: str, total: int, *, as_bytes: bool = False) -> Iterator[Callable[[int], None] | None]:
     """Show a progress bar on stderr if that is a terminal; the callback receives the amount just processed."""
     if not sys.stderr.isatty() or total == 0:
-        yield None
+        with _notices(partial(click.echo, err=True), logging.WARNING):
+            yield None
         return
     from rich.console import Console
     from rich.progress import (
@@ -204,24 +206,30 @@ def progress_bar(description: str, total: int, *, as_bytes: bool = False) -> Ite
         *size,
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        handler = _Notices(progress.console.print)
-        logger = logging.getLogger("qformat")
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        try:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:  # noqa: SIM117  the bar comes first
+        with _notices(partial(progress.console.print, markup=False, highlight=False, soft_wrap=True), logging.INFO):
             task = progress.add_task(description, total=total)
             yield lambda amount: progress.advance(task, amount)
-        finally:
-            logger.removeHandler(handler)
+
+
+@contextmanager
+def _notices(show: Callable[[str], None], level: int) -> Iterator[None]:
+    """Show log messages of the library of a level and above."""
+    logger, handler = logging.getLogger("qformat"), _Notices(show, level)
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class _Notices(logging.Handler):
-    """Prints log messages of the library above the progress bar."""
+    """Shows log messages, above the progress bar if there is one."""
 
-    def __init__(self, show: Callable[[str], None]) -> None:
-        super().__init__(logging.INFO)
+    def __init__(self, show: Callable[[str], None], level: int) -> None:
+        super().__init__(level)
         self._show = show
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._show(self.format(record))
+        self._show(("Warning: " if record.levelno >= logging.WARNING else "") + printable(self.format(record)))

@@ -25,6 +25,7 @@ from qformat.errors import SourceError, TargetError, TypeSpecError
 from qformat.pipeline.recipe import Recipe
 from qformat.pipeline.source import Checkpoint, SourceTensor
 from tests.helpers.checkpoints import layers, model
+from tests.helpers.cli import invoke
 from tests.helpers.stopping import Stopped, stop_after
 
 
@@ -168,7 +169,8 @@ def test_a_run_without_resume_says_that_it_discards_the_work_of_an_earlier_one(s
     with pytest.raises(TypeSpecError):  # a mistake costs nothing
         convert(open_checkpoint(source), output, Recipe.parse("q4_0", ["none=q4_1"]))
     assert (output.with_name("m.qf.partial") / "m.qf.journal").exists()
-    assert run(source, output).resumed == 0
+    shown = invoke("convert", source, output, "-t", "q4_0").stderr
+    assert "Warning: " + caplog.records[0].getMessage() in shown
     assert [record.getMessage() for record in caplog.records] == [
         f"{output}: the finished tensors (8) of an interrupted run are discarded; --resume would have kept them"
     ]
