@@ -164,6 +164,10 @@ class _Slot:
         assert tensor is not None
         return tensor
 
+    def put(self, tensor: torch.Tensor) -> None:
+        """Put a tensor in its place, as an attribute of the module: some modules keep lists of their parameters."""
+        setattr(self.module, self.key, tensor)
+
     @property
     def place(self) -> object:
         """What is equal for two tensors exactly if they are tied: the same memory, seen in the same way."""
@@ -355,7 +359,7 @@ class _Materialized:
                 if not slot.persistent:
                     made[id(meta)].copy_(source.values(name, meta.dtype if meta.is_floating_point() else None))
             self._replaced[name] = (slot, meta)
-            slot.table[slot.key] = made[id(meta)]
+            slot.put(made[id(meta)])
 
     def keep(self, missing: list[str]) -> None:
         """Leave the tensors where they are, except for those that are missing."""
@@ -366,7 +370,7 @@ class _Materialized:
 
     def __exit__(self, *_: object) -> None:
         for slot, meta in self._replaced.values():
-            slot.table[slot.key] = meta
+            slot.put(meta)
 
 
 def _in_memory(meta: torch.Tensor, device: str | torch.device) -> torch.Tensor:

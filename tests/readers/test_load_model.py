@@ -260,6 +260,16 @@ def test_models_on_the_meta_device_are_filled(tmp_path: Path) -> None:
     assert model[2].weight.equal(source[2].weight.double())
 
 
+def test_recurrent_modules_on_the_meta_device_compute_as_their_source(tmp_path: Path) -> None:
+    source = torch.nn.LSTM(4, 5, 2)
+    path = save(tmp_path / "m.qf", source.state_dict())
+    with torch.device("meta"):
+        model = torch.nn.LSTM(4, 5, 2)
+    assert load_model(model, path) == ([], [])
+    x = torch.randn(3, 4)
+    assert model(x)[0].equal(source(x)[0])
+
+
 def test_buffers_on_the_meta_device_that_no_file_fills_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "m.qf", torch.nn.Linear(4, 3).state_dict())
     with torch.device("meta"):
