@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from qformat.converters.sources.files import SharedFile
+from qformat.converters.sources.hqq_file import hqq_names
 from qformat.converters.sources.pickles import StandIn
 from qformat.converters.sources.rwkv import rwkv_version
 from qformat.converters.sources.safetensors import OPAQUE
@@ -64,7 +65,7 @@ def _read(path: Path, key: str | None) -> tuple[StateDict, list[SourceTensor], l
     file = StridedFile(SharedFile(path))
     try:
         with reading(path):
-            found = find_state_dict(load(path), key)
+            found = find_state_dict(hqq_names(load(path)), key)
             size = path.stat().st_size
         _check_objects(found)
         tensors = [source_tensor(name, tensor, file) for name, tensor in found.tensors.items()]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open as safetensors_open
@@ -223,6 +224,23 @@ def test_hqq_layers_have_the_values_of_their_codes(tmp_path, bits, group, axis):
 def test_hqq_codes_may_be_viewed_as_floats():
     parts, values = hqq(16, 64, 4, 64, 1)
     check(only(replaced(parts, W_q=parts["W_q"].view(np.float16))), values)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_files_of_hqq_itself_have_the_values_of_their_codes(tmp_path, nested):
+    parts, values = hqq(16, 64, 3, 64, 1)
+    settings = {"nbits": 3, "group_size": 64, "axis": 1, "shape": torch.Size([16, 64]), "packing": "3bit_32"}
+    settings |= {"view_as_float": False, "quant_scale": False, "compute_dtype": torch.float16, "round_zero": None}
+    tensors = {role: torch.from_numpy(elements(parts[role]).data) for role in ("W_q", "scale", "zero")}
+    own: dict[str, Any] = {"W_q": tensors.pop("W_q"), "bias": torch.ones(16), "offload_meta": False}
+    own |= {"meta": settings | tensors} if nested else settings | tensors
+    torch.save({"a.b": own, "a.norm": {"weight": torch.ones(64)}, "a.c": {"bias": None}}, tmp_path / "qmodel.pt")
+    checkpoint = open_checkpoint(tmp_path / "qmodel.pt")
+    assert checkpoint.warnings == []
+    convert(checkpoint, tmp_path / "x.qf", Recipe.parse(None))
+    with safe_open(tmp_path / "x.qf") as file:
+        assert list(file.keys()) == ["a.b.bias", "a.b.weight", "a.norm.weight"]
+        assert file.get_tensor("a.b.weight").tobytes() == values.tobytes()
 
 
 def test_hqq_layers_that_no_type_can_hold_are_kept():
