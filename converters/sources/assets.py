@@ -15,6 +15,7 @@ from qformat.container.index import check_asset_name
 from qformat.converters.sources.files import WEIGHTS
 from qformat.converters.sources.hub_cache import blobs_of
 from qformat.converters.sources.listing import Entry, Folder
+from qformat.converters.sources.parallel_parts import whole_of_piece
 from qformat.converters.sources.weight_files import weight_name
 from qformat.converters.wording import and_more
 from qformat.errors import FormatError, SourceError
@@ -144,7 +145,7 @@ class _Search:
 
     def _holds_weights(self, entry: Entry) -> bool:
         name = weight_name(entry.name)
-        if entry.path.suffix in _OTHERS or (name and name.is_index):
+        if entry.path.suffix in _OTHERS or (name and name.is_index) or whole_of_piece(entry.name):
             return True
         if is_remote(entry.path) or entry.kind != "file" or self._leads_out(entry):
             return False

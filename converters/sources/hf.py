@@ -156,6 +156,9 @@ def _nothing(folder: Folder) -> str:
         return (
             f"is the cache of the hub; give one of its models: {', '.join(models[:_SHOWN])}{and_more(models, _SHOWN)}"
         )
+    containers = [entry.name for entry in folder.files if entry.path.suffix == ".qf"]
+    if containers:
+        return f"holds no checkpoint of another tool; give the .qf file itself: {containers[0]}{and_more(containers)}"
     others = [entry.name for entry in folder.files if entry.path.suffix in _FRAMEWORKS]
     if others:
         names = ", ".join(others[:_SHOWN]) + and_more(others, _SHOWN)

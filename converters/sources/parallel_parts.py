@@ -112,14 +112,19 @@ def format_of(name: str) -> Format | None:
     return next((each for each in _FORMATS if each.pattern.fullmatch(name)), None)
 
 
+def whole_of_piece(name: str) -> str | None:
+    """Return the name of the file of weights of which a file is a piece, by its name."""
+    piece = _PIECE.fullmatch(name)
+    return piece[1] if piece and Path(piece[1]).suffix in WEIGHTS else None
+
+
 def check_file(path: Path) -> Format | None:
     """Raise `SourceError` if a file is a part by its name, or by that of its folder.
 
     Returns the format of a file whose content may show that there are no other parts.
     """
-    piece = _PIECE.fullmatch(path.name)
-    if piece and Path(piece[1]).suffix in WEIGHTS:
-        raise SourceError(f"{path}: {_joining(path, piece[1])}")
+    if whole := whole_of_piece(path.name):
+        raise SourceError(f"{path}: {_joining(path, whole)}")
     if (meta := _META.fullmatch(path.name)) and (int(meta[1]) or _others(path)):
         raise SourceError(f"{path}: holds a part of each tensor, in Meta's layout; give its directory, with all parts")
     absolute = path if is_remote(path) else path.absolute()
@@ -151,14 +156,13 @@ def check_folder(folder: Folder, depth: int = 0) -> None:
     own = format_of(absolute.name)
     if own and _RANK.fullmatch(absolute.name):
         _refuse(folder.path, own, [absolute.name], names)
-    pieces = [name for name in names if (piece := _PIECE.fullmatch(name)) and Path(piece[1]).suffix in WEIGHTS]
-    if pieces:
-        piece = _PIECE.fullmatch(pieces[0])
-        assert piece is not None
-        raise SourceError(f"{folder.path}: {pieces[0]} {_joining(folder.path / pieces[0], piece[1])}")
-    if depth < _DEEPEST and not weight_sets(folder.files):
-        for entry in folder.folders[:_MOST_FOLDERS]:
-            check_folder(Folder(entry.path), depth + 1)
+    if weight_sets(folder.files):
+        return
+    for name in names:
+        if whole := whole_of_piece(name):
+            raise SourceError(f"{folder.path}: {name} {_joining(folder.path / name, whole)}")
+    for entry in folder.folders[:_MOST_FOLDERS] if depth < _DEEPEST else ():
+        check_folder(Folder(entry.path), depth + 1)
 
 
 def _is_weights(name: str, folder: Folder) -> bool:

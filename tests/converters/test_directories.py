@@ -257,6 +257,17 @@ def test_weights_of_other_frameworks_are_named_where_there_are_no_others(tmp_pat
     )
 
 
+def test_a_directory_of_container_files_is_refused_with_their_names(tmp_path: Path) -> None:
+    (tmp_path / "m.qf").write_bytes(b"")
+    assert refused(tmp_path) == "DIR: holds no checkpoint of another tool; give the .qf file itself: m.qf"
+
+
+def test_pieces_of_files_beside_weights_are_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "m", {"any.safetensors": "a"}, **{"b.gguf.part1of2": "x"})
+    checkpoint = open_checkpoint(source)
+    assert (taken(checkpoint), list(checkpoint.warnings)) == (["a"], ["not taken along: b.gguf.part1of2"])
+
+
 def test_the_hub_cache_itself_is_refused_with_its_models(tmp_path: Path) -> None:
     cached(tmp_path / "models--x--y", {"r1": "a"})
     assert refused(tmp_path) == "DIR: is the cache of the hub; give one of its models: models--x--y"
