@@ -40,6 +40,9 @@ _NEUTRAL = {
     "_commit_hash", "_flash_attn_2_enabled", "_name_or_path",
 }  # fmt: skip
 
+# Left in by `exports.quantization` only if tensors are what another tool made of them
+_QUANTIZED = {"quantization_config", "compression_config", "quantization"}
+
 # The values with which such a key changes nothing
 _ONLY: Mapping[str, Sequence[Any]] = {
     "hidden_act": ("silu", "swish"),
@@ -234,6 +237,8 @@ class Hyperparameters:
         for key, value in self._config.items():
             if value is None or key in _READ or key in _NEUTRAL:
                 continue
+            if key in _QUANTIZED:
+                refuse(f"{key} of {CONFIG} says that weights are quantized, in a way that is not known")
             if key not in _ONLY:
                 refuse(
                     f"{CONFIG} has {key!r}, which may change what the model computes, and which this export does not know"

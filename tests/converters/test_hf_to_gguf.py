@@ -340,6 +340,19 @@ def test_tensors_that_gguf_has_no_place_for_are_refused(tmp_path, change, messag
     assert not (tmp_path / "m.gguf").exists()
 
 
+def test_layers_that_are_quantized_in_an_unknown_way_are_refused_for_gguf(tmp_path):
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[LAYER + "mlp.up_proj.weight"] = torch.randint(-128, 127, (96, 64), dtype=torch.int8)
+        tensors[LAYER + "mlp.up_proj.weight_scales"] = torch.rand(96).half()
+
+    source = changed(tmp_path / "hf", change)
+    config = json.loads((source / "config.json").read_bytes()) | {"quantization_config": {"quant_method": "eetq"}}
+    (source / "config.json").write_text(json.dumps(config))
+    message = "quantization_config of config.json says that weights are quantized, in a way that is not known"
+    with pytest.raises(SourceError, match=message):
+        exported(source, tmp_path, None)
+
+
 def test_zero_biases_and_scales_of_activations_are_left_out_of_gguf(tmp_path):
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if "_proj.weight" in name]:
