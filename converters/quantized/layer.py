@@ -87,10 +87,13 @@ def layers_of(tensors: Iterable[SourceTensor]) -> list[Layer]:
             add(prefix, WEIGHT + name[len(owner) :], tensor, joined=False)
         else:
             siblings.setdefault(prefix, {})[own] = tensor
+    stems_of: dict[str, set[str]] = {}
+    for name, joined in layers:
+        if joined:
+            prefix, _, stem = name.rpartition(".")
+            stems_of.setdefault(prefix, set()).add(stem)
     for prefix, parts in siblings.items():
-        stems = _stems(parts) | {
-            name.rpartition(".")[2] for name, joined in layers if joined and name.rpartition(".")[0] == prefix
-        }
+        stems = _stems(parts) | stems_of.get(prefix, set())
         for role, tensor in parts.items():
             stem = max((stem for stem in stems if f"{role}_".startswith(f"{stem}_")), key=len, default="")
             if not stem:

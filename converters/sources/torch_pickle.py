@@ -37,6 +37,7 @@ _PLAIN_CLASSES = {
 }  # fmt: skip
 _NUMPY_KINDS = re.compile("[<>|=]?(?:b1|[iu][1248]|f[248]|c8|c16|[?bBhHiIlLqQefdFD])")
 _MOST_DIMENSIONS = 64
+_OF_CLASS = "of the class "
 
 
 @dataclass(eq=False)
@@ -115,6 +116,11 @@ class OddTensor:
     what: str
     shape: tuple[int, ...] = ()
     parts: tuple[Any, ...] = ()
+
+    @property
+    def is_subclass(self) -> bool:
+        """Whether its class says more than its elements: it may be quantized."""
+        return self.what.startswith(_OF_CLASS)
 
     @property
     def elements(self) -> int:
@@ -238,14 +244,14 @@ def _of_type(function: Name, type_: Name, args: tuple[Any, ...], *_: Any) -> obj
     if type_.name in _PLAIN_CLASSES:
         return found
     shape = found.shape if isinstance(found, SavedTensor | OddTensor) else ()
-    return OddTensor(f"of the class {type_.name}", shape, (found, *args, *_))
+    return OddTensor(f"{_OF_CLASS}{type_.name}", shape, (found, *args, *_))
 
 
 def _subclass(function_type: object = None, *args: Any) -> OddTensor:
     """Return a tensor that is made of others, of torch._utils._rebuild_wrapper_subclass and functions like it."""
     name = function_type.name if isinstance(function_type, Name) else "of others"
     shapes = [arg for arg in args if isinstance(arg, tuple) and all(type(n) is int and n >= 0 for n in arg)]
-    return OddTensor(f"of the class {name}", shapes[0] if shapes else (), args)
+    return OddTensor(f"{_OF_CLASS}{name}", shapes[0] if shapes else (), args)
 
 
 def _quantized(

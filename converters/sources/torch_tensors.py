@@ -141,7 +141,12 @@ def source_tensor(name: str, tensor: SavedTensor | OddTensor | PickledArray, fil
         return TorchTensor(name, DTYPES[_NAMES[tensor.dtype]], tensor, file)
     if isinstance(tensor, SavedTensor):
         return _bytes_of(name, tensor, file)
-    raise SourceError(f"tensor {name!r} is {tensor.what}, which cannot be stored; save the checkpoint without it")
+    advice = (
+        "load it where it was made, and save it as a plain tensor"
+        if tensor.is_subclass
+        else "save the checkpoint without it"
+    )
+    raise SourceError(f"tensor {name!r} is {tensor.what}, which cannot be stored; {advice}")
 
 
 def is_opaque(tensor: object) -> TypeGuard[SavedTensor]:

@@ -656,6 +656,24 @@ def test_torch_tensors_that_cannot_be_stored_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning")
+def test_torch_tensors_of_subclasses_are_not_read_as_plain(tmp_path):
+    tensors = {"w": weights(3, 4).as_subclass(Quantized), "b": weights(3)}
+    assert refused(save({"model": tensors}, tmp_path / "x.pt")) == (
+        f"{tmp_path}/x.pt: tensor 'w' is of the class {Quantized.__module__}.Quantized, which cannot be stored; load it where it "
+        "was made, and save it as a plain tensor"
+    )
+    parameter = torch.nn.Parameter(weights(3, 4))
+    parameter.tensor_model_parallel = True
+    check(
+        opened(save({"w": parameter, "b": torch.nn.Parameter(weights(3))}, tmp_path / "y.pt")),
+        {"w": weights(3, 4), "b": weights(3)},
+    )
+
+
+class Quantized(torch.Tensor):
+    pass
+
+
 def test_torch_tensors_of_dtypes_that_are_not_known_are_stored_as_bytes(tmp_path):
     fnuz = torch.arange(24, dtype=torch.uint8).reshape(4, 6).view(torch.float8_e4m3fnuz)
     numbers = torch.complex(weights(3, 4), weights(3, 4, seed=1))
