@@ -71,7 +71,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def on_this_machine(path: Path) -> Iterator[Path]:
-    """Yield the path of a file, or of a temporary local copy of a remote file, which stays mapped after it is deleted.
+    """Yield the path of a file, or of a temporary local copy of a remote file, which stays open after it is deleted.
 
     Raises
     ------

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 import qformat
@@ -22,6 +23,8 @@ from qformat.container.reader import ContainerReader
 from qformat.container.verify import verify
 from qformat.converters.convert import convert
 from qformat.converters.sources.container import open_container
+from qformat.converters.sources.detect import open_checkpoint
+from qformat.converters.sources.gguf_file import build
 from qformat.converters.sources.safetensors import open_safetensors
 from qformat.errors import FormatError, IntegrityError, QualityError, SourceError
 from qformat.locks import ForkLock
@@ -83,6 +86,23 @@ def test_convert_and_export_refuse_sources_that_are_cut_short(path: Path, tmp_pa
         with pytest.raises(SourceError, match="the file became shorter while it was read"):
             convert(opened, tmp_path / "x.qf", Recipe.parse("f32"))
         assert not (tmp_path / "x.qf").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "old", "gguf"])
+def test_torch_and_gguf_files_that_are_cut_short_while_they_are_converted_are_refused(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "m.bin"
+    if kind == "gguf":
+        qformat.save_file({"w": W}, tmp_path / "m.qf")
+        path.write_bytes(build({}, [("w", "f32", W.shape)]).ljust(128, b"\0") + W.tobytes())
+    else:
+        torch.save({"w": torch.from_numpy(W)}, path, _use_new_zipfile_serialization=kind == "zip")
+    opened = open_checkpoint(path)
+    os.truncate(path, 300)
+    with pytest.raises(SourceError, match=r"the file (became shorter|was changed) while it was read"):
+        convert(opened, tmp_path / "x.qf", Recipe.parse("f32"))
+    assert not (tmp_path / "x.qf").exists()
 
 
 def test_sources_that_are_changed_or_replaced_are_refused(tmp_path: Path) -> None:
