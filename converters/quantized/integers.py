@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ Codes = Callable[[Chunk], Buffer]
 
 I8 = DTYPES["i8"]
 _INTEGERS = frozenset(DTYPES[name] for name in ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64", "bool"))
+_NAME = re.compile("'[^']*'")
 _ONE_BYTE_CODES = 128  # what is added to integers of eight bits so that codes are not negative
 
 
@@ -47,9 +49,17 @@ def each_possible(tensor_of: Callable[[Layer, Claims], CodedTensor], roles: Sequ
                 replaced |= layer.names(roles)
             except UnreadableLayerError as error:
                 warnings.append(str(error))
-        return Found(tensors, replaced, warnings)
+        return Found(tensors, replaced, in_short(warnings))
 
     return read
+
+
+def in_short(messages: Sequence[str]) -> list[str]:
+    """Return messages, of those that differ in the name of a layer only the first one, which tells how many there are."""
+    alike: dict[str, list[str]] = {}
+    for message in messages:
+        alike.setdefault(_NAME.sub("", message, count=1), []).append(message)
+    return [first + (f" (and so are {len(others)} more)" if others else "") for first, *others in alike.values()]
 
 
 def encode_with(codec: Codec, matrix: Matrix, numbers: Sequence[NDArray[Any]], codes: Codes) -> Encode:

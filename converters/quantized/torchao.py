@@ -19,7 +19,14 @@ from qformat.codecs.scaled import Scaled
 from qformat.converters.quantized import coded
 from qformat.converters.quantized.claims import Claims
 from qformat.converters.quantized.coded import CodedTensor, Encode
-from qformat.converters.quantized.integers import I8, UnreadableLayerError, bytes_tensor, encode_with, packing
+from qformat.converters.quantized.integers import (
+    I8,
+    UnreadableLayerError,
+    bytes_tensor,
+    encode_with,
+    in_short,
+    packing,
+)
 from qformat.converters.quantized.layer import Found, Layer
 from qformat.converters.quantized.tinygemm import tinygemm_tensor
 from qformat.dtypes import DTYPES
@@ -88,7 +95,7 @@ def torchao_tensors(layers: Sequence[Layer], claims: Claims) -> Found:
                 replaced |= {part.name for part in stored.parts.values()}
             except UnreadableLayerError as error:
                 warnings.append(str(error))
-    return Found(tensors, replaced, warnings)
+    return Found(tensors, replaced, in_short(warnings))
 
 
 def _stored(layer: Layer, role: str, claims: Claims) -> _Stored:

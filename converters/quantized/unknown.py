@@ -50,6 +50,10 @@ _FORMATS: Mapping[tuple[str, ...], str] = {
     ("weight", "weights_scaling_factor"): "TensorRT-LLM",
     ("W_q", "scale2"): "SINQ",
     ("W_q", "scale"): "HQQ",
+    ("weight", "scales", "biases"): "MLX",
+    ("_weight_qdata", "_weight_scale"): "torchao",
+    ("weight._data", "weight._scale"): "quanto",
+    ("weight._data._data", "weight._scale"): "quanto",
     ("weight", "scales_and_zeros"): "gpt-fast int4",
     ("weight", "comfy_quant"): "ComfyUI",
 }

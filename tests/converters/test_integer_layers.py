@@ -158,6 +158,14 @@ def test_mlx_layers_without_a_configuration_are_kept():
     assert "only config.json says bits: give the checkpoint's directory" in kept(parts)
 
 
+def test_several_layers_that_are_kept_are_one_warning_of_each_kind():
+    parts, _ = mlx(4, 128, 4, 64)
+    sources = [ArrayTensor(f"{n}.{role}", elements(part)) for n in "abc" for role, part in parts.items()]
+    warnings = recognize(sources, {}, SourceOptions()).warnings
+    assert [warning[:9] for warning in warnings] == ["layer 'a'", "layer 'a'"]
+    assert warnings[0].endswith("kept as it is (and so are 2 more)")
+
+
 @pytest.mark.parametrize(
     ("changes", "config", "message"),
     [
