@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qformat.converters.arrays import save_file
     from qformat.readers.arrays import safe_open
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 __all__ = [
     "FormatError",
