@@ -35,20 +35,21 @@ _ACTIVATIONS = """
     kv_cache_config
 """
 _HISTORY = """
-    provider damp_percent damp_auto_increment true_sequential static_groups model_name_or_path model_file_base_name model_type meta
-    quantizer uri dataset tokenizer batch_size pad_token_id max_input_length cache_block_outputs cache_examples_on_gpu
-    use_cuda_fp16 model_seqlen use_exllama exllama_config disable_exllama mse act_group_aware gptaq foem v2 v2_alpha
-    v2_memory_device offload_to_disk offload_to_disk_path fallback failsafe hessian mock_quantization parallel_packing device
-    telemetry activation_checkpointing autoround_version amp enable_minmax_tuning enable_norm_bias_tuning enable_quanted_input
-    gradient_accumulate_steps iters lr low_gpu_mem_usage minmax_lr nsamples seqlen train_bs lr_scheduler optimizer seed
-    not_use_best_mse super_bits super_group_size enable_alg_ext enable_adam disable_opt_rtn momentum use_quant_input sampler
-    low_cpu_mem_usage enable_torch_compile model_dtype quantization_status global_compression_ratio run_compressed dequantize
-    use_optimized_inference observer observer_kwargs do_fuse fuse_max_seq_len modules_to_fuse exllama_version
-    llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight producer compute_dtype tune_metadata strategy type calibration
-    auto_forward_data_parallel dense_vram_strategy dense_vram_strategy_devices moe_vram_strategy moe_vram_strategy_devices
-    gc_mode wait_for_submodule_finalizers moe compute_device_filter calibration_data_device calib_dataset calib_size
-    rms_norm_eps view_as_float quant_scale quant_zero offload_meta scale_quant_params zero_quant_params export_format
-    low_bit_optimizer is_calibrated format_version modelopt_state
+    provider model_quant_type kv_quant_type fa_quant_type damp_percent damp_auto_increment true_sequential static_groups
+    model_name_or_path model_file_base_name model_type meta quantizer uri dataset tokenizer batch_size pad_token_id
+    max_input_length cache_block_outputs cache_examples_on_gpu use_cuda_fp16 model_seqlen use_exllama exllama_config
+    disable_exllama mse act_group_aware gptaq foem v2 v2_alpha v2_memory_device offload_to_disk offload_to_disk_path fallback
+    failsafe hessian mock_quantization parallel_packing device telemetry activation_checkpointing autoround_version amp
+    enable_minmax_tuning enable_norm_bias_tuning enable_quanted_input gradient_accumulate_steps iters lr low_gpu_mem_usage
+    minmax_lr nsamples seqlen train_bs lr_scheduler optimizer seed not_use_best_mse super_bits super_group_size enable_alg_ext
+    enable_adam disable_opt_rtn momentum use_quant_input sampler low_cpu_mem_usage enable_torch_compile model_dtype
+    quantization_status global_compression_ratio run_compressed dequantize use_optimized_inference observer observer_kwargs
+    do_fuse fuse_max_seq_len modules_to_fuse exllama_version llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight producer
+    compute_dtype tune_metadata strategy type calibration auto_forward_data_parallel dense_vram_strategy
+    dense_vram_strategy_devices moe_vram_strategy moe_vram_strategy_devices gc_mode wait_for_submodule_finalizers moe
+    compute_device_filter calibration_data_device calib_dataset calib_size rms_norm_eps view_as_float quant_scale quant_zero
+    offload_meta scale_quant_params zero_quant_params export_format low_bit_optimizer is_calibrated format_version
+    modelopt_state
 """
 _KNOWN = frozenset(f"{_PACKING} {_LAYERS} {_ACTIVATIONS} {_HISTORY}".split())
 # Words of keys that change what weights are, or what a model computes with them

@@ -29,6 +29,12 @@ def unreadable(layer: Layer, claims: Claims) -> str | None:
         )
     if layer.has("weight_packed", "scale_packed"):
         return "marlin-24"
+    if (
+        "weight_packed" in parts
+        and parts["weight_packed"].dtype is I32
+        and len(parts["weight_packed"].shape) == _STACKED
+    ):
+        return "pack-quantized of stacked experts"
     if "weight" in parts and parts["weight"].dtype is _I8:
         return _narrow(layer, claims)
     if "qweight" not in parts:

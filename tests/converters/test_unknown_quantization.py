@@ -65,7 +65,7 @@ FORMATS: list[tuple[dict[str, Any], Any, str]] = [
     ({"compressed": F16, "bitmask": U8, "shape": I32[0]}, {"quant_method": "compressed-tensors"}, "sparse-bitmask"),
     ({"weight": U8, "blocks": F16}, {"bigdl_transformers_low_bit": "sym_int4"}, ""),
     (STACKED | {"scales": np.ones((1, 2, 16), np.float16)}, {"quant_method": "gptq"}, "gptq of stacked experts"),
-    (PACKED | {"weight_packed": np.ones((2, 16, 8), np.int32)}, None, ""),
+    (PACKED | {"weight_packed": np.ones((2, 16, 8), np.int32)}, None, "pack-quantized of stacked experts"),
     (V1 | {"qweight": np.zeros((8, 17), np.int32)}, None, "packed for a certain kernel, such as Marlin"),
     (V1, {"checkpoint_format": "marlin"}, "marlin"),
     (V1, {"quant_method": "squeezellm"}, "squeezellm"),
