@@ -76,7 +76,7 @@ def test_inspect_prints_tensors_and_totals(minilm_qf):
 
 def test_inspect_json_reports_tensors_assets_and_totals(minilm_qf, minilm):
     found = json.loads(invoke("inspect", minilm_qf, "--json").stdout)
-    assert found["format"] == {"major": 1, "minor": 4}
+    assert found["format"] == {"major": 1, "minor": 5}
     assert found["file_bytes"] == minilm_qf.stat().st_size
     assert found["assets"]["vocab.txt"] == (minilm / "vocab.txt").stat().st_size
     assert len(found["tensors"]) == 104

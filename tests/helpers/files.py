@@ -44,7 +44,7 @@ def trailer(
     index_offset: int,
     *,
     records: bytes = b"",
-    minor: int = 4,
+    minor: int = 5,
     index_length: int | None = None,
     records_length: int | None = None,
     index_sha256: bytes | None = None,
@@ -83,7 +83,7 @@ class Draft:
     metadata: Json = field(default_factory=dict)
     header: bytes = field(default_factory=header)
     records: bytes = b""
-    minor: int = 4
+    minor: int = 5
     index: Json = field(default_factory=dict)
     body: bytes = b""
 
