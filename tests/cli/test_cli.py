@@ -310,7 +310,7 @@ def test_the_progress_bar_of_verify_counts_the_bytes_of_listed_files(minilm_qf, 
 
 
 def test_quantize_stats_of_tensors_without_elements_are_zero(tmp_path):
-    save_file({"w": np.zeros((0, 4), np.float32)}, tmp_path / "x.safetensors")
+    save_file({"v": np.ones(4, np.float32), "w": np.zeros((0, 4), np.float32)}, tmp_path / "x.safetensors")
     found = json.loads(invoke("quantize-stats", tmp_path / "x.safetensors", "--json", "-").stdout)
     (total,) = found["totals"]
     assert (total["p95"], total["median"], total["rmse"], total["params"]) == (0.0, 0.0, 0.0, 0)
