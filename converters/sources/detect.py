@@ -68,7 +68,7 @@ FILES = (
 )
 DIRECTORIES = (
     DirectoryKind(is_hf, open_hf, may_be_quantized=True),
-    DirectoryKind(is_meta, open_meta, may_be_quantized=False),
+    DirectoryKind(is_meta, open_meta, may_be_quantized=True),
 )  # others may have a single file of weights, with any name
 
 _PICKLE = b"\x80"
