@@ -35,6 +35,8 @@ def unlike_weights(tensor: SourceTensor, encoder: Encoder) -> str:
         return "it would be larger"
     if encoder.is_lossless(tensor.dtype):
         return ""
+    # one that is derived from another may need a pass over it before anything can be read
+    tensor = getattr(tensor, "source", tensor)
     # numbers of places and the like have the shape of a batch of one
     if tensor.shape[0] == 1 and _all(tensor, _are_whole):
         return "whole numbers only"
