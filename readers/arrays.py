@@ -66,7 +66,7 @@ class safe_open:  # noqa: N801  named after the function of safetensors that it 
         The root that the file must have, as `root` or ``qformat inspect`` give it: that of a file which was verified before. The
         root of a head covers its shards.
     max_bytes
-        The most bytes that one tensor or asset may take in memory. None is 256 MiB, or 64 times the bytes that it has in the file
+        The most bytes that one tensor or asset may take in memory. None is 256 MiB, or 256 times the bytes that it has in the file
         if that is more: a small file cannot ask for all memory.
 
     Raises

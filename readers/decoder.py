@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 _AT_ONCE = 1 << 20  # bytes to read, and to hash
-# A tensor may decode to this many times its bytes in the file: 0.5 bits for a weight of float32. Some codecs can go far below
-_MOST_TIMES = 64
+# A tensor may decode to this many times its bytes in the file: an eighth of a bit for a float32. Some codecs can go far below
+_MOST_TIMES = 256
 _ALWAYS_DECODED = 256 << 20
 
 
@@ -54,7 +54,7 @@ class Decoders:
     verify
         Whether to compare digests. If not, `IntegrityError` is raised only if the file's time of modification changes.
     max_bytes
-        The most bytes of memory for one tensor. None is 256 MiB, or 64 times the bytes that a tensor has in the file if that
+        The most bytes of memory for one tensor. None is 256 MiB, or 256 times the bytes that a tensor has in the file if that
         is more.
     keep
         The bytes of this many tensors stay in memory, those that were used last: several threads may decode the chunks of as many

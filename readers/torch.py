@@ -47,7 +47,7 @@ def load_file(
     root
         The root that the file must have: that of a file which was verified before, as for `safe_open`.
     max_bytes
-        The most bytes that all tensors may take in memory. None is 256 MiB, or 64 times the bytes that they have in the file if
+        The most bytes that all tensors may take in memory. None is 256 MiB, or 256 times the bytes that they have in the file if
         that is more: a small file cannot ask for all memory.
 
     Returns
