@@ -29,7 +29,7 @@ from qformat.converters.quantized.integers import each_possible
 from qformat.converters.quantized.layer import Layer, Layout, each, layers_of
 from qformat.converters.quantized.meaning import check_keys
 from qformat.converters.quantized.refused import unreadable
-from qformat.converters.quantized.roles import WEIGHT, is_activation_only, is_plain
+from qformat.converters.quantized.roles import WEIGHT, changes_weights, is_activation_only, is_plain
 from qformat.converters.quantized.unknown import Unknown
 from qformat.converters.sources.options import SourceOptions
 from qformat.converters.wording import and_more
@@ -163,6 +163,7 @@ def recognize(
         warnings += check_keys(claims)
         for layout, layers in own.items():
             _check_parts(layout, layers, replaced)
+        _check_below(own, tensors, replaced)
     if stale:
         first = next(iter(stale))
         warnings.append(
@@ -194,6 +195,32 @@ def _remove_older(layer: Layer) -> dict[str, SourceTensor]:
     return {role: layer.parts.pop(role) for role in roles if role in layer.parts}
 
 
+def _check_below(
+    own: Mapping[Layout, Sequence[Layer]], tensors: Sequence[SourceTensor], replaced: Container[str]
+) -> None:
+    """Raise `SourceError` if something in a module below a layer that was read changes what its weights are."""
+    layouts = {
+        layer.name: layout
+        for layout, layers in own.items()
+        for layer in layers
+        if any(tensor.name in replaced for tensor in layer.parts.values())
+    }
+    for tensor in tensors:
+        above = tensor.name
+        while "." in above and tensor.name not in replaced:
+            above = above.rpartition(".")[0]
+            if above in layouts and changes_weights(tensor.name[len(above) + 1 :]):
+                raise _foreign(tensor, layouts[above])
+
+
+def _foreign(tensor: SourceTensor, layout: Layout) -> SourceError:
+    """Return the error for a tensor of a layer that its layout does not have."""
+    return SourceError(
+        f"tensor {tensor.name!r} belongs to a layer in the format {layout.format}, and what it does to the weights "
+        "there is not known; use the model as it was before quantization"
+    )
+
+
 def _check_parts(layout: Layout, layers: Sequence[Layer], replaced: Container[str]) -> None:
     """Raise `SourceError` if a layer that was read has parts that may change what its weights are."""
     for layer in layers:
@@ -201,7 +228,4 @@ def _check_parts(layout: Layout, layers: Sequence[Layer], replaced: Container[st
             continue
         for role, tensor in layer.parts.items():
             if tensor.name not in replaced and not is_plain(role, tensor) and not is_activation_only(role):
-                raise SourceError(
-                    f"tensor {tensor.name!r} belongs to a layer in the format {layout.format}, and what it does to the weights "
-                    "there is not known; use the model as it was before quantization"
-                )
+                raise _foreign(tensor, layout)

@@ -15,6 +15,15 @@ from qformat.errors import SourceError
 _STACKED = 3  # dimensions
 _BYTE = 8
 _I8 = DTYPES["i8"]
+# Where files say how wide the codes of a layer are: in text, and as a number
+_WIDTH_IN_TEXT = ("quant_algo", "model_quant_type", "quant_type", "quant_method", "method", "quantization_type")
+_WIDTHS = ("bits", "w_bit", "wbits", "w_bits", "weight_bits", "nbits", "num_bits", "quant_bits")
+# Tools whose ``weight`` and ``weight_scale`` are a code of eight bits for each weight, and a factor; beside those that say so
+_METHODS_OF_BYTES = (
+    *("", "compressed-tensors", "compressed_tensors", "llmcompressor", "smoothquant", "modelopt", "quark", "torchao"),
+    *("ascend", "modelslim", "auto-round", "autoround", "auto_round", "chatglm", "bitsandbytes"),
+)
+_SAYS_BYTES = re.compile(r"(?:int|w)_?8")
 
 
 def unreadable(layer: Layer, claims: Claims) -> str | None:
@@ -62,12 +71,25 @@ def _narrow(layer: Layer, claims: Claims) -> str | None:
     form = comfy.form_of(layer, claims)
     if form not in ("", "int8_tensorwise"):
         return f"{form} of ComfyUI" if form != comfy.UNKNOWN else "ComfyUI with more than a scale"
-    names = ("quant_algo", "model_quant_type", "quant_type", f"{layer.name}.weight")
-    for claim in claims.all(*names):
-        bits = re.match(r"(?:INT|W)_?(\d+)", str(claim.value).upper())
+    for claim in claims.all(*_WIDTH_IN_TEXT, f"{layer.name}.weight"):
+        bits = re.search(r"(?:INT|W|UINT)_?(\d+)", str(claim.value).upper())
         if bits and int(bits[1]) != _BYTE:
             return str(claim.value)
-    return None
+    for claim in claims.all(
+        *_WIDTHS
+    ):  # compressed-tensors states widths by groups of layers, and has a byte for each code
+        if type(claim.value) is int and claim.value != _BYTE:
+            return f"{claim.value} bits, packed into bytes"
+    method = claims.text("quant_method", "method")
+    if layer.has("weight_scale") and method not in _METHODS_OF_BYTES and not _SAYS_BYTES.search(method):
+        return method
+    return "int8 or ChatGLM's int4 (only config.json tells them apart)" if _may_be_halves(layer, claims) else None
+
+
+def _may_be_halves(layer: Layer, claims: Claims) -> bool:
+    """Return whether bytes may hold two codes each, as ChatGLM's do: only its configuration says so."""
+    scale = layer.parts.get("weight_scale")
+    return scale is not None and scale.dtype is DTYPES["f16"] and len(scale.shape) == 1 and not claims.statements
 
 
 def _other_method(claims: Claims) -> str:

@@ -19,7 +19,7 @@ _ACTIVATION = re.compile(
     r"|(input|output|activation)s?_(scaling_factor|quant_scale)|scale_(input|output)|qscale_act"
     r"|([qkv]|kv|kv_cache|prob|softmax|attn|bmm\d*)_(proj_)?(cache_)?(output_)?(scales?|amax|zero_?points?|offsets?|scaling_factor)"
     r"|(input|output)_(min|max|observer)"
-    r"|(input|output|[qkv]_bmm)_quantizer\..*"
+    r"|(input|output|[qkv]_bmm)_quantizer\.(?!_?pre_quant).*"
 )
 
 # Indices, positions and masks are integers that are no codes
@@ -40,7 +40,16 @@ _NO_COMPANION = re.compile(
 _CODES = re.compile(
     r"w_q|q_?weight|weight_packed|_weight_qdata|weight\._data|qidxs|dense_weights|quantized_weight|weight_quantized"
 )
-_WEIGHT = re.compile(r".*weight.*|(q|int|packed)?_?(w|kernel|codes?|qidxs|indices|trellis|b)\d?(_q|_packed)?")
+_WEIGHT = re.compile(r".*weight.*|(q|int|packed)?_?(w|kernel|codes?|qidxs|indices|trellis|b)\d?(_q|_packed|_24|_meta)?")
+
+
+# Names, below a layer, of what its weights have been multiplied by or turned with
+_CHANGES_WEIGHTS = re.compile(r"(.*[._])?(pre_?quant|smooth|hadamard|rotat|transform)\w*(\..*)?")
+
+
+def changes_weights(path: str) -> bool:
+    """Return whether a tensor below a layer, given its name there, changes what the weights of the layer mean."""
+    return bool(_CHANGES_WEIGHTS.fullmatch(path.lower()))
 
 
 def holds_codes(tensor: SourceTensor) -> bool:

@@ -133,6 +133,8 @@ def _bytes(stored: _Stored) -> CodedTensor:
     if _is_by_column(codes, scale):
         raise UnreadableLayerError(f"tensor {stored.name!r} of torchao has scales in blocks of rows: kept as it is")
     block = stored.block
+    if len(block) == 2 and block[0] != 1 and prod(scale.shape) > 1:
+        raise UnreadableLayerError(f"tensor {stored.name!r} of torchao has scales in blocks of rows: kept as it is")
     groups = (
         prod(codes.shape) // prod(block) if len(block) == len(codes.shape) and all(size > 0 for size in block) else 0
     )

@@ -35,6 +35,7 @@ _FORMATS: Mapping[tuple[str, ...], str] = {
     ("trellis", "svh"): "EXL3",
     ("B", "s"): "Marlin",
     ("B", "s_channel"): "QQQ",
+    ("B_24", "s"): "Marlin 2:4",
     ("qweight", "wscales"): "SVDQuant (nunchaku)",
     ("codes", "codebooks"): "AQLM",
     ("indices", "weight_scale"): "VPTQ",

@@ -15,7 +15,7 @@ from qformat.converters.quantized.recognize import Recognized, recognize
 from qformat.converters.sources.options import SourceOptions
 from qformat.dtypes import DTYPES, Elements, from_array
 from qformat.errors import SourceError
-from qformat.pipeline.source import QuantizedSource
+from qformat.pipeline.source import FixedSource, QuantizedSource
 from tests.helpers.quantized import awq, gptq, layer, less_one
 
 
@@ -230,6 +230,61 @@ def test_parts_that_leave_the_weights_as_they_are_stay(role):
     assert result.warnings == []
 
 
+@pytest.mark.parametrize("role", ["input_quantizer._pre_quant_scale", "smooth.scales", "weight_hadamard.weight"])
+def test_modules_below_a_layer_that_change_its_weights_are_refused(role):
+    with pytest.raises(
+        SourceError, match=rf"^tensor 'a\.{role}' belongs to a layer in the format int-quantized, and what"
+    ):
+        found(BYTES | {f"a.{role}": np.ones(32, np.float32)})
+
+
+def test_other_modules_below_a_layer_stay():
+    result = found(
+        BYTES | {"a.input_quantizer._amax": np.ones(1, np.float32), "a.lora.weight": np.ones((8, 32), np.float32)}
+    )
+    assert sorted(tensor.name for tensor in result.tensors) == ["a.input_quantizer._amax", "a.lora.weight", "a.weight"]
+
+
+@pytest.mark.parametrize(
+    ("config", "format_"),
+    [
+        ({"quant_method": "new", "bits": 8}, "new"),
+        ({"quant_method": "int4_weight_only"}, "int4_weight_only"),
+        ({"quant_method": "w8a8", "bits": 4}, "4 bits, packed into bytes"),
+        ({"w_bit": 4}, "4 bits, packed into bytes"),
+    ],
+)
+def test_bytes_that_may_hold_several_codes_are_kept(config, format_):
+    result = found(BYTES, config)
+    assert sorted(tensor.name for tensor in result.tensors) == ["a.weight", "a.weight_scale"]
+    assert result.warnings == [
+        f"layer 'a': quantized in the format {format_}, which cannot be read; all its tensors are kept as they are"
+    ]
+
+
+def test_bytes_with_half_precision_scales_need_a_configuration():
+    parts = {"a.weight": np.ones((8, 32), np.int8), "a.weight_scale": np.ones(8, np.float16)}
+    (warning,) = found(parts).warnings
+    assert warning == (
+        "layer 'a': quantized in the format int8 or ChatGLM's int4 (only config.json tells them apart), which cannot be read; all "
+        "its tensors are kept as they are"
+    )
+    assert [tensor.shape for tensor in found(parts, {"quant_method": "w8a8_int8"}).tensors] == [(8, 32)]
+
+
+def test_words_of_two_in_four_kernels_are_kept():
+    parts = {
+        "a.B_24": np.ones((4, 128), np.int32),
+        "a.B_meta": np.ones((8, 16), np.int16),
+        "a.s": np.ones((2, 64), np.float16),
+    }
+    result = found(parts)
+    assert result.warnings == [
+        "layer 'a': quantized in the format Marlin 2:4, which cannot be read; all its tensors are kept as they are"
+    ]
+    assert all(isinstance(tensor, FixedSource) for tensor in result.tensors)
+
+
 CHANGES: list[tuple[str, Any]] = [
     ("transform_config", {"config_groups": {"R4": {"type": "hadamard"}}}),
     ("rotation", "hadamard"),
@@ -248,7 +303,7 @@ def test_keys_that_mean_other_weights_are_refused(key, value):
 
 
 def test_keys_that_are_not_known_are_named():
-    (warning,) = found(BYTES, {"quant_method": "new", "mood": "good", "weather": 1}).warnings
+    (warning,) = found(BYTES, {"quant_method": "w8a8_new", "mood": "good", "weather": 1}).warnings
     assert warning == "config.json says mood 'good' (and 'weather'), which is not known here: ignored"
 
 
