@@ -20,7 +20,7 @@ _PACKING = """
     zp_dtype pack_impl mode weights bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_quant_storage bnb_4bit_compute_dtype
     llm_int8_threshold quant_config weight_quant_params tensor_names tensor_storage scale_fmt expert_dtype axis packing
     quantized_layers is_mx quantization quantization_config qformat_weight weight_scale_method compress_statistics block_size
-    quantized _type _data _tensor_data_names fmt quant_storage bnb_4bit_blocksize
+    model_quant_type quantized _type _data _tensor_data_names fmt quant_storage bnb_4bit_blocksize
 """
 _LAYERS = """
     ignore ignored_layers ignored_modules exclude_modules modules_to_not_convert modules_to_convert skip_modules lm_head

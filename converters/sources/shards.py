@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qformat.converters.quantized.roles import is_activation_only, may_be_codes, tells_of_codes
 from qformat.converters.sources.files import Opener
 from qformat.converters.sources.weight_files import NUMBER
 from qformat.converters.wording import and_more
@@ -35,23 +36,43 @@ def open_indexed(index: Path, opener: Opener, single: Path | None = None) -> Che
                 f"{directory}: shard {shard} is missing, though {index.name} lists it; download it again{way}"
             )
     tensors: dict[str, SourceTensor] = {}
-    unlisted = []
+    unlisted: list[SourceTensor] = []
     opened_shards = [opener(directory / shard) for shard in shards]
     metadata, warnings = merged_headers(opened_shards)
     for shard, opened in zip(shards, opened_shards, strict=True):
         for tensor in opened.tensors:
             home = weight_map.get(tensor.name)
             if home is None:
-                unlisted.append(tensor.name)
+                unlisted.append(tensor)
             elif home == shard:
                 tensors[tensor.name] = tensor
     for name, shard in sorted(weight_map.items()):
         if name not in tensors:
             raise SourceError(f"{directory}: {index.name} says that {shard} holds tensor {name!r}, but it does not")
     if unlisted:
-        warnings.append(f"{index.name} does not list tensor {unlisted[0]!r}{and_more(unlisted)}: left out")
+        _check_unlisted(index, unlisted, tensors)
+        names = [tensor.name for tensor in unlisted]
+        warnings.append(f"{index.name} does not list tensor {names[0]!r}{and_more(names)}: left out")
     files = [index, *(directory / shard for shard in shards)]
     return Checkpoint(list(tensors.values()), warnings=warnings, files=files, metadata=metadata)
+
+
+def _check_unlisted(index: Path, unlisted: Sequence[SourceTensor], listed: Mapping[str, SourceTensor]) -> None:
+    """Raise `SourceError` if an index lists the codes of a layer, but nothing of what they mean."""
+    layers: dict[str, list[SourceTensor]] = {}
+    for tensor in listed.values():
+        layers.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
+    for tensor in unlisted:
+        prefix, _, role = tensor.name.rpartition(".")
+        parts = {part.name.rpartition(".")[2]: part for part in layers.get(prefix, ())}
+        if not tells_of_codes(role) or is_activation_only(role) or any(map(tells_of_codes, parts)):
+            continue
+        codes = next((part for own, part in parts.items() if may_be_codes(own, part)), None)
+        if codes is not None:
+            raise SourceError(
+                f"{index.parent}: {index.name} does not list tensor {tensor.name!r}, without which {codes.name!r} cannot be "
+                "decoded; add it there"
+            )
 
 
 def numbered(files: Sequence[Path]) -> list[Path]:

@@ -209,6 +209,20 @@ def test_a_failed_conversion_leaves_the_existing_file(source: Path, tmp_path: Pa
     assert not Path(f"{target}.partial").exists()
 
 
+def test_codes_are_refused_if_the_index_does_not_list_their_scales(source: Path, tmp_path: Path) -> None:
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"]["q.weight"] = TWO
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_safetensors(
+        source / TWO,
+        SHARDS[TWO] | {"q.weight": np.ones((4, 32), np.uint8), "q.weight_scale": np.ones((4, 1), np.float32)},
+    )
+    assert one_line(run_cli("convert", source, tmp_path / "m.qf")) == (
+        f"{source}: model.safetensors.index.json does not list tensor 'q.weight_scale', without which 'q.weight' cannot be "
+        "decoded; add it there"
+    )
+
+
 def test_a_tensor_that_the_index_does_not_list_is_left_out_and_named(source: Path, tmp_path: Path) -> None:
     write_safetensors(source / TWO, SHARDS[TWO] | {"extra": weights(9, 3), "extra 2": weights(9, 4)})
     result = run_cli("convert", source, tmp_path / "m.qf")

@@ -26,7 +26,7 @@ def safetensors_bytes(tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) -
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    dtypes = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
+    dtypes = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64", "uint8": "U8"}
     entries = {name: (dtypes[a.dtype.name], a.shape, a.tobytes()) for name, a in arrays.items()}
     path.write_bytes(safetensors_bytes(entries))
 
