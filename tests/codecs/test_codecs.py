@@ -46,7 +46,7 @@ def test_registering_a_codec_id_twice_is_refused():
 
 #: malformed types by a part of the message
 MALFORMED: dict[str, str] = {
-    "there is no codec 'q4_00'; the types for weights are affine, bf16, f16, f32, f64, levels, lossless, lut, nlm, q4_0": "q4_00",
+    "there is no codec 'q4_00'; did you mean q4_0? the types for weights are affine, bf16, f16, f32, f64, levels": "q4_00",
     "there is no codec ''": "",
     "no parameter ''": "q4_0: q4_0:,",
     "q4_0 has no parameter 'depth'; it knows coded, search": "q4_0:depth=3",
