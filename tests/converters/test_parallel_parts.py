@@ -198,7 +198,8 @@ def test_placeholders_without_elements_are_refused(tmp_path: Path) -> None:
 )
 def test_the_state_of_random_numbers_is_no_checkpoint(value: object, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "rng_state.pth")
-    assert "holds no weights, only bytes such as the state of random numbers" in refused(tmp_path / "rng_state.pth")
+    says = "holds no weights, but the state of random number generators; give the file with the model's weights"
+    assert refused(tmp_path / "rng_state.pth") == f"DIR: {says}"
 
 
 def test_the_state_of_an_optimizer_is_no_checkpoint(tmp_path: Path) -> None:
