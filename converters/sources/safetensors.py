@@ -6,6 +6,7 @@ read here.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -132,7 +133,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         raise SourceError(f"{path}: the file is empty; download it again")
     try:
         # Not the file itself, which the library would map: it may be cut short meanwhile, or be on a file system that cannot map
-        with _sparse(data, size) as copy, safe_open(copy, framework="np"):
+        with _sparse(data, size, path) as copy, safe_open(copy, framework="np"):
             pass
     except SafetensorError as error:
         expected = _expected_size(data)
@@ -146,8 +147,11 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 @contextmanager
-def _sparse(start: bytes, size: int) -> Iterator[str]:
-    """Yield the name of a file in memory, or a temporary one, that begins so, has this size, and takes no room for the rest."""
+def _sparse(start: bytes, size: int, original: Path) -> Iterator[str]:
+    """Yield the name of a file in memory, or a temporary one, that begins so, has this size, and takes no room for the rest.
+
+    If the process may not make files of this size, it is the original.
+    """
     with ExitStack() as stack:
         if hasattr(os, "memfd_create") and Path("/proc/self/fd").exists():
             file = stack.enter_context(os.fdopen(os.memfd_create("header"), "wb", buffering=0))
@@ -155,8 +159,13 @@ def _sparse(start: bytes, size: int) -> Iterator[str]:
         else:
             file = stack.enter_context(tempfile.NamedTemporaryFile(buffering=0))  # type: ignore[assignment]
             name = file.name
-        file.write(start[:size])
-        file.truncate(size)
+        try:
+            file.write(start[:size])
+            file.truncate(size)
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            name = str(original)
         yield name
 
 
