@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import click.testing
 from qformat.cli import cli
 from qformat.container.verify import verify
 from tests.helpers.reference import reference
+
+
+# before click 8.2, stderr is mixed into stdout otherwise
+_APART: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(click.testing.CliRunner).parameters else {}
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def run_all(*commands: Sequence[str | Path], **options: Any) -> list[Result]:
 
 def invoke(*args: object, code: int = 0) -> click.testing.Result:
     """Run a command in this process, where it must end with an exit status."""
-    result = click.testing.CliRunner().invoke(cli, [str(arg) for arg in args])
+    result = click.testing.CliRunner(**_APART).invoke(cli, [str(arg) for arg in args])
     assert result.exit_code == code, result.output
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
