@@ -18,7 +18,6 @@ from qformat.cli import cli
 from qformat.container.verify import verify
 from tests.helpers.reference import reference
 
-
 # before click 8.2, stderr is mixed into stdout otherwise
 _APART: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(click.testing.CliRunner).parameters else {}
 
