@@ -41,9 +41,9 @@ class Access(Protocol):
 
 def open_access(path: str | bytes | os.PathLike[str] | BinaryIO, *, one_of_many: bool = False) -> Access:
     """Return the bytes of a file, or of an open file object; raise `TypeError` for anything else."""
-    if isinstance(path, (str, bytes, os.PathLike)):
+    if isinstance(path, (str, os.PathLike)) or (isinstance(path, bytes) and b"\0" not in path):
         return PathFile(as_path(path), one_of_many=one_of_many)
-    if not _can_be_read(path):
+    if isinstance(path, bytes) or not _can_be_read(path):  # bytes that are no path are the contents of a file
         raise TypeError(
             "give a path, or a binary file object that can be read and can seek, such as open(path, 'rb') or io.BytesIO(data); "
             f"this is {type(path).__module__}.{type(path).__qualname__}"

@@ -45,7 +45,7 @@ def test_binary_files_that_seek_are_read(file, tmp_path):
 SAYS = "give a path, or a binary file object that can be read and can seek, such as open(path, 'rb') or io.BytesIO(data); this is "
 
 
-KINDS = ("text", "write only", "pipe", "memory map", "bytearray", "memoryview", "int", "None")
+KINDS = ("text", "write only", "pipe", "memory map", "bytes", "bytearray", "memoryview", "int", "None")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,7 +60,7 @@ def test_anything_else_is_a_type_error_that_says_what_is_taken(kind, file, tmp_p
     ):
         os.close(writing)
         data = bytearray(file.read_bytes())
-        values = (text, write_only, pipe, mapped, data, memoryview(data), 3, None)
+        values = (text, write_only, pipe, mapped, bytes(data), data, memoryview(data), 3, None)
         value = dict(zip(KINDS, values, strict=True))[kind]
         name = f"{type(value).__module__}.{type(value).__qualname__}"
         with pytest.raises(TypeError, match=re.escape(SAYS + name) + "$"):
