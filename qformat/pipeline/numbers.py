@@ -17,6 +17,8 @@ from qformat.pipeline.source import QuantizedSource, SourceTensor
 # Elements that are looked at first: among so many weights, one is no whole number
 _FEW = 64
 _AT_ONCE = 1 << 20
+# Larger tensors are weights: places and masks of 8192 tokens are not, and a pass over zeros would take its time
+_MOST = 1 << 26
 # Added to a score before softmax, it makes the score count for nothing; weights are not so large
 _MASKED = -1000.0
 
@@ -33,7 +35,7 @@ def unlike_weights(tensor: SourceTensor, encoder: Encoder) -> str:
     draft = None if isinstance(encoder, Raw) else encoder.draft(tensor)
     if draft is not None and draft.nbytes > tensor.nbytes:
         return "it would be larger"
-    if encoder.is_lossless(tensor.dtype):
+    if encoder.is_lossless(tensor.dtype) or math.prod(tensor.shape) > _MOST:
         return ""
     # one that is derived from another may need a pass over it before anything can be read
     tensor = getattr(tensor, "source", tensor)
