@@ -5,7 +5,7 @@ To support another layout, write a module with the two functions of a row of `LA
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,9 @@ from qformat.converters.quantized import (
     torchao,
 )
 from qformat.converters.quantized.claims import Claims
+from qformat.converters.quantized.coded import CodedTensor
 from qformat.converters.quantized.integers import each_possible
-from qformat.converters.quantized.layer import Layer, Layout, each, layers_of
+from qformat.converters.quantized.layer import Found, Layer, Layout, each, layers_of
 from qformat.converters.quantized.meaning import check_keys
 from qformat.converters.quantized.refused import unreadable
 from qformat.converters.quantized.roles import WEIGHT, changes_weights, is_activation_only, is_plain
@@ -40,58 +41,49 @@ from qformat.pipeline.source import SourceTensor
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _OUTPUTS_FIRST = ("GPTQ", "bitsandbytes", "LLM.int8")  # which turn such matrices round
 
+
+def _by_layer(
+    format_: str,
+    matches: Callable[[Layer], bool],
+    tensor_of: Callable[[Layer, Claims], CodedTensor],
+    roles: Sequence[str],
+    read: Callable[..., Callable[..., Found]] = each,
+) -> Layout:
+    """Return a layout whose layers are independent; `read` is `each`, or `each_possible` if some are kept as they are."""
+    return Layout(format_, matches, read(tensor_of, roles), roles)
+
+
 LAYOUTS = (
-    Layout(
-        "bitsandbytes",
-        bitsandbytes.is_four_bit,
-        each(bitsandbytes.four_bit_tensor, bitsandbytes.ROLES),
-        bitsandbytes.ROLES,
+    _by_layer("bitsandbytes", bitsandbytes.is_four_bit, bitsandbytes.four_bit_tensor, bitsandbytes.ROLES),
+    _by_layer("LLM.int8", bitsandbytes.is_int8, bitsandbytes.int8_tensor, bitsandbytes.INT8_ROLES),
+    _by_layer(
+        "pack-quantized", microscaled.is_packed, microscaled.packed_tensor, microscaled.PACKED_ROLES, each_possible
     ),
-    Layout(
-        "LLM.int8",
-        bitsandbytes.is_int8,
-        each(bitsandbytes.int8_tensor, bitsandbytes.INT8_ROLES),
-        bitsandbytes.INT8_ROLES,
-    ),
-    *(
-        Layout(name, matches, each_possible(read, roles), roles)
-        for name, matches, read, roles in (
-            ("pack-quantized", microscaled.is_packed, microscaled.packed_tensor, microscaled.PACKED_ROLES),
-            ("NVFP4", microscaled.is_nvfp4, microscaled.nvfp4_tensor, microscaled.NVFP4_ROLES),
-            ("FP4", microscaled.is_signed, microscaled.signed_tensor, microscaled.SIGNED_ROLES),
-            ("MXFP4", microscaled.is_blocks, microscaled.block_tensor, microscaled.BLOCK_ROLES),
-            ("MXFP4", microscaled.is_original, microscaled.original_tensor, microscaled.ORIGINAL_ROLES),
-        )
-    ),
-    Layout(
+    _by_layer("NVFP4", microscaled.is_nvfp4, microscaled.nvfp4_tensor, microscaled.NVFP4_ROLES, each_possible),
+    _by_layer("FP4", microscaled.is_signed, microscaled.signed_tensor, microscaled.SIGNED_ROLES, each_possible),
+    _by_layer("MXFP4", microscaled.is_blocks, microscaled.block_tensor, microscaled.BLOCK_ROLES, each_possible),
+    _by_layer("MXFP4", microscaled.is_original, microscaled.original_tensor, microscaled.ORIGINAL_ROLES, each_possible),
+    _by_layer(
         "pack-quantized",
         compressed_tensors.is_packed,
-        each(compressed_tensors.packed_tensor, compressed_tensors.PACKED_ROLES),
+        compressed_tensors.packed_tensor,
         compressed_tensors.PACKED_ROLES,
     ),
-    Layout("ComfyUI int8", comfy.is_int8, each_possible(comfy.int8_tensor, comfy.INT8_ROLES), comfy.INT8_ROLES),
-    Layout(
-        "int-quantized",
-        compressed_tensors.is_bytes,
-        each(compressed_tensors.byte_tensor, compressed_tensors.BYTE_ROLES),
-        compressed_tensors.BYTE_ROLES,
+    _by_layer("ComfyUI int8", comfy.is_int8, comfy.int8_tensor, comfy.INT8_ROLES, each_possible),
+    _by_layer(
+        "int-quantized", compressed_tensors.is_bytes, compressed_tensors.byte_tensor, compressed_tensors.BYTE_ROLES
     ),
-    Layout("MLX", mlx.is_mlx, each_possible(mlx.mlx_tensor, mlx.ROLES), mlx.ROLES),
-    Layout("HQQ", hqq.is_hqq, each_possible(hqq.hqq_tensor, hqq.ROLES), hqq.ROLES),
+    _by_layer("MLX", mlx.is_mlx, mlx.mlx_tensor, mlx.ROLES, each_possible),
+    _by_layer("HQQ", hqq.is_hqq, hqq.hqq_tensor, hqq.ROLES, each_possible),
     Layout("torchao", torchao.is_torchao, torchao.torchao_tensors, torchao.ROLES),
-    Layout("quanto", quanto.is_quanto, each_possible(quanto.quanto_tensor, quanto.ROLES), quanto.ROLES),
-    Layout(
-        "quanto, packed",
-        quanto.is_packed,
-        each_possible(quanto.packed_tensor, quanto.PACKED_ROLES),
-        quanto.PACKED_ROLES,
-    ),
-    Layout("int4", tinygemm.is_tinygemm, each(tinygemm.tinygemm_layer, tinygemm.ROLES), tinygemm.ROLES),
-    Layout("int8", tinygemm.is_bytes, each(tinygemm.byte_layer, tinygemm.BYTE_ROLES), tinygemm.BYTE_ROLES),
-    Layout("BitNet", bitnet.is_bitnet, each(bitnet.bitnet_tensor, bitnet.ROLES), bitnet.ROLES),
+    _by_layer("quanto", quanto.is_quanto, quanto.quanto_tensor, quanto.ROLES, each_possible),
+    _by_layer("quanto, packed", quanto.is_packed, quanto.packed_tensor, quanto.PACKED_ROLES, each_possible),
+    _by_layer("int4", tinygemm.is_tinygemm, tinygemm.tinygemm_layer, tinygemm.ROLES),
+    _by_layer("int8", tinygemm.is_bytes, tinygemm.byte_layer, tinygemm.BYTE_ROLES),
+    _by_layer("BitNet", bitnet.is_bitnet, bitnet.bitnet_tensor, bitnet.ROLES),
     Layout("FP8", fp8.is_fp8, fp8.fp8_tensors, fp8.ROLES),
     Layout("GPTQ", gptq.is_gptq, gptq.gptq_tensors, gptq.ROLES),
-    Layout("AWQ", awq.is_awq, each(awq.awq_tensor, awq.ROLES), awq.ROLES),
+    _by_layer("AWQ", awq.is_awq, awq.awq_tensor, awq.ROLES),
 )
 
 
